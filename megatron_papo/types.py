@@ -1,0 +1,135 @@
+"""The values that flow through a step, and the only place where their shapes are defined.
+
+Suffixes of tensor names: T tokens of a packed row, S tokens of one sequence, R response tokens of a micro-batch,
+P vision patches, D values of a patch (3 channels x 2 frames x 14 x 14 = 1176), I images. Every value is frozen; a
+stage that adds something returns a copy (`dataclasses.replace`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A prompt as the model reads it: the output of the one canonical processor call."""
+
+    token_ids_S: Tensor
+    """[S] int64; every image already expanded to its run of image tokens."""
+    pixel_values_PD: Tensor | None
+    """[P, D] float32, patches in the processor's order; None for a text-only prompt."""
+    grid_thw_I3: Tensor | None
+    """[I, 3] int64: patches in time, height, width, of each image, before merging."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    """Stable over the run: names the row of the dataset."""
+    row: int
+    problem: str
+    answer: str
+    images: tuple[bytes, ...]
+    """Compressed bytes (PNG, JPEG) as the dataset holds them."""
+    inputs: ModelInputs
+    masked_pixel_values_PD: Tensor | None = None
+    """The masked view through the same processor; same shape as inputs.pixel_values_PD."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    index: int
+    """Place within the group."""
+    response_ids: tuple[int, ...]
+    """Generated tokens, the end-of-turn token included when it was sampled."""
+    rollout_logprobs: tuple[float, ...]
+    """Log-probs of response_ids as the engine sampled them: after temperature, bans, top-k and top-p."""
+    text: str
+    finish_reason: str
+    """`stop` or `length`."""
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one prompt, with what later stages know of each: one entry a rollout."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...] = ()
+    reward_parts: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Named parts before weighting, e.g. accuracy, format."""
+    advantages: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed row: sequences laid end to end, each attending only to itself.
+
+    Tensors ending in _R hold one value a response token, in row order. Sequences without a segment of their own do
+    not exist: padding, where a layout needs it, is a last segment that no loss reads.
+    """
+
+    token_ids_T: Tensor
+    """[T] int64."""
+    position_ids_3T: Tensor
+    """[3, T] int64: M-RoPE positions (time, height, width)."""
+    segment_lengths: tuple[int, ...]
+    """Lengths of the sequences in the row; they sum to T."""
+    pixel_values_PD: Tensor | None
+    """Patches of all images of the row, in order of appearance."""
+    grid_thw_I3: Tensor | None
+    target_ids_R: Tensor
+    """[R] int64: the response tokens."""
+    logit_index_R: Tensor
+    """[R] int64: places in the row whose hidden state predicts each response token."""
+    rollout_index_R: Tensor
+    """[R] int64: which sequence of the row a response token belongs to."""
+    loss_mask_R: Tensor
+    """[R] bool: the only token mask; False for tokens that no loss reads."""
+    has_image_R: Tensor
+    """[R] bool: the token's prompt has an image, so that the perception term reads it."""
+    weights_R: Tensor
+    """[R] float32: share of each token in the global mean of the policy terms; sums to 1 over the global batch."""
+    perception_weights_R: Tensor
+    """[R] float32: the same for the perception terms, over tokens whose prompt has an image."""
+    advantages_R: Tensor
+    """[R] float32."""
+    rollout_logprobs_R: Tensor
+    """[R] float32, as the engine reported them."""
+    masked_pixel_values_PD: Tensor | None = None
+    """The masked view, same shape as pixel_values_PD."""
+    masked_logit_index_R: Tensor | None = None
+    """[R] int64, of a joint row: places whose hidden state predicts the same token under the masked image."""
+    old_logprobs_R: Tensor | None = None
+    ref_logprobs_R: Tensor | None = None
+    masked_logprobs_R: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.numel()
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What the language-model head says of the response tokens; fp32 nats, full on every tensor rank."""
+
+    policy_logprobs_R: Tensor
+    entropy_R: Tensor | None = None
+    """Entropy over the whole vocabulary, when asked for."""
+    masked_logprobs_R: Tensor | None = None
+    """Of a joint row."""
+    masked_entropy_R: Tensor | None = None
+    perception_kl_R: Tensor | None = None
+    """KL(policy || masked policy) over the whole vocabulary, of a joint row, when asked for."""
+
+
+Batch = tuple[MicroBatch, ...]
+"""The micro-batches of one optimizer step on one data-parallel rank."""
+
+Metrics = dict[str, tuple[float, float]]
+"""name -> (numerator, count): summed over micro-batches and ranks, divided once, at the end of the step."""
+
+__all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout"]
