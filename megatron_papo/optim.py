@@ -1,0 +1,115 @@
+"""The policy's optimizer: Megatron's data-parallel wrapper, its (distributed) Adam, learning rates per part, schedule.
+
+Gradients are sums, not means: every micro-batch's loss carries each token's share in the global mean
+(`MicroBatch.weights_R`), so they are summed over micro-batches and data-parallel ranks and never divided again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import get_model_config
+
+from megatron_papo.config import Config, OptimConfig
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Megatron's optimizer with its schedule; `step` clips, updates and moves the schedule on."""
+
+    megatron: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    def step(self) -> dict[str, float]:
+        """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`."""
+        succeeded, grad_norm, _ = self.megatron.step()
+        values = {
+            "grad_norm": float(grad_norm or 0.0),
+            "lr": float(self.megatron.param_groups[0]["lr"]),
+            "skipped": 0.0 if succeeded else 1.0,
+        }
+        self.schedule.step(increment=1)
+        return values
+
+
+def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParallel:
+    """This stage's model with gradient buffers in fp32 that are summed over the data-parallel ranks."""
+    transformer = get_model_config(model)
+    transformer.calculate_per_token_loss = True  # Megatron's switch for "sum, do not average"
+    transformer.finalize_model_grads_func = _finalize_summed_grads
+    return DistributedDataParallel(
+        transformer,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=True,
+        ),
+        model,
+    )
+
+
+def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
+    """Megatron's reduction over data-parallel, sequence-parallel and embedding ranks, without its division."""
+    del num_tokens
+    finalize_model_grads(model, None, **groups)
+
+
+def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates: int) -> Optimizer:
+    """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates."""
+    optim = config.optim
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.lr * optim.min_lr_fraction,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=getattr(torch, config.model.dtype),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    megatron = get_megatron_optimizer(settings, [policy], config_overrides=_overrides(optim))
+    schedule = OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(num_updates, optim.warmup_steps + 1),
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    if optim.warmup_steps:
+        schedule.step(increment=1)  # Megatron's warm-up begins at a rate of zero: the first update would do nothing
+    return Optimizer(megatron, schedule)
+
+
+def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
+    """No weight decay on biases and norms; the vision tower's and projector's own learning rates."""
+    no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
+    overrides: dict[ParamKey, dict[str, float]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
+    for rate, predicate in (
+        (optim.lr_projector, ParamWithNamePredicate("projector", lambda _, name: "vision.merger." in name)),
+        (
+            optim.lr_vision,
+            ParamWithNamePredicate("tower", lambda _, name: "vision." in name and "vision.merger." not in name),
+        ),
+    ):
+        if rate is not None:
+            rates = {"max_lr": rate, "min_lr": rate * optim.min_lr_fraction}
+            overrides[ParamKey(with_name_predicate=predicate)] = rates
+    return overrides
+

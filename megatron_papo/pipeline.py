@@ -1,0 +1,139 @@
+"""Runs micro-batches through the pipeline: the only callers of Megatron's forward-backward schedules.
+
+`score_logprobs` is forward only; `update_policy` accumulates gradients over the micro-batches of one optimizer step
+and takes the step. Both give every pipeline stage the same results. How many micro-batches a rank has may differ
+between data-parallel ranks, never within a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_papo.config import PerceptionConfig
+from megatron_papo.model.policy import HeadRequest
+from megatron_papo.optim import Optimizer
+from megatron_papo.packing import joint_row, masked_row
+from megatron_papo.parallel import broadcast_from_last_stage, layout, sum_metrics
+from megatron_papo.reference import ReferencePolicy
+from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
+
+MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
+
+
+def score_logprobs(
+    policy: DistributedDataParallel,
+    batches: Sequence[Batch],
+    head: HeadRequest,
+    *,
+    old: bool,
+    masked: bool,
+    reference: ReferencePolicy | None,
+) -> tuple[Batch, ...]:
+    """The batches with the log-probs that the loss compares against: of the policy as it is now on the image (`old`)
+    and on the masked image (`masked`), and of the reference. A frozen masked branch and updates off the policy that
+    generated need them; an on-policy joint update needs none."""
+    rows = [micro_batch for batch in batches for micro_batch in batch]
+    if old:
+        rows = _with(rows, "old_logprobs_R", score(policy, rows, head))
+    if masked:
+        rows = _with(rows, "masked_logprobs_R", score(policy, [masked_row(row) for row in rows], head))
+    if reference is not None:
+        with reference.swapped_into(policy.module):
+            rows = _with(rows, "ref_logprobs_R", score(policy, rows, head))
+    scored = iter(rows)
+    return tuple(tuple(next(scored) for _ in batch) for batch in batches)
+
+
+def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatch]:
+    return [replace(row, **{name: output.policy_logprobs_R}) for row, output in zip(rows, outputs, strict=True)]
+
+
+@torch.no_grad()
+def score(policy: DistributedDataParallel, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
+    """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`."""
+    if not rows:
+        return []
+    policy.eval()
+    found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
+    policy.train()
+    return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
+
+
+def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadRequest) -> HeadOutputs:
+    if layout().pipeline_size == 1:
+        assert outputs is not None
+        return outputs
+    asked = {"policy_logprobs_R": True, "entropy_R": head.full_entropy}
+    if row.masked_logit_index_R is not None:
+        asked |= {"masked_logprobs_R": True, "masked_entropy_R": head.full_entropy, "perception_kl_R": head.full_kl}
+    values: dict[str, Tensor | None] = {field.name: None for field in fields(HeadOutputs)}
+    for name, wanted in asked.items():
+        if wanted:
+            own = None if outputs is None else getattr(outputs, name)
+            values[name] = broadcast_from_last_stage(own, shape=tuple(row.target_ids_R.shape), dtype=torch.float32)
+    return HeadOutputs(**values)  # type: ignore[arg-type]
+
+
+def update_policy(
+    policy: DistributedDataParallel, optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss
+) -> Metrics:
+    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks."""
+    policy.zero_grad_buffer()
+    optimizer.megatron.zero_grad()
+    collected: list[Metrics] = _run_schedule(policy, batch, head, micro_loss)
+    values = optimizer.step()
+    total: Metrics = {}
+    for metrics in collected:
+        add_metrics(total, metrics)
+    total = sum_metrics(total)
+    return total | {f"optim/{name}": (value, 1.0) for name, value in values.items()}
+
+
+def add_metrics(total: Metrics, more: Metrics) -> None:
+    """Adds numerators and counts of `more` into `total`."""
+    for name, (numerator, count) in more.items():
+        so_far = total.get(name, (0.0, 0.0))
+        total[name] = (so_far[0] + float(numerator), so_far[1] + float(count))
+
+
+def joint_batch(batch: Batch, perception: PerceptionConfig) -> Batch:
+    """Rows that hold both views when the masked branch takes part in the gradient; the rows as they are otherwise."""
+    return tuple(joint_row(row) for row in batch) if perception.masked_branch == "joint" else batch
+
+
+def _run_schedule(
+    policy: DistributedDataParallel, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
+) -> list[Any]:
+    """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),
+        data_iterator=iter(rows),
+        model=[policy],
+        num_microbatches=len(rows),
+        seq_length=1,  # ignored: lengths differ between rows (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=micro_loss is None,
+    )
+
+
+def _forward_step(
+    rows: Iterator[MicroBatch], model: DistributedDataParallel, *, head: HeadRequest, micro_loss: MicroLoss | None
+) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]:
+    row = next(rows)
+    return model(row, head), partial(_finish, row=row, micro_loss=micro_loss)
+
+
+def _finish(outputs: HeadOutputs, *, row: MicroBatch, micro_loss: MicroLoss | None) -> tuple[Tensor, Tensor, Any]:
+    no_tokens = torch.zeros((), dtype=torch.int, device=outputs.policy_logprobs_R.device)
+    if micro_loss is None:
+        return outputs.policy_logprobs_R.sum(), no_tokens, outputs
+    loss, metrics = micro_loss(outputs, row)
+    return loss, no_tokens, metrics
