@@ -112,4 +112,3 @@ def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
             rates = {"max_lr": rate, "min_lr": rate * optim.min_lr_fraction}
             overrides[ParamKey(with_name_predicate=predicate)] = rates
     return overrides
-

@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_papo.accelerator import device
 from megatron_papo.config import PerceptionConfig
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer
@@ -127,7 +128,7 @@ def _run_schedule(
 def _forward_step(
     rows: Iterator[MicroBatch], model: DistributedDataParallel, *, head: HeadRequest, micro_loss: MicroLoss | None
 ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]:
-    row = next(rows)
+    row = next(rows).to(device())
     return model(row, head), partial(_finish, row=row, micro_loss=micro_loss)
 
 

@@ -7,8 +7,9 @@ stage that adds something returns a copy (`dataclasses.replace`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
+import torch
 from torch import Tensor
 
 
@@ -110,6 +111,11 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_ids_T.numel()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same row with its tensors on `device`."""
+        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
