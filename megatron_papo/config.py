@@ -59,7 +59,7 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel blocks are split over the tensor ranks."""
     pipeline_layers: list[Count] | None = None
-    """Language-model layers of each pipeline stage, when uneven; by default as even as possible, first stages smaller."""
+    """Language-model layers of each pipeline stage; by default as even as possible, first stages smaller."""
     distributed_optimizer: bool = False
     timeout_s: Positive = 1800.0
     """A collective that takes longer fails."""
@@ -70,7 +70,8 @@ class ParallelConfig(Section):
             raise ValueError("parallel.sequence needs parallel.tensor > 1")
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:
             raise ValueError(
-                f"parallel.pipeline_layers names {len(self.pipeline_layers)} stages, parallel.pipeline is {self.pipeline}"
+                f"parallel.pipeline_layers names {len(self.pipeline_layers)} stages, "
+                f"parallel.pipeline is {self.pipeline}"
             )
         return self
 
