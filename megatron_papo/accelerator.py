@@ -1,1 +1,106 @@
-"""placeholder"""
+"""CUDA or CPU: device, communication backend, random numbers; and what Megatron-Core needs without a GPU.
+
+The only file that adapts Megatron-Core to a machine without a GPU. Where CUDA is available nothing is adapted.
+On the CPU every request for a CUDA tensor is read as one for a CPU tensor, for the life of the process: Megatron-Core
+0.19 asks for `torch.cuda.current_device()` throughout, and offers no other hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_adapted: list[TorchFunctionMode] = []
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
+
+
+def backend() -> str:
+    """What torch.distributed communicates with."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def seed_all(seed: int) -> None:
+    """Seeds python, numpy, torch and, once the parallel groups exist, Megatron's tensor-parallel streams."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.model_parallel_is_initialized():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def adapt_megatron() -> None:
+    """Lets Megatron-Core run on the CPU; does nothing where a GPU is, nor when it was called before."""
+    if has_gpu() or _adapted:
+        return
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = _nothing
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state, torch.cuda.set_rng_state = get_state, set_state
+    torch.cuda.current_stream = torch.cuda.Stream = _NullStream
+    torch.cuda.stream = _no_stream
+    megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_state, set_state
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _adapted.append(mode)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _no_stream(*_: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+class _NullStream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = _nothing
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads every request for a CUDA tensor as one for a CPU tensor."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # the optimizer and gradient clipping compare this string with "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.")
+        if kwargs and _means_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device):
+            args = (args[0], _CPU, *args[2:]) if _means_cuda(args[1]) else args
+        return func(*args, **(kwargs or {}))
+
+
+def _means_cuda(place: Any) -> bool:
+    return place is not None and (isinstance(place, int) or torch.device(place).type == "cuda")

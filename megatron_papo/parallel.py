@@ -1,0 +1,180 @@
+"""Process groups from the settings, and the few exchanges that stages of a step need between ranks.
+
+Ranks are laid out by Megatron-Core's `parallel_state`: tensor fastest, then data, then pipeline. The exchanges are
+for values (metrics, log-probs); gradients and activations travel inside Megatron-Core. On a machine without a GPU
+call `accelerator.adapt_megatron` first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import socket
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_papo.config import ParallelConfig
+from megatron_papo.types import Metrics
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands, and the groups it belongs to."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    """All ranks that together hold one copy of the model: tensor x pipeline."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+_layout: Layout | None = None
+
+
+def initialize(parallel: ParallelConfig) -> Layout:
+    """Starts torch.distributed (from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and Megatron's groups.
+
+    A process that was started alone, without these, becomes rank 0 of 1. A process group that exists already is
+    used. Raises ValueError when the world does not divide by tensor x pipeline.
+    """
+    global _layout
+    if not dist.is_initialized():
+        _start_process_group(parallel.timeout_s)
+    world_size, model_size = dist.get_world_size(), parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise ValueError(
+            f"{world_size} ranks do not divide by parallel.tensor {parallel.tensor} "
+            f"x parallel.pipeline {parallel.pipeline}"
+        )
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=math.ceil(parallel.timeout_s / 60),
+    )
+    _layout = Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=world_size // model_size,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+    return _layout
+
+
+def layout() -> Layout:
+    """The layout that `initialize` made."""
+    assert _layout is not None, "initialize() comes first"
+    return _layout
+
+
+def shutdown() -> None:
+    """Ends the process groups; harmless when there are none."""
+    global _layout
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    _layout = None
+
+
+def broadcast_from_last_stage(tensor: Tensor | None) -> Tensor:
+    """The last pipeline stage's tensor, on every stage of the pipeline; other stages may pass None.
+
+    The other stages need not know shape or dtype. No gradient flows.
+    """
+    here = layout()
+    if here.pipeline_size == 1:
+        assert tensor is not None
+        return tensor.detach()
+    source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)
+    described: list[Any] = [None]
+    if here.is_last_stage:
+        assert tensor is not None, "the last stage has the tensor"
+        tensor = tensor.detach().contiguous()
+        described = [(tuple(tensor.shape), tensor.dtype)]
+    dist.broadcast_object_list(described, src=source, group=here.pipeline_group)
+    if not here.is_last_stage:
+        shape, dtype = described[0]
+        tensor = torch.empty(shape, dtype=dtype, device=_device())
+    assert tensor is not None
+    dist.broadcast(tensor, src=source, group=here.pipeline_group)
+    return tensor
+
+
+def gather_objects(obj: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's `obj`, by rank of the group, on every rank of the group; anything that pickles."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
+
+
+def sum_metrics(metrics: Metrics) -> Metrics:
+    """Numerators and counts summed over the data-parallel ranks, as the last pipeline stage has them.
+
+    Every rank of the world gets the same result, whatever it passed itself; a name may be missing on some ranks.
+    """
+    here = layout()
+    totals: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for part in gather_objects(metrics, here.data_group):
+        for name, (numerator, count) in part.items():
+            totals[name] = (totals[name][0] + float(numerator), totals[name][1] + float(count))
+    summed: list[Any] = [dict(sorted(totals.items()))]
+    if here.pipeline_size > 1:
+        source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)
+        dist.broadcast_object_list(summed, src=source, group=here.pipeline_group)
+    return summed[0]
+
+
+def _start_process_group(timeout_s: float) -> None:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1, timeout=timeout
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return holder.getsockname()[1]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
