@@ -1,0 +1,264 @@
+"""Starts the ranks of a verb on this machine, or takes its place among those that torchrun or srun started.
+
+Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
+than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
+its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
+the last thing printed. Leaves out several machines: that is what torchrun and srun are for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_papo.observe.failures import Failure, describe, read_failures, the_cause, write_failure
+from megatron_papo.observe.watchdog import STALL_EXIT, dump_stacks_on_sigterm
+
+_VICTIM_WAIT_S = 5.0
+"""A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
+_SETTLE_S = 1.5
+"""After the first failure, how long other ranks have to leave their notes."""
+_STOP_S = 3.0
+"""From SIGTERM to SIGKILL."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rank calls: `target` is `module:function`."""
+
+    target: str
+    args: tuple[Any, ...]
+    run_dir: Path
+
+    def call(self) -> None:
+        module, _, function = self.target.partition(":")
+        getattr(importlib.import_module(module), function)(*self.args)
+
+
+def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """The variables of torch.distributed when torchrun or srun started this process among others, else None."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return {}
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
+    # a batch script itself has SLURM_PROCID=0 and SLURM_NTASKS, but belongs to no step
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or tasks == 1:
+        return None
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
+    found = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": first_host(nodes),
+        # the same on every rank, and another one for every job on a shared machine
+        "MASTER_PORT": str(20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 20_000),
+    }
+    return {name: environ.get(name, value) for name, value in found.items()}
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of Slurm's compressed list: `h[03-05,9],k1` gives `h03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise ValueError(f"SLURM_JOB_NODELIST={nodelist!r} names no host")
+    return "".join(part or "" for part in match.groups())
+
+
+def launch(work: Work, num_ranks: int) -> int:
+    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
+    work.run_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    outer = outer_rank(os.environ)
+    if outer is not None:
+        os.environ.update(outer)
+        return _call_here(work, int(os.environ["RANK"]))
+    return _launch_local(work, num_ranks)
+
+
+def _call_here(work: Work, rank: int) -> int:
+    dump_stacks_on_sigterm(work.run_dir, rank)
+    try:
+        work.call()
+    except Exception as error:
+        failure = describe(rank, error)
+        if failure.kind == "distributed":
+            time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
+        _report(failure)
+        os._exit(_exit_code(failure))  # without the clean-up of process groups, which may hang on dead peers
+    return 0
+
+
+def _launch_local(work: Work, num_ranks: int) -> int:
+    module = importlib.import_module(work.target.partition(":")[0])  # once, for all forked ranks
+    assert module is not None
+    context = multiprocessing.get_context("spawn" if _has_gpu() else "fork")
+    with tempfile.TemporaryDirectory(prefix="papo_") as folder, _stop_on_sigterm():
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
+        ranks = [
+            context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), Path(folder)))  # type: ignore[attr-defined]
+            for rank in range(num_ranks)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            return _watch(ranks, work, Path(folder))
+        except KeyboardInterrupt:
+            print("papo: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        finally:
+            _stop(ranks)
+            _tidy_stacks(work.run_dir)
+
+
+def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, folder: Path) -> None:
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.environ.update(addresses, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=addresses["WORLD_SIZE"])
+    dump_stacks_on_sigterm(work.run_dir, rank)
+    try:
+        work.call()
+    except Exception as error:
+        failure = describe(rank, error)
+        write_failure(folder, failure)
+        sys.stdout.flush()
+        if failure.kind == "distributed":
+            time.sleep(_VICTIM_WAIT_S)
+        os._exit(_exit_code(failure))
+
+
+def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
+    """Waits until every rank has ended well, or one has not; then says which and why."""
+    running = list(ranks)
+    while running:
+        wait([process.sentinel for process in running])
+        if any(process.exitcode for process in running):
+            failure = _explain(ranks, work, folder)
+            stalled = failure.kind == "stalled"
+            _stop(ranks)
+            if stalled:
+                _print_stacks(ranks, work.run_dir)
+            _report(failure)
+            return _exit_code(failure)
+        running = [process for process in running if process.exitcode is None]
+    return 0
+
+
+def _explain(ranks: list[BaseProcess], work: Work, folder: Path) -> Failure:
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline and any(process.exitcode is None for process in ranks):
+        wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
+    notes = read_failures(folder)
+    for rank, process in enumerate(ranks):
+        if process.exitcode and rank not in notes:
+            notes[rank] = _without_note(rank, process.exitcode, work.run_dir)
+    return the_cause(list(notes.values()))
+
+
+def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
+    """What is known of a rank that ended without leaving a note."""
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return Failure(rank, time.time(), "killed", "killed", f"by signal {name}{hint}")
+    stacks = run_dir / "stacks" / f"rank_{rank}.txt"
+    first_line = stacks.read_text().partition("\n")[0] if stacks.exists() else ""
+    if first_line:
+        return Failure(rank, stacks.stat().st_mtime, "stalled", "stalled", first_line)
+    return Failure(rank, time.time(), "silent", "ended", f"with exit code {exitcode}")
+
+
+def _stop(ranks: list[BaseProcess]) -> None:
+    """Ends every rank that still runs, and whatever any rank had started: SIGTERM first, for the stacks."""
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
+        _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_S
+    for process in alive:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in ranks:
+        _signal_group(process, signal.SIGKILL)
+        if process.pid is not None:
+            process.join()
+
+
+def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
+    if process.pid is None:
+        return
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:  # the group is empty, or the rank has not yet made it
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
+def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
+    """The stacks of ranks that the launcher ended; those that ended themselves have printed theirs."""
+    for rank, process in enumerate(ranks):
+        path = run_dir / "stacks" / f"rank_{rank}.txt"
+        if process.exitcode != STALL_EXIT and path.exists():
+            print(f"papo: rank {rank}: {path.read_text()}", file=sys.stderr)
+
+
+def _tidy_stacks(run_dir: Path) -> None:
+    folder = run_dir / "stacks"
+    for path in folder.glob("rank_*.txt"):
+        if path.stat().st_size == 0:
+            path.unlink()
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _report(failure: Failure) -> None:
+    if failure.kind == "config":
+        for line in failure.message.splitlines():
+            print(f"papo: error: {line}", file=sys.stderr)
+    else:
+        print(failure.traceback + failure.reason(), file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _exit_code(failure: Failure) -> int:
+    return 2 if failure.kind == "config" else 1
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return holder.getsockname()[1]
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM to this process end the ranks first; the exit code is the usual 143."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,80 @@
+"""Why a rank ended: each failing rank leaves a note, and the run reports the note that explains the others.
+
+A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
+theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
+one who caused the trouble has always written first. Leaves out what the operating system knows (signals, exit codes):
+that is for the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["error", "config", "killed", "stalled", "distributed", "silent"]
+
+_ORDER: tuple[tuple[Kind, ...], ...] = (("config", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",))
+"""What explains a run, best first; within one row the earliest."""
+
+_PEER_TYPES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
+_PEER_WORDS = ("closed by peer", "reset by peer", "gloo/transport", "nccl error", "nccl communicator", "broken pipe")
+_PEER_TIMEOUTS = ("timed out waiting", "watchdog caught collective", "connection timed out", "wait timeout")
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    time: float
+    kind: Kind
+    name: str
+    """Class of the exception, or what stands in its place."""
+    message: str
+    traceback: str = ""
+
+    def reason(self) -> str:
+        """The line that the run ends with."""
+        return f"papo: rank {self.rank} failed: {self.name}: {self.message}"
+
+
+def is_peers_fault(error: BaseException) -> bool:
+    """True for what torch.distributed raises when another rank is gone or does not answer."""
+    text = str(error).lower()
+    named = any(base.__name__ in _PEER_TYPES for base in type(error).__mro__)
+    return named or any(words in text for words in _PEER_WORDS + _PEER_TIMEOUTS)
+
+
+def describe(rank: int, error: BaseException) -> Failure:
+    kind: Kind = "error"
+    if any(base.__name__ == "ConfigError" for base in type(error).__mro__):
+        kind = "config"
+    elif is_peers_fault(error):
+        kind = "distributed"
+    text = "".join(traceback.format_exception(error))
+    return Failure(rank, time.time(), kind, type(error).__name__, str(error), text)
+
+
+def write_failure(folder: Path, failure: Failure) -> None:
+    """Leaves the note as one file; complete or absent, never half."""
+    draft = folder / f"rank_{failure.rank}.tmp"
+    draft.write_text(json.dumps(asdict(failure)))
+    draft.rename(folder / f"rank_{failure.rank}.json")
+
+
+def read_failures(folder: Path) -> dict[int, Failure]:
+    """The notes found in `folder`, by rank."""
+    notes = [Failure(**json.loads(path.read_text())) for path in sorted(folder.glob("rank_*.json"))]
+    return {note.rank: note for note in notes}
+
+
+def the_cause(failures: list[Failure]) -> Failure:
+    """The failure that explains the others."""
+    assert failures, "a run that failed has a failure"
+    for kinds in _ORDER:
+        found = [failure for failure in failures if failure.kind in kinds]
+        if found:
+            return min(found, key=lambda failure: failure.time)
+    raise AssertionError("every kind stands in _ORDER")

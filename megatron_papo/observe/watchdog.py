@@ -1,0 +1,147 @@
+"""Times every stage of a step, shows its progress, and ends a run that stalls, with every rank's Python stack.
+
+A stage that takes longer than the limit writes the stacks of all threads to stderr and to RUN/stacks/rank_N.txt and
+ends the process; the launcher then ends the other ranks, whose SIGTERM writes their stacks to their own files. The
+limit is for a whole stage, whatever its progress. Leaves out stalls outside any stage: those run into the timeout of
+the collective (`parallel.timeout_s`).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+STALL_EXIT = 124
+"""Exit code of a rank that the watchdog ended."""
+
+_PLAIN_EVERY_S = 10.0
+"""Where the output is no terminal, a long stage prints a line this often."""
+_BACKUP_S = 10.0
+"""The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in this much later."""
+
+_stack_files: dict[Path, TextIO] = {}
+
+
+def stack_file(run_dir: Path, rank: int) -> TextIO:
+    """RUN/stacks/rank_N.txt, emptied when this process first asks for it, and kept open."""
+    path = run_dir / "stacks" / f"rank_{rank}.txt"
+    if path not in _stack_files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _stack_files[path] = path.open("w")
+    return _stack_files[path]
+
+
+def dump_stacks_on_sigterm(run_dir: Path, rank: int) -> None:
+    """From now on SIGTERM writes this process's stacks to its stack file, then ends it.
+
+    Done in C: works also while the interpreter waits inside a collective.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGTERM, file=stack_file(run_dir, rank), all_threads=True, chain=True)
+
+
+class StageProgress:
+    """Handed out by `StageClock.stage`: how much of the stage is done."""
+
+    def __init__(self, clock: StageClock, name: str, total: int | None):
+        self._clock, self._name, self._total = clock, name, total
+        self._done, self._start = 0, time.monotonic()
+        self._next_line = self._start + _PLAIN_EVERY_S
+        self._task = clock._bar.add_task(name, total=total) if clock._bar else None
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.advance(self._task, count)
+        elif self._clock._plain and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _PLAIN_EVERY_S
+            of = f"/{self._total}" if self._total else ""
+            print(f"  {self._name} {self._done}{of} ({time.monotonic() - self._start:.0f} s)", flush=True)
+
+    def _finish(self) -> float:
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.remove_task(self._task)
+        return time.monotonic() - self._start
+
+
+class StageClock:
+    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest."""
+
+    def __init__(self, stall_limit_s: float, run_dir: Path, rank: int, console: bool = True):
+        """`console`: show progress; only rank 0 ever does."""
+        self._limit, self._run_dir, self._rank = stall_limit_s, Path(run_dir), rank
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        shown = console and rank == 0
+        screen = Console()
+        self._plain = shown and not screen.is_terminal
+        self._bar = _progress_bar(screen) if shown and screen.is_terminal else None
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[StageProgress]:
+        """Times the block under `name`, shows it, and ends the process when it takes longer than the limit."""
+        timer = threading.Timer(self._limit, self._stalled, args=(name,))
+        timer.daemon = True
+        timer.start()
+        self._enter(name)
+        progress = StageProgress(self, name, total)
+        try:
+            yield progress
+        finally:
+            timer.cancel()
+            self._seconds[name] += progress._finish()
+            self._leave()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each stage since the last call, as `time/<stage>`."""
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+    def _enter(self, name: str) -> None:
+        if not self._open:
+            file = stack_file(self._run_dir, self._rank)
+            faulthandler.dump_traceback_later(self._limit + _BACKUP_S, file=file, exit=True)
+            if self._bar:
+                self._bar.start()
+        self._open.append(name)
+
+    def _leave(self) -> None:
+        self._open.pop()
+        if not self._open:
+            faulthandler.cancel_dump_traceback_later()
+            if self._bar:
+                self._bar.stop()
+
+    def _stalled(self, name: str) -> None:
+        file = stack_file(self._run_dir, self._rank)
+        print(f"stage {name} took longer than run.stall_limit_s={self._limit:g}", file=file, flush=True)
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        text = Path(file.name).read_text()
+        # one write, so that the ranks' stacks do not mix on a shared terminal
+        os.write(sys.__stderr__.fileno(), f"papo: rank {self._rank}: {text}\n".encode())  # type: ignore[union-attr]
+        os._exit(STALL_EXIT)
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
