@@ -1,0 +1,135 @@
+"""Index ranges between Hugging Face tensors and the shards that tensor ranks hold; names.py is the table of them.
+
+Between the two lies the *whole* parameter: as one tensor rank would hold it, without padding.
+
+    Hugging Face tensors  --runs of rows-->  whole parameter  --pieces of the axis-->  a rank's shard
+
+Both arrows are index ranges, so each direction is the same copy with source and target exchanged. Padding that depends
+on the rank count (vocabulary, FFN width) is zero, at the end of each part, and never leaves the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Index = tuple[slice, ...]
+Read = Callable[[str, Index], Tensor]
+"""(Hugging Face name, ranges along the leading axes) -> that part of the tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `start : start + length` of one source; the runs of an entry, one after the other, are its rows."""
+
+    source: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter (layers counted over the whole model) and the Hugging Face tensors it is made of."""
+
+    name: str
+    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    axis: int | None = None
+    """The axis split over the tensor ranks; None: every rank holds the whole."""
+    parts: int = 1
+    """Equal parts of the axis, each split on its own: 2 for gate and up, of which a rank holds a shard each."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`shard[local : local + length]` is `whole[start : start + length]`, along the entry's axis."""
+
+    local: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part `source_index` of one source is the part `shard_index` of a shard."""
+
+    source: int
+    source_index: Index
+    shard_index: Index
+
+
+def pieces(entry: Entry, shard_shape: Sequence[int], rank: int) -> list[Piece]:
+    """Where tensor rank `rank`'s shard lies in the whole parameter, along the entry's axis (axis 0 of a replicated
+    one). What no piece covers is padding."""
+    if entry.axis is None:
+        return [Piece(0, 0, entry.shape[0])]
+    each, whole = shard_shape[entry.axis] // entry.parts, entry.shape[entry.axis] // entry.parts
+    start, stop = min(rank * each, whole), min((rank + 1) * each, whole)
+    return [Piece(part * each, part * whole + start, stop - start) for part in range(entry.parts) if stop > start]
+
+
+def blocks(entry: Entry, shard_shape: Sequence[int], rank: int) -> Iterator[Block]:
+    """Which part of which source is which part of rank `rank`'s shard."""
+    held = pieces(entry, shard_shape, rank)
+    if entry.axis == 1:
+        rows = [Piece(0, 0, entry.shape[0])]
+        columns: list[tuple[Index, Index]] = [((_span(p.start, p.length),), (_span(p.local, p.length),)) for p in held]
+    else:
+        rows, columns = held, [((), ())]
+    for span in rows:
+        row = 0  # where the run begins in the whole parameter
+        for run in entry.runs:
+            start, stop = max(span.start, row), min(span.start + span.length, row + run.length)
+            for in_source, in_shard in columns if stop > start else ():
+                yield Block(
+                    run.source,
+                    (_span(run.start + start - row, stop - start), *in_source),
+                    (_span(span.local + start - span.start, stop - start), *in_shard),
+                )
+            row += run.length
+
+
+def _span(start: int, length: int) -> slice:
+    return slice(start, start + length)
+
+
+@torch.no_grad()
+def fill_shard(entry: Entry, shard: Tensor, rank: int, read: Read) -> None:
+    """Writes rank `rank`'s shard from the Hugging Face tensors, reading only what it holds; padding becomes zero.
+
+    Values are cast to the shard's dtype.
+    """
+    shard.zero_()
+    for block in blocks(entry, shard.shape, rank):
+        part = read(entry.sources[block.source].name, block.source_index)
+        target = shard[block.shard_index]
+        target.copy_(part.reshape(target.shape))
+
+
+def assemble(entry: Entry, shards: Sequence[Tensor]) -> list[Tensor]:
+    """The full Hugging Face tensors, in the order of `entry.sources`, from the shards of all tensor ranks.
+
+    A replicated parameter needs one shard.
+    """
+    sources = [shards[0].new_empty(flat_shape(source.shape)) for source in entry.sources]
+    for rank, shard in enumerate(shards[:1] if entry.axis is None else shards):
+        for block in blocks(entry, shard.shape, rank):
+            sources[block.source][block.source_index] = shard[block.shard_index]
+    return [tensor.reshape(source.shape) for tensor, source in zip(sources, entry.sources)]
+
+
+def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The patch embedding is a convolution in the files and a matrix here: its rows flattened."""
+    return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
