@@ -102,6 +102,12 @@ class DataConfig(Section):
     on_bad_row: Literal["skip", "stop"] = "stop"
     shuffle: bool = True
 
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}")
+        return self
+
 
 class MaskConfig(Section):
     """Which perturbation makes the masked image."""
@@ -112,6 +118,12 @@ class MaskConfig(Section):
     """Edge of a cell in pixels."""
     align: Literal["raw", "patches"] = "raw"
     """`raw`: cells on the image as loaded (the paper); `patches`: on the resized image, a cell a merged patch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskConfig:
+        if self.align == "patches" and self.kind != "cells":
+            raise ValueError(f"perception.mask.align=patches works with kind=cells, not {self.kind}")
+        return self
 
 
 class GuardConfig(Section):

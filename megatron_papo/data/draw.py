@@ -1,0 +1,63 @@
+"""The first stage of a step: the next prompts of the order, each rank its own share, bad rows replaced or fatal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
+from megatron_papo.data.order import DataCursor, positions_for_step
+from megatron_papo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one call of `draw_prompts` gave this rank."""
+
+    updates: tuple[tuple[Prompt, ...], ...]
+    """Prompts by optimizer update."""
+    positions: tuple[tuple[int, ...], ...]
+    """Place of each prompt in the global order; the same shape."""
+    cursor: DataCursor
+    """Where the next draw begins, equal on all ranks."""
+
+
+def draw_prompts(
+    dataset: PromptDataset,
+    cursor: DataCursor,
+    *,
+    num_prompts: int,
+    updates_per_step: int,
+    data_rank: int,
+    data_size: int,
+    bad_rows: BadRows,
+) -> Draw:
+    """The next `num_prompts` prompts over all ranks, this rank's share of them.
+
+    A further round of dynamic sampling is a further call with the cursor of the last. Raises BadRow when
+    `bad_rows.action` is `stop`, and ValueError when no good row is left.
+    """
+    positions = positions_for_step(cursor, num_prompts, updates_per_step, data_rank, data_size)
+    updates = tuple(tuple(_fill(dataset, cursor, position, bad_rows) for position in chunk) for chunk in positions)
+    return Draw(updates, positions, cursor.advance(num_prompts))
+
+
+def prompts_of(dataset: PromptDataset, rows: Iterable[int], bad_rows: BadRows) -> Iterator[Prompt]:
+    """The prompts of given rows in order, bad ones left out: evaluation and scoring replace nothing."""
+    for row in rows:
+        try:
+            yield dataset.prompt(row)
+        except BadRow as bad:
+            bad_rows.add(bad)
+
+
+def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows) -> Prompt:
+    for attempt in range(cursor.num_rows):
+        row = cursor.row(position, attempt)
+        if row in bad_rows.found:
+            continue
+        try:
+            return dataset.prompt(row)
+        except BadRow as bad:
+            bad_rows.add(bad)
+    raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.counts}")

@@ -1,0 +1,173 @@
+"""The one canonical call that turns a question and its pictures into what the model reads.
+
+Wraps the model folder's own processor (tokenizer, image processor, chat template). Every place that needs token ids
+or pixels of a prompt comes through here, so that trainer, engine and scorer cannot read a prompt differently. The
+chat template is always given plain strings with the vision placeholder written in: templates that know only text work
+too, and for Qwen's own template the result is that of structured content. Video is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from megatron_papo.config import DataConfig
+from megatron_papo.types import ModelInputs
+
+PLACEHOLDER = "<image>"
+"""Stands in a problem's text where a picture belongs."""
+VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
+_MAX_ASPECT = 200
+"""Longer edge over shorter edge; the image processor refuses more."""
+
+
+class ImageTooExtreme(ValueError):
+    """An aspect ratio that the image processor cannot resize."""
+
+
+def load_processor(folder: Path, data: DataConfig) -> Processor:
+    """The processor of a Hugging Face model folder, with the pixel bounds, instruction and system turn of `data`.
+
+    Raises ValueError naming the folder and what it lacks.
+    """
+    from transformers import AutoProcessor  # slow to import
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"model.path: {folder} is no folder")
+    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ValueError(f"model.path: {folder} has neither preprocessor_config.json nor processor_config.json")
+    try:
+        hf_processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.path: cannot load the processor of {folder}: {error}") from error
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(hf_processor, part):
+            raise ValueError(f"model.path: the processor of {folder} has no {part.replace('_', ' ')}")
+    return Processor(hf_processor, folder, data)
+
+
+class Processor:
+    """Encodes prompts, pictures and responses; decodes responses. Built by `load_processor`."""
+
+    def __init__(self, hf_processor: Any, folder: Path, data: DataConfig) -> None:
+        self.tokenizer = hf_processor.tokenizer
+        self.image_processor = hf_processor.image_processor
+        self.image_processor.size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+        self.folder = folder
+        self.instruction = data.instruction
+        self.system = data.system
+        self._hf = hf_processor
+        self._template = hf_processor.chat_template or self.tokenizer.chat_template
+        if not self._template:
+            raise ValueError(f"model.path: {folder} has no chat template")
+        vocabulary = self.tokenizer.get_vocab()
+        missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"model.path: the tokenizer of {folder} lacks {', '.join(missing)}")
+        for key, text in (("data.instruction", data.instruction), ("data.system", data.system or "")):
+            if self.vision_token_in(text):
+                raise ValueError(f"{key}: contains the vision token {self.vision_token_in(text)}")
+        self.image_token_id: int = vocabulary[IMAGE_PAD]
+        self.vision_token_ids: tuple[int, ...] = tuple(
+            vocabulary[token] for token in (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token in vocabulary
+        )
+
+    def encode(self, problem: str, images: Sequence[Image.Image]) -> ModelInputs:
+        """The user's turn, ready for an answer: `problem` holds one `<image>` a picture, in order.
+
+        Raises ValueError when the counts differ or the text holds vision tokens of its own, ImageTooExtreme.
+        """
+        if problem.count(PLACEHOLDER) != len(images):
+            raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {len(images)} images")
+        if token := self.vision_token_in(problem):
+            raise ValueError(f"the text contains the vision token {token}")
+        for image in images:
+            _check_aspect(image)
+        batch = self._hf(
+            text=[self.render(problem)], images=list(images) or None, return_tensors="pt", add_special_tokens=False
+        )
+        token_ids_S = batch["input_ids"][0]
+        if not images:
+            return ModelInputs(token_ids_S, None, None)
+        inputs = ModelInputs(token_ids_S, batch["pixel_values"].float(), batch["image_grid_thw"])
+        num_image_tokens = int(inputs.grid_thw_I3.prod(dim=1).sum()) // self.merge_size**2
+        assert int((token_ids_S == self.image_token_id).sum()) == num_image_tokens, "image tokens do not fit the grid"
+        return inputs
+
+    def render(self, problem: str) -> str:
+        """The prompt as text, one image token a picture, up to where the assistant's turn begins."""
+        question = f"{problem.strip()} {self.instruction}" if self.instruction else problem
+        question = question.replace(PLACEHOLDER, VISION_START + IMAGE_PAD + VISION_END)
+        turns = [{"role": "user", "content": question}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        return self._apply_template(turns, add_generation_prompt=True)
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """([P, D] float32, [I, 3] int64) of pictures alone: the masked view goes the same way as the original."""
+        batch = self.image_processor(images=list(images), return_tensors="pt")
+        return batch["pixel_values"].float(), batch["image_grid_thw"]
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Token ids of an assistant's turn, closed by the end-of-turn token."""
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_of_turn_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The token that the chat template writes after an assistant's turn; else the tokenizer's end of sequence."""
+        marker = "7"
+        turns = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
+        after = self._apply_template(turns, add_generation_prompt=False).rpartition(marker)[2]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        for token_id in self.tokenizer(after, add_special_tokens=False)["input_ids"]:
+            if token_id in special:
+                return token_id
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"model.path: the tokenizer of {self.folder} has no end-of-turn token")
+        return self.tokenizer.eos_token_id
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, the end of turn first: template, tokenizer and generation_config.json agree."""
+        found = [self.end_of_turn_id, self.tokenizer.eos_token_id]
+        generation = self.folder / "generation_config.json"
+        if generation.exists():
+            listed = json.loads(generation.read_text()).get("eos_token_id")
+            found += listed if isinstance(listed, list) else [listed]
+        return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+    @property
+    def merge_size(self) -> int:
+        """Patches of a merged patch, along an edge."""
+        return self.image_processor.merge_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a patch, along an edge."""
+        return self.image_processor.patch_size
+
+    @staticmethod
+    def vision_token_in(text: str) -> str | None:
+        """The first vision token written in plain text, which would be read as a picture."""
+        return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
+
+    def _apply_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+
+def _check_aspect(image: Image.Image) -> None:
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise ImageTooExtreme(f"{image.width} x {image.height} pixels, aspect ratio beyond {_MAX_ASPECT}")

@@ -1,0 +1,87 @@
+"""Opens what `data.train` or `data.eval` names, with the `datasets` library, pictures left undecoded.
+
+A file (parquet, JSON lines, CSV, Arrow), a pattern of files, a folder saved by `datasets`, a folder of pictures with a
+metadata file, any other folder that `datasets` recognises, or a name on the hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BUILDERS = {
+    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow",
+}  # fmt: skip
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Source:
+    rows: Dataset
+    folder: Path | None
+    """Where relative paths of pictures start; None for a dataset of the hub."""
+
+
+def open_source(name: str, split: str, key: str) -> Source:
+    """Opens `name`; `key` is the setting it came from, for messages. Raises ValueError."""
+    try:
+        rows, folder = _open(name, split)
+    except Exception as error:  # the library raises a different type for each builder
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{key}: cannot read {name} (split {split}): {reason[0]}") from error
+    if not len(rows):
+        raise ValueError(f"{key}: {name} (split {split}) has no rows")
+    return Source(_undecoded(rows), folder)
+
+
+def _open(name: str, split: str) -> tuple[Dataset, Path | None]:
+    import datasets  # slow to import
+
+    path = Path(name)
+    if path.is_file() or any(letter in name for letter in "*?"):
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"unknown kind of file, know {', '.join(_BUILDERS)}")
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files={split: name}, split=split), path.parent
+    if not path.is_dir():
+        if path.suffix in _BUILDERS or path.is_absolute():
+            raise FileNotFoundError("no such file or folder")
+        return datasets.load_dataset(name, split=split), None
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(name)
+        if isinstance(saved, dict):
+            if split not in saved:
+                raise ValueError(f"no split {split}, has {', '.join(saved)}")
+            saved = saved[split]
+        return saved, path
+    if _is_picture_folder(path):
+        return datasets.load_dataset("imagefolder", data_dir=name, split=split), path
+    return datasets.load_dataset(name, split=split), path
+
+
+def _is_picture_folder(folder: Path) -> bool:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    named = any(file.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet") for file in files)
+    return named or (bool(files) and all(file.suffix.lower() in _PICTURES for file in files))
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    for column, feature in rows.features.items():
+        plain = _without_decoding(feature)
+        if plain is not None:
+            rows = rows.cast_column(column, plain)
+    return rows
+
+
+def _without_decoding(feature: Any) -> Any:
+    """The same feature with its pictures left as bytes and path; None where it holds none."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)) and isinstance(feature.feature, Image):
+        return type(feature)(Image(decode=False))
+    return None
