@@ -1,0 +1,212 @@
+"""The PAPO objective per response token, in nats and fp32, and the guard against its collapse. Pure torch.
+
+Every term is a weighted sum: `weights_R` and `perception_weights_R` already hold each token's share in the global
+mean, so micro-batches and data-parallel ranks add up and no layout changes the gradient.
+Departs from the paper: by default no gradient flows through the masked branch, as in the paper's reference code
+(`perception.masked_branch: joint` is the paper's formula), and the ratio within k3 is pi_masked / pi, the unbiased
+form. Departs from that code: never a mean of micro-batch means. Leaves out importance weights between the engine's
+log-probs and the trainer's.
+Source: Perception-Aware Policy Optimization, arXiv 2507.06448; dual clip, arXiv 1912.09729.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_papo.config import Config, GuardConfig, LossConfig, PerceptionConfig
+from megatron_papo.types import HeadOutputs, Metrics, MicroBatch
+
+
+def perception_coef(config: Config, step: int, guard_factor: float = 1.0) -> float:
+    """Gamma at `step` (from 0): linear from loss.perception_coef to perception.coef_end over perception.coef_steps,
+    constant after that and without a schedule, times what the guard left of it."""
+    start, end, steps = config.loss.perception_coef, config.perception.coef_end, config.perception.coef_steps
+    if end is None or steps is None:
+        return start * guard_factor
+    return (start + (end - start) * min(step / steps, 1.0)) * guard_factor
+
+
+def papo_loss(outputs: HeadOutputs, row: MicroBatch, *, config: Config, coef: float) -> tuple[Tensor, Metrics]:
+    """This micro-batch's part of the loss (a scalar to be summed, never averaged), and its metrics, detached.
+
+    `coef` is the perception coefficient of this step (`perception_coef`).
+    `loss/NAME` is what a term adds to the loss, coefficient and sign included, over its tokens' share in the mean;
+    the others are means over the response tokens that a loss reads, those of the masked view over the tokens whose
+    prompt has an image (a count of 0 when there is none). Without old log-probs the update is on-policy.
+    """
+    loss = config.loss
+    policy_R = outputs.policy_logprobs_R
+    old_R = policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R
+    entropy_R = -policy_R if outputs.entropy_R is None else outputs.entropy_R
+    tokens_R, image_R = row.loss_mask_R, row.loss_mask_R & row.has_image_R
+
+    terms = [("policy", 1.0, row.weights_R, policy_term(policy_R, old_R, row.advantages_R, loss))]
+    terms.append(("entropy", loss.entropy_coef, row.weights_R, entropy_R))
+    means = _policy_means(policy_R, old_R, row, loss) | {"entropy": (entropy_R, tokens_R)}
+    if loss.reference_coef > 0:
+        assert row.ref_logprobs_R is not None, "loss.reference_coef is set, but the reference was not scored"
+        ref_kl_R = kl_k3(policy_R, row.ref_logprobs_R)
+        terms.append(("reference", loss.reference_coef, row.weights_R, ref_kl_R))
+        means["ref_kl"] = (ref_kl_R, tokens_R)
+    masked = _masked_view(outputs, row, config, coef)
+    if masked is not None:
+        kl_R, masked_entropy_R = masked
+        read_R = perception_term(kl_R, row, config.perception)
+        terms.append(("perception", -coef, row.perception_weights_R, read_R))
+        terms.append(("masked_entropy", loss.masked_entropy_coef, row.perception_weights_R, masked_entropy_R))
+        means |= {"perception_kl": (kl_R, image_R), "perception_kl_squared": (kl_R.square(), image_R)}
+        means["masked_entropy"] = (masked_entropy_R, image_R)
+
+    parts = {name: factor * (weights_R * values_R).sum() for name, factor, weights_R, values_R in terms if factor != 0}
+    total = torch.stack(list(parts.values())).sum()
+    share = row.weights_R.sum()
+    sums = {f"loss/{name}": (part, share) for name, part in (parts | {"total": total}).items()}
+    sums |= {name: ((values_R * read_R).sum(), read_R.sum()) for name, (values_R, read_R) in means.items()}
+    return total, _metrics(sums)
+
+
+def sft_loss(outputs: HeadOutputs, row: MicroBatch) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of the demonstrations' tokens: the weighted sum of -log-prob, to be summed over micro-batches."""
+    total = -(row.weights_R * outputs.policy_logprobs_R).sum()
+    read_R = row.loss_mask_R
+    logprobs = ((outputs.policy_logprobs_R * read_R).sum(), read_R.sum())
+    return total, _metrics({"loss/total": (total, row.weights_R.sum()), "policy_logprobs": logprobs})
+
+
+def policy_term(policy_R: Tensor, old_R: Tensor, advantages_R: Tensor, loss: LossConfig) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)), for A < 0 no worse than -A dual_clip; [R]."""
+    ratio_R = _ratio(policy_R, old_R)
+    clipped_R = ratio_R.clamp(1 - loss.clip_low, 1 + loss.clip_high)
+    worst_R = torch.maximum(-advantages_R * ratio_R, -advantages_R * clipped_R)
+    if loss.dual_clip is None:
+        return worst_R
+    return torch.where(advantages_R < 0, torch.minimum(worst_R, -advantages_R * loss.dual_clip), worst_R)
+
+
+def kl_k3(logprobs_T: Tensor, other_T: Tensor) -> Tensor:
+    """k3 estimate of KL(policy || other), nats per token; >= 0, zero iff equal (Schulman 2020); at most 10."""
+    gap_T = (other_T - logprobs_T).clamp(-20, 20)  # before exp: inf * 0 is NaN in backward
+    return (gap_T.expm1() - gap_T).clamp(-10, 10)
+
+
+def perception_term(kl_R: Tensor, row: MicroBatch, perception: PerceptionConfig) -> Tensor:
+    """The perception KL as the loss reads it: bounded by `clamp`, zero outside each response's `top_fraction`.
+
+    The denominator stays all response tokens, so a smaller fraction is never a larger push on a token.
+    """
+    read_R = kl_R if perception.clamp is None else kl_R.clamp(0, perception.clamp)
+    if perception.top_fraction == 1.0:
+        return read_R
+    return read_R * top_tokens(kl_R, row.rollout_index_R, row.loss_mask_R & row.has_image_R, perception.top_fraction)
+
+
+@torch.no_grad()
+def top_tokens(values_R: Tensor, rollout_index_R: Tensor, eligible_R: Tensor, fraction: float) -> Tensor:
+    """[R] bool: within each response, the ceil(fraction x eligible) eligible tokens of highest value; of equal ones,
+    the earlier. Whole responses lie in one micro-batch, so the choice does not depend on how a batch is split."""
+    num_R = torch.zeros_like(rollout_index_R)  # tokens by response; there are no more responses than tokens
+    starts_R = num_R.index_add(0, rollout_index_R, torch.ones_like(rollout_index_R)).cumsum(0).roll(1)
+    starts_R[:1] = 0
+    num_eligible_R = num_R.index_add(0, rollout_index_R, eligible_R.to(num_R.dtype))
+    kept_R = (num_eligible_R.double() * fraction - 1e-9).ceil()  # 0.1 x 30 is a little more than 3
+    order_R = values_R.masked_fill(~eligible_R, -torch.inf).argsort(descending=True, stable=True)
+    order_R = order_R[rollout_index_R[order_R].argsort(stable=True)]
+    response_R = rollout_index_R[order_R]
+    rank_R = torch.arange(order_R.numel(), device=order_R.device) - starts_R[response_R]
+    return torch.zeros_like(eligible_R).index_put((order_R,), rank_R < kept_R[response_R])
+
+
+def _ratio(policy_R: Tensor, old_R: Tensor) -> Tensor:
+    return (policy_R - old_R).clamp(-20, 20).exp()
+
+
+def _masked_view(outputs: HeadOutputs, row: MicroBatch, config: Config, coef: float) -> tuple[Tensor, Tensor] | None:
+    """Perception KL and masked entropy of each token; None where the masked view was not scored."""
+    joint = config.perception.masked_branch == "joint"
+    masked_R = outputs.masked_logprobs_R if joint else row.masked_logprobs_R
+    if masked_R is None:
+        needed = coef > 0 or config.loss.masked_entropy_coef > 0
+        assert not (needed and row.has_image_R.any()), "the masked view has a coefficient, but was not scored"
+        return None
+    kl_R = outputs.perception_kl_R if config.perception.kl == "full" else kl_k3(outputs.policy_logprobs_R, masked_R)
+    assert kl_R is not None, "perception.kl=full, but the head was not asked for it"
+    return kl_R, -masked_R if outputs.masked_entropy_R is None else outputs.masked_entropy_R
+
+
+@torch.no_grad()
+def _policy_means(
+    policy_R: Tensor, old_R: Tensor, row: MicroBatch, loss: LossConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    ratio_R = _ratio(policy_R, old_R)
+    worse_R = row.advantages_R < 0
+    means = {
+        "policy_logprobs": policy_R,
+        "ratio": ratio_R,
+        "policy_kl": kl_k3(old_R, policy_R),  # KL(old || policy): the tokens were sampled from old
+        "clip_low": worse_R & (ratio_R < 1 - loss.clip_low),
+        "clip_high": (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high),
+        "clip_dual": worse_R & (ratio_R > (loss.dual_clip or torch.inf)),
+        "rollout_gap": (old_R - row.rollout_logprobs_R).abs(),
+    }
+    return {name: (values_R, row.loss_mask_R) for name, values_R in means.items()}
+
+
+def _metrics(sums: dict[str, tuple[Tensor, Tensor]]) -> Metrics:
+    """One copy to the host for all of them."""
+    flat = torch.stack([value.detach().double() for pair in sums.values() for value in pair]).tolist()
+    return dict(zip(sums, zip(flat[::2], flat[1::2])))
+
+
+@dataclass(frozen=True)
+class GuardDecision:
+    action: Literal["none", "lower", "stop"]
+    reason: str
+    """The signs over their limits, with values; empty while there are none."""
+
+
+@dataclass(frozen=True)
+class CollapseGuard:
+    """Watches for collapse of the perception term: any sign over its limit, `patience` steps in a row, acts.
+
+    A value: `observe` returns the next guard. `factor` multiplies the perception coefficient.
+    """
+
+    config: GuardConfig
+    strikes: int = 0
+    factor: float = 1.0
+
+    def observe(
+        self, *, perception_kl: float | None, clip_high: float | None, masked_entropy: float | None
+    ) -> tuple[CollapseGuard, GuardDecision]:
+        """Token means of one step, None for what the step had no tokens for; NaN counts as over the limit."""
+        if self.config.action == "off":
+            return self, GuardDecision("none", "")
+        limits = self.config
+        signs = (
+            ("perception_kl", perception_kl, limits.perception_kl),
+            ("clip_high", clip_high, limits.clip_high_fraction),
+            ("masked_entropy", masked_entropy, limits.masked_entropy),
+        )
+        over = [f"{name} {value:.4g} > {limit:g}" for name, value, limit in signs if _is_over(value, limit)]
+        reason, strikes = ", ".join(over), self.strikes + 1 if over else 0
+        if strikes < self.config.patience:
+            return replace(self, strikes=strikes), GuardDecision("none", reason)
+        reason = f"{reason}, {strikes} steps in a row"
+        factor = self.factor * self.config.factor if self.config.action == "lower" else self.factor
+        return replace(self, strikes=0, factor=factor), GuardDecision(self.config.action, reason)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {"strikes": self.strikes, "factor": self.factor}
+
+    @classmethod
+    def from_state(cls, config: GuardConfig, state: dict[str, Any]) -> CollapseGuard:
+        return cls(config, strikes=int(state["strikes"]), factor=float(state["factor"]))
+
+
+def _is_over(value: float | None, limit: float) -> bool:
+    return value is not None and not value <= limit
