@@ -1,0 +1,89 @@
+"""Random weights that do not depend on the layout: a run started at TP 2 x PP 2 starts where the single rank does.
+
+Every matrix is drawn whole from a stream of its own (seed and global name) and each rank keeps its slice. What pads
+an FFN or the vocabulary is zero: with zero weights on both sides it stays zero under training.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from megatron_papo.model.shape import ModelShape
+
+_EMBEDDING = "language.embedding.word_embeddings.weight"
+_OUTPUT = "language.output_layer.weight"
+
+
+@torch.no_grad()
+def zero_weights(model: torch.nn.Module) -> None:
+    """Everything zero, norms one: for a loader that fills in what is not padding."""
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1.0 if is_norm(name) else 0.0)
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, shape: ModelShape, *, first_layer: int, tensor_rank: int, seed: int) -> None:
+    """Normal matrices of the shape's initializer_range, zero biases, norms one; in place.
+
+    `first_layer`: global number of this stage's first decoder layer.
+    """
+    for name, parameter in model.named_parameters():
+        if is_norm(name) or parameter.dim() == 1:
+            parameter.fill_(1.0 if is_norm(name) else 0.0)
+            continue
+        whole = _draw(global_name(name, shape, first_layer), parameter, seed, shape.language.initializer_range)
+        _zero_padding(name, whole, shape)
+        parameter.copy_(_slice(whole, parameter, tensor_rank))
+
+
+def is_norm(name: str) -> bool:
+    return name.endswith(("norm.weight", "layer_norm_weight"))
+
+
+def global_name(name: str, shape: ModelShape, first_layer: int) -> str:
+    """The parameter's name in the whole model: decoder layers counted from the first stage, tied matrices one."""
+    if name == _OUTPUT and shape.tie_word_embeddings:
+        return _EMBEDDING
+    prefix = "language.decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    layer, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{int(layer) + first_layer}.{rest}"
+
+
+def _parts(parameter: Tensor) -> tuple[int, int, int]:
+    """(dim that is split, tensor ranks, how many matrices lie one after the other along it)."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 0, 1, 1
+    from megatron_papo.parallel import layout
+
+    return parameter.partition_dim, layout().tensor_size, parameter.partition_stride  # type: ignore[attr-defined]
+
+
+def _draw(name: str, parameter: Tensor, seed: int, std: float) -> Tensor:
+    dim, ranks, _ = _parts(parameter)
+    size = list(parameter.shape)
+    size[dim] *= ranks
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return torch.empty(size).normal_(0.0, std, generator=generator)
+
+
+def _zero_padding(name: str, whole: Tensor, shape: ModelShape) -> None:
+    part = shape.vision if name.startswith("vision.") else shape.language
+    if name.endswith("mlp.linear_fc1.weight"):
+        for matrix in whole.chunk(2):  # gate, up
+            matrix[part.intermediate_size :] = 0.0
+    elif name.endswith("mlp.linear_fc2.weight"):
+        whole[:, part.intermediate_size :] = 0.0
+    elif name in (_EMBEDDING, _OUTPUT):
+        whole[shape.language.vocab_size :] = 0.0
+
+
+def _slice(whole: Tensor, parameter: Tensor, tensor_rank: int) -> Tensor:
+    dim, ranks, stride = _parts(parameter)
+    if ranks == 1:
+        return whole
+    return torch.cat([matrix.chunk(ranks, dim)[tensor_rank] for matrix in whole.chunk(stride, dim)], dim)

@@ -1,0 +1,167 @@
+"""The vision-language model of this pipeline stage, and its head: log-probs of the response tokens of a packed row.
+
+First stage: embeddings, with image tokens from the vision tower in their places. Last stage: hidden states at the
+places that predict response tokens, to log-probs over the vocabulary shards; full logits of a row are never made.
+Banned ids (vision tokens, padding of the vocabulary) have probability zero here as in the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.logprobs import vocab_parallel_kl, vocab_parallel_logprobs
+from megatron_papo.model.initialize import draw_weights, zero_weights
+from megatron_papo.model.language import LanguageModel
+from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
+from megatron_papo.model.specs import choose_spec
+from megatron_papo.model.transformer_configs import language_config, vision_config
+from megatron_papo.model.vision import VisionTower
+from megatron_papo.parallel import layout
+from megatron_papo.types import HeadOutputs, MicroBatch
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What the head is asked for."""
+
+    temperature: float = 1.0
+    full_entropy: bool = False
+    """Entropy over the whole vocabulary, of each view in the row."""
+    full_kl: bool = False
+    """KL of the two views of a joint row over the whole vocabulary."""
+    banned_ids: tuple[int, ...] | None = None
+    """Words of probability zero; by default the model's vision tokens, none for a plain model's log-probs."""
+
+
+class VisionLanguageModel(MegatronModule):
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, language: LanguageModel, vision: VisionTower | None
+    ):
+        """`vision` on the first pipeline stage only."""
+        super().__init__(config)
+        self.shape = shape
+        self.language = language
+        self.vision = vision
+        # Megatron-Core asks these of the outermost module when it adds up the gradients of tied embeddings
+        self.pre_process, self.post_process = language.pre_process, language.post_process
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        return self.language.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """What the previous stage sent; Megatron's schedules call this before forward."""
+        self.language.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
+        """Hidden states for the next stage; on the last, what the head says of the micro-batch's response tokens."""
+        embeddings = self._embed(micro_batch) if self.pre_process else None
+        hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segment_lengths)
+        return self._head(hidden, micro_batch, head) if self.post_process else hidden
+
+    def _embed(self, micro_batch: MicroBatch) -> Tensor:
+        assert self.vision is not None
+        embeddings_TH = self.language.embed(micro_batch.token_ids_T)
+        if micro_batch.pixel_values_PD is None:
+            return embeddings_TH + self._untouched_vision(embeddings_TH)
+        assert micro_batch.grid_thw_I3 is not None
+        tokens_MH = self.vision(micro_batch.pixel_values_PD, micro_batch.grid_thw_I3)
+        places_M = (micro_batch.token_ids_T == self.shape.image_token_id).nonzero().squeeze(1)
+        assert len(places_M) == len(tokens_MH), (
+            f"{len(places_M)} image tokens in the row, {len(tokens_MH)} from its images"
+        )
+        return embeddings_TH.index_copy(0, places_M, tokens_MH)
+
+    def _untouched_vision(self, like: Tensor) -> Tensor:
+        """Zero, made of one block of black patches, so that a row without images still reaches the tower's weights:
+        data-parallel ranks whose rows have images would wait for their gradients."""
+        assert self.vision is not None
+        if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in self.vision.parameters()):
+            return like.new_zeros(())
+        edge = self.shape.vision.spatial_merge_size
+        pixels = like.new_zeros(self.shape.vision.merge_unit, self.shape.vision.patch_dim)
+        return self.vision(pixels, torch.tensor([[1, edge, edge]])).sum() * 0.0
+
+    def _head(self, hidden: Tensor, micro_batch: MicroBatch, head: HeadRequest) -> HeadOutputs:
+        states_TH = self.language.head_input(hidden)
+        weight_VH = self.language.head_weight()
+        options: dict[str, Any] = {
+            "group": self.language.tp_group,
+            "vocab_start": layout().tensor_rank * weight_VH.shape[0],
+            "vocab_size": self.shape.language.vocab_size,
+            "banned_ids": self.shape.banned_ids if head.banned_ids is None else head.banned_ids,
+            "temperature": head.temperature,
+        }
+
+        def logprobs_at(index_R: Tensor) -> tuple[Tensor, Tensor | None]:
+            return vocab_parallel_logprobs(
+                states_TH.index_select(0, index_R),
+                weight_VH,
+                micro_batch.target_ids_R,
+                entropy=head.full_entropy,
+                **options,
+            )
+
+        policy, entropy = logprobs_at(micro_batch.logit_index_R)
+        if micro_batch.masked_logit_index_R is None:
+            return HeadOutputs(policy, entropy)
+        masked, masked_entropy = logprobs_at(micro_batch.masked_logit_index_R)
+        kl = None
+        if head.full_kl:
+            views = (
+                states_TH.index_select(0, i) for i in (micro_batch.logit_index_R, micro_batch.masked_logit_index_R)
+            )
+            kl = vocab_parallel_kl(*views, weight_VH, **options)
+        return HeadOutputs(policy, entropy, masked, masked_entropy, kl)
+
+
+def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
+    """This stage's part of the model, on this rank's device, in `config.model.dtype`; parts frozen as configured.
+
+    Weights are random with `config.model.random_init`, else zero until a loader fills them. Needs
+    `parallel.initialize`. Raises ConfigError for a layout that the shape does not allow.
+    """
+    here = layout()
+    check_layout(config, shape, here.world_size)
+    if not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
+        model_parallel_cuda_manual_seed(config.run.seed)
+    spec = choose_spec(config.model)
+    layers = stage_layers(config.parallel, shape)
+    language = LanguageModel(
+        language_config(config, shape, spec),
+        shape,
+        spec,
+        num_layers=layers[here.pipeline_rank],
+        pre_process=here.is_first_stage,
+        post_process=here.is_last_stage,
+    )
+    vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec) if here.is_first_stage else None
+    model = VisionLanguageModel(language.config, shape, language, vision)
+    if config.model.random_init:
+        draw_weights(
+            model,
+            shape,
+            first_layer=sum(layers[: here.pipeline_rank]),
+            tensor_rank=here.tensor_rank,
+            seed=config.run.seed,
+        )
+    else:
+        zero_weights(model)
+    language.setup_embeddings_and_output_layer()  # marks tied matrices: counted once, their gradients added up
+    _freeze(model, config.model.freeze)
+    return model
+
+
+def _freeze(model: VisionLanguageModel, freeze: FreezeConfig) -> None:
+    model.language.requires_grad_(not freeze.language)
+    if model.vision is not None:
+        model.vision.patch_embed.requires_grad_(not freeze.vision)
+        model.vision.decoder.requires_grad_(not freeze.vision)
+        model.vision.merger.requires_grad_(not freeze.projector)

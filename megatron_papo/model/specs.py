@@ -1,0 +1,109 @@
+"""Layer specs: which modules a Megatron-Core transformer layer is built of.
+
+`local`: Megatron-Core's own linears and our norm; runs anywhere. `transformer_engine`: Transformer Engine's linears
+with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row means the same to both.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_papo.config import ConfigError, ModelConfig
+from megatron_papo.model.attention import StructuredAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm in fp32, as Qwen2 computes it; its weight is marked for sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is then summed over tensor ranks
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden.float(), (self.hidden_size,), eps=self.eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+def choose_spec(model: ModelConfig) -> str:
+    """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and cannot be."""
+    usable = HAVE_TE and torch.cuda.is_available()
+    if model.spec == "transformer_engine" and not usable:
+        lacking = "a GPU" if HAVE_TE else "Transformer Engine, which is not installed"
+        raise ConfigError(f"model.spec: transformer_engine needs {lacking}; use local or auto")
+    if model.spec == "auto":
+        return "transformer_engine" if usable else "local"
+    return model.spec
+
+
+def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockSubmodules:
+    """What a TransformerBlock of `num_layers` on this stage is built of."""
+    modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules()
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=modules["normed_column"], core_attention=StructuredAttention, linear_proj=modules["row"]
+        ),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=modules["norm"],
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=modules["norm"],
+            mlp=functools.partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=modules["normed_column"], linear_fc2=modules["row"]),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=modules["saved_names"],
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules["final_norm"])
+
+
+def _local_modules() -> dict[str, Any]:
+    return {
+        "norm": RMSNorm,
+        "normed_column": ColumnParallelLinear,
+        "row": RowParallelLinear,
+        "final_norm": RMSNorm,
+        # a checkpoint names norms as the fused linears of Transformer Engine do, so that both specs read it
+        "saved_names": {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    }
+
+
+def _transformer_engine_modules() -> dict[str, Any]:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear
+
+    return {
+        "norm": IdentityOp,
+        "normed_column": TELayerNormColumnParallelLinear,
+        "row": TERowParallelLinear,
+        "final_norm": TENorm,
+        "saved_names": {},
+    }

@@ -1,0 +1,93 @@
+"""Megatron-Core's TransformerConfig for the language model and for the vision tower, from our settings and the shape.
+
+Fusions that only CUDA has stay off; gradients are sums that the loss has already weighted
+(`calculate_per_token_loss`); weights are written by the loader or by `initialize.py`, never by Megatron-Core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_papo.config import Config
+from megatron_papo.model.shape import ModelShape, padded, stage_layers
+
+
+def language_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
+    language, parallel = shape.language, config.parallel
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_heads,
+        num_query_groups=language.num_kv_heads,
+        kv_channels=language.head_dim,
+        ffn_hidden_size=padded(language.intermediate_size, parallel.tensor),
+        layernorm_epsilon=language.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(config, shape),
+        **_common(config, spec),
+    )
+
+
+def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
+    """The tower lies whole on the first pipeline stage, split over the tensor ranks."""
+    vision = shape.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        num_query_groups=vision.num_heads,
+        kv_channels=vision.head_dim,
+        ffn_hidden_size=padded(vision.intermediate_size, config.parallel.tensor),
+        layernorm_epsilon=vision.rms_norm_eps,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        **_common(config, spec),
+    )
+
+
+def _common(config: Config, spec: str) -> dict[str, Any]:
+    dtype = getattr(torch, config.model.dtype)
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[config.model.recompute]
+    return {
+        "tensor_model_parallel_size": config.parallel.tensor,
+        "sequence_parallel": config.parallel.sequence,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "perform_initialization": False,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # no experts here, but variable lengths are refused without it
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "transformer_impl": spec,
+        **recompute,
+    }
+
+
+def _pipeline_layout(config: Config, shape: ModelShape) -> list[list[str]] | None:
+    if config.parallel.pipeline == 1:
+        return None
+    stages = [["decoder"] * layers for layers in stage_layers(config.parallel, shape)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
