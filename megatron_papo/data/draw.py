@@ -21,6 +21,16 @@ class Draw:
     cursor: DataCursor
     """Where the next draw begins, equal on all ranks."""
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Of all updates, in order."""
+        return [prompt for chunk in self.updates for prompt in chunk]
+
+    @property
+    def places(self) -> list[int]:
+        """The position of each of `prompts`."""
+        return [place for chunk in self.positions for place in chunk]
+
 
 def draw_prompts(
     dataset: PromptDataset,

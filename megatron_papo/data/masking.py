@@ -49,6 +49,7 @@ def mask_images(
         return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, mask, processor, seed=seed, step=step))
     masked = masked_raw_images(prompt, mask, seed=seed, step=step, swap_pool=swap_pool)
     pixel_values_PD, grid_thw_I3 = processor.pixel_values(masked)
+    assert prompt.inputs.grid_thw_I3 is not None
     assert torch.equal(grid_thw_I3, prompt.inputs.grid_thw_I3), "the masked view has another grid"
     return replace(prompt, masked_pixel_values_PD=pixel_values_PD)
 
@@ -125,6 +126,7 @@ def _other_image(prompt: Prompt, pool: SwapPool | None, random: np.random.Random
 
 def _mask_patches(prompt: Prompt, mask: MaskConfig, processor: Processor, *, seed: int, step: int) -> Tensor:
     """Merged patches set to what black becomes after normalisation; rows of a merged patch follow one another."""
+    assert prompt.inputs.pixel_values_PD is not None and prompt.inputs.grid_thw_I3 is not None
     pixel_values_PD = prompt.inputs.pixel_values_PD.clone()
     patches_per_cell = processor.merge_size**2
     start = 0

@@ -96,10 +96,10 @@ class Processor:
         token_ids_S = batch["input_ids"][0]
         if not images:
             return ModelInputs(token_ids_S, None, None)
-        inputs = ModelInputs(token_ids_S, batch["pixel_values"].float(), batch["image_grid_thw"])
-        num_image_tokens = int(inputs.grid_thw_I3.prod(dim=1).sum()) // self.merge_size**2
+        grid_thw_I3 = batch["image_grid_thw"]
+        num_image_tokens = int(grid_thw_I3.prod(dim=1).sum()) // self.merge_size**2
         assert int((token_ids_S == self.image_token_id).sum()) == num_image_tokens, "image tokens do not fit the grid"
-        return inputs
+        return ModelInputs(token_ids_S, batch["pixel_values"].float(), grid_thw_I3)
 
     def render(self, problem: str) -> str:
         """The prompt as text, one image token a picture, up to where the assistant's turn begins."""

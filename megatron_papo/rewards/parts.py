@@ -1,0 +1,92 @@
+"""The parts of a reward apart from mathematical equality: format, ANLS, repetition, length, a user's own function."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_papo.config import OverlongConfig
+from megatron_papo.rewards.answers import last_box
+
+RewardFunction = Callable[[str, str, str], float]
+
+
+def format_reward(response: str) -> float:
+    """1 for a response that begins with a `<think>…</think>` block and puts an answer in a box after it, else 0."""
+    response = response.strip()
+    end = response.find("</think>")
+    return float(response.startswith("<think>") and end >= 0 and bool(last_box(response[end:])))
+
+
+def anls(answer: str, gold: str, threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one pair, without case; 0 below `threshold` (Biten et al. 2019)."""
+    from nltk.metrics.distance import edit_distance  # slow to import
+
+    answer, gold = " ".join(answer.casefold().split()), " ".join(gold.casefold().split())
+    if not answer or not gold:
+        return 0.0
+    longest = max(len(answer), len(gold))
+    if abs(len(answer) - len(gold)) > (1 - threshold) * longest:
+        return 0.0  # already too far, and a long gold answer would cost time
+    similarity = 1 - edit_distance(answer, gold) / longest
+    return similarity if similarity >= threshold else 0.0
+
+
+def repetition(response: str, ngram: int) -> float:
+    """Share of the response's n-grams of words that occurred before; 0 for a response shorter than one."""
+    from nltk.tokenize import wordpunct_tokenize
+    from nltk.util import ngrams
+
+    grams = list(ngrams(wordpunct_tokenize(response), ngram))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def overlong(num_tokens: int, max_response_tokens: int, config: OverlongConfig) -> float:
+    """DAPO's soft punishment: 0 until `buffer` tokens before the limit, then linear to -penalty at it (eq. 13)."""
+    into_buffer = num_tokens - (max_response_tokens - config.buffer)
+    return -config.penalty * min(max(into_buffer / config.buffer, 0.0), 1.0)
+
+
+def load_function(name: str) -> RewardFunction:
+    """The user's `module:function(response, answer, problem) -> float`, the working directory's modules included.
+
+    Raises ValueError naming reward.function.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(f"reward.function: {name!r} is not written module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # an installed command does not look there by itself
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward.function: cannot import {name}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"reward.function: {name} is no function")
+    try:
+        inspect.signature(function).bind("response", "answer", "problem")
+    except TypeError as error:
+        raise ValueError(f"reward.function: {name} does not take (response, answer, problem): {error}") from None
+    return function
+
+
+def call_function(function: RewardFunction, response: str, answer: str, problem: str) -> float:
+    """The user's reward as a finite float; ValueError naming reward.function for anything else.
+
+    It runs in the trainer, without a time limit of ours: a user's bug must be seen, not scored 0.
+    """
+    try:
+        value = float(function(response, answer, problem))
+    except Exception as error:
+        raise ValueError(f"reward.function: {_name(function)} failed: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"reward.function: {_name(function)} returned {value}")
+    return value
+
+
+def _name(function: RewardFunction) -> str:
+    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"

@@ -1,0 +1,92 @@
+"""math-verify at arm's length: starts `math_worker` on first use and never waits for it longer than the limit.
+
+math-verify raises outside the main thread, hangs on towers of powers and can take all memory; here none of that
+reaches the trainer. The worker is a fresh Python, not a fork: a process that holds torch and gloo threads must not
+fork. Verdicts are remembered, since the samples of a group often agree.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+_START_S = 120.0
+"""Importing sympy on a busy machine."""
+_SHARE = 0.95
+"""Of the limit, for the comparison itself; the rest is for ending the one and handing over the next."""
+_GRACE_S = 10.0
+"""Beyond the limit of a comparison, which the worker keeps by itself, before the worker too is given up."""
+_REMEMBERED = 100_000
+_MAX_GOLD = 1000
+
+
+class Verifier:
+    """A context manager; `equal` may be called from any thread of one process, one call at a time."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._verdicts: dict[tuple[str, str], bool] = {}
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether math-verify calls the two mathematically equal; False when it did not know in time."""
+        if len(gold) > _MAX_GOLD:
+            return False
+        key = (answer, gold)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._ask(json.dumps([answer, gold])) == "true"
+            if len(self._verdicts) > _REMEMBERED:
+                del self._verdicts[next(iter(self._verdicts))]
+        return self._verdicts[key]
+
+    def close(self) -> None:
+        """Ends the worker, if one runs."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def _ask(self, line: str) -> str | None:
+        worker = self._running()
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(line.encode() + b"\n")
+            worker.stdin.flush()
+            reply = _read_line(worker, self._timeout_s + _GRACE_S)
+        except BrokenPipeError:
+            reply = None
+        if reply is None:
+            self.close()
+        return reply
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()
+        if self._worker is None:
+            script = Path(__file__).with_name("math_worker.py")
+            command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s)]
+            self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if _read_line(self._worker, _START_S) != "ready":
+                self.close()
+                raise RuntimeError("the worker of math-verify did not start; its own message stands above")
+        return self._worker
+
+
+def _read_line(worker: subprocess.Popen[bytes], timeout_s: float) -> str | None:
+    """A line of the worker; None when it ended or took longer."""
+    assert worker.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(worker.stdout, selectors.EVENT_READ)
+        if not selector.select(timeout_s):
+            return None
+    return worker.stdout.readline().decode().strip() or None
