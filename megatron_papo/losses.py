@@ -11,6 +11,7 @@ Source: Perception-Aware Policy Optimization, arXiv 2507.06448; dual clip, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,34 +39,18 @@ def papo_loss(outputs: HeadOutputs, row: MicroBatch, *, config: Config, coef: fl
     the others are means over the response tokens that a loss reads, those of the masked view over the tokens whose
     prompt has an image (a count of 0 when there is none). Without old log-probs the update is on-policy.
     """
-    loss = config.loss
-    policy_R = outputs.policy_logprobs_R
-    old_R = policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R
-    entropy_R = -policy_R if outputs.entropy_R is None else outputs.entropy_R
-    tokens_R, image_R = row.loss_mask_R, row.loss_mask_R & row.has_image_R
-
-    terms = [("policy", 1.0, row.weights_R, policy_term(policy_R, old_R, row.advantages_R, loss))]
-    terms.append(("entropy", loss.entropy_coef, row.weights_R, entropy_R))
-    means = _policy_means(policy_R, old_R, row, loss) | {"entropy": (entropy_R, tokens_R)}
-    if loss.reference_coef > 0:
-        assert row.ref_logprobs_R is not None, "loss.reference_coef is set, but the reference was not scored"
-        ref_kl_R = kl_k3(policy_R, row.ref_logprobs_R)
-        terms.append(("reference", loss.reference_coef, row.weights_R, ref_kl_R))
-        means["ref_kl"] = (ref_kl_R, tokens_R)
-    masked = _masked_view(outputs, row, config, coef)
-    if masked is not None:
-        kl_R, masked_entropy_R = masked
-        read_R = perception_term(kl_R, row, config.perception)
-        terms.append(("perception", -coef, row.perception_weights_R, read_R))
-        terms.append(("masked_entropy", loss.masked_entropy_coef, row.perception_weights_R, masked_entropy_R))
-        means |= {"perception_kl": (kl_R, image_R), "perception_kl_squared": (kl_R.square(), image_R)}
-        means["masked_entropy"] = (masked_entropy_R, image_R)
-
-    parts = {name: factor * (weights_R * values_R).sum() for name, factor, weights_R, values_R in terms if factor != 0}
+    seen = _measure(outputs, row, config, coef)
+    parts = {
+        name: factor * (weights_R * values_R).sum()
+        for name, factor, weights_R, values_R in _terms(seen, row, config, coef)
+        if factor != 0
+    }
     total = torch.stack(list(parts.values())).sum()
-    share = row.weights_R.sum()
-    sums = {f"loss/{name}": (part, share) for name, part in (parts | {"total": total}).items()}
-    sums |= {name: ((values_R * read_R).sum(), read_R.sum()) for name, (values_R, read_R) in means.items()}
+    with torch.no_grad():
+        share = row.weights_R.sum()
+        sums = {f"loss/{name}": (part, share) for name, part in (parts | {"total": total}).items()}
+        for name, values_R, over_R in _means(seen, row, config):
+            sums[name] = (values_R * over_R).sum(), over_R.sum()
     return total, _metrics(sums)
 
 
@@ -124,35 +109,74 @@ def _ratio(policy_R: Tensor, old_R: Tensor) -> Tensor:
     return (policy_R - old_R).clamp(-20, 20).exp()
 
 
-def _masked_view(outputs: HeadOutputs, row: MicroBatch, config: Config, coef: float) -> tuple[Tensor, Tensor] | None:
-    """Perception KL and masked entropy of each token; None where the masked view was not scored."""
+@dataclass(frozen=True)
+class _Measured:
+    """What the terms are made of, [R] each; None where a model was not scored because nothing reads it."""
+
+    policy_R: Tensor
+    old_R: Tensor
+    entropy_R: Tensor
+    ref_kl_R: Tensor | None = None
+    perception_kl_R: Tensor | None = None
+    masked_entropy_R: Tensor | None = None
+
+
+def _measure(outputs: HeadOutputs, row: MicroBatch, config: Config, coef: float) -> _Measured:
+    policy_R = outputs.policy_logprobs_R
+    found = _Measured(
+        policy_R=policy_R,
+        old_R=policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R,
+        entropy_R=-policy_R if outputs.entropy_R is None else outputs.entropy_R,
+        ref_kl_R=None if row.ref_logprobs_R is None else kl_k3(policy_R, row.ref_logprobs_R),
+    )
+    assert found.ref_kl_R is not None or config.loss.reference_coef == 0, "the reference was not scored"
     joint = config.perception.masked_branch == "joint"
     masked_R = outputs.masked_logprobs_R if joint else row.masked_logprobs_R
     if masked_R is None:
         needed = coef > 0 or config.loss.masked_entropy_coef > 0
-        assert not (needed and row.has_image_R.any()), "the masked view has a coefficient, but was not scored"
-        return None
-    kl_R = outputs.perception_kl_R if config.perception.kl == "full" else kl_k3(outputs.policy_logprobs_R, masked_R)
+        assert not (needed and row.has_image_R.any()), "the masked view was not scored"
+        return found
+    kl_R = outputs.perception_kl_R if config.perception.kl == "full" else kl_k3(policy_R, masked_R)
     assert kl_R is not None, "perception.kl=full, but the head was not asked for it"
-    return kl_R, -masked_R if outputs.masked_entropy_R is None else outputs.masked_entropy_R
+    masked_entropy_R = -masked_R if outputs.masked_entropy_R is None else outputs.masked_entropy_R
+    return replace(found, perception_kl_R=kl_R, masked_entropy_R=masked_entropy_R)
 
 
-@torch.no_grad()
-def _policy_means(
-    policy_R: Tensor, old_R: Tensor, row: MicroBatch, loss: LossConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
-    ratio_R = _ratio(policy_R, old_R)
-    worse_R = row.advantages_R < 0
-    means = {
-        "policy_logprobs": policy_R,
-        "ratio": ratio_R,
-        "policy_kl": kl_k3(old_R, policy_R),  # KL(old || policy): the tokens were sampled from old
-        "clip_low": worse_R & (ratio_R < 1 - loss.clip_low),
-        "clip_high": (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high),
-        "clip_dual": worse_R & (ratio_R > (loss.dual_clip or torch.inf)),
-        "rollout_gap": (old_R - row.rollout_logprobs_R).abs(),
-    }
-    return {name: (values_R, row.loss_mask_R) for name, values_R in means.items()}
+_Term = tuple[str, float, Tensor, Tensor]
+"""name, coefficient with sign, weights, values"""
+
+
+def _terms(seen: _Measured, row: MicroBatch, config: Config, coef: float) -> Iterator[_Term]:
+    loss, weights_R, image_weights_R = config.loss, row.weights_R, row.perception_weights_R
+    yield "policy", 1.0, weights_R, policy_term(seen.policy_R, seen.old_R, row.advantages_R, loss)
+    yield "entropy", loss.entropy_coef, weights_R, seen.entropy_R
+    if seen.ref_kl_R is not None:
+        yield "reference", loss.reference_coef, weights_R, seen.ref_kl_R
+    if seen.perception_kl_R is not None:
+        yield "perception", -coef, image_weights_R, perception_term(seen.perception_kl_R, row, config.perception)
+    if seen.masked_entropy_R is not None:
+        yield "masked_entropy", loss.masked_entropy_coef, image_weights_R, seen.masked_entropy_R
+
+
+def _means(seen: _Measured, row: MicroBatch, config: Config) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """name, values, and the tokens that the mean is over."""
+    tokens_R, image_R = row.loss_mask_R, row.loss_mask_R & row.has_image_R
+    ratio_R, worse_R = _ratio(seen.policy_R, seen.old_R), row.advantages_R < 0
+    yield "policy_logprobs", seen.policy_R, tokens_R
+    yield "entropy", seen.entropy_R, tokens_R
+    yield "ratio", ratio_R, tokens_R
+    yield "policy_kl", kl_k3(seen.old_R, seen.policy_R), tokens_R  # KL(old || policy): the tokens are old's
+    yield "clip_low", worse_R & (ratio_R < 1 - config.loss.clip_low), tokens_R
+    yield "clip_high", (row.advantages_R > 0) & (ratio_R > 1 + config.loss.clip_high), tokens_R
+    yield "clip_dual", worse_R & (ratio_R > (config.loss.dual_clip or torch.inf)), tokens_R
+    yield "rollout_gap", (seen.old_R - row.rollout_logprobs_R).abs(), tokens_R
+    if seen.ref_kl_R is not None:
+        yield "ref_kl", seen.ref_kl_R, tokens_R
+    if seen.perception_kl_R is not None:
+        yield "perception_kl", seen.perception_kl_R, image_R
+        yield "perception_kl_squared", seen.perception_kl_R.square(), image_R
+    if seen.masked_entropy_R is not None:
+        yield "masked_entropy", seen.masked_entropy_R, image_R
 
 
 def _metrics(sums: dict[str, tuple[Tensor, Tensor]]) -> Metrics:

@@ -110,7 +110,7 @@ def mrope_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, *, image_to
     image_places = is_image_S.nonzero()[:, 0].tolist()
     for index, ((time, height, width), size) in enumerate(zip(grids, sizes)):
         first = image_places[sum(sizes[:index])]
-        if not is_image_S[first : first + size].all() or time != 1:
+        if time != 1 or not is_image_S[first : first + size].all():
             raise ValueError(f"image {index} of grid {(time, height, width)} is not one run of {size} image tokens")
         text = first - place
         parts += [_text_positions(position, text), _grid_positions(position + text, height, width, merge_size)]
@@ -269,14 +269,17 @@ def _spread(values: Sequence[float], lengths: Sequence[int]) -> Tensor:
 
 def _pixels(prompts: Sequence[Prompt]) -> dict[str, Tensor | None]:
     """The images of a row in order of appearance, and their masked views when the prompts have them."""
-    views = [prompt.masked_pixel_values_PD for prompt in prompts]
-    unmasked = [prompt.id for prompt, view in zip(prompts, views) if view is None]
-    if unmasked and len(unmasked) < len(prompts):
+    inputs = [prompt.inputs for prompt in prompts]
+    pixels = [values_PD for one in inputs if (values_PD := one.pixel_values_PD) is not None]
+    grids = [grid_I3 for one in inputs if (grid_I3 := one.grid_thw_I3) is not None]
+    assert len(pixels) == len(grids) == len(prompts)
+    masked = [prompt.masked_pixel_values_PD for prompt in prompts]
+    views = [view_PD for view_PD in masked if view_PD is not None]
+    if views and len(views) < len(prompts):
+        unmasked = [prompt.id for prompt, view in zip(prompts, masked) if view is None]
         raise ValueError(f"prompts {unmasked} have no masked view, others of the row have one")
-    if not prompts:
-        return {"pixel_values_PD": None, "grid_thw_I3": None, "masked_pixel_values_PD": None}
     return {
-        "pixel_values_PD": torch.cat([prompt.inputs.pixel_values_PD for prompt in prompts]),
-        "grid_thw_I3": torch.cat([prompt.inputs.grid_thw_I3 for prompt in prompts]),
-        "masked_pixel_values_PD": None if unmasked else torch.cat(views),
+        "pixel_values_PD": torch.cat(pixels) if pixels else None,
+        "grid_thw_I3": torch.cat(grids) if grids else None,
+        "masked_pixel_values_PD": torch.cat(views) if views else None,
     }
