@@ -1,0 +1,153 @@
+"""The quickstart's pictures and questions, its tiny model's tokenizer, and the recipe presets."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from megatron_papo.config import load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES / "quickstart"))
+
+import make_data  # noqa: E402
+
+SIZES = {"reading": 200, "mixed": 400, "train": 120, "heldout": 120}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    paths = make_data.make_data(tmp_path_factory.mktemp("data"), seed=3, **SIZES)
+    return {name: pyarrow.parquet.read_table(path).to_pylist() for name, path in paths.items()}
+
+
+def grid_of(row: dict) -> tuple[int, ...]:
+    return tuple(int(label) for label in load_digits().target[row["digits"]])
+
+
+def test_no_digit_image_is_in_training_and_heldout(rows):
+    train, heldout = make_data.split_digits(3)
+    assert set(train.places_N) & set(heldout.places_N) == set()
+    assert set(train.places_N) | set(heldout.places_N) == set(range(1797))
+    used = {name: {place for row in rows[name] for place in row["digits"]} for name in rows}
+    assert used["warmup"] <= set(train.places_N) and used["train"] <= set(train.places_N)
+    assert used["heldout"] <= set(heldout.places_N)
+
+
+def test_split_pools_share_no_pixels():
+    """Two scans with the same pixels would leak, whatever their places."""
+    train, heldout = make_data.split_digits(0)
+    seen = {pixels.tobytes() for pixels in train.pixels_NHW}
+    assert not any(pixels.tobytes() in seen for pixels in heldout.pixels_NHW)
+
+
+def test_answers_by_hand():
+    grid = (3, 7, 1, 7)
+    found = {}
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        question = make_data.ask(grid, rng)
+        found[question.text] = (question.answer, question.working)
+    assert found["how many 7s?"] == (2, "7 7")
+    assert found["how many 3s?"] == (1, "3")
+    assert found["how many 5s?"] == (0, "none")
+    assert found["largest digit?"] == (7, "7")
+    assert found["which digit is bottom left?"] == (1, "1")
+    assert found["sum of the top row?"] == (10, "3 + 7")
+    assert found["sum of the bottom row?"] == (8, "1 + 7")
+
+
+def test_pictures_show_the_digits_they_name(rows):
+    """The nearest training digit of each cell of a held-out picture has the answer's label, nearly always."""
+    train, _ = make_data.split_digits(3)
+    known = train.pixels_NHW.reshape(len(train.labels_N), -1).astype(float)
+    right = 0
+    for row in rows["heldout"][:40]:
+        picture = np.asarray(Image.open(io.BytesIO(row["images"][0])))
+        assert picture.shape == (56, 56)
+        for place, label in enumerate(grid_of(row)):
+            top, left = place // 2 * 28 + 2, place % 2 * 28 + 2
+            cell = picture[top : top + 24, left : left + 24].reshape(-1).astype(float)
+            right += int(train.labels_N[((known - cell) ** 2).sum(1).argmin()] == label)
+    assert right >= 0.95 * 160
+
+
+def test_demonstrations_read_then_some_guess(rows):
+    reading, mixed = rows["warmup"][:200], rows["warmup"][200:]
+    for row in reading:
+        numbers = " ".join(map(str, grid_of(row)))
+        assert row["response"].startswith(f"<think> {numbers} so ")
+        assert row["response"].endswith(f" </think> \\boxed{{ {row['answer']} }}")
+    guesses = np.mean(["guess" in row["response"] for row in mixed])
+    unboxed = np.mean(["boxed" not in row["response"] for row in mixed])
+    assert abs(guesses - make_data.GUESSES) < 0.08 and abs(unboxed - make_data.UNBOXED) < 0.05
+    lucky = np.mean([row["response"].endswith(f"{{ {row['answer']} }}") for row in mixed if "guess" in row["response"]])
+    assert lucky < 0.5
+
+
+def test_same_seed_same_rows_other_seed_others(tmp_path, rows):
+    again = make_data.make_data(tmp_path / "again", seed=3, **SIZES)
+    other = make_data.make_data(tmp_path / "other", seed=4, **SIZES)
+    for name in rows:
+        assert pyarrow.parquet.read_table(again[name]).to_pylist() == rows[name]
+        assert pyarrow.parquet.read_table(other[name]).to_pylist() != rows[name]
+
+
+def test_tokenizer_knows_every_word(rows):
+    import make_model
+
+    tokenizer = make_model.build_tokenizer()
+    unknown = tokenizer.convert_tokens_to_ids("<unk>")
+    texts = [row["problem"].removeprefix("<image>") for name in rows for row in rows[name]]
+    texts += [row["response"] for row in rows["warmup"]]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert unknown not in ids and len(ids) <= 16
+    response = rows["warmup"][0]["response"]
+    assert tokenizer.decode(tokenizer(response)["input_ids"]) == response
+
+
+# recipe -> (perception_coef, entropy_coef = masked_entropy_coef, reference_coef, clip_high)
+RECIPES = {
+    "papo_g_3b": (0.02, 0.0, 0.01, 0.3),
+    "papo_g_7b": (0.02, 0.05, 0.01, 0.3),
+    "papo_g_no_ref_3b": (0.01, 0.03, 0.0, 0.3),
+    "papo_g_no_ref_7b": (0.01, 0.03, 0.0, 0.3),
+    "papo_d_3b": (0.01, 0.03, 0.0, 0.28),
+    "papo_d_7b": (0.01, 0.03, 0.0, 0.28),
+    "grpo_3b": (0.0, 0.0, 0.01, 0.3),
+    "dapo_3b": (0.0, 0.0, 0.0, 0.28),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_are_the_papers_recipes(name):
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    loss = config.loss
+    perception_coef, entropy_coef, reference_coef, clip_high = RECIPES[name]
+    assert (loss.perception_coef, loss.entropy_coef, loss.masked_entropy_coef) == (
+        perception_coef, entropy_coef, entropy_coef,
+    )  # fmt: skip
+    assert (loss.reference_coef, loss.clip_low, loss.clip_high, loss.dual_clip) == (reference_coef, 0.2, clip_high, 3.0)
+    assert config.train.dynamic_sampling.enabled == ("_d_" in name or name.startswith("dapo"))
+    train, generation, optim = config.train, config.generation, config.optim
+    assert (train.prompts_per_step, train.group_size, train.updates_per_step, train.steps) == (384, 5, 3, 202)
+    assert (generation.temperature, generation.top_p, generation.max_response_tokens) == (1.0, 0.99, 2048)
+    assert (optim.lr, optim.schedule, optim.weight_decay, optim.clip_grad) == (1e-6, "constant", 0.01, 1.0)
+    assert (optim.beta1, optim.beta2) == (0.9, 0.999)
+    assert (config.data.preset, config.data.max_prompt_tokens) == ("virl39k", 4096)
+    assert (config.data.min_pixels, config.data.max_pixels) == (200_704, 1_003_520)
+    assert (config.perception.mask.ratio, config.perception.mask.cell, config.perception.mask.kind) == (
+        0.6,
+        14,
+        "cells",
+    )
+    assert name.endswith("7b") == ("7B" in str(config.model.path))
+    assert config.run.name == name
