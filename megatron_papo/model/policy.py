@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
@@ -49,7 +50,8 @@ class VisionLanguageModel(MegatronModule):
         self.shape = shape
         self.language = language
         self.vision = vision
-        # Megatron-Core asks these of the outermost module when it adds up the gradients of tied embeddings
+        # Megatron-Core's schedules, and its sum of tied embeddings' gradients, ask these of the outermost module
+        self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language.pre_process, language.post_process
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
 

@@ -40,8 +40,8 @@ CASES = (
     ),
     Case(
         "one key-value head, one frame in full attention",
-        ((((8, 8),), ((8, 8),), ((8, 8),)),),
-        {"kv_heads": 1, "layers": 3},
+        ((((8, 8),), ((8, 8),), ((8, 8),)), (((8, 8),),)),
+        {"kv_heads": 1},
     ),
 )
 
@@ -56,7 +56,7 @@ class Reference:
 
 def write_case(case: Case, folder: Path) -> Reference:
     """Writes the model to `folder` and its rows to `folder`/rows.pt; returns the reference."""
-    sizes = {"heads": 4, "vision_heads": 4, **case.model}
+    sizes = {"layers": 3, "heads": 4, "vision_heads": 4, **case.model}
     model = tiny_model(tiny_config(**sizes), seed=len(case.rows))
     model.save_pretrained(folder)
     generator = torch.Generator().manual_seed(7)

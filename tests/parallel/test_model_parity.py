@@ -1,0 +1,120 @@
+"""The model under every layout says what transformers says of the same weights: log-probs and gradients.
+
+Each layout runs as training runs it: data-parallel wrapper, Megatron's schedule, one packed row a micro-batch. The
+gradients come back under transformers' names through the hand-over that writes weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.model_cases import CASES, Reference, write_case
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-4
+
+LAYOUTS = {
+    "single": (1, ()),
+    "single, selective recompute": (1, ("model.recompute=selective",)),
+    "single, full recompute": (1, ("model.recompute=full",)),
+    "TP2": (2, ("parallel.tensor=2",)),
+    "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "TP2 SP, selective recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=selective")),
+    "PP2": (2, ("parallel.pipeline=2",)),
+    "PP2, more layers first": (2, ("parallel.pipeline=2", "parallel.pipeline_layers=[2,1]")),
+    "PP3, full recompute": (3, ("parallel.pipeline=3", "model.recompute=full")),
+    "DP2": (2, ()),
+    "TP4 SP": (4, ("parallel.tensor=4", "parallel.sequence=true")),
+    "TP2 PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "TP2 PP2 SP, full recompute": (
+        4,
+        ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "model.recompute=full"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[tuple[Path, float, Reference]]:
+    folders = [tmp_path_factory.mktemp("case") for _ in CASES]
+    return [(folder, case.temperature, write_case(case, folder)) for case, folder in zip(CASES, folders)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
+    world_size, overrides = LAYOUTS[name]
+    results = run_ranks(score_and_differentiate, world_size, [case[:2] for case in cases], overrides)
+    for number, (_, _, reference) in enumerate(cases):
+        found: dict[int, torch.Tensor] = {}
+        for rank in results:
+            found |= rank[number]["logprobs"]
+        for row, expected in enumerate(reference.logprobs):
+            torch.testing.assert_close(found[row], expected, atol=TOLERANCE, rtol=0)
+        for rank in results:
+            gradients = rank[number]["gradients"]
+            assert gradients.keys() == reference.gradients.keys()
+            for parameter, expected in reference.gradients.items():
+                torch.testing.assert_close(
+                    gradients[parameter], expected, atol=TOLERANCE, rtol=0, msg=lambda m, p=parameter: f"{p}: {m}"
+                )
+
+
+def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[str, ...]) -> list[dict]:
+    """On a rank: for every case, log-probs by row (where this rank has them) and the whole model's gradients."""
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.config import load_config
+    from megatron_papo.parallel import initialize
+
+    adapt_megatron()
+    config = load_config(None, ("model.dtype=float32", *overrides))
+    initialize(config.parallel)
+    return [_run(config, folder, temperature) for folder, temperature in cases]
+
+
+def _run(config, folder: Path, temperature: float) -> dict:
+    from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
+    from megatron_papo.model.policy import HeadRequest, build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.optim import wrap_policy
+
+    shape = ModelShape.from_folder(folder)
+    model = build_policy(config, shape)
+    read_hf(model, shape, folder)
+    policy = wrap_policy(model, config)
+    logprobs = run_rows(policy, folder, HeadRequest(temperature))
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.main_grad)
+    gradients = {name: tensor.clone() for name, tensor in hf_tensors(model, shape, module_names=True)}
+    return {"logprobs": logprobs, "gradients": gradients}
+
+
+def run_rows(policy, folder: Path, head) -> dict[int, torch.Tensor]:
+    """Forward and backward over this data-parallel rank's rows; log-probs by row on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_papo.parallel import layout
+
+    here, logprobs = layout(), {}
+    rows = list(enumerate(torch.load(folder / "rows.pt", weights_only=False)))[here.data_rank :: here.data_size]
+
+    def forward_step(iterator, model):
+        number, row = next(iterator)
+
+        def loss(outputs):
+            logprobs[number] = outputs.policy_logprobs_R.detach()
+            return (outputs.policy_logprobs_R * row.weights_R).sum(), torch.zeros((), dtype=torch.int), {}
+
+        return model(row, head), loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(rows),
+        model=[policy],
+        num_microbatches=len(rows),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return logprobs
