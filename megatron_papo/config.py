@@ -326,6 +326,12 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     score: ScoreConfig = ScoreConfig()
 
+    @property
+    def reads_masked_view(self) -> bool:
+        """Whether a term of the loss reads the masked images: plain GRPO and DAPO do not pay for them."""
+        coefs = (self.loss.perception_coef, self.loss.masked_entropy_coef, self.perception.coef_end or 0.0)
+        return any(coef > 0 for coef in coefs)
+
     def warnings(self) -> list[str]:
         """Settings that are allowed and have no effect, each with its reason."""
         found = []
@@ -335,7 +341,7 @@ class Config(Section):
                 "loss.masked_entropy_coef has no gradient with perception.masked_branch=frozen: "
                 "the masked log-probs are constants; use joint"
             )
-        if self.perception.guard.action != "off" and self.loss.perception_coef == 0:
+        if self.perception.guard.action != "off" and not self.reads_masked_view:
             found.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
         return found
 

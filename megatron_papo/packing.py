@@ -258,6 +258,7 @@ def _row(sequences: Sequence[_Sequence], image_token_id: int, merge_size: int) -
         perception_weights_R=perception_weights_R,
         advantages_R=_spread([sequence.advantage for sequence in sequences], lengths),
         rollout_logprobs_R=torch.tensor(rollout_logprobs, dtype=torch.float32),
+        sequences=tuple((sequence.prompt.id, sequence.rollout.index) for sequence in sequences),
         **_pixels([sequence.prompt for sequence in sequences if _has_image(sequence.prompt)]),
     )
 

@@ -8,7 +8,7 @@ between data-parallel ranks, never within a pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.accelerator import device
-from megatron_papo.config import PerceptionConfig
+from megatron_papo.config import Config
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer
-from megatron_papo.packing import joint_row, masked_row
+from megatron_papo.packing import masked_row
 from megatron_papo.parallel import broadcast_from_last_stage, layout, sum_metrics
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
@@ -32,25 +32,25 @@ MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
 def score_logprobs(
     policy: DistributedDataParallel,
     batches: Sequence[Batch],
+    config: Config,
     head: HeadRequest,
-    *,
-    old: bool,
-    masked: bool,
     reference: ReferencePolicy | None,
-) -> tuple[Batch, ...]:
-    """The batches with the log-probs that the loss compares against: of the policy as it is now on the image (`old`)
-    and on the masked image (`masked`), and of the reference. A frozen masked branch and updates off the policy that
-    generated need them; an on-policy joint update needs none."""
+) -> list[Batch]:
+    """The batches with the log-probs that the loss compares against, and no others.
+
+    `old_logprobs_R` only when a rollout batch has several updates (with one, the policy is the old policy);
+    `masked_logprobs_R` for a frozen masked branch; `ref_logprobs_R` when there is a reference.
+    """
     rows = [micro_batch for batch in batches for micro_batch in batch]
-    if old:
+    if config.train.updates_per_step > 1:
         rows = _with(rows, "old_logprobs_R", score(policy, rows, head))
-    if masked:
+    if config.reads_masked_view and config.perception.masked_branch == "frozen":
         rows = _with(rows, "masked_logprobs_R", score(policy, [masked_row(row) for row in rows], head))
     if reference is not None:
         with reference.swapped_into(policy.module):
             rows = _with(rows, "ref_logprobs_R", score(policy, rows, head))
     scored = iter(rows)
-    return tuple(tuple(next(scored) for _ in batch) for batch in batches)
+    return [tuple(next(scored) for _ in batch) for batch in batches]
 
 
 def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatch]:
@@ -59,28 +59,23 @@ def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs])
 
 @torch.no_grad()
 def score(policy: DistributedDataParallel, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
-    """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`."""
+    """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`.
+
+    For rows of one view: a joint row's second view is not asked for.
+    """
     if not rows:
         return []
     policy.eval()
     found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
     policy.train()
-    return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
+    return [_from_last_stage(found[index] if found else None, head) for index in range(len(rows))]
 
 
-def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadRequest) -> HeadOutputs:
-    if layout().pipeline_size == 1:
-        assert outputs is not None
-        return outputs
-    asked = {"policy_logprobs_R": True, "entropy_R": head.full_entropy}
-    if row.masked_logit_index_R is not None:
-        asked |= {"masked_logprobs_R": True, "masked_entropy_R": head.full_entropy, "perception_kl_R": head.full_kl}
-    values: dict[str, Tensor | None] = {field.name: None for field in fields(HeadOutputs)}
-    for name, wanted in asked.items():
-        if wanted:
-            own = None if outputs is None else getattr(outputs, name)
-            values[name] = broadcast_from_last_stage(own, shape=tuple(row.target_ids_R.shape), dtype=torch.float32)
-    return HeadOutputs(**values)  # type: ignore[arg-type]
+def _from_last_stage(outputs: HeadOutputs | None, head: HeadRequest) -> HeadOutputs:
+    logprobs_R = broadcast_from_last_stage(outputs.policy_logprobs_R if outputs else None)
+    if not head.full_entropy:
+        return HeadOutputs(logprobs_R)
+    return HeadOutputs(logprobs_R, broadcast_from_last_stage(outputs.entropy_R if outputs else None))
 
 
 def update_policy(
@@ -103,11 +98,6 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
     for name, (numerator, count) in more.items():
         so_far = total.get(name, (0.0, 0.0))
         total[name] = (so_far[0] + float(numerator), so_far[1] + float(count))
-
-
-def joint_batch(batch: Batch, perception: PerceptionConfig) -> Batch:
-    """Rows that hold both views when the masked branch takes part in the gradient; the rows as they are otherwise."""
-    return tuple(joint_row(row) for row in batch) if perception.masked_branch == "joint" else batch
 
 
 def _run_schedule(

@@ -22,12 +22,18 @@ class ReferencePolicy:
     @contextmanager
     def swapped_into(self, module: nn.Module) -> Iterator[None]:
         """Within the block `module` computes with the reference's weights; its own come back bit for bit."""
-        own = _host_copies(module)
-        _copy_into(module, self._weights)
+        own = ReferencePolicy(module)
+        self.copy_into(module)
         try:
             yield
         finally:
-            _copy_into(module, own)
+            own.copy_into(module)
+
+    @torch.no_grad()
+    def copy_into(self, module: nn.Module) -> None:
+        """Overwrites the parameters of `module`."""
+        for parameter, weight in zip(module.parameters(), self._weights, strict=True):
+            parameter.copy_(weight)
 
 
 def _host_copies(module: nn.Module) -> list[Tensor]:
@@ -36,9 +42,3 @@ def _host_copies(module: nn.Module) -> list[Tensor]:
     for copy, parameter in zip(copies, module.parameters(), strict=True):
         copy.copy_(parameter.detach())
     return copies
-
-
-@torch.no_grad()
-def _copy_into(module: nn.Module, weights: list[Tensor]) -> None:
-    for parameter, weight in zip(module.parameters(), weights, strict=True):
-        parameter.copy_(weight)

@@ -100,6 +100,8 @@ class MicroBatch:
     """[R] float32."""
     rollout_logprobs_R: Tensor
     """[R] float32, as the engine reported them."""
+    sequences: tuple[tuple[str, int], ...] = ()
+    """Prompt id and rollout index of each sequence, in row order; `rollout_index_R` points here."""
     masked_pixel_values_PD: Tensor | None = None
     """The masked view, same shape as pixel_values_PD."""
     masked_logit_index_R: Tensor | None = None

@@ -1,0 +1,58 @@
+"""Which groups a step trains on: all that were drawn, or under dynamic sampling those whose rollouts disagree.
+
+Groups stay on the rank that generated them; only positions travel. Kept groups are put in the global order of their
+prompts and cut into one chunk an optimizer update, so that the batch does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch.distributed import ProcessGroup
+
+from megatron_papo.advantages import keep_group
+from megatron_papo.config import TrainConfig
+from megatron_papo.parallel import gather_objects
+from megatron_papo.types import Group
+
+
+@dataclass(frozen=True)
+class ChosenGroups:
+    train: TrainConfig
+    own: Mapping[int, Group] = field(default_factory=dict)
+    """Groups generated on this rank, kept or not, by the position of their prompt in the global order."""
+    kept: tuple[int, ...] = ()
+    """Positions of the groups to train on, over all ranks, in order."""
+    rounds: int = 0
+
+    @property
+    def enough(self) -> bool:
+        return len(self.kept) >= self.train.prompts_per_step
+
+    def add(self, positions: Sequence[int], groups: Sequence[Group], data_group: ProcessGroup) -> ChosenGroups:
+        """With one more round of generation; ValueError when the rounds are used up and prompts are still missing."""
+        sampling = self.train.dynamic_sampling
+        new = dict(zip(positions, groups, strict=True))
+        good = [place for place, group in new.items() if not sampling.enabled or keep_group(group, sampling)]
+        everywhere = [place for places in gather_objects(good, data_group) for place in places]
+        kept = tuple(sorted((*self.kept, *everywhere)))
+        if sampling.enabled and self.rounds + 1 >= sampling.max_rounds and len(kept) < self.train.prompts_per_step:
+            raise ValueError(
+                f"train.dynamic_sampling: after {sampling.max_rounds} rounds only {len(kept)} of "
+                f"{self.train.prompts_per_step} prompts had a mean accuracy between {sampling.low} and "
+                f"{sampling.high}: the data is too easy or too hard for this policy"
+            )
+        return replace(self, own={**self.own, **new}, kept=kept, rounds=self.rounds + 1)
+
+    def by_update(self) -> list[list[Group]]:
+        """This rank's groups of every optimizer update; a list may be empty."""
+        chosen, updates = self.kept[: self.train.prompts_per_step], self.train.updates_per_step
+        size = len(chosen) // updates
+        chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [[self.own[place] for place in chunk if place in self.own] for chunk in chunks]
+
+    @property
+    def spare(self) -> Group:
+        """Any group of this rank: what it goes through the motions with when an update has none of its own."""
+        return next(iter(self.own.values()))

@@ -1,0 +1,131 @@
+"""`papo eval`: avg@k on held-out prompts, with the images and with them masked.
+
+Answers are sampled `eval.samples` times a prompt at `eval.temperature`; the second pass sees masked images only, so
+the gap between the two is what seeing is worth. The perception KL is k3 between the two views on the answers given
+with the image, a token mean. One line of scores is appended to `RUN/eval.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_papo.checkpoint.huggingface import hf_tensors
+from megatron_papo.config import Config
+from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.draw import prompts_of
+from megatron_papo.data.masking import mask_images
+from megatron_papo.data.order import share_of
+from megatron_papo.generation import Generator, Sampling, build_generator
+from megatron_papo.losses import kl_k3
+from megatron_papo.model.policy import HeadRequest
+from megatron_papo.packing import masked_row
+from megatron_papo.parallel import sum_metrics
+from megatron_papo.pipeline import add_metrics, score
+from megatron_papo.record import print_scores
+from megatron_papo.rewards import Rewarder
+from megatron_papo.run import Run, open_run, pack_rows, reward_groups
+from megatron_papo.types import Group, Metrics, Prompt
+
+_PROMPTS_AT_ONCE = 64
+_STEP = 0
+"""Enters seeds of answers and masks: every evaluation of a run sees the same masked images."""
+
+
+def main(config: Config) -> None:
+    """Evaluates the model of `config.model` and prints its scores."""
+    with (
+        open_run(config) as run,
+        Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens) as rewarder,
+    ):
+        generator = build_generator(config, run.processor, run.layout)
+        try:
+            with run.clock.stage("hand over"):
+                generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=0)
+            scores, _ = evaluate(run, generator, rewarder)
+        finally:
+            generator.close()
+        if run.is_writer:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            with (run.folder / "eval.jsonl").open("a") as file:
+                file.write(json.dumps({"model": str(config.model.path or config.model.checkpoint), **scores}) + "\n")
+            print_scores(scores)
+
+
+def evaluate(run: Run, generator: Generator, rewarder: Rewarder) -> tuple[dict[str, float], list[Group]]:
+    """Scores over `data.eval` on all ranks, and this rank's answered groups.
+
+    `accuracy`, `format`, `response_tokens`, and with `eval.masked` `masked_accuracy`, `gap`, `perception_kl`.
+    """
+    config = run.config
+    dataset = PromptDataset(config.data, "eval", run.processor)
+    bad_rows = BadRows(config.data.on_bad_row)
+    num_rows = min(len(dataset), config.eval.limit or len(dataset))
+    rows = share_of(range(num_rows), run.layout.data_rank, run.layout.data_size)
+    total: Metrics = {}
+    answered: list[Group] = []
+    with run.clock.stage("evaluate", total=len(rows)) as progress:
+        for start in range(0, len(rows), _PROMPTS_AT_ONCE):
+            chunk = rows[start : start + _PROMPTS_AT_ONCE]
+            prompts = [_masked(run, dataset, prompt) for prompt in prompts_of(dataset, chunk, bad_rows)]
+            groups = _answer(run, generator, rewarder, prompts, masked=False)
+            add_metrics(total, _accuracies(groups, ""))
+            if config.eval.masked:
+                blind = _answer(run, generator, rewarder, prompts, masked=True)
+                add_metrics(total, _accuracies(blind, "masked_"))
+                add_metrics(total, _perception_kl(run, groups))
+            answered += groups
+            progress.advance(len(chunk))
+    scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
+    if config.eval.masked:
+        scores["gap"] = scores["accuracy"] - scores["masked_accuracy"]
+    return scores, answered
+
+
+def _masked(run: Run, dataset: PromptDataset, prompt: Prompt) -> Prompt:
+    config = run.config
+    if not config.eval.masked:
+        return prompt
+    seed, mask = config.run.seed, config.perception.mask
+    return mask_images(prompt, mask, run.processor, seed=seed, step=_STEP, swap_pool=dataset)
+
+
+def _answer(
+    run: Run, generator: Generator, rewarder: Rewarder, prompts: Sequence[Prompt], *, masked: bool
+) -> list[Group]:
+    config = run.config
+    sampling = Sampling(
+        step=_STEP,
+        group_size=config.eval.samples,
+        temperature=config.eval.temperature,
+        top_p=config.generation.top_p,
+        top_k=config.generation.top_k,
+        max_response_tokens=config.generation.max_response_tokens,
+        seed=config.run.seed,
+        masked=masked,
+    )
+    return reward_groups(rewarder, generator.generate(prompts, sampling), run.layout)
+
+
+def _accuracies(groups: Sequence[Group], prefix: str) -> Metrics:
+    """Means over all answers; of a masked view only prompts that have an image count."""
+    groups = [group for group in groups if not prefix or group.prompt.inputs.pixel_values_PD is not None]
+    parts = {name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")}
+    lengths = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
+    values = parts | {"response_tokens": lengths}
+    return {f"{prefix}{name}": (float(sum(found)), float(len(found))) for name, found in values.items()}
+
+
+def _perception_kl(run: Run, groups: Sequence[Group]) -> Metrics:
+    """Token mean of k3 between the two views, on the answers given with the image, at temperature 1."""
+    seen = [group for group in groups if group.prompt.inputs.pixel_values_PD is not None]
+    if not seen:
+        return {}
+    rows = pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in seen])
+    head = HeadRequest(banned_ids=run.banned_ids)
+    with_image = score(run.policy, rows, head)
+    without = score(run.policy, [masked_row(row) for row in rows], head)
+    pairs = zip(with_image, without, strict=True)
+    kl = [kl_k3(seen_view.policy_logprobs_R, blind.policy_logprobs_R) for seen_view, blind in pairs]
+    return {"perception_kl": (sum(float(values_R.sum()) for values_R in kl), float(sum(map(len, kl))))}

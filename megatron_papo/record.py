@@ -1,0 +1,124 @@
+"""From groups and sums to what a person reads: one record of numbers a step, sample tables, lines on the console."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_papo.config import dump_config
+from megatron_papo.data.masking import masked_raw_images
+from megatron_papo.observe.sinks import Sample, Sinks
+from megatron_papo.parallel import sum_metrics
+from megatron_papo.run import Run
+from megatron_papo.types import Group, Metrics
+
+_SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "response_tokens")
+
+
+class Recorder:
+    """Logs steps from `first_step` on to every sink of `run.folder`; all ranks call it, the writer writes."""
+
+    def __init__(self, run: Run, first_step: int, num_steps: int):
+        config = run.config
+        self._run, self._num_steps = run, num_steps
+        self._sinks = Sinks(
+            config.observe,
+            run.folder,
+            dump_config(config),
+            enabled=run.is_writer,
+            start_step=first_step,
+            name=config.run.name,
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._sinks.close()
+
+    def record(self, step: int, groups: Sequence[Group], metrics: Metrics) -> dict[str, float]:
+        """One step: means of the loss's sums, of rewards and lengths over all ranks, and seconds of each stage."""
+        times = self._run.clock.take()
+        sums = metrics | sum_metrics(group_sums(groups))
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        if "perception_kl_squared" in values:
+            values["perception_kl_variance"] = values.pop("perception_kl_squared") - values["perception_kl"] ** 2
+        values["tokens_per_s"] = values.pop("tokens") * sums["tokens"][1] / max(sum(times.values()), 1e-9)
+        values |= times
+        self._sinks.log(step, values)
+        every = self._run.config.observe.samples_every
+        if every and (step % every == 0 or step + 1 == self._num_steps):
+            self._sinks.samples(step, self._samples(step, groups))
+        return values
+
+    def record_scores(self, step: int, scores: dict[str, float]) -> None:
+        """An evaluation's scores, beside the step's other numbers."""
+        if scores:
+            self._sinks.log(step, {f"eval/{name}": value for name, value in scores.items()})
+
+    def _samples(self, step: int, groups: Sequence[Group]) -> list[Sample]:
+        if not self._run.is_writer:
+            return []
+        chosen = groups[: self._run.config.observe.samples]
+        return [_sample(self._run, step, group) for group in chosen]
+
+
+def group_sums(groups: Sequence[Group]) -> Metrics:
+    """Sums over this rank's rollouts and groups: rewards and their parts, lengths, groups that agree."""
+    sums: dict[str, list[float]] = {"tokens": [], "response_tokens": [], "cut_off": []}
+    for group in groups:
+        prompt_tokens = group.prompt.inputs.token_ids_S.numel()
+        for rollout in group.rollouts:
+            sums["tokens"].append(prompt_tokens + len(rollout.response_ids))
+            sums["response_tokens"].append(len(rollout.response_ids))
+            sums["cut_off"].append(rollout.finish_reason == "length")
+        if group.rewards:
+            sums.setdefault("reward", []).extend(group.rewards)
+            sums.setdefault("group/reward_std", []).append(statistics.pstdev(group.rewards))
+            sums.setdefault("group/all_equal", []).append(min(group.rewards) == max(group.rewards))
+        for name, values in group.reward_parts.items():
+            sums.setdefault(f"reward/{name}", []).extend(values)
+    return {name: (float(sum(values)), float(len(values))) for name, values in sums.items()}
+
+
+def _sample(run: Run, step: int, group: Group) -> Sample:
+    """The first rollout of the group: nothing is picked."""
+    rollout, prompt = group.rollouts[0], group.prompt
+    masked = ()
+    if prompt.masked_pixel_values_PD is not None:
+        masked = tuple(masked_raw_images(prompt, run.config.perception.mask, seed=run.config.run.seed, step=step))
+    return Sample(
+        prompt_id=prompt.id,
+        problem=prompt.problem,
+        answer=prompt.answer,
+        response=rollout.text,
+        images=prompt.images,
+        masked_images=masked,
+        reward=group.rewards[0] if group.rewards else None,
+        reward_parts={name: values[0] for name, values in group.reward_parts.items()},
+    )
+
+
+def print_scores(scores: dict[str, float]) -> None:
+    """An evaluation as a table on the console."""
+    table = Table("score", "value")
+    for name in _SCORES:
+        if name in scores:
+            table.add_row(name, f"{scores[name]:.3f}")
+    Console().print(table)
+
+
+def say(run: Run, text: str) -> None:
+    """One line on the console, once for the whole run."""
+    if run.is_writer:
+        print(f"papo: {text}", flush=True)
+
+
+def warn(run: Run, text: str) -> None:
+    if run.is_writer:
+        print(f"papo: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,134 @@
+"""What a verb holds while it runs: the policy on this rank, its processor and clock; and what all verbs do alike.
+
+`open_run` builds it in one place and takes it down again, also when a rank fails. What changes weights (optimizer,
+schedule) belongs to the verbs that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_papo.accelerator import adapt_megatron, seed_all
+from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.config import Config, ConfigError
+from megatron_papo.data.processor import Processor, load_processor
+from megatron_papo.model.policy import build_policy
+from megatron_papo.model.shape import ModelShape, check_layout
+from megatron_papo.observe.watchdog import StageClock
+from megatron_papo.optim import wrap_policy
+from megatron_papo.packing import Totals, empty_like, pack, sum_totals, token_totals
+from megatron_papo.parallel import Layout, gather_objects, initialize, shutdown
+from megatron_papo.reference import ReferencePolicy
+from megatron_papo.rewards import Rewarder
+from megatron_papo.types import Batch, Group
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    layout: Layout
+    shape: ModelShape
+    processor: Processor
+    clock: StageClock
+    policy: DistributedDataParallel
+    """This pipeline stage's model; its weights change in place."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run.dir
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes what the whole run has in common."""
+        return self.layout.rank == 0
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """Tokens that neither engine nor trainer gives any probability: vision placeholders and padded words."""
+        padded = range(len(self.processor.tokenizer), self.shape.language.vocab_size)
+        return tuple(sorted({*self.shape.banned_ids, *padded}))
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards."""
+    folder = model_folder(config)
+    adapt_megatron()
+    with ExitStack() as stack:
+        layout = initialize(config.parallel)
+        stack.callback(shutdown)
+        shape = ModelShape.from_folder(folder)
+        check_layout(config, shape, layout.world_size)
+        seed_all(config.run.seed)
+        clock = StageClock(config.run.stall_limit_s, config.run.dir, layout.rank, config.observe.console)
+        with clock.stage("load"):
+            processor = load_processor(folder, config.data)
+            policy = wrap_policy(build_policy(config, shape), config)
+            if config.model.checkpoint is not None or not config.model.random_init:
+                load_weights(policy.module, shape, config.model.checkpoint or folder)
+        yield Run(config, layout, shape, processor, clock, policy)
+
+
+def model_folder(config: Config) -> Path:
+    """Where config.json, tokenizer and processor lie: the Hugging Face folder or the Megatron checkpoint."""
+    folder = config.model.path or config.model.checkpoint
+    if folder is None:
+        raise ConfigError("model.path: names no folder")
+    return folder
+
+
+def starting_reference(run: Run) -> ReferencePolicy:
+    """The reference policy: the weights of `checkpoint.reference`, by default those the policy has now."""
+    folder = run.config.checkpoint.reference
+    if folder is None:
+        return ReferencePolicy(run.policy.module)
+    own = ReferencePolicy(run.policy.module)
+    load_weights(run.policy.module, run.shape, folder)
+    reference = ReferencePolicy(run.policy.module)
+    own.copy_into(run.policy.module)
+    return reference
+
+
+def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:
+    """The groups with their rewards, each asked for once: the ranks of a model-parallel group share the work, so that
+    a verdict that ran into its time limit is the same for all of them."""
+    size, rank = layout.model_group.size(), layout.model_group.rank()
+    own = [(group.rewards, group.reward_parts) for group in rewarder.reward(groups[rank::size])]
+    shares = gather_objects(own, layout.model_group)
+    return [
+        replace(group, rewards=rewards, reward_parts=parts)
+        for index, group in enumerate(groups)
+        for rewards, parts in [shares[index % size][index // size]]
+    ]
+
+
+def pack_rows(run: Run, groups: Sequence[Group], totals: Totals | None = None) -> Batch:
+    """The groups as rows under the token budget; weights are shares of the mean over `totals`, or over these alone."""
+    config = run.config
+    return pack(
+        groups,
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        loss=config.loss,
+        totals=totals or token_totals(groups),
+        joint=config.reads_masked_view and config.perception.masked_branch == "joint",
+        image_token_id=run.shape.image_token_id,
+        merge_size=run.shape.vision.spatial_merge_size,
+        banned_ids=run.banned_ids,
+    )
+
+
+def pack_update(run: Run, groups: Sequence[Group], spare: Group) -> Batch:
+    """The micro-batches of one optimizer step; weights are shares of the mean over all data-parallel ranks.
+
+    A rank without groups packs `spare` with weights of zero, so that it takes part in the update all the same.
+    """
+    totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
+    if groups:
+        return pack_rows(run, groups, totals)
+    idle = replace(spare, advantages=(0.0,) * len(spare.rollouts))
+    return tuple(empty_like(row) for row in pack_rows(run, [idle], totals))

@@ -1,0 +1,115 @@
+"""`papo score`: log-probs of given responses, with the image and with it masked, token by token.
+
+Reads JSON lines with `problem`, `images` (paths, relative to the file) and `response`; writes the same rows, in the
+same order, with `tokens`, `policy_logprobs`, `masked_logprobs`, `entropy` and `perception_kl` (k3, nats) of every
+response token, at temperature 1 over the model's whole vocabulary. Nothing is banned here and no end-of-turn token is
+added: the numbers are those of the plain model on the text as given. Rows without an image have null in the masked
+columns. The output appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_papo.config import Config
+from megatron_papo.data.dataset import PromptDataset
+from megatron_papo.data.masking import mask_images
+from megatron_papo.data.order import share_of
+from megatron_papo.losses import kl_k3
+from megatron_papo.model.policy import HeadRequest
+from megatron_papo.packing import masked_row, supervised_group
+from megatron_papo.parallel import gather_objects
+from megatron_papo.pipeline import score
+from megatron_papo.record import say
+from megatron_papo.run import Run, open_run, pack_rows
+from megatron_papo.types import Group
+
+_ROWS_AT_ONCE = 64
+_STEP = 0
+"""Enters the seed of the masks."""
+
+
+def main(config: Config, data: Path, out: Path) -> None:
+    """Scores every row of `data` into `out`. Raises ValueError naming the row that cannot be scored."""
+    rows = _read_rows(data)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"eval": str(data), "eval_split": "train", "preset": "none"})}
+    )
+    with open_run(config) as run:
+        dataset = PromptDataset(config.data, "eval", run.processor, needs_answer=False)
+        own = share_of(range(len(rows)), run.layout.data_rank, run.layout.data_size)
+        scored: list[dict[str, Any]] = []
+        with run.clock.stage("score", total=len(own)) as progress:
+            for start in range(0, len(own), _ROWS_AT_ONCE):
+                chunk = own[start : start + _ROWS_AT_ONCE]
+                scored += _score(run, [_group(run, dataset, rows[row], row) for row in chunk])
+                progress.advance(len(chunk))
+        everywhere = gather_objects(scored, run.layout.data_group)
+        if run.is_writer:
+            values = [value for share in everywhere for value in share]
+            _write_rows(out, [row | found for row, found in zip(rows, values, strict=True)])
+            say(run, f"{len(rows)} rows: {out}")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not row["response"]:
+            raise ValueError(f"{path}:{number}: has no text in `response`")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(partial, path)
+
+
+def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:
+    config = run.config
+    prompt = dataset.prompt(row)
+    prompt = mask_images(
+        prompt, config.perception.mask, run.processor, seed=config.run.seed, step=_STEP, swap_pool=dataset
+    )
+    token_ids = tuple(run.processor.tokenizer(cells["response"], add_special_tokens=False)["input_ids"])
+    if not token_ids:
+        raise ValueError(f"row {row}: `response` has no tokens")
+    return supervised_group(prompt, token_ids, cells["response"])
+
+
+def _score(run: Run, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The new columns of each group's only rollout, in order."""
+    head = HeadRequest(full_entropy=True, banned_ids=())
+    rows = pack_rows(run, groups)
+    views = zip(
+        rows, score(run.policy, rows, head), score(run.policy, [masked_row(row) for row in rows], head), strict=True
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for row, seen, blind in views:
+        assert seen.entropy_R is not None
+        columns = {
+            "tokens": row.target_ids_R,
+            "policy_logprobs": seen.policy_logprobs_R,
+            "masked_logprobs": blind.policy_logprobs_R,
+            "entropy": seen.entropy_R,
+            "perception_kl": kl_k3(seen.policy_logprobs_R, blind.policy_logprobs_R),
+        }
+        for index, (prompt_id, _) in enumerate(row.sequences):
+            own_R = row.rollout_index_R == index
+            found[prompt_id] = {name: values_R.cpu()[own_R].tolist() for name, values_R in columns.items()}
+    for group in groups:
+        if group.prompt.inputs.pixel_values_PD is None:
+            found[group.prompt.id] |= {"masked_logprobs": None, "perception_kl": None}
+    return [found[group.prompt.id] for group in groups]

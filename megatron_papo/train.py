@@ -1,0 +1,224 @@
+"""`papo train`: reinforcement learning with a perception term. The whole step is `train_step`; read it first.
+
+Every rank runs this same program. A stage is a plain function call over frozen values; what is distributed is hidden
+in the stages themselves. The loss is `losses.papo_loss`; where it departs from the paper stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from megatron_papo.advantages import with_advantages
+from megatron_papo.checkpoint.huggingface import hf_tensors
+from megatron_papo.choose import ChosenGroups
+from megatron_papo.config import Config
+from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.draw import Draw, draw_prompts
+from megatron_papo.data.masking import mask_images
+from megatron_papo.data.order import DataCursor
+from megatron_papo.evaluate import evaluate
+from megatron_papo.generation import Generator, Sampling, build_generator
+from megatron_papo.losses import CollapseGuard, LossSettings, papo_loss
+from megatron_papo.model.policy import HeadRequest
+from megatron_papo.optim import Optimizer, build_optimizer
+from megatron_papo.packing import joint_row
+from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
+from megatron_papo.record import Recorder, warn
+from megatron_papo.reference import ReferencePolicy
+from megatron_papo.rewards import Rewarder
+from megatron_papo.run import Run, open_run, pack_update, reward_groups, starting_reference
+from megatron_papo.save import Checkpoints
+from megatron_papo.types import Batch, Group, Metrics
+
+
+@dataclass
+class Training:
+    """All state of a training run beside the policy's weights; everything else in a step is a value."""
+
+    run: Run
+    optimizer: Optimizer
+    reference: ReferencePolicy | None
+    generator: Generator
+    rewarder: Rewarder
+    dataset: PromptDataset
+    bad_rows: BadRows
+    cursor: DataCursor
+    guard: CollapseGuard
+
+
+def main(config: Config) -> None:
+    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`."""
+    with open_run(config) as run, _open_training(run) as training:
+        checkpoints = Checkpoints(run, training.optimizer)
+        first_step = _resume(training, checkpoints)
+        with Recorder(run, first_step, config.train.steps) as recorder:
+            for step in range(first_step, config.train.steps):
+                groups, metrics = train_step(training, step)
+                recorder.record(step, groups, metrics)
+                recorder.record_scores(step, scores := _evaluate_when_due(training, step))
+                stopped = _watch_for_collapse(training, metrics)
+                checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=bool(stopped))
+                if stopped:
+                    raise RuntimeError(f"perception.guard stopped the run after step {step}: {stopped}")
+        checkpoints.export()
+
+
+def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
+    """One rollout batch and its optimizer updates; the groups trained on, and what was measured."""
+    run, config, clock = training.run, training.run.config, training.run.clock
+    chosen = ChosenGroups(config.train)
+    while not chosen.enough:
+        with clock.stage("draw"):
+            draw = _draw_prompts(training)
+        with clock.stage("generate"):
+            groups = training.generator.generate(draw.prompts, _sampling(config, step))
+        with clock.stage("reward"):
+            groups = reward_groups(training.rewarder, groups, run.layout)
+        chosen = chosen.add(draw.places, groups, run.layout.data_group)
+    with clock.stage("advantage"):
+        updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
+    with clock.stage("mask"):
+        updates = [[_mask(training, group, step) for group in groups] for groups in updates]
+    with clock.stage("pack"):
+        batches = [pack_update(run, groups, chosen.spare) for groups in updates]
+    with clock.stage("score"):
+        batches = score_logprobs(run.policy, batches, config, _head(run), training.reference)
+    with clock.stage("update", total=len(batches)) as progress:
+        loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
+        metrics: Metrics = {}
+        for batch in batches:
+            rows = _views(batch, config)
+            add_metrics(metrics, update_policy(run.policy, training.optimizer, rows, _head(run), loss))
+            progress.advance()
+    with clock.stage("hand over"):
+        training.generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=step + 1)
+    return [group for groups in updates for group in groups], metrics
+
+
+@contextmanager
+def _open_training(run: Run) -> Iterator[Training]:
+    config = run.config
+    with ExitStack() as stack:
+        with run.clock.stage("set up"):
+            dataset = PromptDataset(config.data, "train", run.processor)
+            generator = build_generator(config, run.processor, run.layout)
+            stack.callback(generator.close)
+            # the reference is the policy as it starts: taken before any checkpoint is resumed
+            reference = starting_reference(run) if config.loss.reference_coef > 0 else None
+            optimizer = build_optimizer(run.policy, config, config.train.steps * config.train.updates_per_step)
+        yield Training(
+            run=run,
+            optimizer=optimizer,
+            reference=reference,
+            generator=generator,
+            rewarder=stack.enter_context(
+                Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
+            ),
+            dataset=dataset,
+            bad_rows=BadRows(config.data.on_bad_row),
+            cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
+            guard=CollapseGuard(config.perception.guard),
+        )
+
+
+def _draw_prompts(training: Training) -> Draw:
+    run, train = training.run, training.run.config.train
+    draw = draw_prompts(
+        training.dataset,
+        training.cursor,
+        num_prompts=train.prompts_per_step,
+        updates_per_step=train.updates_per_step,
+        data_rank=run.layout.data_rank,
+        data_size=run.layout.data_size,
+        bad_rows=training.bad_rows,
+    )
+    training.cursor = draw.cursor
+    return draw
+
+
+def _sampling(config: Config, step: int) -> Sampling:
+    generation = config.generation
+    return Sampling(
+        step=step,
+        group_size=config.train.group_size,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        max_response_tokens=generation.max_response_tokens,
+        seed=config.run.seed,
+    )
+
+
+def _mask(training: Training, group: Group, step: int) -> Group:
+    config = training.run.config
+    if not config.reads_masked_view:
+        return group
+    prompt = mask_images(
+        group.prompt,
+        config.perception.mask,
+        training.run.processor,
+        seed=config.run.seed,
+        step=step,
+        swap_pool=training.dataset,
+    )
+    return replace(group, prompt=prompt)
+
+
+def _head(run: Run) -> HeadRequest:
+    config = run.config
+    return HeadRequest(
+        temperature=config.generation.temperature,
+        full_entropy=config.entropy.kind == "full",
+        full_kl=config.perception.kl == "full",
+        banned_ids=run.banned_ids,
+    )
+
+
+def _views(batch: Batch, config: Config) -> Batch:
+    """Rows of both views where the gradient goes through both, the rows as they are elsewhere."""
+    if config.reads_masked_view and config.perception.masked_branch == "joint":
+        return tuple(joint_row(row) for row in batch)
+    return batch
+
+
+def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
+    """Moves the guard on; the reason to stop, or nothing."""
+    means = {name: total / count for name, (total, count) in metrics.items() if count}
+    training.guard, decision = training.guard.observe(
+        perception_kl=means.get("perception_kl"),
+        clip_high=means.get("clip_high"),
+        masked_entropy=means.get("masked_entropy"),
+    )
+    if decision.action == "lower":
+        warn(training.run, f"perception.guard lowered the coefficient: {decision.reason}")
+    return decision.reason if decision.action == "stop" else ""
+
+
+def _evaluate_when_due(training: Training, step: int) -> dict[str, float]:
+    config = training.run.config
+    every, last = config.train.eval_every, step + 1 == config.train.steps
+    if config.data.eval is None or not (last or (every and (step + 1) % every == 0)):
+        return {}
+    scores, _ = evaluate(training.run, training.generator, training.rewarder)
+    return scores
+
+
+def _state(training: Training) -> dict[str, Any]:
+    return {"cursor": training.cursor.state_dict(), "guard": training.guard.state()}
+
+
+def _resume(training: Training, checkpoints: Checkpoints) -> int:
+    """Loads the newest checkpoint when there is one; the step to begin with. The generator gets its weights."""
+    state = checkpoints.resume()
+    if state is not None:
+        training.cursor = training.cursor.load_state_dict(state["cursor"])
+        training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
+    first_step = checkpoints.next_step
+    with training.run.clock.stage("hand over"):
+        weights = hf_tensors(training.run.policy.module, training.run.shape)
+        training.generator.load_weights(weights, policy_version=first_step)
+    return first_step
