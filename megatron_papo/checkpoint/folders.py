@@ -1,0 +1,162 @@
+"""Files of a Hugging Face folder: safetensors read slice by slice, and written so that a folder appears whole.
+
+Knows tensors by their published names and the files beside them; knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_papo.checkpoint.atomic import publish
+from megatron_papo.checkpoint.names import parameter_table, published_name
+from megatron_papo.checkpoint.slices import Index
+from megatron_papo.model.shape import ModelShape
+
+MAX_FILE_BYTES = 5 * 10**9
+_SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth")
+MAX_SHOWN_FAULTS = 10
+
+
+class HuggingFaceReader:
+    """The tensors of a folder by published name, read slice by slice. Use it as a context.
+
+    Raises ValueError naming the file for a folder without safetensors and for a file that is missing or broken.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._stack = ExitStack()
+        self._places: dict[str, tuple[Path, Any]] = {}
+
+    def __enter__(self) -> HuggingFaceReader:
+        for file in self._files():
+            try:
+                handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                self._stack.close()
+                raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                self._places[published_name(name)] = (file, handle.get_slice(name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._places.clear()
+        self._stack.close()
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (self.folder / name).exists()]
+            if missing:
+                raise ValueError(f"{index}: names files that are not there: {', '.join(missing)}")
+            return [self.folder / name for name in names]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{self.folder}: holds no *.safetensors")
+        return files
+
+    def shapes(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        """name -> (file, shape) of every tensor."""
+        return {name: (file, tuple(part.get_shape())) for name, (file, part) in self._places.items()}
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """`tensor[index]` of one tensor, its ranges along the leading axes; no other bytes are read."""
+        return self._places[name][1][index]
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises ValueError with a line for each missing, extra or misshapen tensor."""
+        found = self.shapes()
+        expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
+        faults = [f"{self.folder}: {name} {expected[name]}: missing" for name in expected if name not in found]
+        for name, (file, size) in sorted(found.items()):
+            if name in expected and size != expected[name]:
+                faults.append(f"{file}: {name}: expected shape {expected[name]}, found {size}")
+            # a tied head is the word embedding once more; transformers ignores it too
+            elif name not in expected and not (name == "lm_head.weight" and shape.tie_word_embeddings):
+                faults.append(f"{file}: {name} {size}: no such tensor in the model that config.json describes")
+        if faults:
+            more = [f"... and {len(faults) - MAX_SHOWN_FAULTS} more"] if len(faults) > MAX_SHOWN_FAULTS else []
+            raise ValueError("\n".join(faults[:MAX_SHOWN_FAULTS] + more))
+
+
+def write_folder(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, source: Path, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """The named tensors as a Hugging Face folder, in files of at most `max_file_bytes` (but one tensor at least).
+
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all.
+    """
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = _write_tensors(tensors, partial, max_file_bytes)
+    copy_side_files(source, partial)
+    _set_dtype(partial / "config.json", dtype)
+    publish(partial, folder)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Everything of a Hugging Face folder but its weights. Raises ValueError when `source` has no config.json."""
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: no config.json")
+    weights = {file for pattern in _WEIGHT_FILES for file in source.glob(pattern)}
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _SIDE_FILES and file not in weights:
+            shutil.copyfile(file, target / file.name)
+
+
+def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> torch.dtype:
+    """Writes the safetensors files and, when they are several, their index; the dtype of the tensors."""
+    files: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total = size = 0
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > max_bytes:
+            files.append(_write_file(waiting, folder, len(files)))
+            waiting, size = {}, 0
+        waiting[name] = tensor.detach().cpu().contiguous()
+        size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
+    files.append(_write_file(waiting, folder, len(files)))
+    final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        final = ["model.safetensors"]
+    for number, name in enumerate(final):
+        (folder / _numbered(number)).rename(folder / name)
+    if len(files) > 1:
+        weight_map = {tensor: file for file, names in zip(final, files) for tensor in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _numbered(number: int) -> str:
+    return f"part-{number}.safetensors"
+
+
+def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    save_file(tensors, folder / _numbered(number), metadata={"format": "pt"})
+    return list(tensors)
+
+
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """transformers loads in the dtype that the config names, so it must name the one that was written."""
+    tree = json.loads(config.read_text())
+    tree["dtype"] = str(dtype).removeprefix("torch.")
+    tree.pop("torch_dtype", None)
+    for section in ("text_config", "vision_config"):
+        for key in ("dtype", "torch_dtype"):
+            if key in tree.get(section, {}):
+                tree[section][key] = tree["dtype"]
+    config.write_text(json.dumps(tree, indent=2) + "\n")

@@ -1,0 +1,94 @@
+"""A rank's tensors as Megatron-Core `ShardedTensor`s: which box of which stored tensor each of them is.
+
+What is stored is the whole parameter of the name table: as one tensor rank would hold it, without padding, under its
+Megatron name. So a checkpoint does not depend on the layout that wrote it. Megatron's own modules would describe the
+padded shards instead, and the distributed optimizer would gather its state on every data-parallel rank first; here
+each rank stores the boxes that it holds, be they a shard or a flat range of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.distributed.checkpoint
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+
+from megatron_papo.checkpoint.parameters import Held
+from megatron_papo.checkpoint.slices import Index, pieces
+from megatron_papo.parallel import Layout
+
+
+def sharded_tensors(
+    key: str, held: Held, data: Tensor, here: Layout, flat_start: int | None = None
+) -> list[ShardedTensor]:
+    """`data` as boxes of the stored tensor `key`, views of `data`, so that loading fills it in place.
+
+    `data` is a tensor like the parameter (its optimizer state, say) or, with `flat_start`, the values of the flattened
+    parameter from there on, as the distributed optimizer splits it over the data-parallel ranks; then no rank repeats
+    another's values. Padding is in no box.
+    """
+    entry, shape = held.entry, tuple(held.tensor.shape)
+    if flat_start is None:
+        boxes = iter([(tuple(slice(0, size) for size in shape), data)])
+    else:
+        boxes = _boxes(shape, flat_start, data)
+    replica = (int(held.copy), here.tensor_rank if entry.axis is None else 0, here.data_rank * (flat_start is None))
+    axis = entry.axis or 0
+    found = []
+    for box, values in boxes:
+        for piece in pieces(entry, shape, here.tensor_rank):
+            start = max(box[axis].start, piece.local)
+            length = min(box[axis].stop, piece.local + piece.length) - start
+            if length <= 0:
+                continue
+            offset = [part.start for part in box]
+            offset[axis] = start - piece.local + piece.start
+            view = values.narrow(axis, start - box[axis].start, length)
+            found.append(
+                ShardedTensor(key, view, view.dtype, tuple(view.shape), entry.shape, tuple(offset), None, replica)
+            )
+    return found
+
+
+def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Iterator[tuple[Index, Tensor]]:
+    """A flat range of a tensor as at most three boxes: the end of a row, whole rows, the beginning of a row."""
+    stop = start + flat.numel()
+    if len(shape) == 1:
+        yield (slice(start, stop),), flat
+        return
+    assert len(shape) == 2, shape
+    columns, at = shape[1], start
+    while at < stop:
+        row, column = divmod(at, columns)
+        rows = (stop - at) // columns if column == 0 else 0
+        width = columns if rows else min(columns - column, stop - at)
+        rows = max(rows, 1)
+        values = flat[at - start : at - start + rows * width].view(rows, width)
+        yield (slice(row, row + rows), slice(column, column + width)), values
+        at += rows * width
+
+
+class SynchronousSave(TorchDistSaveShardedStrategy):
+    """Megatron's checkpoint format through torch's own writer, within this process.
+
+    The strategy it replaces starts a manager process for its asynchronous writers, which imports the main module
+    again, and needs psutil, even for a synchronous save. torch also checks that the boxes of all ranks cover every
+    tensor exactly once.
+    """
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+            ),
+        )

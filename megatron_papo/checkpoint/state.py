@@ -1,0 +1,204 @@
+"""What a checkpoint folder holds, written and read through megatron.core.dist_checkpointing.
+
+    .metadata, *.distcp, metadata.json   tensors: weights, Adam's moments, fp32 master copies, random number states
+    state.json                           step, metric, data cursor, settings, the layout that wrote it
+    config.json, tokenizer...            the Hugging Face folder's files beside its weights
+
+Tensors are stored whole and unpadded under their Megatron names (sharding.py): any layout loads what any other wrote.
+Random number states belong to ranks, so they come back on the same layout only. Leaves out asynchronous saving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import nn
+
+from megatron_papo.checkpoint import optimizer_state
+from megatron_papo.checkpoint.folders import MAX_SHOWN_FAULTS
+from megatron_papo.checkpoint.parameters import Held, held_parameters
+from megatron_papo.checkpoint.sharding import SynchronousSave, sharded_tensors
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.optim import Optimizer
+from megatron_papo.parallel import gather_objects, layout
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint saves and restores. `cursor` and `config` are plain JSON trees."""
+
+    model: nn.Module
+    shape: ModelShape
+    optimizer: Optimizer | None = None
+    """None: weights alone."""
+    cursor: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a loaded checkpoint says beside the tensors, which are in the model and the optimizer."""
+
+    step: int
+    metric: float | None
+    cursor: dict[str, Any]
+    config: dict[str, Any]
+
+
+def is_checkpoint(folder: Path | str) -> bool:
+    return (Path(folder) / STATE_FILE).is_file()
+
+
+def read_state_file(folder: Path | str) -> dict[str, Any]:
+    """The parsed state.json. Raises ValueError naming the file when it is missing, broken or of another format."""
+    file = Path(folder) / STATE_FILE
+    try:
+        tree = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file: not a checkpoint of this package") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {tree.get('format')!r}, this version reads {FORMAT}")
+    return tree
+
+
+def write_state(folder: Path, step: int, state: TrainState, **extra: Any) -> None:
+    """Writes tensors and state.json into the existing, empty `folder`; collective over all ranks."""
+    held = held_parameters(state.model, state.shape, layout().tensor_size)
+    tree = {**model_tensors(held), **_random_states()}
+    counts = {"optimizer_step": 0, "schedule_steps": 0}
+    if state.optimizer is not None:
+        megatron = state.optimizer.megatron
+        steps = gather_objects(optimizer_state.step_count(megatron), dist.group.WORLD)
+        counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
+        if counts["optimizer_step"]:
+            tree |= _optimizer_tensors(state.optimizer, held, None)
+    write_tensors(folder, tree)
+    if layout().rank == 0:
+        write_state_file(
+            folder, step=step, **counts, random_states=True, cursor=state.cursor, config=state.config, **extra
+        )
+
+
+def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
+    """Writes the boxes of all ranks into the empty `folder`; collective."""
+    dist_checkpointing.save(tree, str(folder), sharded_strategy=SynchronousSave())
+
+
+def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:
+    tree = {"format": FORMAT, "step": step, "layout": _layout_sizes(), **rest}
+    (folder / STATE_FILE).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def read_state(folder: Path | str, state: TrainState) -> Restored:
+    """Fills model, optimizer and schedule of `state` from a checkpoint of any layout; collective over all ranks.
+
+    Without an optimizer in `state` the weights alone are read. An optimizer stays fresh when the checkpoint has no
+    updates in it. Raises ValueError, on every rank, naming tensors that are missing or of another shape.
+    """
+    saved = read_state_file(folder)
+    held = held_parameters(state.model, state.shape, layout().tensor_size)
+    stored = stored_shapes(folder)
+    tree = model_tensors(held)
+    if state.optimizer is not None and saved["optimizer_step"]:
+        optimizer_state.allocate(state.optimizer.megatron, saved["optimizer_step"])
+        tree |= _optimizer_tensors(state.optimizer, held, stored)
+    check_stored(folder, tree, stored)
+    resumed = state.optimizer is not None and saved["random_states"] and saved["layout"] == _layout_sizes()
+    loaded = load_tensors(folder, {**tree, **(_random_states() if resumed else {})})
+    if resumed:
+        _set_random_states(loaded["rng"])
+    if state.optimizer is not None:
+        _restore_schedule(state.optimizer, saved)
+    return Restored(saved["step"], saved.get("metric"), saved["cursor"], saved["config"])
+
+
+def load_tensors(folder: Path | str, tree: dict[str, Any]) -> dict[str, Any]:
+    """Fills the tensors of `tree` in place; padding, which is in no checkpoint, keeps the zeros it was built with."""
+    return dist_checkpointing.load(tree, str(folder), validate_access_integrity=False)
+
+
+def stored_shapes(folder: Path | str) -> dict[str, ShardedTensor]:
+    """name -> description (global shape, dtype) of every tensor in a checkpoint."""
+    return dist_checkpointing.load_tensors_metadata(str(folder))
+
+
+def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[str, ShardedTensor]) -> None:
+    """Raises ValueError on every rank when what any rank wants is not stored, or in another shape."""
+    faults = set()
+    for part in tree.values():
+        if part.key not in stored:
+            faults.add(f"{folder}: {part.key} {part.global_shape}: missing")
+        elif tuple(stored[part.key].global_shape) != part.global_shape:
+            found = tuple(stored[part.key].global_shape)
+            faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {found}")
+    everywhere = sorted(set().union(*gather_objects(faults, dist.group.WORLD)))
+    if everywhere:
+        raise ValueError("\n".join(everywhere[:MAX_SHOWN_FAULTS]))
+
+
+def model_tensors(held: Mapping[str, Held]) -> dict[str, ShardedTensor]:
+    """The weights as boxes of stored tensors; the tree's own keys say nothing."""
+    found = {}
+    for name, part in held.items():
+        for box in sharded_tensors(part.entry.name, part, part.tensor.detach(), layout()):
+            found[f"model.{name}.{len(found)}"] = box
+    return found
+
+
+def _optimizer_tensors(
+    optimizer: Optimizer, held: Mapping[str, Held], stored: Mapping[str, ShardedTensor] | None
+) -> dict[str, ShardedTensor]:
+    """Moments and master copies; with `stored`, a master copy that is not there is read from the weights."""
+    found: dict[str, ShardedTensor] = {}
+    for slot in optimizer_state.slots(optimizer.megatron, held):
+        weight = slot.held.entry.name
+        tensors = {f"optimizer.state.{moment}.{weight}": slot.state[moment] for moment in optimizer_state.MOMENTS}
+        if slot.has_master:
+            master = f"optimizer.state.fp32_param.{weight}"
+            tensors[weight if stored is not None and master not in stored else master] = slot.main.detach()
+        for key, tensor in tensors.items():
+            for box in sharded_tensors(key, slot.held, tensor, layout(), slot.flat_start):
+                found[f"optimizer.{len(found)}"] = box
+    return found
+
+
+def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    if not saved["optimizer_step"]:
+        optimizer.megatron.reload_model_params()  # master copies were made from the weights before loading
+        return
+    optimizer.schedule.num_steps = saved["schedule_steps"]
+    optimizer.schedule.step(increment=0)  # rates of these settings at that step
+
+
+def _layout_sizes() -> dict[str, int]:
+    here = layout()
+    return {"tensor": here.tensor_size, "pipeline": here.pipeline_size, "data": here.data_size}
+
+
+def _random_states() -> dict[str, ShardedObject]:
+    states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    here = layout()
+    return {"rng": ShardedObject("rng", states, (here.world_size,), (here.rank,))}
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

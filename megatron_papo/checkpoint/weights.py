@@ -1,0 +1,22 @@
+"""Weights alone, from whichever folder a user names: a Hugging Face one or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from megatron_papo.checkpoint.huggingface import Progress, read_hf
+from megatron_papo.checkpoint.state import TrainState, is_checkpoint, read_state
+from megatron_papo.model.shape import ModelShape
+
+
+def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:
+    """Fills this rank's shards from `folder`. Raises ValueError, on every rank, for what does not fit.
+
+    `progress` is told of Hugging Face tensors only; a checkpoint is read in one go.
+    """
+    if is_checkpoint(folder):
+        read_state(folder, TrainState(model, shape))
+    else:
+        read_hf(model, shape, folder, progress)

@@ -1,0 +1,150 @@
+"""Hugging Face folders into real Megatron models and back, bit for bit at every layout; planted faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from megatron_papo.accelerator import adapt_megatron
+from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf, write_hf
+from megatron_papo.config import load_config
+from megatron_papo.model.shape import ModelShape
+from tests.ranks import run_ranks
+from tests.tiny import make_tiny_folder
+
+SHAPE = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vision_depth": 2, "vocab": 275}
+VISION = {"vision_hidden": 32, "vision_heads": 4, "vision_intermediate": 42}  # 42: padded at every layout
+LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2), "TP4, 2 key-value heads": (4, 1)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """fp32 in several files and its bf16 copy in one; one with tied embeddings."""
+    root = tmp_path_factory.mktemp("hf")
+    full = make_tiny_folder(root / "float32", **SHAPE, **VISION, max_shard_size="100KB")
+    tied = make_tiny_folder(root / "tied", **SHAPE, **VISION, tie=True)
+    half = root / "bfloat16"
+    shutil.copytree(full, half, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({name: tensor.bfloat16() for name, tensor in _tensors(full).items()}, half / "model.safetensors")
+    return {"float32": full, "bfloat16": half, "tied": tied}
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _model(folder: Path, layout: tuple[int, int], dtype: str):
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.parallel import initialize
+
+    adapt_megatron()
+    tensor, pipeline = layout
+    config = load_config(
+        None, [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"model.dtype={dtype}", "model.spec=local"]
+    )
+    initialize(config.parallel)
+    shape = ModelShape.from_folder(folder)
+    return build_policy(config, shape), shape
+
+
+def _round_trip(source: str, layout: tuple[int, int], dtype: str, target: str) -> list[str]:
+    model, shape = _model(Path(source), layout, dtype)
+    read_hf(model, shape, source)
+    write_hf(model, shape, target, source)
+    heard = [(name, tensor.double().sum().item()) for name, tensor in hf_tensors(model, shape, module_names=True)]
+    return [f"{name} {total}" for name, total in heard]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [("float32", layout) for layout in LAYOUTS] + [("bfloat16", "TP2xPP2"), ("tied", "TP1"), ("tied", "TP2xPP2")],
+)
+def test_round_trip_is_bit_exact(folders, tmp_path, layout, dtype):
+    layout = tensor, pipeline = LAYOUTS[layout]
+    source, target = folders[dtype], tmp_path / "out"
+    results = run_ranks(
+        _round_trip, tensor * pipeline, str(source), layout, dtype.replace("tied", "float32"), str(target)
+    )
+    assert all(result == results[0] for result in results), "every rank of the group sees the same tensors"
+    expected, written = _tensors(source), _tensors(target)
+    assert len(results[0]) == len(expected)
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor), name
+
+
+def test_transformers_loads_what_was_written(folders, tmp_path):
+    source, target = folders["tied"], tmp_path / "out"
+    (heard, _) = run_ranks(_round_trip, 2, str(source), (2, 1), "float32", str(target))
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(target, dtype="auto", output_loading_info=True)
+    assert not any(report.values())
+    original = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype="auto").state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+    assert {line.split()[0] for line in heard} == set(original) - {"lm_head.weight"}, "names of the module itself"
+    assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
+
+
+def test_config_of_an_export_names_the_dtype_that_was_written(folders, tmp_path):
+    run_ranks(_round_trip, 1, str(folders["float32"]), (1, 1), "bfloat16", str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    reference = {name: tensor.bfloat16() for name, tensor in _tensors(folders["float32"]).items()}
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in _tensors(tmp_path / "out").items())
+
+
+def _fault(source: str) -> str:
+    model, shape = _model(Path(source), (2, 1), "float32")
+    try:
+        read_hf(model, shape, source)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _missing(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _extra(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({**tensors, "model.layers.3.mlp.up_proj.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+
+
+def _misshapen(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    name = "visual.blocks.1.attn.qkv.bias"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, folder / "model.safetensors")
+
+
+def _truncated(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1000])
+
+
+def _no_file(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (_missing, ["model.layers.1.mlp.up_proj.weight (128, 64): missing"]),
+        (_extra, ["model.safetensors: model.layers.3.mlp.up_proj.weight (2, 2): no such tensor"]),
+        (_misshapen, ["model.safetensors: visual.blocks.1.attn.qkv.bias: expected shape (96,), found (95,)"]),
+        (_truncated, ["model.safetensors: not a whole safetensors file"]),
+        (_no_file, ["model.safetensors.index.json: names files that are not there: model-00001-of-00002.safetensors"]),
+    ],
+)
+def test_planted_faults_are_named_on_every_rank(folders, tmp_path, plant, told):
+    shutil.copy(folders["float32"] / "config.json", tmp_path)
+    plant(tmp_path, _tensors(folders["float32"]))
+    for message in run_ranks(_fault, 2, str(tmp_path)):
+        assert all(part in message for part in told), message
+        assert len(message.splitlines()) == 1
