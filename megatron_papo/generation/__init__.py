@@ -1,0 +1,32 @@
+"""Rollouts: one `Generator` interface, one file an engine; the engine is `config.generation.engine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_papo.config import Config
+from megatron_papo.generation.base import Generator, Report, Sampling
+from megatron_papo.parallel import Layout
+
+if TYPE_CHECKING:
+    from megatron_papo.data.processor import Processor
+
+
+def build_generator(config: Config, processor: Processor, layout: Layout, reporter: Report | None = None) -> Generator:
+    """The engine of `config.generation.engine` on this rank; it has no weights until the first `load_weights`.
+
+    `reporter(done, total)` is called as rollouts of this rank finish. Raises ValueError when the engine is not
+    installed or cannot run in this layout.
+    """
+    if config.model.path is None:
+        raise ValueError("model.path: generation needs the model's config, tokenizer and processor files")
+    if config.generation.engine == "vllm":
+        from megatron_papo.generation.vllm_engine import VllmGenerator
+
+        return VllmGenerator(config, processor, layout, reporter)
+    from megatron_papo.generation.transformers_engine import TransformersGenerator
+
+    return TransformersGenerator(config, processor, layout, reporter)
+
+
+__all__ = ["Generator", "Report", "Sampling", "build_generator"]

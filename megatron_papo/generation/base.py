@@ -1,0 +1,66 @@
+"""What every engine offers the training loop: `generate` and `load_weights`. One file an engine, nothing shared by
+inheritance; the choice between them is `build_generator`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_papo.types import Group, Prompt
+
+Report = Callable[[int, int], None]
+"""Called while generating, with the rollouts done so far and the total, of this rank."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one call of `generate` draws."""
+
+    step: int
+    """Enters the seeds, so that every step draws anew."""
+    group_size: int
+    temperature: float
+    """0 is greedy: the likeliest token, its log-prob that of temperature 1 without top-k and top-p."""
+    top_p: float
+    top_k: int
+    """0: no limit."""
+    max_response_tokens: int
+    seed: int
+    masked: bool = False
+    """Answer from the masked view of the images."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
+        if self.top_k < 0 or self.group_size < 1 or self.max_response_tokens < 1:
+            raise ValueError(f"top_k, group_size or max_response_tokens out of range: {self}")
+
+
+class Generator(Protocol):
+    """An engine on every rank. The ranks of a model-parallel group call each method together."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.
+
+        All ranks of a model-parallel group pass the same prompts and get the same groups. A rollout depends on
+        (seed, step, prompt id, its index in the group) and the weights alone, not on what else is generated.
+        """
+        ...
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+        """Takes over a whole model, one full tensor at a time under its Hugging Face name.
+
+        Every rank consumes the iterator to its end and in order: drawing from it may be a collective. Raises
+        ValueError naming tensors that are missing, unknown or misshapen.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the engine and frees what it holds."""
+        ...

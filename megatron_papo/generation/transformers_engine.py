@@ -1,0 +1,83 @@
+"""Generation with Hugging Face transformers: a whole model on every rank, its weights handed over by the trainer.
+
+The default where there is no GPU. Each rank of a model-parallel group answers a share of the group's rollouts, in
+batches of `generation.batch_size` rows. Left out: sharding the generator's model over ranks; that is vLLM's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+from megatron_papo import accelerator
+from megatron_papo.config import Config
+from megatron_papo.generation.base import Report, Sampling
+from megatron_papo.generation.decoding import decode_batch
+from megatron_papo.generation.handover import checked
+from megatron_papo.generation.shares import Answer, Job, generate_in_shares
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.parallel import Layout
+from megatron_papo.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from megatron_papo.data.processor import Processor
+
+
+class TransformersGenerator:
+    """See `Generator`. Weights are undefined until the first `load_weights`; only `config.json` is read."""
+
+    def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
+        assert config.model.path is not None
+        dtype = config.model.dtype if config.generation.dtype == "auto" else config.generation.dtype
+        device = accelerator.device()
+        shape = ModelShape.from_folder(config.model.path)
+        model_config = Qwen2_5_VLConfig.from_pretrained(config.model.path, local_files_only=True)
+        with no_init_weights(), device:
+            model_config.dtype = getattr(torch, dtype)
+            model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")
+        self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+        self.batch_size = config.generation.batch_size
+        self.processor, self.layout, self.report = processor, layout, report
+        self.banned_ids = torch.tensor(shape.banned_ids, dtype=torch.int64, device=device)
+        self.eos_ids = torch.tensor(sorted(processor.eos_ids), dtype=torch.int64, device=device)
+        self.expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.policy_version: int | None = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        if self.policy_version is None:
+            raise RuntimeError("generate before the first load_weights: the generator has no weights")
+        return generate_in_shares(
+            prompts,
+            sampling,
+            self.layout,
+            answer=lambda jobs: self._answer(prompts, jobs, sampling),
+            decode=self.processor.decode,
+            policy_version=self.policy_version,
+        )
+
+    def _answer(self, prompts: Sequence[Prompt], jobs: list[Job], sampling: Sampling) -> list[Answer]:
+        # prompts of like length share a batch, so that little is padded; the sort is stable and keeps groups together
+        by_length = sorted(jobs, key=lambda job: prompts[job.prompt_index].inputs.token_ids_S.numel())
+        answers: list[Answer] = []
+        for start in range(0, len(by_length), self.batch_size):
+            batch = by_length[start : start + self.batch_size]
+            answers += decode_batch(self.model, prompts, batch, sampling, self.banned_ids, self.eos_ids)
+            if self.report is not None:
+                self.report(len(answers), len(jobs))
+        return answers
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+        self.policy_version = None  # a hand-over that fails half-way leaves no model to sample from
+        wanted = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in checked(named_tensors, self.expected):
+                wanted[name].copy_(tensor)
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        self.model.to("meta")

@@ -1,0 +1,63 @@
+"""Weights into a running vLLM engine of the same process: a backend of vLLM's weight-transfer interface.
+
+The trainer's tensors are already in this process, full and under Hugging Face names, so nothing is transferred:
+`receive_weights` gives them to vLLM's loader one at a time, inside a layer-wise reload (which undoes and redoes what
+the engine does to weights after loading, e.g. prepacking on the CPU). vLLM's shipped backends expect the trainer in
+another process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "megatron_papo"
+
+
+@dataclass
+class InProcessInit(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class InProcessUpdate(WeightTransferUpdateInfo):
+    name: str
+    tensor: Tensor
+    """Full, on the engine's device; must not change before its layer is complete, vLLM keeps a reference so long."""
+
+
+class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
+    init_info_cls = InProcessInit
+    update_info_cls = InProcessUpdate
+
+    def init_transfer_engine(self, init_info: InProcessInit) -> None: ...
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # without the base class's synchronisation of an accelerator, which a CPU has not
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: InProcessUpdate) -> None:
+        self.model.load_weights([(update_info.name, update_info.tensor)])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None: ...
+
+
+def register() -> None:
+    """Makes the backend known to vLLM; harmless when it is."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, InProcessTransfer)
