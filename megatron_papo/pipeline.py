@@ -22,7 +22,7 @@ from megatron_papo.config import Config
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer
 from megatron_papo.packing import masked_row
-from megatron_papo.parallel import broadcast_from_last_stage, layout, sum_metrics
+from megatron_papo.parallel import broadcast_from_last_stage, sum_metrics
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
 

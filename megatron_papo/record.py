@@ -12,11 +12,14 @@ from rich.table import Table
 
 from megatron_papo.config import dump_config
 from megatron_papo.data.masking import masked_raw_images
-from megatron_papo.observe.sinks import Sample, Sinks
+from megatron_papo.observe.samples import SampleRow
+from megatron_papo.observe.sinks import Sinks
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.run import Run
 from megatron_papo.types import Group, Metrics
 
+_STAGES = ("draw", "generate", "reward", "advantage", "mask", "pack", "score", "update", "hand over")
+"""Those of a step: what tokens per second are counted over."""
 _SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "response_tokens")
 
 
@@ -27,12 +30,7 @@ class Recorder:
         config = run.config
         self._run, self._num_steps = run, num_steps
         self._sinks = Sinks(
-            config.observe,
-            run.folder,
-            dump_config(config),
-            enabled=run.is_writer,
-            start_step=first_step,
-            name=config.run.name,
+            config.observe, run.folder, dump_config(config), enabled=run.is_writer, start_step=first_step
         )
 
     def __enter__(self) -> Recorder:
@@ -41,27 +39,23 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._sinks.close()
 
-    def record(self, step: int, groups: Sequence[Group], metrics: Metrics) -> dict[str, float]:
-        """One step: means of the loss's sums, of rewards and lengths over all ranks, and seconds of each stage."""
+    def record(self, step: int, groups: Sequence[Group], metrics: Metrics, scores: dict[str, float]) -> None:
+        """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds of each stage, and the
+        scores of an evaluation when there was one."""
         times = self._run.clock.take()
         sums = metrics | sum_metrics(group_sums(groups))
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if "perception_kl_squared" in values:
             values["perception_kl_variance"] = values.pop("perception_kl_squared") - values["perception_kl"] ** 2
-        values["tokens_per_s"] = values.pop("tokens") * sums["tokens"][1] / max(sum(times.values()), 1e-9)
-        values |= times
+        del values["tokens"]
+        values["tokens_per_s"] = sums["tokens"][0] / sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
+        values |= times | {f"eval/{name}": value for name, value in scores.items()}
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):
             self._sinks.samples(step, self._samples(step, groups))
-        return values
 
-    def record_scores(self, step: int, scores: dict[str, float]) -> None:
-        """An evaluation's scores, beside the step's other numbers."""
-        if scores:
-            self._sinks.log(step, {f"eval/{name}": value for name, value in scores.items()})
-
-    def _samples(self, step: int, groups: Sequence[Group]) -> list[Sample]:
+    def _samples(self, step: int, groups: Sequence[Group]) -> list[SampleRow]:
         if not self._run.is_writer:
             return []
         chosen = groups[: self._run.config.observe.samples]
@@ -86,20 +80,19 @@ def group_sums(groups: Sequence[Group]) -> Metrics:
     return {name: (float(sum(values)), float(len(values))) for name, values in sums.items()}
 
 
-def _sample(run: Run, step: int, group: Group) -> Sample:
+def _sample(run: Run, step: int, group: Group) -> SampleRow:
     """The first rollout of the group: nothing is picked."""
     rollout, prompt = group.rollouts[0], group.prompt
     masked = ()
     if prompt.masked_pixel_values_PD is not None:
         masked = tuple(masked_raw_images(prompt, run.config.perception.mask, seed=run.config.run.seed, step=step))
-    return Sample(
-        prompt_id=prompt.id,
+    return SampleRow(
         problem=prompt.problem,
         answer=prompt.answer,
         response=rollout.text,
         images=prompt.images,
         masked_images=masked,
-        reward=group.rewards[0] if group.rewards else None,
+        reward=group.rewards[0] if group.rewards else 0.0,
         reward_parts={name: values[0] for name, values in group.reward_parts.items()},
     )
 

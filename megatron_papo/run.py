@@ -65,7 +65,7 @@ def open_run(config: Config) -> Iterator[Run]:
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)
         seed_all(config.run.seed)
-        clock = StageClock(config.run.stall_limit_s, config.run.dir, layout.rank, config.observe.console)
+        clock = stack.enter_context(StageClock(config.run, layout.rank, config.observe.console))
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
             policy = wrap_policy(build_policy(config, shape), config)

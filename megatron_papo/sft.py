@@ -37,7 +37,7 @@ def main(config: Config) -> None:
             for step in range(checkpoints.next_step, config.sft.steps):
                 groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                 metrics = _update(run, optimizer, groups)
-                recorder.record(step, groups, metrics)
+                recorder.record(step, groups, metrics, {})
                 checkpoints.save_when_due(step, config.sft.steps, {"cursor": cursor.state_dict()})
         checkpoints.export()
 

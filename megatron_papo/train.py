@@ -58,8 +58,8 @@ def main(config: Config) -> None:
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
                 groups, metrics = train_step(training, step)
-                recorder.record(step, groups, metrics)
-                recorder.record_scores(step, scores := _evaluate_when_due(training, step))
+                scores = _evaluate_when_due(training, step)
+                recorder.record(step, groups, metrics, scores)
                 stopped = _watch_for_collapse(training, metrics)
                 checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=bool(stopped))
                 if stopped:
