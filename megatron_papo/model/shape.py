@@ -7,13 +7,13 @@ sliding-window attention, RoPE scaling other than M-RoPE, video pixels.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
+from megatron_papo.model.json_keys import Keys, read_json
 
 PAD_TO = 16
 """FFN widths and the vocabulary are padded to a multiple of this and of the tensor ranks, so that a checkpoint has
@@ -92,18 +92,12 @@ class ModelShape:
     def from_folder(cls, path: Path | str) -> ModelShape:
         """The shape in `path`/config.json. Raises ValueError naming the file and the key at fault."""
         file = Path(path) / "config.json"
-        try:
-            tree = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{file}: no such file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not JSON: {error}") from None
-        return cls.from_dict(tree, source=str(file))
+        return cls.from_dict(read_json(file), source=str(file))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], source: str = "config.json") -> ModelShape:
         """The same from the parsed file; `source` is what error messages call it."""
-        root = _Keys(tree, source, "")
+        root = Keys(tree, source, "")
         model_type = root.get("model_type", str)
         if model_type != "qwen2_5_vl":
             raise root.fault("model_type", f"is {model_type!r}; qwen2_5_vl is what this package trains")
@@ -168,44 +162,7 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
         raise ConfigError("\n".join(faults))
 
 
-class _Keys:
-    """Typed access to one section of the file."""
-
-    def __init__(self, tree: dict[str, Any], source: str, prefix: str):
-        self.tree, self.source, self.prefix = tree, source, prefix
-
-    def fault(self, key: str, message: str) -> ValueError:
-        return ValueError(f"{self.source}: {self.prefix}{key}: {message}")
-
-    def section(self, key: str) -> _Keys:
-        value = self.tree.get(key)
-        if not isinstance(value, dict):
-            raise self.fault(key, "missing" if value is None else "is not a section")
-        return _Keys(value, self.source, f"{self.prefix}{key}.")
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.tree.get(key, default)
-        if value is None:
-            raise self.fault(key, "missing")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.fault(key, f"is {value!r}, not {kind.__name__}")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, int, default)
-        if value < 1:
-            raise self.fault(key, f"is {value}, must be at least 1")
-        return value
-
-    def must_be(self, key: str, allowed: Any) -> None:
-        value = self.tree.get(key, allowed)
-        if value != allowed:
-            raise self.fault(key, f"is {value!r}; only {allowed!r} is supported")
-
-
-def _language(keys: _Keys) -> LanguageShape:
+def _language(keys: Keys) -> LanguageShape:
     keys.must_be("hidden_act", "silu")
     if keys.tree.get("use_sliding_window"):
         raise keys.fault("use_sliding_window", "sliding-window attention is not supported")
@@ -229,25 +186,24 @@ def _language(keys: _Keys) -> LanguageShape:
     return shape
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
+def _rope(keys: Keys) -> dict[str, Any]:
     """rope_theta and mrope_section: in `rope_parameters`, or in `rope_scaling` beside a `rope_theta`."""
     name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
     rope = keys.section(name)
     kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise rope.fault("rope_type", f"is {kind!r}; only M-RoPE without scaling is supported")
-    section = rope.tree.get("mrope_section", [16, 24, 24])
-    if not isinstance(section, list) or len(section) != 3 or not all(isinstance(part, int) for part in section):
-        raise rope.fault("mrope_section", f"is {section!r}, not three counts")
+    section = rope.counts("mrope_section", [16, 24, 24])
+    if len(section) != 3:
+        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
     source = rope if "rope_theta" in rope.tree else keys
-    return {"rope_theta": source.get("rope_theta", float, 1e6), "mrope_section": tuple(section)}
+    return {"rope_theta": source.get("rope_theta", float, 1e6), "mrope_section": section}
 
 
-def _vision(keys: _Keys) -> VisionShape:
+def _vision(keys: Keys) -> VisionShape:
     keys.must_be("hidden_act", "silu")
     channels = "in_chans" if "in_chans" in keys.tree else "in_channels"
     rope = keys.tree.get("rope_parameters") or {}
-    full = keys.tree.get("fullatt_block_indexes", [7, 15, 23, 31])
     shape = VisionShape(
         num_layers=keys.count("depth"),
         hidden_size=keys.count("hidden_size"),
@@ -259,8 +215,8 @@ def _vision(keys: _Keys) -> VisionShape:
         temporal_patch_size=keys.count("temporal_patch_size", 2),
         spatial_merge_size=keys.count("spatial_merge_size", 2),
         window_size=keys.count("window_size", 112),
-        full_attention_layers=tuple(full),
-        rope_theta=_Keys(rope, keys.source, f"{keys.prefix}rope_parameters.").get("rope_theta", float, 10000.0),
+        full_attention_layers=keys.counts("fullatt_block_indexes", [7, 15, 23, 31]),
+        rope_theta=Keys(rope, keys.source, f"{keys.prefix}rope_parameters.").get("rope_theta", float, 10000.0),
     )
     _check_heads(keys, "num_heads", shape.hidden_size, shape.num_heads)
     if shape.head_dim % 4:
@@ -270,6 +226,6 @@ def _vision(keys: _Keys) -> VisionShape:
     return shape
 
 
-def _check_heads(keys: _Keys, key: str, hidden_size: int, num_heads: int) -> None:
+def _check_heads(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
     if hidden_size % num_heads:
         raise keys.fault(key, f"hidden_size {hidden_size} does not divide by {num_heads} heads")
