@@ -1,0 +1,238 @@
+"""Rows of every kind of source as prompts; what makes a row bad; skipping and stopping alike on every rank."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from tests.tiny import make_tiny_folder
+
+DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return load_processor(make_tiny_folder(tmp_path_factory.mktemp("model")), DATA)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(seed=0, width=56, height=56):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def png(seed=0, **size):
+    buffer = io.BytesIO()
+    picture(seed, **size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def open_train(processor, name, **settings):
+    return PromptDataset(DATA.model_copy(update={"train": str(name), **settings}), "train", processor)
+
+
+def check_two_rows(dataset):
+    assert len(dataset) == 2
+    first, second = dataset.prompt(0), dataset.prompt(1)
+    assert (first.id, first.row, first.problem, first.answer) == ("train:0", 0, "<image>How many?", "3")
+    assert first.images == (png(0),) and second.images == (png(1),)
+    assert first.inputs.pixel_values_PD.shape == (16, 1176) and second.answer == "4"
+
+
+def rows_of(cells):
+    return {"problem": ["<image>How many?", "<image>And now?"], "answer": ["3", "4"], "images": cells}
+
+
+def test_json_lines_with_paths_beside_the_file(processor, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for seed in (0, 1):
+        (tmp_path / "pictures" / f"{seed}.png").write_bytes(png(seed))
+    rows = [
+        {"problem": "<image>How many?", "answer": "3", "images": ["pictures/0.png"], "response": "\\boxed{3}"},
+        {"problem": "<image>And now?", "answer": "4", "images": ["pictures/1.png"], "response": "\\boxed{4}"},
+    ]
+    dataset = open_train(processor, write_lines(tmp_path / "train.jsonl", rows))
+    check_two_rows(dataset)
+    assert dataset.column(1, "response") == "\\boxed{4}" and dataset.images(1) == (png(1),)
+    with pytest.raises(ValueError, match="no column 'reply', has problem, answer, images, response"):
+        dataset.column(0, "reply")
+
+
+def test_parquet_with_bytes_in_dicts_and_numbers_as_answers(processor, tmp_path):
+    cells = [[{"bytes": png(seed), "path": None}] for seed in (0, 1)]
+    table = datasets.Dataset.from_dict({**rows_of(cells), "answer": [3, 4]})
+    table.to_parquet(tmp_path / "train.parquet")
+    check_two_rows(open_train(processor, tmp_path / "train.parquet"))
+
+
+def test_parquet_with_the_image_feature_and_another_split_name(processor, tmp_path):
+    features = datasets.Features(
+        problem=datasets.Value("string"), answer=datasets.Value("string"), images=datasets.List(datasets.Image())
+    )
+    datasets.Dataset.from_dict(rows_of([[png(0)], [png(1)]]), features=features).to_parquet(tmp_path / "x.parquet")
+    check_two_rows(open_train(processor, tmp_path / "x.parquet", split="validation"))
+
+
+def test_one_picture_a_row_not_in_a_list_and_bytes(processor, tmp_path):
+    datasets.Dataset.from_dict(rows_of([png(0), png(1)])).to_parquet(tmp_path / "train.parquet")
+    check_two_rows(open_train(processor, tmp_path / "train.parquet"))
+
+
+def test_folder_saved_by_datasets_from_pil_pictures(processor, tmp_path):
+    saved = datasets.Dataset.from_dict(rows_of([picture(0), picture(1)]))
+    datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "saved")
+    dataset = open_train(processor, tmp_path / "saved")
+    assert [dataset.prompt(row).inputs.pixel_values_PD.shape for row in (0, 1)] == [(16, 1176)] * 2
+    with pytest.raises(ValueError, match=r"data.train: cannot read .*saved \(split test\): no split test, has train"):
+        open_train(processor, tmp_path / "saved", split="test")
+
+
+def test_image_folder(processor, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in (0, 1):
+        (folder / f"{seed}.png").write_bytes(png(seed))
+    rows = rows_of(["0.png", "1.png"])
+    lines = [
+        {"file_name": name, "problem": problem, "answer": answer}
+        for problem, answer, name in zip(rows["problem"], rows["answer"], rows["images"])
+    ]
+    write_lines(folder / "metadata.jsonl", lines)
+    check_two_rows(open_train(processor, folder, columns=ColumnsConfig(images="image")))
+
+
+def test_text_only_rows_and_many_pictures(processor, tmp_path):
+    rows = [
+        {"problem": "2+2?", "answer": "4", "images": []},
+        {"problem": "Same? <image> <image>", "answer": "no", "images": ["0.png", "1.png"]},
+    ]
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "1.png").write_bytes(png(1, width=112))
+    dataset = open_train(processor, write_lines(tmp_path / "train.jsonl", rows))
+    assert dataset.prompt(0).inputs.pixel_values_PD is None and dataset.prompt(0).images == ()
+    assert dataset.prompt(1).inputs.grid_thw_I3.tolist() == [[1, 4, 4], [1, 4, 8]]
+    plain = open_train(processor, write_lines(tmp_path / "plain.jsonl", [{"problem": "2+2?", "answer": "4"}]))
+    assert plain.prompt(0).inputs.pixel_values_PD is None
+
+
+def test_presets(processor, tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    tiger = {"question": "<image>How many?", "answer": "\\boxed{3}", "image": ["0.png"], "qid": "x"}
+    papo = {"problem": "<image>How many?", "answer": "3", "images": ["0.png"]}
+    for name, row in (("tiger", tiger), ("papo", papo)):
+        dataset = open_train(processor, write_lines(tmp_path / f"{name}.jsonl", [row]), preset="virl39k")
+        assert dataset.prompt(0).problem == "<image>How many?" and dataset.prompt(0).images == (png(0),)
+    assert open_train(processor, tmp_path / "papo.jsonl", preset="geometry3k").prompt(0).answer == "3"
+    with pytest.raises(ValueError, match=r"data.preset: .* is not laid out as geometry3k, has question, answer, image"):
+        open_train(processor, tmp_path / "tiger.jsonl", preset="geometry3k")
+
+
+def test_sources_that_cannot_be_read(processor, tmp_path):
+    with pytest.raises(ValueError, match=r"data.train: cannot read .*gone.parquet \(split train\): no such file"):
+        open_train(processor, tmp_path / "gone.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"data.train: cannot read .*broken.parquet"):
+        open_train(processor, tmp_path / "broken.parquet")
+    with pytest.raises(ValueError, match=r"data.train: cannot read .*notes.txt \(split train\): unknown kind of file"):
+        open_train(processor, write_lines(tmp_path / "notes.txt", [{}]))
+    with pytest.raises(ValueError, match=r"data.columns.answer: .* has no column 'answer', has problem"):
+        open_train(processor, write_lines(tmp_path / "a.jsonl", [{"problem": "x"}]))
+    with pytest.raises(ValueError, match=r"data.eval: not set"):
+        PromptDataset(DATA, "eval", processor)
+
+
+BAD = {
+    "corrupt image": {"images": ["torn.png"]},
+    "image file missing": {"images": ["gone.png"]},
+    "placeholder count": {"problem": "no picture here?"},
+    "no answer": {"answer": " "},
+    "no problem": {"problem": ""},
+    "prompt too long": {"problem": "<image>" + "long " * 30},
+    "image too extreme": {"images": ["thin.png"]},
+    "vision token in text": {"problem": "<image> <|vision_end|>"},
+}
+
+
+@pytest.fixture
+def bad_file(tmp_path):
+    """Row 0 good, then one row of each kind of bad, then nine good ones: 18 rows."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "torn.png").write_bytes(png(0)[:3000])
+    (tmp_path / "thin.png").write_bytes(png(0, width=804, height=4))
+    good = {"problem": "<image>How many?", "answer": "3", "images": ["0.png"]}
+    rows = [good, *({**good, **change} for change in BAD.values()), *([good] * 9)]
+    return write_lines(tmp_path / "train.jsonl", rows)
+
+
+def test_bad_rows_are_named_with_their_reason(processor, bad_file):
+    dataset = open_train(processor, bad_file)
+    for row, reason in enumerate(BAD, start=1):
+        with pytest.raises(BadRow, match=f"^row {row}: {reason}") as caught:
+            dataset.prompt(row)
+        assert (caught.value.row, caught.value.reason) == (row, reason)
+    assert dataset.prompt(0).answer == dataset.prompt(9).answer == "3"
+
+
+def test_answers_are_not_needed_for_scoring(processor, bad_file):
+    data = DATA.model_copy(update={"train": bad_file})
+    dataset = PromptDataset(data, "train", processor, needs_answer=False)
+    assert dataset.prompt(list(BAD).index("no answer") + 1).answer == " "
+
+
+def draw(dataset, cursor, bad_rows, rank=0, size=1):
+    return draw_prompts(
+        dataset, cursor, num_prompts=12, updates_per_step=3, data_rank=rank, data_size=size, bad_rows=bad_rows
+    )
+
+
+def test_skipped_rows_are_replaced_alike_on_any_number_of_ranks(processor, bad_file):
+    dataset, cursor = open_train(processor, bad_file), DataCursor(num_rows=18, seed=0)
+    tally = BadRows("skip")
+    whole = draw(dataset, cursor, tally)
+    ids = [[prompt.id for prompt in update] for update in whole.updates]
+    assert [len(update) for update in ids] == [4, 4, 4] and whole.cursor.position == 12
+    assert whole.positions == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
+    assert tally.found and all(int(name.split(":")[1]) not in range(1, 9) for update in ids for name in update)
+    for size in (2, 3):
+        shares = [draw(dataset, cursor, BadRows("skip"), rank, size) for rank in range(size)]
+        joined = [[prompt.id for share in shares for prompt in share.updates[update]] for update in range(3)]
+        assert joined == ids
+        assert all(share.cursor == whole.cursor for share in shares)
+
+
+def test_bad_rows_are_counted_once(processor, bad_file):
+    dataset, cursor, tally = open_train(processor, bad_file), DataCursor(num_rows=18, seed=0), BadRows("skip")
+    for _ in range(6):  # four epochs
+        cursor = draw(dataset, cursor, tally).cursor
+    assert tally.counts == {reason: 1 for reason in BAD}
+    assert str(tally).splitlines()[2] == "row 3: placeholder count (0 <image> for 1 images)"
+
+
+def test_stop_names_the_row(processor, bad_file):
+    with pytest.raises(BadRow, match=r"^row [1-8]: "):
+        draw(open_train(processor, bad_file), DataCursor(num_rows=18, seed=0), BadRows("stop"))
+
+
+def test_a_dataset_without_good_rows_ends(processor, tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", [{"problem": "<image>", "answer": "3"}] * 3)
+    with pytest.raises(ValueError, match=r"data.train: no good row left in .*: {'placeholder count': 3}"):
+        draw(open_train(processor, path), DataCursor(num_rows=3, seed=0), BadRows("skip"))
+
+
+def test_evaluation_leaves_bad_rows_out(processor, bad_file):
+    tally = BadRows("skip")
+    rows = [prompt.row for prompt in prompts_of(open_train(processor, bad_file), range(18), tally)]
+    assert rows == [0, *range(9, 18)] and sorted(tally.found) == list(range(1, 9))

@@ -1,0 +1,185 @@
+"""The masked view: golden masks, independence, statistics, edges, every kind, and the patch-aligned short cut."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_papo.config import Config, DataConfig, MaskConfig
+from megatron_papo.data import load_processor, mask_images, masked_raw_images
+from megatron_papo.data.masking import cell_mask
+from megatron_papo.data.order import random_state
+from megatron_papo.types import Prompt
+from tests.tiny import make_tiny_folder
+
+GOLDEN = [[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return load_processor(make_tiny_folder(tmp_path_factory.mktemp("model")), DATA)
+
+
+def picture(width, height, value=None, seed=0):
+    if value is not None:
+        return Image.fromarray(np.full((height, width, 3), value, dtype=np.uint8))
+    return Image.fromarray(np.random.RandomState(seed).randint(1, 256, (height, width, 3)).astype(np.uint8))
+
+
+def as_prompt(processor, *images, row=5):
+    compressed = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        compressed.append(buffer.getvalue())
+    problem = "<image>" * len(images) + "how many?"
+    return Prompt(f"train:{row}", row, problem, "1", tuple(compressed), processor.encode(problem, images))
+
+
+def black_of(image):
+    return (np.array(image) == 0).all(axis=2)
+
+
+def test_golden_mask(processor):
+    prompt = as_prompt(processor, picture(56, 56))
+    (masked,) = masked_raw_images(prompt, MaskConfig(), seed=1, step=2)
+    cells = black_of(masked)[::14, ::14].astype(int)
+    assert cells.tolist() == GOLDEN
+    kept = ~black_of(masked)
+    assert (np.array(masked)[kept] == np.array(picture(56, 56))[kept]).all()
+    assert kept.sum() == 196 * (16 - cells.sum())  # whole cells, all channels
+
+
+def test_same_after_resume_and_fresh_at_the_next_visit(processor):
+    def masked(row=5, seed=1, step=2):
+        prompt = as_prompt(processor, picture(56, 56), row=row)
+        return mask_images(prompt, MaskConfig(), processor, seed=seed, step=step).masked_pixel_values_PD
+
+    assert torch.equal(masked(), masked())
+    assert not torch.equal(masked(), masked(step=3))
+    assert not torch.equal(masked(), masked(seed=2))
+    assert not torch.equal(masked(), masked(row=6))
+
+
+def test_masked_view_goes_through_the_same_processor(processor):
+    image = picture(100, 70)
+    prompt = mask_images(as_prompt(processor, image), MaskConfig(), processor, seed=0, step=0)
+    pixels = np.array(image)
+    pixels[cell_mask(70, 100, 14, 0.6, random_state("mask", 0, 0, "train:5", 0))] = 0
+    expected = processor.encode("<image>", [Image.fromarray(pixels)]).pixel_values_PD
+    assert torch.equal(prompt.masked_pixel_values_PD, expected)
+    assert prompt.masked_pixel_values_PD.shape == prompt.inputs.pixel_values_PD.shape
+    assert prompt.inputs.grid_thw_I3.tolist() == [[1, 4, 8]]
+
+
+def test_images_of_a_prompt_are_masked_independently(processor):
+    both = as_prompt(processor, picture(56, 56), picture(56, 56))
+    first, second = masked_raw_images(both, MaskConfig(), seed=0, step=0)
+    assert (black_of(first) != black_of(second)).any()
+    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), MaskConfig(), seed=0, step=0)
+    assert (np.array(alone) == np.array(first)).all()
+
+
+def test_partial_cells_at_the_edges():
+    mask = cell_mask(30, 47, 14, 0.5, np.random.RandomState(0))
+    cells = np.random.RandomState(0).random_sample((3, 4)) < 0.5
+    assert mask.shape == (30, 47)
+    for y in range(30):
+        for x in range(47):
+            assert mask[y, x] == cells[y // 14, x // 14]
+    assert cells[2].any() and not cells[:, 3].any()  # the lower edge is part black, the right one clear
+
+
+def test_ratio_statistics():
+    share = np.mean([cell_mask(224, 224, 14, 0.6, random_state("test", trial)).mean() for trial in range(200)])
+    assert abs(share - 0.6) < 0.01  # 51,200 cells: standard error 0.0022
+    assert cell_mask(30, 30, 14, 1.0, random_state("test")).all()
+    assert not cell_mask(30, 30, 14, 0.0, random_state("test")).any()
+
+
+def test_text_only_prompt_is_unchanged(processor):
+    prompt = Prompt("train:0", 0, "2+2?", "4", (), processor.encode("2+2?", []))
+    assert mask_images(prompt, MaskConfig(), processor, seed=0, step=0) is prompt
+
+
+def test_aligned_to_patches_equals_masking_the_resized_image(processor):
+    resized, other = picture(112, 84), picture(56, 56, seed=1)  # sizes that the processor leaves as they are
+    mask = MaskConfig(align="patches", ratio=0.5)
+    prompt = mask_images(as_prompt(processor, resized, other), mask, processor, seed=0, step=0)
+    masked = []
+    for index, image in enumerate((resized, other)):
+        rows, columns = image.height // 28, image.width // 28
+        cells = random_state("mask", 0, 0, "train:5", index).random_sample(rows * columns).reshape(rows, columns) < 0.5
+        assert 0 < cells.sum() < cells.size
+        pixels = np.array(image)
+        pixels[cells.repeat(28, axis=0).repeat(28, axis=1)] = 0
+        masked.append(Image.fromarray(pixels))
+    expected, _ = processor.pixel_values(masked)
+    torch.testing.assert_close(prompt.masked_pixel_values_PD, expected, rtol=0, atol=1e-6)
+    assert not torch.equal(prompt.inputs.pixel_values_PD, prompt.masked_pixel_values_PD)  # the original stays
+
+
+def test_swap_takes_another_rows_picture_at_the_same_size(processor):
+    class Pool:
+        rows = ((), (png(picture(20, 30, value=200)),), (b"broken",), (), (), (png(picture(8, 8, value=7)),))
+
+        def __len__(self):
+            return len(self.rows)
+
+        def images(self, row):
+            return self.rows[row]
+
+    prompt = as_prompt(processor, picture(56, 42))  # row 5 of the pool: never its own picture
+    for step in range(10):
+        (swapped,) = masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=step, swap_pool=Pool())
+        assert swapped.size == (56, 42) and (np.array(swapped) == 200).all()
+    with pytest.raises(ValueError, match=r"perception.mask.kind: swap needs the dataset"):
+        masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0)
+    Pool.rows = ((), ())
+    with pytest.raises(ValueError, match=r"perception.mask.kind: swap found no other picture in 100 rows"):
+        masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0, swap_pool=Pool())
+
+
+def test_blur_noise_and_crop(processor):
+    halves = np.zeros((60, 60, 3), dtype=np.uint8)
+    halves[:, 30:] = 250
+    prompt = as_prompt(processor, Image.fromarray(halves))
+
+    def spoil(**mask):
+        (image,) = masked_raw_images(prompt, MaskConfig(**mask), seed=0, step=0)
+        assert image.size == (60, 60)
+        return np.array(image).astype(int)
+
+    blurred = spoil(kind="blur", cell=5)
+    assert 100 < blurred[:, 29:31].mean() < 150 and blurred.std() < halves.std()
+    noisy = spoil(kind="noise", ratio=0.2)
+    assert noisy[:, :30].max() <= 51 and noisy[:, 30:].min() >= 200  # 0.2 x 255 and 0.8 x 250
+    assert (spoil(kind="noise", ratio=0.0) == halves).all()
+    assert (spoil(kind="crop", ratio=0.0) == halves).all()
+
+
+def test_crop_enlarges_a_window_of_the_area_that_is_left(processor):
+    slope = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[None, :, None], (60, 60, 3))
+    prompt = as_prompt(processor, Image.fromarray(np.ascontiguousarray(slope)))
+    crops = [masked_raw_images(prompt, MaskConfig(kind="crop", ratio=0.75), seed=0, step=step)[0] for step in range(20)]
+    lefts = []
+    for image in crops:
+        columns = np.array(image).astype(int)[:, :, 0]
+        assert (columns == columns[:1]).all()  # the slope runs along x only
+        assert abs(columns[0, -1] - columns[0, 0] - 4 * 29) <= 8  # a quarter of the area is half of the width
+        lefts.append(columns[0, 0])
+    assert len(set(lefts)) > 5 and max(lefts) <= 4 * 31  # somewhere else at every step, within the picture
+
+
+def test_patches_only_with_cells():
+    with pytest.raises(ValueError, match=r"perception.mask.align=patches works with kind=cells, not blur"):
+        Config.model_validate({"perception": {"mask": {"align": "patches", "kind": "blur"}}})
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
