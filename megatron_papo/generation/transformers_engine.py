@@ -40,6 +40,7 @@ class TransformersGenerator:
         with no_init_weights(), device:
             model_config.dtype = getattr(torch, dtype)
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")
+        model.tie_weights()  # building without initial weights leaves a tied head untied
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
