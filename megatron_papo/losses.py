@@ -18,8 +18,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_papo.config import Config, GuardConfig, LossConfig, PerceptionConfig
+from megatron_papo.config import Config, EntropyConfig, GuardConfig, LossConfig, PerceptionConfig
 from megatron_papo.types import HeadOutputs, Metrics, MicroBatch
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What `papo_loss` needs to know of one optimizer step."""
+
+    loss: LossConfig
+    perception: PerceptionConfig
+    entropy: EntropyConfig
+    perception_coef: float
+    """Of this step: after the schedule and the guard."""
+
+    @classmethod
+    def at_step(cls, config: Config, step: int, guard_factor: float = 1.0) -> LossSettings:
+        return cls(config.loss, config.perception, config.entropy, perception_coef(config, step, guard_factor))
 
 
 def perception_coef(config: Config, step: int, guard_factor: float = 1.0) -> float:
@@ -31,25 +46,24 @@ def perception_coef(config: Config, step: int, guard_factor: float = 1.0) -> flo
     return (start + (end - start) * min(step / steps, 1.0)) * guard_factor
 
 
-def papo_loss(outputs: HeadOutputs, row: MicroBatch, *, config: Config, coef: float) -> tuple[Tensor, Metrics]:
+def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> tuple[Tensor, Metrics]:
     """This micro-batch's part of the loss (a scalar to be summed, never averaged), and its metrics, detached.
 
-    `coef` is the perception coefficient of this step (`perception_coef`).
     `loss/NAME` is what a term adds to the loss, coefficient and sign included, over its tokens' share in the mean;
     the others are means over the response tokens that a loss reads, those of the masked view over the tokens whose
     prompt has an image (a count of 0 when there is none). Without old log-probs the update is on-policy.
     """
-    seen = _measure(outputs, row, config, coef)
+    seen = _measure(outputs, row, settings)
     parts = {
         name: factor * (weights_R * values_R).sum()
-        for name, factor, weights_R, values_R in _terms(seen, row, config, coef)
+        for name, factor, weights_R, values_R in _terms(seen, row, settings)
         if factor != 0
     }
     total = torch.stack(list(parts.values())).sum()
     with torch.no_grad():
         share = row.weights_R.sum()
         sums = {f"loss/{name}": (part, share) for name, part in (parts | {"total": total}).items()}
-        for name, values_R, over_R in _means(seen, row, config):
+        for name, values_R, over_R in _means(seen, row, settings.loss):
             sums[name] = (values_R * over_R).sum(), over_R.sum()
     return total, _metrics(sums)
 
@@ -121,44 +135,54 @@ class _Measured:
     masked_entropy_R: Tensor | None = None
 
 
-def _measure(outputs: HeadOutputs, row: MicroBatch, config: Config, coef: float) -> _Measured:
-    policy_R = outputs.policy_logprobs_R
-    found = _Measured(
+def _measure(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> _Measured:
+    policy_R, loss = outputs.policy_logprobs_R, settings.loss
+    assert loss.reference_coef == 0 or row.ref_logprobs_R is not None, "the reference was not scored"
+    seen = _Measured(
         policy_R=policy_R,
         old_R=policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R,
-        entropy_R=-policy_R if outputs.entropy_R is None else outputs.entropy_R,
+        entropy_R=_entropy(settings.entropy.kind, policy_R, outputs.entropy_R, loss.entropy_coef),
         ref_kl_R=None if row.ref_logprobs_R is None else kl_k3(policy_R, row.ref_logprobs_R),
     )
-    assert found.ref_kl_R is not None or config.loss.reference_coef == 0, "the reference was not scored"
-    joint = config.perception.masked_branch == "joint"
+    joint = settings.perception.masked_branch == "joint"
     masked_R = outputs.masked_logprobs_R if joint else row.masked_logprobs_R
     if masked_R is None:
-        needed = coef > 0 or config.loss.masked_entropy_coef > 0
+        needed = settings.perception_coef > 0 or loss.masked_entropy_coef > 0
         assert not (needed and row.has_image_R.any()), "the masked view was not scored"
-        return found
-    kl_R = outputs.perception_kl_R if config.perception.kl == "full" else kl_k3(policy_R, masked_R)
+        return seen
+    kl_R = outputs.perception_kl_R if settings.perception.kl == "full" else kl_k3(policy_R, masked_R)
     assert kl_R is not None, "perception.kl=full, but the head was not asked for it"
-    masked_entropy_R = -masked_R if outputs.masked_entropy_R is None else outputs.masked_entropy_R
-    return replace(found, perception_kl_R=kl_R, masked_entropy_R=masked_entropy_R)
+    kind = settings.entropy.kind if joint else "sampled"  # a frozen branch keeps no logits
+    masked_entropy_R = _entropy(kind, masked_R, outputs.masked_entropy_R, loss.masked_entropy_coef)
+    return replace(seen, perception_kl_R=kl_R, masked_entropy_R=masked_entropy_R)
+
+
+def _entropy(kind: str, logprobs_R: Tensor, full_R: Tensor | None, coef: float) -> Tensor:
+    """-log-prob of the sampled token, or the whole vocabulary's; without a coefficient the former will do."""
+    if kind == "full" and full_R is not None:
+        return full_R
+    assert kind == "sampled" or coef == 0, "entropy.kind=full, but the head was not asked for it"
+    return -logprobs_R
 
 
 _Term = tuple[str, float, Tensor, Tensor]
 """name, coefficient with sign, weights, values"""
 
 
-def _terms(seen: _Measured, row: MicroBatch, config: Config, coef: float) -> Iterator[_Term]:
-    loss, weights_R, image_weights_R = config.loss, row.weights_R, row.perception_weights_R
+def _terms(seen: _Measured, row: MicroBatch, settings: LossSettings) -> Iterator[_Term]:
+    loss, weights_R, image_weights_R = settings.loss, row.weights_R, row.perception_weights_R
     yield "policy", 1.0, weights_R, policy_term(seen.policy_R, seen.old_R, row.advantages_R, loss)
     yield "entropy", loss.entropy_coef, weights_R, seen.entropy_R
     if seen.ref_kl_R is not None:
         yield "reference", loss.reference_coef, weights_R, seen.ref_kl_R
     if seen.perception_kl_R is not None:
-        yield "perception", -coef, image_weights_R, perception_term(seen.perception_kl_R, row, config.perception)
+        read_R = perception_term(seen.perception_kl_R, row, settings.perception)
+        yield "perception", -settings.perception_coef, image_weights_R, read_R
     if seen.masked_entropy_R is not None:
         yield "masked_entropy", loss.masked_entropy_coef, image_weights_R, seen.masked_entropy_R
 
 
-def _means(seen: _Measured, row: MicroBatch, config: Config) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _means(seen: _Measured, row: MicroBatch, loss: LossConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
     """name, values, and the tokens that the mean is over."""
     tokens_R, image_R = row.loss_mask_R, row.loss_mask_R & row.has_image_R
     ratio_R, worse_R = _ratio(seen.policy_R, seen.old_R), row.advantages_R < 0
@@ -166,9 +190,9 @@ def _means(seen: _Measured, row: MicroBatch, config: Config) -> Iterator[tuple[s
     yield "entropy", seen.entropy_R, tokens_R
     yield "ratio", ratio_R, tokens_R
     yield "policy_kl", kl_k3(seen.old_R, seen.policy_R), tokens_R  # KL(old || policy): the tokens are old's
-    yield "clip_low", worse_R & (ratio_R < 1 - config.loss.clip_low), tokens_R
-    yield "clip_high", (row.advantages_R > 0) & (ratio_R > 1 + config.loss.clip_high), tokens_R
-    yield "clip_dual", worse_R & (ratio_R > (config.loss.dual_clip or torch.inf)), tokens_R
+    yield "clip_low", worse_R & (ratio_R < 1 - loss.clip_low), tokens_R
+    yield "clip_high", (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high), tokens_R
+    yield "clip_dual", worse_R & (ratio_R > (loss.dual_clip or torch.inf)), tokens_R
     yield "rollout_gap", (seen.old_R - row.rollout_logprobs_R).abs(), tokens_R
     if seen.ref_kl_R is not None:
         yield "ref_kl", seen.ref_kl_R, tokens_R

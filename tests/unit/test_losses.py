@@ -15,6 +15,7 @@ from megatron_papo.config import Config, GuardConfig, LossConfig
 from megatron_papo.logprobs import vocab_parallel_kl, vocab_parallel_logprobs
 from megatron_papo.losses import (
     CollapseGuard,
+    LossSettings,
     kl_k3,
     papo_loss,
     perception_coef,
@@ -104,7 +105,7 @@ def test_whole_objective_by_hand():
     outputs = HeadOutputs(policy_logprobs_R=F64([-1.0, -1.0, -1.0, -1.0]))
     coefs = {"perception_coef": 0.02, "reference_coef": 0.01, "entropy_coef": 0.05, "masked_entropy_coef": 0.04}
     config = _config(coefs, perception={"masked_branch": "frozen"})
-    total, metrics = papo_loss(outputs, row, config=config, coef=0.02)
+    total, metrics = papo_loss(outputs, row, LossSettings.at_step(config, 0))
     policy = (-1.0 - 1.3 - 1.0 + 0.8) / 8  # the last: A = -1, max(0.5, 0.8)
     reference = 0.01 * (1 - log(2)) / 8
     kl = [log(2) - 0.5, 0.0, 1 - log(2)]  # sums to 0.5
@@ -126,7 +127,7 @@ def test_whole_objective_by_hand():
 
 def test_no_old_logprobs_means_on_policy():
     policy = F64([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
-    total, metrics = papo_loss(HeadOutputs(policy), _row(), config=_config(), coef=0.0)
+    total, metrics = papo_loss(HeadOutputs(policy), _row(), LossSettings.at_step(_config(), 0))
     total.backward()
     assert total.item() == pytest.approx((-1 - 1 - 1 + 1) / 8)
     assert policy.grad.tolist() == pytest.approx([-1 / 8, -1 / 8, -1 / 8, 1 / 8])
@@ -159,9 +160,9 @@ LEAVES = ("policy_logprobs_R", "masked_logprobs_R", "entropy_R", "masked_entropy
 )
 def test_finite_differences_of_every_term_alone(coefs: dict, perception: dict, reached: set[str]):
     """Each term's gradient is that of its value, and reaches exactly the outputs that it should."""
-    perception = dict(perception)
-    full_entropy = perception.pop("entropy", "sampled") == "full"
-    config = _config(coefs, perception=perception)
+    kind = perception.get("entropy", "sampled")
+    perception = {key: value for key, value in perception.items() if key != "entropy"}
+    config = _config(coefs, perception=perception, entropy={"kind": kind})
     row = _row(
         old_logprobs_R=F64([-1.1, -1.4, -0.9, -1.2]),
         ref_logprobs_R=F64([-1.3, -0.8, -1.1, -2.0]),
@@ -170,10 +171,7 @@ def test_finite_differences_of_every_term_alone(coefs: dict, perception: dict, r
     )
 
     def loss_of(*leaves: Tensor) -> Tensor:
-        given = dict(zip(LEAVES, leaves))
-        if not full_entropy:
-            del given["entropy_R"], given["masked_entropy_R"]
-        return papo_loss(HeadOutputs(**given), row, config=config, coef=config.loss.perception_coef)[0]
+        return papo_loss(HeadOutputs(**dict(zip(LEAVES, leaves))), row, LossSettings.at_step(config, 0))[0]
 
     values = ([-1.0, -1.3, -0.7, -1.25], [-2.0, -1.1, -1.6, -1.5], [1.0, 2.0, 0.5, 1.5], [1.2, 1.9, 0.8, 1.4],
               [0.3, 0.1, 0.6, 0.2])  # fmt: skip
@@ -196,7 +194,7 @@ def test_finite_differences_through_the_head_of_the_joint_full_objective():
     def loss_of(hidden: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
         views = [vocab_parallel_logprobs(h, weight, row.target_ids_R, entropy=True, **head) for h in (hidden, masked)]
         kl = vocab_parallel_kl(hidden, masked, weight, **head)
-        return papo_loss(HeadOutputs(*views[0], *views[1], kl), row, config=config, coef=0.2)[0]
+        return papo_loss(HeadOutputs(*views[0], *views[1], kl), row, LossSettings.at_step(config, 0))[0]
 
     assert torch.autograd.gradcheck(loss_of, (hidden, masked, weight))
 
@@ -205,7 +203,7 @@ def test_perception_clamp_bounds_value_and_stops_gradient():
     policy = F64([0.0, 0.0, 0.0, 0.0], requires_grad=True)
     row = _row(masked_logprobs_R=F64([log(2), log(1.1), 0.0, 0.0]), advantages_R=F64([0.0] * 4))
     config = _config({"perception_coef": 1.0}, perception={"clamp": 0.2})
-    total, metrics = papo_loss(HeadOutputs(policy), row, config=config, coef=1.0)
+    total, metrics = papo_loss(HeadOutputs(policy), row, LossSettings.at_step(config, 0))
     total.backward()
     # k3: 1 - ln 2 = .307 cut to .2; 0.1 - ln 1.1; the metric keeps what was measured
     assert total.item() == pytest.approx(-(0.2 + 0.1 - log(1.1)) / 6)
@@ -235,14 +233,14 @@ def test_text_only_rows_have_no_perception_term_and_count_nothing():
     config = _config({"perception_coef": 0.5, "masked_entropy_coef": 0.5})
     with_scores = replace(row, masked_logprobs_R=F64([-5.0] * 4))
     for text_row in (row, with_scores):
-        total, metrics = papo_loss(HeadOutputs(F64([-1.0] * 4)), text_row, config=config, coef=0.5)
+        total, metrics = papo_loss(HeadOutputs(F64([-1.0] * 4)), text_row, LossSettings.at_step(config, 0))
         assert total.item() == pytest.approx(-2 / 8)
         assert metrics.get("perception_kl", (0.0, 0.0)) == (0.0, 0.0)
 
 
 def test_tokens_outside_the_loss_mask_are_not_measured():
     row = _row(loss_mask_R=torch.tensor([True, False, True, True]), masked_logprobs_R=F64([-1.0, -8.0, -1.0, -1.0]))
-    _, metrics = papo_loss(HeadOutputs(F64([-1.0] * 4)), row, config=_config(), coef=0.0)
+    _, metrics = papo_loss(HeadOutputs(F64([-1.0] * 4)), row, LossSettings.at_step(_config(), 0))
     assert metrics["perception_kl"] == (0.0, 2.0) and metrics["policy_logprobs"] == (-3.0, 3.0)
 
 
@@ -251,14 +249,20 @@ def test_tokens_outside_the_loss_mask_are_not_measured():
     [
         ({"reference_coef": 0.1}, {}, "reference was not scored"),
         ({"perception_coef": 0.1}, {}, "masked view was not scored"),
-        ({}, {"perception": {"masked_branch": "joint", "kl": "full"}}, "the head was not asked"),
+        ({}, {"perception": {"masked_branch": "joint", "kl": "full"}}, "perception.kl=full, but the head"),
+        ({"entropy_coef": 0.1}, {"entropy": {"kind": "full"}}, "entropy.kind=full, but the head"),
+        (
+            {"masked_entropy_coef": 0.1},
+            {"entropy": {"kind": "full"}, "perception": {"masked_branch": "joint"}},
+            "entropy.kind=full, but the head",
+        ),
     ],
 )
 def test_a_term_without_its_scores_is_refused(coefs: dict, sections: dict, message: str):
     config = _config(coefs, **sections)
     outputs = HeadOutputs(F64([-1.0] * 4), masked_logprobs_R=F64([-1.0] * 4))
     with pytest.raises(AssertionError, match=message):
-        papo_loss(outputs, _row(), config=config, coef=config.loss.perception_coef)
+        papo_loss(outputs, _row(), LossSettings.at_step(config, 0))
 
 
 def test_supervised_loss_by_hand():

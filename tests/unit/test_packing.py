@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_papo.advantages import with_advantages
 from megatron_papo.config import Config, LossConfig
-from megatron_papo.losses import papo_loss, sft_loss
+from megatron_papo.losses import LossSettings, papo_loss, sft_loss
 from megatron_papo.packing import (
     Totals,
     empty_like,
@@ -268,7 +268,7 @@ def test_empty_like_counts_nothing_and_has_no_gradient():
     (row,) = _pack(_two_groups())
     policy = torch.full((8,), -1.0, requires_grad=True)
     row = replace(empty_like(row), ref_logprobs_R=torch.full((8,), -2.0), masked_logprobs_R=torch.full((8,), -2.0))
-    total, metrics = papo_loss(HeadOutputs(policy), row, config=Config(), coef=0.02)
+    total, metrics = papo_loss(HeadOutputs(policy), row, LossSettings.at_step(Config(), 0))
     total.backward()
     assert total.item() == 0.0 and torch.equal(policy.grad, torch.zeros(8))
     assert set(metrics.values()) == {(0.0, 0.0)}
@@ -302,7 +302,7 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(averaging: str, kl
         sums: dict[str, Tensor] = {}
         for row in rows:
             row = replace(row, ref_logprobs_R=-row.target_ids_R / 50.0, old_logprobs_R=-row.target_ids_R / 40.0)
-            total, metrics = papo_loss(_toy_outputs(row, table), joint_row(row), config=config, coef=0.3)
+            total, metrics = papo_loss(_toy_outputs(row, table), joint_row(row), LossSettings.at_step(config, 0))
             total.backward()
             for name, pair in metrics.items():
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.tensor(pair)
