@@ -21,17 +21,18 @@ from rich.console import Console
 from megatron_papo.config import ObserveConfig
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 
-_HEADLINE = (
-    ("reward", ("reward/mean", "reward")),
-    ("accuracy", ("reward/accuracy", "eval/accuracy", "accuracy")),
-    ("format", ("reward/format", "eval/format", "format")),
-    ("loss", ("loss/total", "loss")),
-    ("perception KL", ("perception_kl", "loss/perception_kl", "policy/perception_kl")),
-    ("entropy", ("entropy", "policy/entropy")),
-    ("length", ("response_length/mean", "response/length", "length/mean")),
-    ("grad norm", ("grad_norm", "optim/grad_norm")),
-)
-"""What the console's line of a step shows, each under the first name that was logged."""
+_HEADLINE = {
+    "loss/total": "loss",
+    "reward": "reward",
+    "reward/accuracy": "accuracy",
+    "reward/format": "format",
+    "perception_kl": "perception KL",
+    "entropy": "entropy",
+    "response_tokens": "tokens",
+    "optim/grad_norm": "grad norm",
+    "eval/accuracy": "[bold]held-out accuracy[/]",
+}
+"""What the console's line of a step shows of the values, and how it calls them."""
 
 
 class Sinks:
@@ -124,13 +125,10 @@ def keep_steps_before(path: Path, start_step: int) -> Path:
 def console_line(step: int, values: Mapping[str, float]) -> str:
     """The step's few numbers that one watches, and the time it took."""
     parts = [f"[bold]step {step:>4}[/]"]
-    for title, names in _HEADLINE:
-        found = next((values[name] for name in names if name in values), None)
-        if found is not None:
-            parts.append(f"{title} [cyan]{found:.3f}[/]")
+    parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
     if stages:
-        total = stages.pop("step", None) or sum(stages.values())
+        total = sum(stages.values())
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
         detail = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
         parts.append(f"[dim]{total:.1f} s ({detail})[/]")

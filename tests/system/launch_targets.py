@@ -54,6 +54,13 @@ def rank_one_never_comes(folder: str) -> None:
         _waits_in_a_collective()
 
 
+def rank_one_has_no_stage(folder: str) -> None:
+    if _start() == 1:
+        _sleeps_instead()
+    with StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0).stage("update"):
+        _waits_in_a_collective()
+
+
 def _sleeps_instead() -> None:
     time.sleep(600)
 

@@ -1,0 +1,158 @@
+"""Local ranks: they talk, one reason for a failed run, stalls, and nothing left behind. Real gloo ranks throughout."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_papo.launch import Work, first_host, launch, outer_rank
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """As a user's shell: no rank's variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+
+
+def run(name: str, folder: Path, num_ranks: int = 2) -> tuple[int, float]:
+    """Exit code and seconds of a launch."""
+    start = time.monotonic()
+    code = launch(Work(f"tests.system.launch_targets:{name}", (str(folder),), folder), num_ranks)
+    return code, time.monotonic() - start
+
+
+def last_line(capfd) -> str:
+    return capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_ranks_talk_with_one_thread_each_and_leave_no_empty_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, _ = run("sum_ranks", tmp_path, num_ranks=3)
+    assert code == 0
+    assert [(tmp_path / f"sum_{rank}").read_text() for rank in range(3)] == ["6.0 1 0", "6.0 1 1", "6.0 1 2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sum_0", "sum_1", "sum_2"]
+
+
+def test_the_rank_that_failed_is_named_last_and_its_victims_are_not(tmp_path, capfd):
+    code, seconds = run("rank_one_raises", tmp_path, num_ranks=3)
+    printed = capfd.readouterr().err
+    assert code == 1
+    assert printed.strip().splitlines()[-1] == "papo: rank 1 failed: ValueError: row 7: no such image"
+    assert "in rank_one_raises" in printed
+    assert "closed by peer" not in printed.lower()
+    assert seconds < 10
+
+
+def test_a_rank_that_a_signal_ended_is_named_with_the_signal(tmp_path, capfd):
+    code, seconds = run("rank_one_is_killed", tmp_path)
+    assert code == 1
+    assert last_line(capfd) == "papo: rank 1 failed: killed: by signal SIGKILL (out of memory?)"
+    assert seconds < 10
+
+
+def test_a_setting_that_a_rank_refuses_has_no_traceback(tmp_path, capfd):
+    code, _ = run("refused", tmp_path)
+    assert code == 2
+    assert capfd.readouterr().err.strip() == "papo: error: data.train: is empty"
+
+
+def test_a_stalled_collective_ends_with_the_stack_of_every_rank(tmp_path, capfd):
+    code, seconds = run("rank_one_never_comes", tmp_path)
+    printed = capfd.readouterr().err
+    assert code == 1
+    assert 3 < seconds < 12, "the limit is 3 s"
+    assert "in _waits_in_a_collective" in printed and "in _sleeps_instead" in printed
+    assert "stalled: stage update took longer than run.stall_limit_s=3" in printed.strip().splitlines()[-1]
+    stacks = [(tmp_path / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
+    assert "in _waits_in_a_collective" in stacks[0] and "distributed_c10d.py" in stacks[0]
+    assert "in _sleeps_instead" in stacks[1]
+
+
+def test_a_rank_that_is_in_no_stage_leaves_its_stack_when_the_run_is_ended(tmp_path, capfd):
+    code, _ = run("rank_one_has_no_stage", tmp_path)
+    printed = capfd.readouterr().err
+    assert code == 1
+    assert printed.strip().splitlines()[-1] == (
+        "papo: rank 0 failed: stalled: stage update took longer than run.stall_limit_s=2"
+    )
+    assert "in _sleeps_instead" in printed
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+    ids=["terminated", "interrupted", "killed"],
+)
+def test_nothing_outlives_the_command(tmp_path, number, code):
+    command = [sys.executable, "-m", "tests.system.launch_targets", "wait_with_a_child", str(tmp_path), "2"]
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE) as process:
+        pids = [pid for rank in range(2) for pid in _pids(tmp_path / f"pids_{rank}")]
+        assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+    ranks = pids if number != signal.SIGKILL else [pids[0], pids[2]]  # a killed parent cannot end its grandchildren
+    deadline = time.monotonic() + 5
+    while any(map(_lives, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in ranks if _lives(pid)]
+    for pid in pids:
+        if _lives(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _pids(path: Path) -> list[int]:
+    deadline = time.monotonic() + 60
+    while not path.exists() or len(path.read_text().split()) < 2:
+        assert time.monotonic() < deadline, f"{path.name} was never written"
+        time.sleep(0.1)
+    return [int(word) for word in path.read_text().split()]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_under_torchrun_it_takes_its_place_among_the_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+    command += ["tests.system.launch_targets", "rank_one_raises", str(tmp_path), "2"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    reasons = [line for line in done.stderr.splitlines() if "papo: rank" in line]
+    assert reasons == ["papo: rank 1 failed: ValueError: row 7: no such image"]
+
+
+def test_srun_variables_become_those_of_torch_distributed():
+    step = {
+        "SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16",
+        "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40123", "SLURM_STEP_NODELIST": "gpu[07-08]",
+    }  # fmt: skip
+    assert outer_rank(step) == {
+        "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "20123",
+    }  # fmt: skip
+    assert outer_rank({**step, "MASTER_ADDR": "head", "MASTER_PORT": "7"})["MASTER_ADDR"] == "head"
+
+
+def test_a_batch_script_and_a_plain_shell_are_no_ranks():
+    assert outer_rank({}) is None
+    assert outer_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}) is None
+    assert outer_rank({"RANK": "0", "WORLD_SIZE": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("h[03-05,9],k1", "h03"), ("r[7,9]-ib", "r7-ib"), ("a-b[12]", "a-b12")],
+)
+def test_first_host(nodelist, host):
+    assert first_host(nodelist) == host
