@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+NoAsOff = BeforeValidator(lambda value: "off" if value is False else value)
+"""YAML 1.1 reads an unquoted `off` as false."""
 
 
 class Section(BaseModel):
@@ -129,7 +131,7 @@ class MaskConfig(Section):
 class GuardConfig(Section):
     """Watches for collapse of the perception term and acts before reward falls."""
 
-    action: Literal["off", "lower", "stop"] = "off"
+    action: Annotated[Literal["off", "lower", "stop"], NoAsOff] = "off"
     perception_kl: Positive = 1.0
     clip_high_fraction: Positive = 0.007
     masked_entropy: Positive = 1.1
@@ -302,7 +304,7 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section):
     console: bool = True
     tensorboard: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], NoAsOff] = "off"
     wandb_project: str = "megatron_papo"
     samples_every: Annotated[int, Field(ge=0)] = 10
     samples: Count = 8
@@ -362,15 +364,16 @@ def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) 
     Raises ConfigError with one line a fault, each beginning with the key's path.
     """
     tree = _read_yaml(Path(path)) if path else {}
+    texts = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, texts[key] = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override}: overrides are written key.path=value")
-        _put(tree, key.split("."), _scalar(key, value))
+        _put(tree, key.split("."), _scalar(key, texts[key]))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+        return _validate_with_texts(tree, texts, error)
 
 
 def dump_config(config: Config) -> str:
@@ -397,6 +400,18 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _validate_with_texts(tree: dict[str, Any], texts: dict[str, str], error: ValidationError) -> Config:
+    """Once more, with the overrides of text settings as they were written: `data.system=Answer: yes` is no mapping."""
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] in ("string_type", "path_type") and key in texts:
+            _put(tree, key.split("."), texts[key])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as last:
+        raise ConfigError("\n".join(_explain(fault) for fault in last.errors())) from None
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
