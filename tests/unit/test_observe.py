@@ -1,0 +1,214 @@
+"""Sinks, sample pages, reports, the stage clock and the choice of a run's reason, against what they write."""
+
+import io
+import json
+import math
+import time
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_papo.config import ObserveConfig, RunConfig
+from megatron_papo.observe.failures import Failure, describe, is_peers_fault, read_failures, the_cause, write_failure
+from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
+from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
+from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
+from megatron_papo.observe.watchdog import StageClock
+
+QUIET = ObserveConfig(console=False, tensorboard=False)
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def png(colour):
+    packed = io.BytesIO()
+    Image.new("RGB", (4, 6), colour).save(packed, format="PNG")
+    return packed.getvalue()
+
+
+ROW = SampleRow(
+    problem="how many <image> 7s?",
+    answer="2",
+    response="<script>alert(1)</script> a|b\n\\boxed{2}",
+    reward=0.95,
+    reward_parts={"accuracy": 1.0, "format": 0.5},
+    images=(png("red"),),
+    masked_images=(Image.new("RGB", (4, 6)),),
+)
+
+
+def test_every_number_of_a_step_is_on_its_line(tmp_path):
+    with Sinks(QUIET, tmp_path, "run: {seed: 3}\n") as sinks:
+        sinks.log(0, {"reward": 0.25, "lr": 1e-6})
+        sinks.log(1, {"reward": math.nan, "lr": math.inf})
+    first, second = records(tmp_path)
+    assert (first["step"], first["reward"], first["lr"]) == (0, 0.25, 1e-6)
+    assert (second["step"], second["reward"], second["lr"]) == (1, "nan", "inf")
+    assert (tmp_path / "config.yaml").read_text() == "run: {seed: 3}\n"
+
+
+def test_a_resumed_run_drops_what_it_will_log_again_and_a_torn_line(tmp_path):
+    with Sinks(QUIET, tmp_path, "") as sinks:
+        for step in range(5):
+            sinks.log(step, {"reward": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # the crash
+    with Sinks(QUIET, tmp_path, "", start_step=3) as sinks:
+        sinks.log(3, {"reward": 33.0})
+    assert [(record["step"], record["reward"]) for record in records(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 33.0)]
+
+
+def test_a_fresh_start_in_an_old_folder_sets_the_old_numbers_aside(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0}\n')
+    keep_steps_before(tmp_path / "metrics.jsonl", 0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "metrics.jsonl.old").read_text() == '{"step": 0, "reward": 1.0}\n'
+
+
+def test_ranks_that_are_not_enabled_write_nothing(tmp_path):
+    with Sinks(ObserveConfig(), tmp_path / "run", "", enabled=False) as sinks:
+        sinks.log(0, {"reward": 1.0})
+        assert sinks.samples(0, [ROW]) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path):
+    with Sinks(ObserveConfig(console=False, wandb="offline"), tmp_path, "run: {seed: 3}\n") as sinks:
+        sinks.log(0, {"reward": 0.25, "loss/total": -1.5})
+        sinks.log(1, {"reward": 0.5, "loss/total": -2.5})
+        sinks.samples(1, [ROW])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("reward")] == [(0, 0.25), (1, 0.5)]
+    assert [event.value for event in board.Scalars("loss/total")] == [-1.5, -2.5]
+    (image,) = board.Images("samples/0")
+    assert (image.step, image.width, image.height) == (1, 12, 6)
+    assert {"samples/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"loss/total" in content and b"samples" in content
+    tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
+    (row,) = json.loads(tables[0].read_text())["data"]
+    assert row[2:] == [ROW.problem, ROW.response, "2", 0.95, 1.0, 0.5]
+
+
+def test_a_sample_page_is_whole_in_itself_and_escapes_what_a_model_said(tmp_path):
+    with Sinks(QUIET, tmp_path, "") as sinks:
+        page = sinks.samples(10, [ROW, SampleRow("text only", "3", "4", 0.0)])
+    assert page == tmp_path / "samples" / "step_000010.html"
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "http" not in text
+    assert "how many &lt;image&gt; 7s?" in text and "accuracy 1" in text and "format 0.5" in text
+    assert text.count("<article class=right>") == 1 and text.count("<article class=wrong>") == 1
+    assert "mean reward 0.475" in text
+
+
+def test_pictures_stand_beside_each_other():
+    both = beside_each_other([png("red"), Image.new("RGB", (2, 3), "blue")])
+    assert both.size == (4 + 4 + 2, 6)
+    assert [both.getpixel(place) for place in ((0, 5), (5, 0), (9, 2), (9, 5))] == [
+        (255, 0, 0), (255, 255, 255), (0, 0, 255), (255, 255, 255),
+    ]  # fmt: skip
+    assert "data:image" in sample_page(0, [ROW])
+
+
+def test_the_line_of_a_step_shows_what_was_logged_and_the_longest_stages():
+    values = {"reward": 0.5, "nobody/asked": 3.0, "time/generate": 2.0, "time/pack": 0.25, "time/update": 1.0}
+    line = console_line(7, values | {"time/draw": 0.05})
+    assert "reward [cyan]0.500[/]" in line and "nobody" not in line
+    assert "3.3 s (generate 2.0, update 1.0, pack 0.2)" in line
+
+
+def test_curves_are_drawn_from_the_record(tmp_path):
+    lines = [{"step": step, "reward": step / 10, "lr": "nan"} for step in range(20)]
+    lines[9]["eval/accuracy"] = 0.5
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = curves_png(tmp_path / "metrics.jsonl", tmp_path / "new" / "c.png", ["reward", "eval/accuracy", "lr", "none"])
+    with Image.open(out) as picture:
+        colours = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert picture.width == round(2 * 4.2 * 130), "two panels: lr is never finite, none is never there"
+    assert any(colour == (0x24, 0x68, 0xB4) and count > 500 for count, colour in colours)
+    with pytest.raises(ValueError, match="has none of lr, none"):
+        curves_png(tmp_path / "metrics.jsonl", tmp_path / "c.png", ["lr", "none"])
+
+
+def test_series_skip_what_is_missing_and_smoothing_does_not_lag():
+    logged = [{"step": 0, "kl": 1.0}, {"step": 1}, {"step": 2, "kl": math.nan}, {"step": 3, "kl": 2.0}]
+    assert series(logged, "kl") == ([0, 3], [1.0, 2.0])
+    assert smooth([0.0, 3.0, 6.0, 9.0, 12.0], 3) == [0.0, 3.0, 6.0, 9.0, 12.0]
+    assert smooth([0.0, 0.0, 9.0, 0.0, 0.0], 3) == [0.0, 3.0, 3.0, 3.0, 0.0]
+
+
+def test_before_and_after_as_a_table():
+    screen = Console(file=io.StringIO(), width=80)
+    markdown = before_after_table({"accuracy": 0.4, "gap": 0.1}, {"accuracy": 0.75, "kl": 2.0}, console=screen)
+    assert markdown.splitlines()[2:] == [
+        "| accuracy | 0.400 | 0.750 | +0.350 |",
+        "| gap | 0.100 | – | – |",
+        "| kl | – | 2.000 | – |",
+    ]
+    assert "+0.350" in screen.file.getvalue()
+
+
+def test_the_clock_adds_up_the_seconds_of_each_stage(tmp_path):
+    with StageClock(RunConfig(dir=tmp_path), rank=1) as clock:
+        for _ in range(2):
+            with clock.stage("update", total=4) as progress:
+                progress.advance(2)
+                with clock.stage("inner"):
+                    time.sleep(0.05)
+        taken = clock.take()
+    assert set(taken) == {"time/update", "time/inner"}
+    assert 0.1 <= taken["time/inner"] <= taken["time/update"] < 2.0
+    assert clock.take() == {}
+
+
+def test_a_stage_that_fails_is_timed_and_disarmed(tmp_path):
+    clock = StageClock(RunConfig(dir=tmp_path, stall_limit_s=0.2), rank=0, console=False)
+    with pytest.raises(KeyError), clock.stage("update"):
+        raise KeyError("x")
+    time.sleep(0.4)  # an armed watchdog would end this process here
+    assert "time/update" in clock.take()
+
+
+def test_plain_output_shows_a_long_stage_by_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_papo.observe.watchdog._PLAIN_EVERY_S", 0.0)
+    with StageClock(RunConfig(dir=tmp_path), rank=0) as clock, clock.stage("generate", total=8) as progress:
+        progress.advance(3)
+        progress.advance(2)
+    assert capsys.readouterr().out.splitlines() == ["  generate 3/8 (0 s)", "  generate 5/8 (0 s)"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:9"), True),
+        (torch.distributed.DistBackendError("NCCL error"), True),
+        (torch.distributed.DistNetworkError("failed to recv"), True),
+        (ValueError("row 3: no image"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_errors_of_a_gone_peer_are_told_from_ones_own(error, expected):
+    assert is_peers_fault(error) is expected
+    assert describe(2, error).kind == ("distributed" if expected else "error")
+
+
+def test_the_cause_is_the_earliest_failure_that_is_no_consequence(tmp_path):
+    def note(rank, at, kind):
+        return Failure(rank, at, kind, kind, "")
+
+    gone, own, later = note(0, 1.0, "distributed"), note(1, 2.0, "error"), note(2, 3.0, "error")
+    assert the_cause([gone, later, own]) == own
+    assert the_cause([gone, note(3, 9.0, "killed"), note(4, 0.5, "stalled")]).rank == 3
+    assert the_cause([note(5, 4.0, "distributed"), gone]) == gone
+    write_failure(tmp_path, own)
+    assert read_failures(tmp_path) == {1: own}
+    assert own.reason() == "papo: rank 1 failed: error: "
