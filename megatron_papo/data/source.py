@@ -41,6 +41,7 @@ def open_source(name: str, split: str, key: str) -> Source:
 def _open(name: str, split: str) -> tuple[Dataset, Path | None]:
     import datasets  # slow to import
 
+    datasets.disable_progress_bars()  # every rank would show its own
     path = Path(name)
     if path.is_file() or any(letter in name for letter in "*?"):
         if path.suffix not in _BUILDERS:

@@ -25,6 +25,8 @@ _NUMBER = re.compile(
     r"([+-]?)\$?(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.(\d*))?(?:[eE]([+-]?\d{1,4})|\\times10\^\{?([+-]?\d{1,4})\}?)?"
 )
 _FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?[\d.,]+)\}\{([+-]?[\d.,]+)\}|([\d.,]+)/([\d.,]+))")
+_THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
+_TWO_NUMBERS = re.compile(r"\d \d")
 _CHOICE = re.compile(r"\(?([A-Ja-j])(?:[).:].*)?", re.DOTALL)
 _GOLD_CHOICE = re.compile(r"\(?([A-J])(?:[).:].*)?", re.DOTALL)
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-]+[^\W\d_]+)*")
@@ -82,8 +84,8 @@ def normalise(answer: str) -> str:
 
 def agree(answer: str, gold: str) -> bool | None:
     """Whether the rules call `answer` right; None where none applies. Nothing agrees with an empty answer."""
-    if not answer.strip() or not gold.strip():
-        return False
+    if not answer.strip() or not gold.strip() or not " ".join(answer.split()).isprintable():
+        return False  # control characters and halves of surrogates are no answer
     answer, gold = normalise(answer), normalise(gold)
     if answer == gold:
         return bool(answer)
@@ -104,6 +106,9 @@ def agree(answer: str, gold: str) -> bool | None:
 
 def number(text: str) -> Fraction | None:
     """The exact value of a plain number, fraction or percentage (as its number of percent); None for anything else."""
+    text = _THOUSANDS.sub("", text)
+    if _TWO_NUMBERS.search(text):
+        return None
     text = text.replace(" ", "").removesuffix("%").removesuffix("\\")
     fraction = _FRACTION.fullmatch(text)
     if not fraction:

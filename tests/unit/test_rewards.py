@@ -1,0 +1,280 @@
+"""Rewards: box, rules, math-verify in its worker, the other parts, a user's function, and hostile answers."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_papo.config import OverlongConfig, RewardConfig
+from megatron_papo.rewards import Rewarder
+from megatron_papo.rewards.answers import MAX_ANSWER, agree, gold_answer, last_box, number, plain_latex
+from megatron_papo.rewards.parts import anls, format_reward, overlong, repetition
+from megatron_papo.rewards.verifier import Verifier
+from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
+
+
+def group_of(*responses, answer="3", lengths=None):
+    prompt = Prompt("train:0", 0, "How many?", answer, (), ModelInputs(torch.tensor([1]), None, None))
+    lengths = lengths or [1] * len(responses)
+    rollouts = tuple(
+        Rollout(index, (7,) * length, (0.0,) * length, text, "stop", 0)
+        for index, (text, length) in enumerate(zip(responses, lengths))
+    )
+    return Group(prompt, rollouts)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(2.0) as started:
+        assert started.equal("2\\sqrt{3}", "\\sqrt{12}")
+        yield started
+
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("so \\boxed{3}", "3"),
+        ("\\boxed{1} no, \\boxed{ 2 } .", "2"),
+        ("\\boxed {\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{\\boxed{4}}", "4"),
+        ("\\boxed{}", ""),
+        ("no box", None),
+        ("\\boxed{1} then \\boxed{2", None),
+        ("\\boxed 5", None),
+        ("\\boxed{" + "9" * MAX_ANSWER + "}", "9" * MAX_ANSWER),
+        ("\\boxed{" + "9" * (MAX_ANSWER + 1) + "}", None),
+        ("\\boxed{" + "{" * 11 + "1" + "}" * 11 + "}", "{" * 11 + "1" + "}" * 11),
+        ("\\boxed{" + "{" * 12 + "1" + "}" * 12 + "}", None),
+    ],
+)
+def test_last_box(text, box):
+    assert last_box(text) == box
+
+
+def test_gold_answers_may_come_boxed():
+    assert gold_answer("\\boxed{17^\\circ}") == "17^\\circ" and gold_answer(" 17 ") == "17"
+
+
+RIGHT = [
+    ("3", "3"), ("3.0", "3"), ("3.", "3"), ("1,000", "1000"), ("1{,}000", "1000"), ("1e3", "1000"), (".5", "0.5"),
+    ("\\frac{1}{2}", "0.5"), ("-\\dfrac{1}{2}", "-0.5"), ("1/2", "0.50"), ("50\\%", "0.5"), ("50%", "50"),
+    ("0.5", "50\\%"), ("50", "50%"), ("0.333333", "1/3"), ("$12$", "12"), ("−4", "-4"), ("12 345", "12345"),
+    ("- 3", "-3"), ("\n3\n", "3"),
+    ("6.02\\times10^{23}", "6.02e23"), ("A", "A"), ("(A)", "A"), ("a", "A"), ("A. 30", "A"), ("A) 30", "(A)"),
+    ("\\text{A}", "A"), ("A", "A. 30"), ("Red  circle", "red circle"), ("\\text{Yes}", "yes"),
+    ("\\left(1,2\\right)", "(1, 2)".replace(" ", "")),
+]  # fmt: skip
+WRONG = [
+    ("3", "4"), ("", ""), (" ", " "), ("{}", ""), ("3", ""), ("", "3"), ("1000000", "1000001"), ("2e-7", "1e-7"),
+    ("0.33", "1/3"), ("50\\%", "5000\\%"), ("B", "A"), ("B. A", "A"), ("red", "der"), ("1,00", "100.5"), ("-3", "3"),
+    ("3\x00", "3"), ("\ud800", "x"),
+]  # fmt: skip
+ALGEBRA = [
+    ("\\frac12", "0.5"), ("12 cm", "12"), ("\\text{12 cm}", "12"), ("x=5", "5"), ("2\\sqrt{3}", "\\sqrt{12}"),
+    ("120°", "120"), ("\\{1,2\\}", "\\{2,1\\}"), ("\\pi/2", "\\frac{\\pi}{2}"), ("x^2+2x+1", "(x+1)^2"),
+    ("x \\le 3", "(-\\infty,3]"), ("10!", "3628800"),
+]  # fmt: skip
+NOT_ALGEBRA = [
+    ("(1,2)", "(2,1)"),
+    ("x+1", "x-1"),
+    ("\\sqrt{2}", "1.4"),
+    ("1/0", "5"),
+    ("\\frac{1}{", "1"),
+    ("A, B", "A"),
+]
+
+
+def test_rules_settle_strings_numbers_and_choices():
+    assert [pair for pair in RIGHT if agree(*pair) is not True] == []
+    assert [pair for pair in WRONG if agree(*pair)] == []
+
+
+def test_rules_leave_algebra_to_math_verify(verifier):
+    assert [pair for pair in ALGEBRA + NOT_ALGEBRA if agree(*pair) is not None] == []
+    assert [pair for pair in ALGEBRA if not verifier.equal(*map(plain_latex, pair))] == []
+    assert [pair for pair in NOT_ALGEBRA if verifier.equal(*map(plain_latex, pair))] == []
+
+
+def test_numbers_have_bounds():
+    assert number("1e300") == 10**300 and number("1e301") is None and number("9" * 101) is None
+
+
+HOSTILE = {
+    "tower": "9^{9^{9^9}}",
+    "tower with a variable": "9^{9^{9^{9}}}\\cdot x",
+    "factorial": "10^{10^{8}}!",
+    "many digits": "9" * 190,
+    "power of many digits": "9" * 100 + "^{" + "9" * 30 + "}",
+    "deep fractions": "\\frac{" * 11 + "1" + "}{2}" * 11,
+    "variables in the exponent": "x" + "^{x" * 11 + "}" * 11,
+    "unbalanced": "(((((((((((((1",
+    "null bytes": "\x00" * 50,
+    "half a surrogate": "\ud800",
+    "lines": "1\n2\n3",
+    "code": "__import__('os')._exit(1)",
+}
+
+
+def test_hostile_answers_cost_two_seconds_at_most(verifier):
+    for name, answer in HOSTILE.items():
+        start = time.monotonic()
+        assert not verifier.equal(answer, "\\sqrt{2}"), name
+        assert time.monotonic() - start < 2.0 + 1.0, name  # a second for a busy machine
+    assert verifier.equal("3\\sqrt{2}", "\\sqrt{18}")  # and the worker goes on
+
+
+def test_hostile_responses_are_rewarded_zero_and_never_raise():
+    responses = [
+        "\\boxed{" + "{" * 1_000_000,
+        "\\boxed{" * 150_000,
+        "{}" * 500_000,
+        "\\boxed{" + "9" * 1_000_000 + "}",
+        "\\boxed{\\frac" + "{1}" * 300_000 + "}",
+        "\x00" * 1_000_000 + "\\boxed{\x00}",
+        "<think>" * 150_000,
+        "\\boxed{}",
+        "",
+    ]
+    with Rewarder(RewardConfig(repetition_weight=0.0)) as rewarder:
+        for response in responses:
+            start = time.monotonic()
+            (group,) = rewarder.reward([group_of(response)])
+            assert group.rewards == (0.0,)
+            assert time.monotonic() - start < 3.0
+
+
+def test_worker_has_one_thread_no_torch_and_is_replaced_when_killed(verifier):
+    worker = verifier._worker
+    assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
+    assert "\nThreads:\t1\n" in Path(f"/proc/{worker.pid}/status").read_text()
+    worker.kill()
+    worker.wait()
+    assert verifier.equal("y+y", "2y") and verifier._worker is not worker
+    last = verifier._worker
+    verifier.close()
+    assert last.poll() is not None
+
+
+@pytest.mark.parametrize(
+    "response, value",
+    [
+        ("<think> 3 1 </think> \\boxed{ 2 }", 1.0),
+        ("  <think>a</think>b \\boxed{2} c", 1.0),
+        ("\\boxed{2} <think>a</think>", 0.0),
+        ("<think> \\boxed{2} </think>", 0.0),
+        ("<think> 3 \\boxed{2}", 0.0),
+        ("I <think>a</think> \\boxed{2}", 0.0),
+        ("<think>a</think> \\boxed{}", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format(response, value):
+    assert format_reward(response) == value
+
+
+def test_anls():
+    assert anls("Hello World", "hello  world") == 1.0
+    assert anls("hallo", "hello") == pytest.approx(0.8)
+    assert anls("abcd", "abxy") == 0.5 and anls("abcd", "axyz") == 0.0
+    assert anls("", "") == 0.0 and anls("a", "a" * 1_000_000) == 0.0
+
+
+def test_repetition():
+    assert repetition("a b c d e", 2) == 0.0
+    assert repetition("a b a b a b", 2) == pytest.approx(1 - 2 / 5)  # ab ba ab ba ab
+    assert repetition("a b", 4) == 0.0
+
+
+def test_overlong():
+    config = OverlongConfig(enabled=True, buffer=10, penalty=2.0)
+    assert [overlong(length, 100, config) for length in (1, 90, 95, 100, 105)] == [0, 0, -1.0, -2.0, -2.0]
+
+
+def test_weighted_sum_and_parts():
+    config = RewardConfig(repetition_weight=0.5, repetition_ngram=1, overlong=OverlongConfig(enabled=True, buffer=4))
+    full, wrong, bare = "<think>x</think> \\boxed{3}", "<think>x</think> \\boxed{4}", "\\boxed{3} y y y y"
+    group = group_of(full, wrong, bare, lengths=[2, 8, 10])
+    with Rewarder(config, max_response_tokens=10) as rewarder:
+        (rewarded,) = rewarder.reward([group])
+        assert rewarder.reward([group]) == [rewarded]  # pure
+    parts = rewarded.reward_parts
+    assert parts["accuracy"] == (1.0, 0.0, 1.0) and parts["format"] == (1.0, 1.0, 0.0)
+    assert parts["overlong"] == (0.0, -0.5, -1.0)
+    repeated = [2 / 12, 2 / 12, 3 / 9]  # < think > x </ think > \ boxed { 3 }, and \ boxed { 3 } y y y y
+    assert parts["repetition"] == pytest.approx(repeated)
+    assert rewarded.rewards == pytest.approx(
+        (1.0 - 0.5 * repeated[0], 0.1 - 0.5 * repeated[1] - 0.5, 0.9 - 0.5 * repeated[2] - 1.0)
+    )
+    assert rewarded.prompt is group.prompt and rewarded.rollouts is group.rollouts
+
+
+def test_defaults_are_the_papers():
+    responses = ["<think>x</think> \\boxed{3}", "\\boxed{3}", "<think>x</think> \\boxed{4}", "3"]
+    with Rewarder(RewardConfig()) as rewarder:
+        (rewarded,) = rewarder.reward([group_of(*responses)])
+    assert rewarded.rewards == (1.0, 0.9, 0.1, 0.0) and set(rewarded.reward_parts) == {"accuracy", "format"}
+
+
+def test_other_kinds_of_accuracy():
+    with Rewarder(RewardConfig(accuracy="exact")) as rewarder:
+        (rewarded,) = rewarder.reward([group_of("\\boxed{3}", "\\boxed{3.0}", "\\boxed{ $3$ }")])
+        assert rewarded.reward_parts["accuracy"] == (1.0, 0.0, 1.0)
+    with Rewarder(RewardConfig(accuracy="anls")) as rewarder:
+        (rewarded,) = rewarder.reward([group_of("\\boxed{hallo}", "\\boxed{xyz}", "hello", answer="hello")])
+        assert rewarded.reward_parts["accuracy"] == (pytest.approx(0.8), 0.0, 0.0)
+
+
+def test_overlong_needs_the_limit():
+    config = RewardConfig(overlong=OverlongConfig(enabled=True, buffer=10))
+    with pytest.raises(ValueError, match=r"reward.overlong: needs generation.max_response_tokens"):
+        Rewarder(config)
+    with pytest.raises(ValueError, match=r"reward.overlong.buffer=10 exceeds generation.max_response_tokens=5"):
+        Rewarder(config, max_response_tokens=5)
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(response, answer, problem):\n    return len(response) + len(answer) + len(problem)\n"
+        "def broken(response, answer, problem):\n    return 1 / 0\n"
+        "def endless(response, answer, problem):\n    return float('inf')\n"
+        "def two(response, answer):\n    return 1.0\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield
+    sys.modules.pop("my_rewards", None)
+
+
+def test_a_users_function_replaces_accuracy(user_module):
+    with Rewarder(RewardConfig(function="my_rewards:length")) as rewarder:
+        (rewarded,) = rewarder.reward([group_of("ab", "<think></think>\\boxed{1}")])
+    assert rewarded.reward_parts["accuracy"] == (2 + 1 + 9, 24 + 1 + 9)
+    assert rewarded.rewards == pytest.approx((0.9 * 12, 0.9 * 34 + 0.1))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("my_rewards", "'my_rewards' is not written module:function"),
+        ("no_such_module:f", "cannot import no_such_module:f: No module named 'no_such_module'"),
+        ("my_rewards:gone", "cannot import my_rewards:gone: module 'my_rewards' has no attribute 'gone'"),
+        ("my_rewards:number", "my_rewards:number is no function"),
+        ("my_rewards:two", "does not take \\(response, answer, problem\\): too many positional arguments"),
+    ],
+)
+def test_a_users_function_is_checked_at_the_start(user_module, name, message):
+    with pytest.raises(ValueError, match=f"^reward.function: .*{message}"):
+        Rewarder(RewardConfig(function=name))
+
+
+def test_a_users_function_that_fails_is_named(user_module):
+    with pytest.raises(ValueError, match=r"reward.function: my_rewards:broken failed: ZeroDivisionError"):
+        Rewarder(RewardConfig(function="my_rewards:broken")).reward([group_of("a")])
+    with pytest.raises(ValueError, match=r"reward.function: my_rewards:endless returned inf"):
+        Rewarder(RewardConfig(function="my_rewards:endless")).reward([group_of("a")])
