@@ -1,0 +1,140 @@
+"""The command line as a user types it: help, refusals before any rank starts, the resolved settings."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_papo.config import load_config
+from tests.unit.test_shape import PUBLISHED_3B
+
+PAPO = Path(sys.executable).with_name("papo")
+OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
+
+
+def papo(*words: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in OUTER}
+    command = [str(PAPO), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=inherited | environ, capture_output=True, text=True, timeout=120)
+
+
+def refusal(*words: object, cwd: Path, **environ: str) -> list[str]:
+    """The lines of a refusal; nothing was printed, written or started for it."""
+    before = sorted(cwd.iterdir())
+    done = papo(*words, cwd=cwd, **environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sorted(cwd.iterdir()) == before
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PUBLISHED_3B))
+    return folder
+
+
+def test_help_names_the_verbs_within_a_second(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = papo("--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("sft", "train", "eval", "score", "doctor"))
+    # processor time: the clock on the wall would measure this machine's other work
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_dry_run_prints_the_settings_it_would_run_with(tmp_path):
+    (tmp_path / "a.yaml").write_text("loss: {perception_coef: 0.01}\n")
+    words = ["train", "optim.lr=2e-6", "--dry-run", "a.yaml", "--ranks", "4", "parallel.tensor=2"]
+    done = papo(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = load_config(tmp_path / "a.yaml", ["optim.lr=2e-6", "parallel.tensor=2"])
+    assert yaml.safe_load(done.stdout) == json.loads(expected.model_dump_json())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+def test_settings_without_effect_are_warned_of(tmp_path):
+    done = papo("train", "--dry-run", "loss.masked_entropy_coef=0.1", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("papo: warning: loss.masked_entropy_coef has no gradient")
+
+
+def test_every_setting_that_cannot_be_is_refused_on_a_line_of_its_own(tmp_path):
+    assert sorted(refusal("train", "loss.perception_coeff=1", "train.steps=0", cwd=tmp_path)) == [
+        "papo: error: loss.perception_coeff: unknown key",
+        "papo: error: train.steps: Input should be greater than or equal to 1, got 0",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["sft", "train", "eval", "score"])
+def test_layouts_that_the_model_does_not_allow_are_refused_by_every_verb(tmp_path, model, verb):
+    (tmp_path / "in.jsonl").write_text("")
+    given = (
+        ["--model", model, "--data", "in.jsonl", "--out", "out.jsonl"] if verb == "score" else [f"model.path={model}"]
+    )
+    words = [verb, *given, "data.train=x.jsonl", "data.eval=x.jsonl", "parallel.tensor=3"]
+    assert refusal(*words, cwd=tmp_path) == [
+        "papo: error: parallel.tensor: 16 attention heads do not divide by 3",
+        "papo: error: parallel.tensor: 2 key-value heads and 3 ranks do not divide",
+        "papo: error: parallel.tensor: 16 heads of the vision tower do not divide by 3",
+    ]
+
+
+def test_what_a_verb_lacks_is_named(tmp_path, model):
+    assert refusal("train", cwd=tmp_path) == [
+        "papo: error: model.path: needed, a Hugging Face folder or a Megatron checkpoint",
+        "papo: error: data.train: papo train needs it",
+    ]
+    assert refusal("eval", "--model", model, cwd=tmp_path) == ["papo: error: data.eval: papo eval needs it"]
+    assert refusal("eval", "--model", "gone", cwd=tmp_path) == ["papo: error: --model: gone is not a folder"]
+    words = ["score", "--model", model, "--data", "gone.jsonl", "--out", "out.jsonl"]
+    assert refusal(*words, cwd=tmp_path) == ["papo: error: --data: gone.jsonl: no such file"]
+    (model / "config.json").write_text("{}")
+    (line,) = refusal("eval", "--model", model, "data.eval=x", cwd=tmp_path)
+    assert line.startswith("papo: error: model.path: ") and "config.json" in line
+
+
+def test_ranks_that_the_layout_does_not_fit_are_refused(tmp_path):
+    words = ["train", "--dry-run", "parallel.tensor=2"]
+    assert refusal(*words, "--ranks", "3", cwd=tmp_path) == [
+        "papo: error: --ranks: 3 is no multiple of parallel.tensor=2 x parallel.pipeline=1"
+    ]
+    outside = {"RANK": "0", "WORLD_SIZE": "4"}
+    assert refusal(*words, "--ranks", "2", cwd=tmp_path, **outside) == [
+        "papo: error: --ranks: 2 asked for, but 4 were started from outside"
+    ]
+
+
+def test_of_the_ranks_started_from_outside_one_speaks(tmp_path):
+    words = ["train", "no.such=1"]
+    assert refusal(*words, cwd=tmp_path, RANK="0", WORLD_SIZE="2") == ["papo: error: no: unknown key"]
+    assert refusal(*words, cwd=tmp_path, RANK="1", WORLD_SIZE="2") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--fast"], "unrecognized arguments: --fast"),
+        (["train", "a.yaml", "b.yaml"], "one settings file at most, got a.yaml b.yaml"),
+        (["score"], "the following arguments are required: --model, --data, --out"),
+    ],
+)
+def test_words_that_are_not_understood(tmp_path, words, expected):
+    assert expected in refusal(*words, cwd=tmp_path)[-1]
+
+
+def test_doctor_says_what_is_there(tmp_path):
+    done = papo("doctor", cwd=tmp_path, COLUMNS="160")
+    assert done.returncode == 0, done.stdout
+    for name in ("accelerator", "torch", "megatron-core", "Transformer Engine", "NVIDIA Apex", "vLLM", "NCCL"):
+        assert name in done.stdout
+    assert done.stdout.strip().endswith("papo: everything required is there")
