@@ -19,6 +19,9 @@ from megatron.core.utils import get_model_config
 
 from megatron_papo.config import Config, OptimConfig
 
+Policy = DistributedDataParallel
+"""This pipeline stage's `VisionLanguageModel`, as `.module`, with its gradient buffers."""
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -39,7 +42,7 @@ class Optimizer:
         return values
 
 
-def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParallel:
+def wrap_policy(model: MegatronModule, config: Config) -> Policy:
     """This stage's model with gradient buffers in fp32 that are summed over the data-parallel ranks."""
     transformer = get_model_config(model)
     transformer.calculate_per_token_loss = True  # Megatron's switch for "sum, do not average"
@@ -62,7 +65,7 @@ def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = N
     finalize_model_grads(model, None, **groups)
 
 
-def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates: int) -> Optimizer:
+def build_optimizer(policy: Policy, config: Config, num_updates: int) -> Optimizer:
     """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates."""
     optim = config.optim
     settings = OptimizerConfig(

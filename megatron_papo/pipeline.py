@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.accelerator import device
 from megatron_papo.config import Config
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optim import Optimizer
+from megatron_papo.optim import Optimizer, Policy
 from megatron_papo.packing import masked_row
 from megatron_papo.parallel import broadcast_from_last_stage, sum_metrics
 from megatron_papo.reference import ReferencePolicy
@@ -30,7 +29,7 @@ MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
 
 def score_logprobs(
-    policy: DistributedDataParallel,
+    policy: Policy,
     batches: Sequence[Batch],
     config: Config,
     head: HeadRequest,
@@ -58,7 +57,7 @@ def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs])
 
 
 @torch.no_grad()
-def score(policy: DistributedDataParallel, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
+def score(policy: Policy, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
     """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`.
 
     For rows of one view: a joint row's second view is not asked for.
@@ -79,7 +78,7 @@ def _from_last_stage(outputs: HeadOutputs | None, head: HeadRequest) -> HeadOutp
 
 
 def update_policy(
-    policy: DistributedDataParallel, optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss
+    policy: Policy, optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss
 ) -> Metrics:
     """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks."""
     policy.zero_grad_buffer()
@@ -101,7 +100,7 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
 
 
 def _run_schedule(
-    policy: DistributedDataParallel, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
+    policy: Policy, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
     """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""
     return get_forward_backward_func()(
@@ -116,7 +115,7 @@ def _run_schedule(
 
 
 def _forward_step(
-    rows: Iterator[MicroBatch], model: DistributedDataParallel, *, head: HeadRequest, micro_loss: MicroLoss | None
+    rows: Iterator[MicroBatch], model: Policy, *, head: HeadRequest, micro_loss: MicroLoss | None
 ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]:
     row = next(rows).to(device())
     return model(row, head), partial(_finish, row=row, micro_loss=micro_loss)

@@ -11,7 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.core.distributed import DistributedDataParallel
+# Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
+# rank anew, which takes longer than a small run's first step.
+import transformers.models.auto.processing_auto
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+import transformers.models.qwen2_vl.image_processing_qwen2_vl
+import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 
 from megatron_papo.accelerator import adapt_megatron, seed_all
 from megatron_papo.checkpoint.weights import load_weights
@@ -20,7 +25,7 @@ from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.model.policy import build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.watchdog import StageClock
-from megatron_papo.optim import wrap_policy
+from megatron_papo.optim import Policy, wrap_policy
 from megatron_papo.packing import Totals, empty_like, pack, sum_totals, token_totals
 from megatron_papo.parallel import Layout, gather_objects, initialize, shutdown
 from megatron_papo.reference import ReferencePolicy
@@ -35,7 +40,7 @@ class Run:
     shape: ModelShape
     processor: Processor
     clock: StageClock
-    policy: DistributedDataParallel
+    policy: Policy
     """This pipeline stage's model; its weights change in place."""
 
     @property
@@ -50,8 +55,7 @@ class Run:
     @property
     def banned_ids(self) -> tuple[int, ...]:
         """Tokens that neither engine nor trainer gives any probability: vision placeholders and padded words."""
-        padded = range(len(self.processor.tokenizer), self.shape.language.vocab_size)
-        return tuple(sorted({*self.shape.banned_ids, *padded}))
+        return self.shape.unsayable_ids(len(self.processor.tokenizer))
 
 
 @contextmanager

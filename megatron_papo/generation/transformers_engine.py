@@ -44,7 +44,8 @@ class TransformersGenerator:
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
-        self.banned_ids = torch.tensor(shape.banned_ids, dtype=torch.int64, device=device)
+        banned_ids = shape.unsayable_ids(len(processor.tokenizer))
+        self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=device)
         self.eos_ids = torch.tensor(sorted(processor.eos_ids), dtype=torch.int64, device=device)
         self.expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.policy_version: int | None = None

@@ -88,6 +88,11 @@ class ModelShape:
         ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
         return tuple(sorted(i for i in ids if i < self.language.vocab_size))
 
+    def unsayable_ids(self, num_words: int) -> tuple[int, ...]:
+        """What neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
+        beyond the tokenizer's `num_words`, which stand for nothing."""
+        return tuple(sorted({*self.banned_ids, *range(num_words, self.language.vocab_size)}))
+
     @classmethod
     def from_folder(cls, path: Path | str) -> ModelShape:
         """The shape in `path`/config.json. Raises ValueError naming the file and the key at fault."""
