@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,12 +83,13 @@ def first_host(nodelist: str) -> str:
 
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
-    work.run_dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _quieten()
     outer = outer_rank(os.environ)
     if outer is not None:
         os.environ.update(outer)
         return _call_here(work, int(os.environ["RANK"]))
+    print(f"papo: starting {num_ranks} rank{'s' * (num_ranks > 1)}", file=sys.stderr, flush=True)
     return _launch_local(work, num_ranks)
 
 
@@ -104,8 +107,8 @@ def _call_here(work: Work, rank: int) -> int:
 
 
 def _launch_local(work: Work, num_ranks: int) -> int:
-    module = importlib.import_module(work.target.partition(":")[0])  # once, for all forked ranks
-    assert module is not None
+    importlib.import_module(work.target.partition(":")[0])  # once, for all forked ranks
+    made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     context = multiprocessing.get_context("spawn" if _has_gpu() else "fork")
     with tempfile.TemporaryDirectory(prefix="papo_") as folder, _stop_on_sigterm():
         addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
@@ -122,7 +125,7 @@ def _launch_local(work: Work, num_ranks: int) -> int:
             return 128 + signal.SIGINT
         finally:
             _stop(ranks)
-            _tidy_stacks(work.run_dir)
+            _tidy(work.run_dir, made)
 
 
 def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, folder: Path) -> None:
@@ -216,12 +219,15 @@ def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
             print(f"papo: rank {rank}: {path.read_text()}", file=sys.stderr)
 
 
-def _tidy_stacks(run_dir: Path) -> None:
-    folder = run_dir / "stacks"
-    for path in folder.glob("rank_*.txt"):
+def _tidy(run_dir: Path, made: list[Path]) -> None:
+    """Removes empty stack files, and then those folders of this run that nothing was written to."""
+    stacks = run_dir / "stacks"
+    for path in stacks.glob("rank_*.txt"):
         if path.stat().st_size == 0:
             path.unlink()
-    if folder.exists() and not any(folder.iterdir()):
+    for folder in (stacks, *made):
+        if not folder.exists() or any(folder.iterdir()):
+            break
         folder.rmdir()
 
 
@@ -236,6 +242,12 @@ def _report(failure: Failure) -> None:
 
 def _exit_code(failure: Failure) -> int:
     return 2 if failure.kind == "config" else 1
+
+
+def _quieten() -> None:
+    """Leaves out what libraries say on import of absent accelerators: `papo doctor` says it once, and what it costs."""
+    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", category=UserWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _has_gpu() -> bool:

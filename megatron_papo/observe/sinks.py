@@ -156,7 +156,7 @@ def _open_wandb(observe: ObserveConfig, run_dir: Path, config_text: str) -> Any:
     run = wandb.init(
         project=observe.wandb_project,
         dir=str(run_dir),
-        mode=observe.wandb,
+        mode="online" if observe.wandb == "online" else "offline",
         id=name_file.read_text().strip(),
         resume="allow",
         config=yaml.safe_load(config_text),
