@@ -6,6 +6,8 @@ schedule) belongs to the verbs that train.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -62,6 +64,7 @@ class Run:
 def open_run(config: Config) -> Iterator[Run]:
     """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards."""
     folder = model_folder(config)
+    _quieten_megatron()
     adapt_megatron()
     with ExitStack() as stack:
         layout = initialize(config.parallel)
@@ -76,6 +79,13 @@ def open_run(config: Config) -> Iterator[Run]:
             if config.model.checkpoint is not None or not config.model.random_init:
                 load_weights(policy.module, shape, config.model.checkpoint or folder)
         yield Run(config, layout, shape, processor, clock, policy)
+
+
+def _quieten_megatron() -> None:
+    """Megatron-Core remarks on its own experimental parts and on what is not installed; `papo doctor` says the latter
+    once, in words of what it costs."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 
 def model_folder(config: Config) -> Path:
