@@ -28,7 +28,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.observe.failures import Failure, describe, read_failures, the_cause, write_failure
+from megatron_papo.observe.failures import Failure, describe, print_failure, read_failures, the_cause, write_failure
 from megatron_papo.observe.watchdog import STALL_EXIT, dump_stacks_on_sigterm
 
 _VICTIM_WAIT_S = 5.0
@@ -101,8 +101,8 @@ def _call_here(work: Work, rank: int) -> int:
         failure = describe(rank, error)
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
-        _report(failure)
-        os._exit(_exit_code(failure))  # without the clean-up of process groups, which may hang on dead peers
+        print_failure(failure)
+        os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     return 0
 
 
@@ -143,7 +143,7 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, fo
         sys.stdout.flush()
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)
-        os._exit(_exit_code(failure))
+        os._exit(failure.exit_code)
 
 
 def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
@@ -157,8 +157,8 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
             _stop(ranks)
             if stalled:
                 _print_stacks(ranks, work.run_dir)
-            _report(failure)
-            return _exit_code(failure)
+            print_failure(failure)
+            return failure.exit_code
         running = [process for process in running if process.exitcode is None]
     return 0
 
@@ -229,19 +229,6 @@ def _tidy(run_dir: Path, made: list[Path]) -> None:
         if not folder.exists() or any(folder.iterdir()):
             break
         folder.rmdir()
-
-
-def _report(failure: Failure) -> None:
-    if failure.kind == "config":
-        for line in failure.message.splitlines():
-            print(f"papo: error: {line}", file=sys.stderr)
-    else:
-        print(failure.traceback + failure.reason(), file=sys.stderr)
-    sys.stderr.flush()
-
-
-def _exit_code(failure: Failure) -> int:
-    return 2 if failure.kind == "config" else 1
 
 
 def _quieten() -> None:

@@ -9,6 +9,7 @@ that is for the launcher.
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -38,6 +39,11 @@ class Failure:
     def reason(self) -> str:
         """The line that the run ends with."""
         return f"papo: rank {self.rank} failed: {self.name}: {self.message}"
+
+    @property
+    def exit_code(self) -> int:
+        """2 for refused settings, as the command line's own refusals."""
+        return 2 if self.kind == "config" else 1
 
 
 def is_peers_fault(error: BaseException) -> bool:
@@ -78,3 +84,12 @@ def the_cause(failures: list[Failure]) -> Failure:
         if found:
             return min(found, key=lambda failure: failure.time)
     raise AssertionError("every kind stands in _ORDER")
+
+
+def print_failure(failure: Failure) -> None:
+    """To stderr: the traceback and, last, the reason; refused settings without a traceback, a line a fault."""
+    if failure.kind == "config":
+        text = "\n".join(f"papo: error: {line}" for line in failure.message.splitlines())
+    else:
+        text = failure.traceback + failure.reason()
+    print(text, file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ def test_a_rank_that_a_signal_ended_is_named_with_the_signal(tmp_path, capfd):
 def test_a_setting_that_a_rank_refuses_has_no_traceback(tmp_path, capfd):
     code, _ = run("refused", tmp_path)
     assert code == 2
-    assert capfd.readouterr().err.strip() == "papo: error: data.train: is empty"
+    assert capfd.readouterr().err.splitlines() == ["papo: starting 2 ranks", "papo: error: data.train: is empty"]
 
 
 def test_a_stalled_collective_ends_with_the_stack_of_every_rank(tmp_path, capfd):
