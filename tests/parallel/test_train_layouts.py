@@ -1,0 +1,74 @@
+"""A whole training run gives the same numbers in every layout: rollouts, losses, KLs, gradient norms, step by step.
+
+The single-rank run is the reference; that one equals Hugging Face by `test_model_parity` and the hand-computed losses
+by `test_losses`. Rollouts are sampled anew in each run, so equal numbers say that hand-over and sampling agree too.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_papo.config import Config
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, metrics, tiny_run
+
+OBJECTIVES = {
+    "frozen": {"loss__entropy_coef": 0.03},
+    "joint": {
+        "perception__masked_branch": "joint",
+        "perception__kl": "full",
+        "entropy__kind": "full",
+        "loss__entropy_coef": 0.03,
+        "loss__masked_entropy_coef": 0.03,
+        "loss__averaging": "sequence",
+        "train__dynamic_sampling__enabled": True,
+        "train__dynamic_sampling__high": 1.0,
+        "train__tokens_per_micro_batch": 400,
+    },
+}
+LAYOUTS = {
+    "TP2 SP": {"parallel__tensor": 2, "parallel__sequence": True, "train__tokens_per_micro_batch": 300},
+    "PP2 recompute": {"parallel__pipeline": 2, "model__recompute": "full"},
+    "DP2 distributed optimizer": {"parallel__distributed_optimizer": True},
+    "TP2 PP2": {"parallel__tensor": 2, "parallel__pipeline": 2, "train__tokens_per_micro_batch": 1000},
+}
+RANKS = {"TP2 SP": 2, "PP2 recompute": 2, "DP2 distributed optimizer": 2, "TP2 PP2": 4}
+
+
+def _train(config: Config) -> None:
+    from megatron_papo.train import main
+
+    main(config)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def single_rank(request, inputs, tmp_path_factory):
+    objective = OBJECTIVES[request.param]
+    folder = tmp_path_factory.mktemp("single")
+    run_ranks(_train, 1, tiny_run(inputs, folder, **objective))
+    return objective, metrics(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_alike(layout, single_rank, inputs, tmp_path):
+    objective, expected = single_rank
+    run_ranks(_train, RANKS[layout], tiny_run(inputs, tmp_path, **{**objective, **LAYOUTS[layout]}))
+    found = metrics(tmp_path)
+    assert len(found) == len(expected) == 2
+    assert expected[0]["optim/grad_norm"] > 1e-3 and expected[0]["perception_kl"] > 0
+    for want, got in zip(expected, found, strict=True):
+        assert got.keys() == want.keys()
+        wrong = {name: (want[name], got[name]) for name in want if not _close(want[name], got[name])}
+        assert not wrong, f"step {want['step']}"
+
+
+def _close(want: float, got: float) -> bool:
+    return math.isclose(want, got, rel_tol=2e-4, abs_tol=2e-5)

@@ -1,0 +1,76 @@
+"""A whole training run small enough for tests: a tiny model, questions about drawn pictures, a reward of bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_papo.config import Config, load_config
+from tests.tiny import make_tiny_folder
+
+OVERRIDES = {
+    "run.seed": 3,
+    "model.dtype": "float32",
+    "data.instruction": "",
+    "data.min_pixels": 28 * 28,
+    "data.max_pixels": 112 * 112,
+    "generation.max_response_tokens": 6,
+    "generation.top_p": 1.0,
+    "reward.function": "tests.tiny_run:share_of_even_bytes",
+    "train.steps": 2,
+    "train.prompts_per_step": 4,
+    "train.group_size": 3,
+    "train.updates_per_step": 2,
+    "train.tokens_per_micro_batch": 200,
+    "optim.lr": 1e-3,
+    "checkpoint.save_every": 0,
+    "checkpoint.export_at_end": False,
+    "observe.console": False,
+    "observe.tensorboard": False,
+}
+
+
+def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
+    """A reward that random weights get some of, unequal within a group."""
+    found = response.encode()
+    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+
+
+def make_inputs(folder: Path, **model: Any) -> Path:
+    """`folder`/model and `folder`/rows.jsonl: one picture, several of odd sizes, and none."""
+    make_tiny_folder(folder / "model", **model)
+    random = np.random.default_rng(0)
+    rows = []
+    for row, sizes in enumerate(
+        [[(56, 56)], [(70, 33)], [], [(56, 84), (31, 57)], [(112, 28)], [(40, 40)], [], [(84, 56)]]
+    ):
+        images = []
+        for index, (width, height) in enumerate(sizes):
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            images.append(f"{row}_{index}.png")
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            (folder / images[-1]).write_bytes(buffer.getvalue())
+        question = "<image>" * len(sizes) + f"what is {row}?"
+        rows.append({"problem": question, "answer": str(row), "images": images, "response": f"it is {row}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tiny_run(inputs: Path, run_dir: Path, **settings: Any) -> Config:
+    """The settings of a run on `make_inputs`; `settings` are keys with `__` for the dot."""
+    paths = {"run.dir": run_dir, "model.path": inputs / "model", "data.train": inputs / "rows.jsonl"}
+    wanted = {**OVERRIDES, **paths, **{key.replace("__", "."): value for key, value in settings.items()}}
+    return load_config(None, [f"{key}={value}" for key, value in wanted.items()])
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """What every step recorded, without the clock's readings."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time/", "tokens_per_s", "unix_time")
+    return [{name: value for name, value in line.items() if not name.startswith(clock)} for line in lines]
