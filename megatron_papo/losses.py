@@ -111,7 +111,7 @@ def top_tokens(values_R: Tensor, rollout_index_R: Tensor, eligible_R: Tensor, fr
     starts_R = num_R.index_add(0, rollout_index_R, torch.ones_like(rollout_index_R)).cumsum(0).roll(1)
     starts_R[:1] = 0
     num_eligible_R = num_R.index_add(0, rollout_index_R, eligible_R.to(num_R.dtype))
-    kept_R = (num_eligible_R.double() * fraction - 1e-9).ceil()  # 0.1 x 30 is a little more than 3
+    kept_R = (num_eligible_R.double() * fraction - 1e-9).ceil()  # 0.14 x 50 is a little more than 7
     order_R = values_R.masked_fill(~eligible_R, -torch.inf).argsort(descending=True, stable=True)
     order_R = order_R[rollout_index_R[order_R].argsort(stable=True)]
     response_R = rollout_index_R[order_R]

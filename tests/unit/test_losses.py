@@ -71,6 +71,35 @@ def test_policy_term_by_hand():
     assert unbounded[3].item() == pytest.approx(4.0)
 
 
+def test_ratio_is_bounded_before_exp():
+    loss = LossConfig(dual_clip=None)
+    found = policy_term(F64([50.0, -50.0, inf]), torch.zeros(3), F64([-1.0, 1.0, -1.0]), loss)
+    assert found.tolist() == pytest.approx([exp(20), -exp(-20), exp(20)])
+
+
+def test_clip_fractions_follow_the_sign_of_the_advantage():
+    ratios, advantages = [4.0, 4.0, 2.0, 0.5, 0.5, 1.0], [1.0, -1.0, -1.0, 1.0, -1.0, 0.0]
+    # high: the 4 at A = 1.  dual: the 4 at A = -1.  low: the 0.5 at A = -1
+    row = _wide_row(advantages, old=-F64(ratios).log() - 1)
+    _, metrics = papo_loss(HeadOutputs(F64([-1.0] * 6)), row, LossSettings.at_step(_config(), 0))
+    assert [metrics[f"clip_{side}"] for side in ("low", "high", "dual")] == [(1.0, 6.0)] * 3
+
+
+def _wide_row(advantages: list[float], old: Tensor) -> MicroBatch:
+    """As many text tokens as advantages, one response."""
+    num = len(advantages)
+    return _row(
+        rollout_index_R=torch.zeros(num, dtype=torch.int64),
+        loss_mask_R=torch.ones(num, dtype=torch.bool),
+        has_image_R=torch.zeros(num, dtype=torch.bool),
+        weights_R=F64([1 / num] * num),
+        perception_weights_R=torch.zeros(num),
+        advantages_R=F64(advantages),
+        rollout_logprobs_R=old,
+        old_logprobs_R=old,
+    )
+
+
 def test_policy_term_gradient_is_minus_advantage_on_policy_and_zero_where_clipped():
     policy = F64([0.0, log(1.5), log(0.5), log(4.0)], requires_grad=True)
     policy_term(policy, torch.zeros(4), F64([0.7, 1.0, -1.0, -1.0]), LossConfig()).sum().backward()
@@ -223,9 +252,10 @@ def test_top_tokens_are_chosen_within_each_response():
     assert top_tokens(values, response, eligible, 0.4).tolist() == expected
 
 
-def test_top_fraction_of_a_tenth_of_thirty_is_three():
-    kept = top_tokens(torch.arange(30.0), torch.zeros(30, dtype=torch.int64), torch.ones(30, dtype=torch.bool), 0.1)
-    assert kept.nonzero()[:, 0].tolist() == [27, 28, 29]
+def test_top_fraction_of_fourteen_percent_of_fifty_is_seven():
+    assert 0.14 * 50 > 7  # in floating point, where ceil would keep one too many
+    kept = top_tokens(torch.arange(50.0), torch.zeros(50, dtype=torch.int64), torch.ones(50, dtype=torch.bool), 0.14)
+    assert kept.nonzero()[:, 0].tolist() == list(range(43, 50))
 
 
 def test_text_only_rows_have_no_perception_term_and_count_nothing():
