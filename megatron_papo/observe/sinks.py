@@ -97,7 +97,10 @@ class Sinks:
         if self._board:
             self._board.close()
         if self._wandb:
+            import wandb
+
             self._wandb.finish()
+            wandb.teardown()  # waits for its writer process: finish() offline returns before the file is written
 
     def __enter__(self) -> Sinks:
         return self
