@@ -58,12 +58,13 @@ def adapt_megatron() -> None:
     def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.current_device = lambda: _CPU
-    torch.cuda.synchronize = _nothing
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state, torch.cuda.set_rng_state = get_state, set_state
-    torch.cuda.current_stream = torch.cuda.Stream = _NullStream
-    torch.cuda.stream = _no_stream
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = _nothing
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state, cuda.set_rng_state = get_state, set_state
+    cuda.current_stream = cuda.Stream = _NullStream
+    cuda.stream = _no_stream
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_state, set_state
     mode = _CudaMeansCpu()
     mode.__enter__()

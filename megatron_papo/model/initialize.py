@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.parallel import layout
 
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 _OUTPUT = "language.output_layer.weight"
@@ -58,8 +59,6 @@ def _parts(parameter: Tensor) -> tuple[int, int, int]:
     """(dim that is split, tensor ranks, how many matrices lie one after the other along it)."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 1
-    from megatron_papo.parallel import layout
-
     return parameter.partition_dim, layout().tensor_size, parameter.partition_stride  # type: ignore[attr-defined]
 
 

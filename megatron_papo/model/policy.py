@@ -102,25 +102,17 @@ class VisionLanguageModel(MegatronModule):
             "temperature": head.temperature,
         }
 
-        def logprobs_at(index_R: Tensor) -> tuple[Tensor, Tensor | None]:
-            return vocab_parallel_logprobs(
-                states_TH.index_select(0, index_R),
-                weight_VH,
-                micro_batch.target_ids_R,
-                entropy=head.full_entropy,
-                **options,
-            )
+        def logprobs(states_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+            targets_R = micro_batch.target_ids_R
+            return vocab_parallel_logprobs(states_RH, weight_VH, targets_R, entropy=head.full_entropy, **options)
 
-        policy, entropy = logprobs_at(micro_batch.logit_index_R)
+        policy_RH = states_TH.index_select(0, micro_batch.logit_index_R)
+        policy, entropy = logprobs(policy_RH)
         if micro_batch.masked_logit_index_R is None:
             return HeadOutputs(policy, entropy)
-        masked, masked_entropy = logprobs_at(micro_batch.masked_logit_index_R)
-        kl = None
-        if head.full_kl:
-            views = (
-                states_TH.index_select(0, i) for i in (micro_batch.logit_index_R, micro_batch.masked_logit_index_R)
-            )
-            kl = vocab_parallel_kl(*views, weight_VH, **options)
+        masked_RH = states_TH.index_select(0, micro_batch.masked_logit_index_R)
+        masked, masked_entropy = logprobs(masked_RH)
+        kl = vocab_parallel_kl(policy_RH, masked_RH, weight_VH, **options) if head.full_kl else None
         return HeadOutputs(policy, entropy, masked, masked_entropy, kl)
 
 

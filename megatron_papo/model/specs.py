@@ -29,19 +29,25 @@ from megatron_papo.model.attention import StructuredAttention
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32, as Qwen2 computes it; its weight is marked for sequence parallelism."""
+    """Root-mean-square norm in fp32, as Qwen2 computes it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.hidden_size, self.eps = hidden_size, eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is then summed over tensor ranks
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = replicated_parameter(ones, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = F.rms_norm(hidden.float(), (self.hidden_size,), eps=self.eps)
         return self.weight * normed.to(hidden.dtype)
+
+
+def replicated_parameter(values: Tensor, config: TransformerConfig) -> torch.nn.Parameter:
+    """A weight that every tensor rank holds whole. Under sequence parallelism each rank sees its own tokens, and
+    Megatron-Core adds up the gradients of weights with this mark."""
+    parameter: Any = torch.nn.Parameter(values)
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter
 
 
 def choose_spec(model: ModelConfig) -> str:

@@ -15,6 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron_papo.config import Config
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 
 def language_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
     language, parallel = shape.language, config.parallel
@@ -53,11 +59,6 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
 
 def _common(config: Config, spec: str) -> dict[str, Any]:
     dtype = getattr(torch, config.model.dtype)
-    recompute: dict[str, Any] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[config.model.recompute]
     return {
         "tensor_model_parallel_size": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
@@ -80,7 +81,7 @@ def _common(config: Config, spec: str) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
         "transformer_impl": spec,
-        **recompute,
+        **_RECOMPUTE[config.model.recompute],
     }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_papo.model.patches import plan_patches
 from megatron_papo.model.shape import VisionShape
-from megatron_papo.model.specs import RMSNorm, block_spec
+from megatron_papo.model.specs import RMSNorm, block_spec, replicated_parameter
 
 
 class VisionTower(MegatronModule):
@@ -59,12 +59,9 @@ class PatchEmbed(MegatronModule):
 
     def __init__(self, config: TransformerConfig, shape: VisionShape):
         super().__init__(config)
-        self.weight = torch.nn.Parameter(
-            torch.empty(
-                shape.hidden_size, shape.patch_dim, dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # each rank embeds its share of the patches
+        size = (shape.hidden_size, shape.patch_dim)
+        values = torch.empty(size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = replicated_parameter(values, config)
 
     def forward(self, pixels_PD: Tensor) -> Tensor:
         return F.linear(pixels_PD.to(self.weight.dtype), self.weight)
