@@ -12,8 +12,8 @@ SEED ?= 0
 FIND_PYTHON := for name in python3.12 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && command -v "$$name" && exit; \
 	done; uv python find 3.12 2>/dev/null
-NO_PYTHON := no Python 3.12 found: install one (Debian, Ubuntu: apt install python3.12-venv; anywhere: \
-	curl -LsSf https://astral.sh/uv/install.sh | sh) and run make again
+NO_PYTHON := no Python 3.12 found: install one (Debian, Ubuntu: apt install python3.12-venv) or uv, which brings its \
+	own, and run make again
 
 # One installer for all: `$(INSTALL) ARGUMENTS`.
 INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --python $(VENV)/bin/python" \
