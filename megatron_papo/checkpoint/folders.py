@@ -24,7 +24,8 @@ from megatron_papo.model.shape import ModelShape
 
 MAX_FILE_BYTES = 5 * 10**9
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-_WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth")
+_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json")
+"""The weights' own, and a checkpoint's own."""
 MAX_SHOWN_FAULTS = 10
 
 
@@ -75,6 +76,9 @@ class HuggingFaceReader:
         """`tensor[index]` of one tensor, its ranges along the leading axes; no other bytes are read."""
         return self._places[name][1][index]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.read(name, (slice(0, 1),)).dtype
+
     def check(self, shape: ModelShape) -> None:
         """Raises ValueError with a line for each missing, extra or misshapen tensor."""
         found = self.shapes()
@@ -108,12 +112,15 @@ def write_folder(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but its weights. Raises ValueError when `source` has no config.json."""
+    """Everything of a Hugging Face folder, or of one within a checkpoint, but its weights.
+
+    Raises ValueError when `source` has no config.json.
+    """
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: no config.json")
-    weights = {file for pattern in _WEIGHT_FILES for file in source.glob(pattern)}
+    others = {file for pattern in _NOT_SIDE_FILES for file in source.glob(pattern)}
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _SIDE_FILES and file not in weights:
+        if file.is_file() and file.suffix in _SIDE_FILES and file not in others:
             shutil.copyfile(file, target / file.name)
 
 

@@ -40,17 +40,12 @@ def held_parameters(model: nn.Module, shape: ModelShape, tensor_size: int) -> di
     return held
 
 
-def whole_parameters(shape: ModelShape, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
-    """The same for `tensors` that hold every parameter whole, by Megatron name: a model without modules or padding."""
-    return {name: Held(entry, tensors[name]) for name, entry in parameter_table(shape).items()}
-
-
 def global_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the table's names: wrappers removed, layers counted over the whole model."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     numbers = {
-        name: str(module.layer_number - 1)
+        name: str(int(module.layer_number) - 1)  # type: ignore[arg-type]
         for name, module in model.named_modules()
         if re.fullmatch(r".*\.layers\.\d+", name)
     }

@@ -82,7 +82,7 @@ def write_state(folder: Path, step: int, state: TrainState, **extra: Any) -> Non
     counts = {"optimizer_step": 0, "schedule_steps": 0}
     if state.optimizer is not None:
         megatron = state.optimizer.megatron
-        steps = gather_objects(optimizer_state.step_count(megatron), dist.group.WORLD)
+        steps = gather_objects(optimizer_state.step_count(megatron), _everyone())
         counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
         if counts["optimizer_step"]:
             tree |= _optimizer_tensors(state.optimizer, held, None)
@@ -145,14 +145,14 @@ def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[st
         elif tuple(stored[part.key].global_shape) != part.global_shape:
             found = tuple(stored[part.key].global_shape)
             faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {found}")
-    everywhere = sorted(set().union(*gather_objects(faults, dist.group.WORLD)))
+    everywhere = sorted(set().union(*gather_objects(faults, _everyone())))
     if everywhere:
         raise ValueError("\n".join(everywhere[:MAX_SHOWN_FAULTS]))
 
 
 def model_tensors(held: Mapping[str, Held]) -> dict[str, ShardedTensor]:
     """The weights as boxes of stored tensors; the tree's own keys say nothing."""
-    found = {}
+    found: dict[str, ShardedTensor] = {}
     for name, part in held.items():
         for box in sharded_tensors(part.entry.name, part, part.tensor.detach(), layout()):
             found[f"model.{name}.{len(found)}"] = box
@@ -182,6 +182,12 @@ def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         return
     optimizer.schedule.num_steps = saved["schedule_steps"]
     optimizer.schedule.step(increment=0)  # rates of these settings at that step
+
+
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def _layout_sizes() -> dict[str, int]:
