@@ -28,6 +28,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
 
 
+def parameter_dtype(name: str) -> torch.dtype:
+    """`float32` or `bfloat16` by name; `auto` is bfloat16 on a GPU and float32 without one."""
+    if name == "auto":
+        return torch.bfloat16 if has_gpu() else torch.float32
+    return getattr(torch, name)
+
+
 def backend() -> str:
     """What torch.distributed communicates with."""
     return "nccl" if has_gpu() else "gloo"

@@ -46,7 +46,8 @@ class ModelConfig(Section):
     """A Hugging Face folder (config.json, *.safetensors, tokenizer and processor)."""
     checkpoint: Path | None = None
     """A Megatron checkpoint folder to start from instead of the safetensors of `path`."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the parameters; `auto` is bfloat16 on a GPU and float32 without one."""
     spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer specs; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     freeze: FreezeConfig = FreezeConfig()
@@ -224,6 +225,7 @@ class GenerationConfig(Section):
     tensor: Count = 1
     """vLLM's tensor parallelism; must divide the ranks of the world."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the engine; `auto` is the trainer's."""
     kv_cache_gib: Positive | None = None
     gpu_memory_fraction: Fraction = 0.5
     enforce_eager: bool = False

@@ -7,7 +7,7 @@ Gradients are sums, not means: every micro-batch's loss carries each token's sha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,9 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
+from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config, OptimConfig
 
-Policy = DistributedDataParallel
+Policy: TypeAlias = DistributedDataParallel
 """This pipeline stage's `VisionLanguageModel`, as `.module`, with its gradient buffers."""
 
 
@@ -67,7 +68,7 @@ def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = N
 
 def build_optimizer(policy: Policy, config: Config, num_updates: int) -> Optimizer:
     """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates."""
-    optim = config.optim
+    optim, dtype = config.optim, parameter_dtype(config.model.dtype)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -77,8 +78,8 @@ def build_optimizer(policy: Policy, config: Config, num_updates: int) -> Optimiz
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
         clip_grad=optim.clip_grad,
-        bf16=config.model.dtype == "bfloat16",
-        params_dtype=getattr(torch, config.model.dtype),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     megatron = get_megatron_optimizer(settings, [policy], config_overrides=_overrides(optim))

@@ -53,7 +53,8 @@ def score_logprobs(
 
 
 def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatch]:
-    return [replace(row, **{name: output.policy_logprobs_R}) for row, output in zip(rows, outputs, strict=True)]
+    found: list[dict[str, Any]] = [{name: output.policy_logprobs_R} for output in outputs]
+    return [replace(row, **values) for row, values in zip(rows, found, strict=True)]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +84,7 @@ def group_sums(groups: Sequence[Group]) -> Metrics:
 def _sample(run: Run, step: int, group: Group) -> SampleRow:
     """The first rollout of the group: nothing is picked."""
     rollout, prompt = group.rollouts[0], group.prompt
-    masked = ()
+    masked: tuple[Image.Image, ...] = ()
     if prompt.masked_pixel_values_PD is not None:
         masked = tuple(masked_raw_images(prompt, run.config.perception.mask, seed=run.config.run.seed, step=step))
     return SampleRow(

@@ -8,6 +8,7 @@ stage that adds something returns a copy (`dataclasses.replace`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same row with its tensors on `device`."""
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 

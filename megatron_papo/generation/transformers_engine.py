@@ -33,15 +33,16 @@ class TransformersGenerator:
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         assert config.model.path is not None
-        dtype = config.model.dtype if config.generation.dtype == "auto" else config.generation.dtype
+        generation = config.generation
+        dtype = accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype)
         device = accelerator.device()
         shape = ModelShape.from_folder(config.model.path)
         model_config = Qwen2_5_VLConfig.from_pretrained(config.model.path, local_files_only=True)
         with no_init_weights(), device:
-            model_config.dtype = getattr(torch, dtype)
+            model_config.dtype = dtype
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")
         model.tie_weights()  # building without initial weights leaves a tied head untied
-        self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+        self.model = model.to(dtype).eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
         banned_ids = shape.unsayable_ids(len(processor.tokenizer))

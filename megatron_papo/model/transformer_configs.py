@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
@@ -58,7 +59,7 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
 
 
 def _common(config: Config, spec: str) -> dict[str, Any]:
-    dtype = getattr(torch, config.model.dtype)
+    dtype = parameter_dtype(config.model.dtype)
     return {
         "tensor_model_parallel_size": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
