@@ -134,12 +134,15 @@ class _Batch:
 
 def _images(prompts: list[Prompt], masked: bool) -> tuple[Tensor | None, Tensor | None]:
     """Patches and grids of all images, in the order of the prompts."""
-    pixels, grids = [], []
+    pixels: list[Tensor] = []
+    grids: list[Tensor] = []
     for prompt in prompts:
         if prompt.inputs.pixel_values_PD is None:
             continue
-        if masked and prompt.masked_pixel_values_PD is None:
+        view_PD = prompt.masked_pixel_values_PD if masked else prompt.inputs.pixel_values_PD
+        if view_PD is None:
             raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
-        pixels.append(prompt.masked_pixel_values_PD if masked else prompt.inputs.pixel_values_PD)
+        assert prompt.inputs.grid_thw_I3 is not None
+        pixels.append(view_PD)
         grids.append(prompt.inputs.grid_thw_I3)
     return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)

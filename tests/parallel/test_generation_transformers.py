@@ -134,7 +134,7 @@ def test_a_response_ends_with_the_end_of_turn_or_at_the_limit(folder):
     assert all(rollout.response_ids.index(EOS) == len(rollout.response_ids) - 1 for rollout in stopped)
     assert all(EOS not in rollout.response_ids and len(rollout.response_ids) == 60 for rollout in cut)
     seen = {token for rollout in rollouts for token in rollout.response_ids}
-    assert not seen & set(BANNED) and len(seen) > 240  # nearly every other id was drawn
+    assert not seen & set(BANNED) and len(seen) > 230  # of 259
 
 
 def _many(folder: Path):
@@ -161,6 +161,13 @@ def test_data_parallel_ranks_answer_their_own_prompts(folder, alone):
     first, second = run_ranks(_generate, 2, folder, {}, {"plain": {}})
     assert tokens(first["plain"]) == tokens(alone["plain"])[0::2]
     assert tokens(second["plain"]) == tokens(alone["plain"])[1::2]
+
+
+def test_a_tied_head_is_the_embedding(tmp_path):
+    folder = make_folder(tmp_path / "tied", tie=True)
+    (found,) = run_ranks(_generate, 1, folder, {}, {"plain": {}})
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    assert largest_gap(model, found["plain"], make_sampling()) < TOLERANCE
 
 
 def test_masked_rollouts_see_the_masked_pictures(alone):

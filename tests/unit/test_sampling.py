@@ -9,7 +9,8 @@ from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
 from megatron_papo.generation.shares import Job, share_of
-from megatron_papo.generation.vllm_engine import _compact, _remove_leftovers
+from megatron_papo.generation.vllm_engine import _compact
+from megatron_papo.generation.vllm_start import remove_leftovers
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import tiny_config
 
@@ -156,7 +157,7 @@ def test_leftover_shared_memory_of_dead_engines_alone_is_removed():
     try:
         for file in (left, live, other):
             file.touch()
-        _remove_leftovers()
+        remove_leftovers()
         assert [file.exists() for file in (left, live, other)] == [False, True, True]
     finally:
         for file in (left, live, other):

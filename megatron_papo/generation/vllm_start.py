@@ -1,0 +1,137 @@
+"""Starting a vLLM engine inside a rank of the trainer: its settings, its ranks, its shared memory, and the trainer's
+own state kept out of its way. vLLM itself is imported only once `start` is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_papo import accelerator
+from megatron_papo.config import Config
+from megatron_papo.parallel import Layout, gather_objects
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_GIB = 1024**3
+_CPU_KV_CACHE_GIB = 0.5
+_MAX_IMAGES = 64
+"""Of a prompt; vLLM wants a bound."""
+_MAX_TEMPERATURE = 2
+_SHM = "megatron_papo_"
+"""Our shared-memory segments begin so, then the process id of the rank that leads the engine."""
+
+
+def check(config: Config, layout: Layout) -> None:
+    """Raises ValueError for what vLLM cannot do, before it is imported."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("generation.engine=vllm: vLLM is not installed; install the package's [vllm] extra")
+    if layout.world_size % config.generation.tensor:
+        raise ValueError(f"generation.tensor={config.generation.tensor} does not divide the {layout.world_size} ranks")
+    for key, value in (("generation", config.generation.temperature), ("eval", config.eval.temperature)):
+        if value > _MAX_TEMPERATURE:
+            raise ValueError(f"{key}.temperature={value}: vLLM takes 0 to {_MAX_TEMPERATURE}")
+
+
+def start(config: Config, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM has no other switch for these three
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if accelerator.has_gpu() else "ERROR")
+    with trainer_state_kept():
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from megatron_papo.generation.vllm_weights import BACKEND, register
+
+        register()
+        generation, on_gpu = config.generation, accelerator.has_gpu()
+        kv_cache_gib = generation.kv_cache_gib or (None if on_gpu else _CPU_KV_CACHE_GIB)
+        return LLM(
+            model=str(config.model.path),
+            load_format="dummy",
+            dtype=accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype),
+            tensor_parallel_size=generation.tensor,
+            distributed_executor_backend=_executor(layout, shm_name),
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
+            gpu_memory_utilization=generation.gpu_memory_fraction,
+            enforce_eager=generation.enforce_eager or not on_gpu,
+            limit_mm_per_prompt={"image": _MAX_IMAGES, "video": 0},
+            mm_processor_kwargs={
+                "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
+            },
+            mm_device_do_normalize=False,  # dummy loading would fill the constants of the normalisation at random
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # none of the folder's sampling defaults
+            disable_log_stats=True,
+            seed=0,  # every request has its own
+        )
+
+
+def _executor(layout: Layout, shm_name: str) -> type:
+    """vLLM's external launcher, told its rank by our layout instead of by the environment."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    local_rank = torch.cuda.current_device() if accelerator.has_gpu() else 0
+
+    class TrainerLaunched(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            return f"env://:{shm_name}", layout.rank, local_rank  # the tail names the shared memory
+
+    return TrainerLaunched
+
+
+def shm_name_of(engine_group: dist.ProcessGroup | None) -> str:
+    """Of the engine's shared memory on the CPU, the same on its ranks.
+
+    vLLM's own name is the same for all runs of a machine, so that two runs, or one and what a killed one left behind,
+    would collide.
+    """
+    name = f"{_SHM}{os.getpid()}_{secrets.token_hex(4)}"
+    return name if engine_group is None else gather_objects(name, engine_group)[0]
+
+
+def remove_leftovers() -> None:
+    """Unlinks shared memory of our own engines whose leading process is gone."""
+    for file in Path("/dev/shm").glob(f"*{_SHM}*"):
+        pid = file.name.partition(_SHM)[2].partition("_")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            file.unlink(missing_ok=True)
+
+
+def engine_group_of(layout: Layout, size: int) -> dist.ProcessGroup | None:
+    """The ranks of this rank's engine, for objects; None when it is this rank alone. A collective of all ranks."""
+    if size == 1:
+        return None
+    groups = [
+        dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, layout.world_size, size)
+    ]
+    return groups[layout.rank // size]
+
+
+@contextmanager
+def trainer_state_kept() -> Iterator[None]:
+    """vLLM seeds every generator of the process and replaces `torch.set_num_threads`; the trainer's come back."""
+    state, numpy_state, set_num_threads, threads = (
+        random.getstate(), numpy.random.get_state(), torch.set_num_threads, torch.get_num_threads()
+    )  # fmt: skip
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if accelerator.has_gpu() else []):
+            yield
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(numpy_state)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
