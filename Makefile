@@ -16,7 +16,7 @@ NO_PYTHON := no Python 3.12 found: install one (Debian, Ubuntu: apt install pyth
 	own, and run make again
 
 # One installer for all: `$(INSTALL) ARGUMENTS`.
-INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --python $(VENV)/bin/python" \
+INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --compile-bytecode --python $(VENV)/bin/python" \
 	|| echo "$(VENV)/bin/python -m pip install")
 HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
 

@@ -7,7 +7,7 @@ Gradients are sums, not means: every micro-batch's loss carries each token's sha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,7 +20,7 @@ from megatron.core.utils import get_model_config
 from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config, OptimConfig
 
-Policy: TypeAlias = DistributedDataParallel
+type Policy = DistributedDataParallel
 """This pipeline stage's `VisionLanguageModel`, as `.module`, with its gradient buffers."""
 
 

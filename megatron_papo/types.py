@@ -117,9 +117,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same row with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
