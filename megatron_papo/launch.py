@@ -126,6 +126,8 @@ def _launch_local(work: Work, num_ranks: int) -> int:
         finally:
             _stop(ranks)
             _tidy(work.run_dir, made)
+            if sys.stdout.isatty():
+                print("\x1b[?25h", end="", flush=True)  # the cursor, which a rank's progress bar may have hidden
 
 
 def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, folder: Path) -> None:
