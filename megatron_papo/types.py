@@ -118,7 +118,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same row with its tensors on `device`."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 

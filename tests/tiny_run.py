@@ -62,11 +62,11 @@ def make_inputs(folder: Path, **model: Any) -> Path:
     return folder
 
 
-def tiny_run(inputs: Path, run_dir: Path, **settings: Any) -> Config:
-    """The settings of a run on `make_inputs`; `settings` are keys with `__` for the dot."""
+def tiny_run(inputs: Path, run_dir: Path, recipe: Path | None = None, **settings: Any) -> Config:
+    """The settings of a run on `make_inputs`, over those of `recipe`; `settings` are keys with `__` for the dot."""
     paths = {"run.dir": run_dir, "model.path": inputs / "model", "data.train": inputs / "rows.jsonl"}
     wanted = {**OVERRIDES, **paths, **{key.replace("__", "."): value for key, value in settings.items()}}
-    return load_config(None, [f"{key}={value}" for key, value in wanted.items()])
+    return load_config(recipe, [f"{key}={value}" for key, value in wanted.items()])
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
