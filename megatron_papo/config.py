@@ -23,22 +23,27 @@ NoAsOff = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
     name: str = "papo"
+    """Shown in the sinks."""
     dir: Path = Path("runs/papo")
     """Everything a run writes lies under this folder."""
     seed: int = 0
+    """Of the data order, sampling, masks and random weights."""
     stall_limit_s: Positive = 1800.0
     """A stage that takes longer dumps every rank's Python stack and stops the run."""
 
 
 class FreezeConfig(Section):
     vision: bool = False
+    """The vision tower without its projector gets no gradient."""
     projector: bool = False
+    """The patch merger that ends the vision tower."""
     language: bool = False
+    """The language model with embedding and head."""
 
 
 class ModelConfig(Section):
@@ -52,18 +57,22 @@ class ModelConfig(Section):
     """Layer specs; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     freeze: FreezeConfig = FreezeConfig()
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, those of attention, or whole layers."""
     random_init: bool = False
     """Start from random weights of the shape in `path`/config.json."""
 
 
 class ParallelConfig(Section):
     tensor: Count = 1
+    """Ranks that share each layer; data parallelism is what remains of the ranks."""
     pipeline: Count = 1
+    """Stages that share the layers; the vision tower is on the first."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel blocks are split over the tensor ranks."""
     pipeline_layers: list[Count] | None = None
     """Language-model layers of each pipeline stage; by default as even as possible, first stages smaller."""
     distributed_optimizer: bool = False
+    """Optimizer states split over the data-parallel ranks."""
     timeout_s: Positive = 1800.0
     """A collective that takes longer fails."""
 
@@ -81,17 +90,24 @@ class ParallelConfig(Section):
 
 class ColumnsConfig(Section):
     problem: str = "problem"
+    """Column of the question."""
     answer: str = "answer"
+    """Column of the right answer."""
     images: str = "images"
+    """Column of one image or several: bytes, paths or pictures."""
 
 
 class DataConfig(Section):
     train: str | None = None
     """A file (parquet, jsonl), an image folder or a hub name: anything `datasets` reads."""
     eval: str | None = None
+    """The held-out set, likewise."""
     split: str = "train"
+    """Split of data.train."""
     eval_split: str | None = None
+    """Of data.eval; null: the same name."""
     preset: Literal["none", "virl39k", "geometry3k"] = "none"
+    """Layouts of published data sets; replaces data.columns."""
     columns: ColumnsConfig = ColumnsConfig()
     instruction: str = (
         "You first think through the reasoning process as an internal monologue, enclosed within <think> </think> "
@@ -99,11 +115,17 @@ class DataConfig(Section):
     )
     """Follows the question in the user's turn; empty means the question alone."""
     system: str | None = None
+    """The system turn; null: the chat template's own."""
     min_pixels: Count = 200_704
+    """Smaller images are enlarged to this area."""
     max_pixels: Count = 1_003_520
+    """Larger images are reduced to this area."""
     max_prompt_tokens: Count = 4096
+    """A longer prompt is a bad row."""
     on_bad_row: Literal["skip", "stop"] = "stop"
+    """Corrupt image, wrong placeholder count, no answer, too long: leave the row out, or stop and name it."""
     shuffle: bool = True
+    """A new order each epoch; false: the order of the file."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -116,7 +138,9 @@ class MaskConfig(Section):
     """Which perturbation makes the masked image."""
 
     kind: Literal["cells", "blur", "noise", "swap", "crop"] = "cells"
+    """Black cells (the paper), or another way to spoil the image."""
     ratio: Fraction = 0.6
+    """Probability that a cell goes black."""
     cell: Count = 14
     """Edge of a cell in pixels."""
     align: Literal["raw", "patches"] = "raw"
@@ -133,10 +157,15 @@ class GuardConfig(Section):
     """Watches for collapse of the perception term and acts before reward falls."""
 
     action: Annotated[Literal["off", "lower", "stop"], NoAsOff] = "off"
+    """What to do: nothing, lower the coefficient, or save and stop."""
     perception_kl: Positive = 1.0
+    """Sign: mean perception KL above this, nats a token."""
     clip_high_fraction: Positive = 0.007
+    """Sign: fraction of tokens clipped above over this."""
     masked_entropy: Positive = 1.1
+    """Sign: entropy with the image masked above this, nats a token."""
     patience: Count = 3
+    """Steps in a row with a sign before acting."""
     factor: Fraction = 0.5
     """`lower` multiplies the coefficient by this."""
 
@@ -145,14 +174,16 @@ class PerceptionConfig(Section):
     masked_branch: Literal["frozen", "joint"] = "frozen"
     """`frozen`: masked log-probs scored once per rollout batch, no gradient; `joint`: gradient through both views."""
     kl: Literal["k3", "full"] = "k3"
+    """The one-sample estimate, or the exact KL over the vocabulary (joint only)."""
     mask: MaskConfig = MaskConfig()
     clamp: Positive | None = None
     """Upper bound of the per-token perception KL in the loss (0.2 counters collapse); None keeps k3's own +-10."""
     top_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """The term reads only this fraction of a micro-batch-independent set: each response's tokens of highest KL."""
+    """The term reads only this fraction of each response's tokens: those of highest KL."""
     coef_end: NonNegative | None = None
     """Linear schedule of loss.perception_coef to this value over `coef_steps`."""
     coef_steps: Count | None = None
+    """Steps of that schedule."""
     guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
@@ -164,19 +195,28 @@ class PerceptionConfig(Section):
 
 class EntropyConfig(Section):
     kind: Literal["sampled", "full"] = "sampled"
+    """-log-prob of the sampled tokens, or over the whole vocabulary with its gradient."""
 
 
 class LossConfig(Section):
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """epsilon below: the ratio is clipped at 1 - this."""
     clip_high: Positive = 0.3
+    """epsilon above: the ratio is clipped at 1 + this."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = 3.0
+    """c: for negative advantages the loss is at most -c times the advantage; null: no bound."""
     averaging: Literal["token", "sequence", "fixed"] = "token"
+    """Mean over the tokens, over the sequences of token means, or a sum over a fixed number."""
     fixed_denominator: Positive | None = None
     """Tokens that `averaging: fixed` divides by, e.g. global batch x generation.max_response_tokens."""
     perception_coef: NonNegative = 0.02
+    """gamma: weight of the perception KL, which is maximised."""
     reference_coef: NonNegative = 0.01
+    """beta: weight of the KL to the reference policy; 0: no reference is kept."""
     entropy_coef: NonNegative = 0.0
+    """eta 1: weight of the entropy with the image, which is minimised."""
     masked_entropy_coef: NonNegative = 0.0
+    """eta 2: weight of the entropy with the image masked, which is minimised."""
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -187,39 +227,55 @@ class LossConfig(Section):
 
 class DynamicSamplingConfig(Section):
     enabled: bool = False
+    """DAPO's: train only on prompts whose rollouts disagree, and generate until there are enough."""
     low: Fraction = 0.01
+    """Mean accuracy must be above this."""
     high: Fraction = 0.99
+    """Mean accuracy must be below this."""
     max_rounds: Count = 20
+    """Rounds of generation before giving up."""
 
 
 class OverlongConfig(Section):
     """DAPO's soft overlong punishment: from 0 to -penalty over the last `buffer` tokens before the limit."""
 
     enabled: bool = False
+    """Whether long answers are punished."""
     buffer: Count = 512
+    """Tokens before generation.max_response_tokens over which the penalty grows."""
     penalty: NonNegative = 1.0
+    """At the limit."""
 
 
 class RewardConfig(Section):
     accuracy_weight: NonNegative = 0.9
+    """Weight of a right answer in the box."""
     format_weight: NonNegative = 0.1
+    """Weight of a think block followed by a box."""
     accuracy: Literal["math", "exact", "anls"] = "math"
+    """Equal as mathematics, equal as text, or ANLS similarity."""
     repetition_weight: NonNegative = 0.0
     """Subtracted: weight x fraction of repeated n-grams."""
     repetition_ngram: Count = 4
+    """Words of an n-gram."""
     function: str | None = None
     """`module:function(response: str, answer: str, problem: str) -> float`, replaces the accuracy part."""
     timeout_s: Positive = 2.0
+    """An answer that takes longer to compare is wrong."""
     overlong: OverlongConfig = OverlongConfig()
 
 
 class GenerationConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
+    """vLLM, or transformers: the default for machines without a GPU."""
     temperature: Positive = 1.0
+    """Logits are divided by it, in the engine and in the trainer's log-probs."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    """Sampled from the smallest set of tokens with this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """0: no limit."""
     max_response_tokens: Count = 2048
+    """Longer responses are cut off."""
     batch_size: Count = 64
     """Rows that the transformers engine decodes together."""
     tensor: Count = 1
@@ -227,18 +283,25 @@ class GenerationConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the engine; `auto` is the trainer's."""
     kv_cache_gib: Positive | None = None
+    """Of vLLM; null: what gpu_memory_fraction leaves (1/4 GiB without a GPU)."""
     gpu_memory_fraction: Fraction = 0.5
+    """Of the GPU, for vLLM with its weights."""
     enforce_eager: bool = False
+    """vLLM without CUDA graphs."""
 
 
 class TrainConfig(Section):
     steps: Count = 202
+    """Rollout batches of the whole run."""
     prompts_per_step: Count = 384
+    """Over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 5
+    """Rollouts of a prompt."""
     updates_per_step: Count = 3
     """Optimizer steps of one rollout batch; prompts_per_step must divide by it."""
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     tokens_per_micro_batch: Count = 16_384
+    """Budget of a packed row; a joint sequence counts twice."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """0: only after the last step, when data.eval is set."""
 
@@ -254,10 +317,11 @@ class TrainConfig(Section):
 
 class SftConfig(Section):
     steps: Count = 100
+    """Optimizer steps."""
     batch_size: Count = 64
     """Rows of an optimizer step, over all data-parallel ranks."""
     response_column: str = "response"
-    epochs_shuffle: bool = True
+    """Column of the demonstration."""
 
 
 class EvalConfig(Section):
@@ -266,35 +330,43 @@ class EvalConfig(Section):
     temperature: NonNegative = 1.0
     """0 is greedy."""
     limit: Count | None = None
+    """Rows to evaluate; null: all."""
     masked: bool = True
     """Also answer with the image masked, and report the gap."""
 
 
-class ScoreConfig(Section):
-    response_column: str = "response"
-
-
 class OptimConfig(Section):
     lr: Positive = 1e-6
+    """Learning rate."""
     lr_vision: Positive | None = None
+    """Of the vision tower without its projector; null: `lr`."""
     lr_projector: Positive | None = None
-    """Learning rates of vision tower and projector when they differ from `lr`."""
+    """Of the projector; null: `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, over all optimizer steps of the run."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
     min_lr_fraction: Fraction = 0.0
+    """Where the schedule ends, as a fraction of the rate."""
     weight_decay: NonNegative = 0.01
+    """Decoupled; none on biases and norms."""
     beta1: Fraction = 0.9
+    """Adam's."""
     beta2: Fraction = 0.999
+    """Adam's."""
     eps: Positive = 1e-8
+    """Adam's."""
     clip_grad: NonNegative = 1.0
     """0: no clipping."""
 
 
 class CheckpointConfig(Section):
     save_every: Annotated[int, Field(ge=0)] = 50
-    """Optimizer-independent steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     keep_last: Count = 2
+    """Older checkpoints are removed."""
     keep_best: bool = True
+    """The one of the best held-out accuracy stays too."""
     resume: bool = True
     """Go on from the newest complete checkpoint under run.dir."""
     export_at_end: bool = True
@@ -305,11 +377,17 @@ class CheckpointConfig(Section):
 
 class ObserveConfig(Section):
     console: bool = True
+    """Progress and a line a step."""
     tensorboard: bool = True
+    """Event files under run.dir/tensorboard."""
     wandb: Annotated[Literal["off", "offline", "online"], NoAsOff] = "off"
+    """Offline writes under run.dir."""
     wandb_project: str = "megatron_papo"
+    """wandb's project."""
     samples_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between pages of samples; 0: none."""
     samples: Count = 8
+    """Rollouts on a page."""
 
 
 class Config(Section):
@@ -328,7 +406,6 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
-    score: ScoreConfig = ScoreConfig()
 
     @property
     def reads_masked_view(self) -> bool:
