@@ -48,7 +48,8 @@ def make_sampling(**changes: Any) -> Sampling:
 
 
 def make_prompts(config: Config) -> tuple[Processor, list[Prompt]]:
-    """One picture, none, three of odd sizes, one of another length; each with a masked view."""
+    """One picture, none, three of odd sizes, one of another length, and one longer than a block of vLLM's prefix cache;
+    each picture with a masked view."""
     assert config.model.path is not None
     processor, random = load_processor(config.model.path, config.data), np.random.default_rng(0)
 
@@ -57,7 +58,8 @@ def make_prompts(config: Config) -> tuple[Processor, list[Prompt]]:
         return [Image.fromarray(random.integers(0, 255, (*edge, 3), dtype=np.uint8)) for edge in edges]
 
     prompts = []
-    for row, (text, number) in enumerate([("how many?", 1), ("hi", 0), ("compare these", 3), ("what is this now?", 1)]):
+    cases = [("how many?", 1), ("hi", 0), ("compare these", 3), ("what is this now?", 1), ("and so on " * 11, 1)]
+    for row, (text, number) in enumerate(cases):
         images = pictures(number)
         inputs = processor.encode("<image>" * number + text, images)
         prompt = Prompt(f"row-{row}", row, text, "", (), inputs)
