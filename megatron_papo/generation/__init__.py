@@ -18,8 +18,6 @@ def build_generator(config: Config, processor: Processor, layout: Layout, report
     `reporter(done, total)` is called as rollouts of this rank finish. Raises ValueError when the engine is not
     installed or cannot run in this layout.
     """
-    if config.model.path is None:
-        raise ValueError("model.path: generation needs the model's config, tokenizer and processor files")
     if config.generation.engine == "vllm":
         from megatron_papo.generation.vllm_engine import VllmGenerator
 

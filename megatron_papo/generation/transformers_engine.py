@@ -32,12 +32,11 @@ class TransformersGenerator:
     """See `Generator`. Weights are undefined until the first `load_weights`; only `config.json` is read."""
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
-        assert config.model.path is not None
         generation = config.generation
         dtype = accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype)
         device = accelerator.device()
-        shape = ModelShape.from_folder(config.model.path)
-        model_config = Qwen2_5_VLConfig.from_pretrained(config.model.path, local_files_only=True)
+        shape = ModelShape.from_folder(processor.folder)
+        model_config = Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True)
         with no_init_weights(), device:
             model_config.dtype = dtype
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")

@@ -1,8 +1,8 @@
 """Generation with vLLM, in the trainer's own processes: the same ranks train and serve, one after the other.
 
 An engine spans `generation.tensor` consecutive ranks (vLLM's external launcher: each rank runs the same scheduler over
-the same requests); with 1, every rank has an engine of its own. Only config, tokenizer and processor files are read
-from `model.path`; weights come from the trainer. Left out: sleep mode, pipeline parallelism of the engine, adapters.
+the same requests); with 1, every rank has an engine of its own. Of the model's folder only config, tokenizer and
+processor files are read; weights come from the trainer. Left out: sleep mode, pipeline parallelism of the engine.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class VllmGenerator:
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         check(config, layout)
-        assert config.model.path is not None
         self.processor, self.layout, self.report = processor, layout, report
-        self.shape = ModelShape.from_folder(config.model.path)
+        self.shape = ModelShape.from_folder(processor.folder)
         self.banned_ids = self.shape.unsayable_ids(len(processor.tokenizer))
-        model_config = Qwen2_5_VLConfig.from_pretrained(config.model.path, local_files_only=True)
+        model_config = Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True)
         self.expected = expected_shapes(model_config)
         self.max_model_len = min(
             config.data.max_prompt_tokens + config.generation.max_response_tokens,
@@ -62,7 +61,7 @@ class VllmGenerator:
         self.engine_group = engine_group_of(layout, config.generation.tensor)
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
-        self.llm = start(config, layout, self.shm_name, self.max_model_len)
+        self.llm = start(config, processor.folder, layout, self.shm_name, self.max_model_len)
         self.policy_version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:

@@ -44,7 +44,7 @@ def check(config: Config, layout: Layout) -> None:
             raise ValueError(f"{key}.temperature={value}: vLLM takes 0 to {_MAX_TEMPERATURE}")
 
 
-def start(config: Config, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
+def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM has no other switch for these three
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if accelerator.has_gpu() else "ERROR")
@@ -58,7 +58,7 @@ def start(config: Config, layout: Layout, shm_name: str, max_model_len: int) -> 
         generation, on_gpu = config.generation, accelerator.has_gpu()
         kv_cache_gib = generation.kv_cache_gib or (None if on_gpu else _CPU_KV_CACHE_GIB)
         return LLM(
-            model=str(config.model.path),
+            model=str(folder),
             load_format="dummy",
             dtype=accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype),
             tensor_parallel_size=generation.tensor,

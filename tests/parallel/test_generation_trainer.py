@@ -1,0 +1,75 @@
+"""Each engine against the trainer: after weights change, the log-probs of sampling are those the trainer recomputes."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_papo.config import Config
+from tests.parallel.generation_cases import TOLERANCE, make_sampling
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, tiny_run
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+CASES = {
+    "transformers, PP 2": ({"parallel__pipeline": 2}, {"tie": True}),
+    "transformers, TP 2 SP": ({"parallel__tensor": 2, "parallel__sequence": True}, {}),
+    "vllm, TP 2, engine TP 2": (
+        {
+            "parallel__tensor": 2,
+            "generation__engine": "vllm",
+            "generation__tensor": 2,
+            "generation__kv_cache_gib": 0.05,
+        },
+        {"tie": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=NEEDS_VLLM if "vllm" in name else ()) for name in CASES])
+def test_sampling_and_training_agree_on_every_token(case, tmp_path):
+    settings, model = CASES[case]
+    inputs = make_inputs(tmp_path / "inputs", hidden=128, heads=4, kv_heads=2, std=0.12, **model)
+    config = tiny_run(inputs, tmp_path / "run", **settings, generation__temperature=1.3)
+    for gap, num_tokens, change in run_ranks(_largest_gap, 2, config):
+        assert gap < TOLERANCE and num_tokens > 100
+        assert change > 0.1  # the hand-over mattered
+
+
+def _largest_gap(config: Config) -> tuple[float, int, float]:
+    """Between engine and trainer after an update of every weight; tokens compared; how far the update moved them."""
+    from megatron_papo.checkpoint.huggingface import hf_tensors
+    from megatron_papo.data.dataset import PromptDataset
+    from megatron_papo.generation import build_generator
+    from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.pipeline import score
+    from megatron_papo.run import open_run, pack_rows
+
+    with open_run(config) as run:
+        generator = build_generator(config, run.processor, run.layout)
+        dataset = PromptDataset(config.data, "train", run.processor)
+        head = HeadRequest(temperature=config.generation.temperature, banned_ids=run.banned_ids)
+        sampling = make_sampling(temperature=config.generation.temperature, max_response_tokens=6)
+        prompts = [dataset.prompt(row) for row in range(5)]
+
+        def generated_rows():
+            groups = generator.generate(prompts, sampling)
+            return pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in groups])
+
+        generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=0)
+        first = generated_rows()
+        with torch.no_grad():
+            for parameter in run.policy.module.parameters():
+                parameter.mul_(1.15)
+        stale = [output.policy_logprobs_R for output in score(run.policy, first, head)]
+        generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=1)
+        rows = generated_rows()
+        scored = [output.policy_logprobs_R for output in score(run.policy, rows, head)]
+        generator.close()
+    gaps = torch.cat([found - row.rollout_logprobs_R for found, row in zip(scored, rows, strict=True)]).abs()
+    moved = torch.cat([found - row.rollout_logprobs_R for found, row in zip(stale, first, strict=True)]).abs()
+    return gaps.max().item(), gaps.numel(), moved.max().item()
