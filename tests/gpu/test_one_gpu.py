@@ -1,0 +1,70 @@
+"""What only a GPU can show, on one of them; skipped without. Tolerances are stated here and in docs/numerics.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.model_cases import CASES, write_case
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, metrics, tiny_run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+
+FP32, BF16 = 1e-3, 0.06
+"""fp32 log-probs, largest difference from transformers on the CPU; bf16, mean difference, nats."""
+
+
+def _logprobs(folder: Path, dtype: str, spec: str) -> list[torch.Tensor]:
+    from megatron_papo.accelerator import adapt_megatron, device, seed_all
+    from megatron_papo.checkpoint.weights import load_weights
+    from megatron_papo.config import load_config
+    from megatron_papo.model.policy import HeadRequest, build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.parallel import initialize
+
+    config = load_config(None, [f"model.path={folder}", f"model.dtype={dtype}", f"model.spec={spec}"])
+    adapt_megatron()
+    initialize(config.parallel)
+    seed_all(0)
+    shape = ModelShape.from_folder(folder)
+    model = build_policy(config, shape).eval()
+    load_weights(model, shape, folder)
+    rows = torch.load(folder / "rows.pt", weights_only=False)
+    with torch.no_grad():
+        return [model(row.to(device()), HeadRequest()).policy_logprobs_R.cpu() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    return folder, write_case(CASES[0], folder)
+
+
+@pytest.mark.parametrize("spec", ["local", pytest.param("transformer_engine", marks=pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine"))])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logprobs_equal_transformers(case, dtype, spec):
+    folder, reference = case
+    (found,) = run_ranks(_logprobs, 1, folder, dtype, spec)
+    gaps = torch.cat([(got - want).abs() for got, want in zip(found, reference.logprobs, strict=True)])
+    assert (gaps.max() < FP32) if dtype == "float32" else (gaps.mean() < BF16)
+
+
+def _train(config) -> None:
+    from megatron_papo.train import main
+
+    main(config)
+
+
+def test_a_run_trains_in_bf16(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    run_ranks(_train, 1, tiny_run(inputs, tmp_path / "run", model__dtype="bfloat16"))
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == 2
+    assert all(math.isfinite(step["loss/total"]) and step["optim/grad_norm"] > 0 for step in steps)
+    assert all(step["rollout_gap"] < BF16 for step in steps)
