@@ -43,6 +43,7 @@ def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
 
 def make_inputs(folder: Path, **model: Any) -> Path:
     """`folder`/model and `folder`/rows.jsonl: one picture, several of odd sizes, and none."""
+    folder.mkdir(parents=True, exist_ok=True)
     make_tiny_folder(folder / "model", **model)
     random = np.random.default_rng(0)
     rows = []

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+NEEDS_TE = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
 
 FP32, BF16 = 1e-3, 0.06
 """fp32 log-probs, largest difference from transformers on the CPU; bf16, mean difference, nats."""
@@ -46,7 +46,7 @@ def case(tmp_path_factory):
     return folder, write_case(CASES[0], folder)
 
 
-@pytest.mark.parametrize("spec", ["local", pytest.param("transformer_engine", marks=pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine"))])  # fmt: skip
+@pytest.mark.parametrize("spec", ["local", pytest.param("transformer_engine", marks=NEEDS_TE)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logprobs_equal_transformers(case, dtype, spec):
     folder, reference = case
