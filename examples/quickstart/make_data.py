@@ -30,7 +30,7 @@ MARGIN = (CELL - DIGIT) // 2
 PAPER, INK = 235, 20  # gray values
 NUM_HELDOUT_DIGITS = 297  # of 1797; the others are for training
 REPEAT = 0.35  # how often a digit repeats one that is already in the picture, so that there is something to count
-GUESSES, UNBOXED = 0.5, 0.1  # shares of the last part of the warm-up: answers without looking, answers without a box
+GUESSES, UNBOXED = 0.6, 0.1  # shares of the last part of the warm-up: answers without looking, answers without a box
 Grid = tuple[int, int, int, int]  # digits in reading order: top left, top right, bottom left, bottom right
 
 
@@ -169,7 +169,7 @@ class Maker:
 
 
 def make_data(
-    folder: Path, seed: int = 0, *, reading: int = 19_200, mixed: int = 2_560, train: int = 4_000, heldout: int = 300
+    folder: Path, seed: int = 0, *, reading: int = 25_600, mixed: int = 2_560, train: int = 4_000, heldout: int = 300
 ) -> dict[str, Path]:
     """Writes the three files (numbers of rows as given; same seed, same bytes) and returns their paths by name."""
     training_pool, heldout_pool = split_digits(seed)
