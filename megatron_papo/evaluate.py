@@ -39,7 +39,7 @@ def main(config: Config) -> None:
         open_run(config) as run,
         Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens) as rewarder,
     ):
-        generator = build_generator(config, run.processor, run.layout)
+        generator = build_generator(config, run.processor, run.layout, run.clock.report)
         try:
             with run.clock.stage("hand over"):
                 generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=0)
@@ -105,7 +105,8 @@ def _answer(
         seed=config.run.seed,
         masked=masked,
     )
-    return reward_groups(rewarder, generator.generate(prompts, sampling), run.layout)
+    with run.clock.stage("answer"):
+        return reward_groups(rewarder, generator.generate(prompts, sampling), run.layout)
 
 
 def _accuracies(groups: Sequence[Group], prefix: str) -> Metrics:

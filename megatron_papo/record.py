@@ -31,7 +31,12 @@ class Recorder:
         config = run.config
         self._run, self._num_steps = run, num_steps
         self._sinks = Sinks(
-            config.observe, run.folder, dump_config(config), enabled=run.is_writer, start_step=first_step
+            config.observe,
+            run.folder,
+            dump_config(config),
+            enabled=run.is_writer,
+            start_step=first_step,
+            num_steps=num_steps,
         )
 
     def __enter__(self) -> Recorder:

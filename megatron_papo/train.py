@@ -105,7 +105,7 @@ def _open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = PromptDataset(config.data, "train", run.processor)
-            generator = build_generator(config, run.processor, run.layout)
+            generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             # the reference is the policy as it starts: taken before any checkpoint is resumed
             reference = starting_reference(run) if config.loss.reference_coef > 0 else None

@@ -37,11 +37,18 @@ _HEADLINE = {
 
 class Sinks:
     def __init__(
-        self, observe: ObserveConfig, run_dir: Path, config_text: str, enabled: bool = True, start_step: int = 0
+        self,
+        observe: ObserveConfig,
+        run_dir: Path,
+        config_text: str,
+        enabled: bool = True,
+        start_step: int = 0,
+        num_steps: int | None = None,
     ):
         """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log."""
-        self._enabled, self._run_dir = enabled, Path(run_dir)
+        self._enabled, self._run_dir, self._num_steps = enabled, Path(run_dir), num_steps
         self._console = Console(highlight=False) if enabled and observe.console else None
+        self._console_every = observe.console_every
         self._board: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -71,7 +78,7 @@ class Sinks:
         if self._wandb:
             self._wandb.log({"step": step, **values})
         if self._console:
-            self._console.print(console_line(step, values), soft_wrap=True)
+            self._console.print(console_line(step, values, self._num_steps), soft_wrap=True)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> Path | None:
         """Shows some rollouts of a step; returns the page written, RUN/samples/step_NNNNNN.html."""
@@ -125,9 +132,10 @@ def keep_steps_before(path: Path, start_step: int) -> Path:
     return path
 
 
-def console_line(step: int, values: Mapping[str, float]) -> str:
+def console_line(step: int, values: Mapping[str, float], num_steps: int | None = None) -> str:
     """The step's few numbers that one watches, and the time it took."""
-    parts = [f"[bold]step {step:>4}[/]"]
+    of = f" of {num_steps}" if num_steps else ""
+    parts = [f"[bold]step {step:>4}[/]{of}"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
     if stages:

@@ -72,6 +72,13 @@ class StageProgress:
             of = f"/{self._total}" if self._total else ""
             print(f"  {self._name} {self._done}{of} ({time.monotonic() - self._start:.0f} s)", flush=True)
 
+    def reach(self, done: int, total: int) -> None:
+        """Progress so far, from work that counts by itself."""
+        self._total = total
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.update(self._task, total=total)
+        self.advance(done - self._done)
+
     def _finish(self) -> float:
         if self._clock._bar and self._task is not None:
             self._clock._bar.remove_task(self._task)
@@ -89,6 +96,7 @@ class StageClock:
         self._limit, self._run_dir, self._rank = run.stall_limit_s, run.dir, rank
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
+        self._innermost: list[StageProgress] = []
         shown = console and rank == 0
         screen = Console()
         self._plain = shown and not screen.is_terminal
@@ -109,12 +117,19 @@ class StageClock:
         timer.start()
         self._enter(name)
         progress = StageProgress(self, name, total)
+        self._innermost.append(progress)
         try:
             yield progress
         finally:
             timer.cancel()
+            self._innermost.pop()
             self._seconds[name] += progress._finish()
             self._leave()
+
+    def report(self, done: int, total: int) -> None:
+        """Progress of the stage that is running, for work that does not know of stages."""
+        if self._innermost:
+            self._innermost[-1].reach(done, total)
 
     def take(self) -> dict[str, float]:
         """Seconds of each stage since the last call, as `time/<stage>`."""
