@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
@@ -36,7 +36,7 @@ class Optimizer:
         succeeded, grad_norm, _ = self.megatron.step()
         values = {
             "grad_norm": float(grad_norm or 0.0),
-            "lr": float(self.megatron.param_groups[0]["lr"]),
+            "lr": float(get_canonical_lr_for_logging(self.megatron.param_groups) or 0.0),
             "skipped": 0.0 if succeeded else 1.0,
         }
         self.schedule.step(increment=1)

@@ -1,0 +1,61 @@
+"""Learning rates per part, weight decay, warm-up and freezing, as Megatron's optimizer ends up with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_papo.config import load_config
+from tests.ranks import run_ranks
+from tests.tiny import make_tiny_folder
+
+
+def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, float]], list[float]]:
+    """name of parameter -> (rate, weight decay) after the warm-up; and the rates of the first updates."""
+    from megatron_papo.accelerator import adapt_megatron, seed_all
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.optim import build_optimizer, wrap_policy
+    from megatron_papo.parallel import initialize
+
+    config = load_config(None, [f"model.path={folder}", "model.dtype=float32", "model.random_init=true", *overrides])
+    adapt_megatron()
+    initialize(config.parallel)
+    seed_all(0)
+    policy = wrap_policy(build_policy(config, ModelShape.from_folder(folder)), config)
+    optimizer = build_optimizer(policy, config, num_updates=10)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(0.1)
+    rates = [optimizer.step()["lr"] for _ in range(4)]
+    names = {id(parameter): name.removeprefix("module.") for name, parameter in policy.named_parameters()}
+    found = {}
+    for group in optimizer.megatron.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+    return found, rates
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_rates_per_part_decay_and_warm_up(folder):
+    overrides = ["optim.lr=1e-3", "optim.lr_vision=1e-4", "optim.lr_projector=5e-4", "optim.warmup_steps=2"]
+    ((groups, rates),) = run_ranks(_groups, 1, folder, [*overrides, "optim.weight_decay=0.1"])
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3]), "the first update is not one of rate zero"
+    assert groups["language.decoder.layers.0.mlp.linear_fc1.weight"] == pytest.approx((1e-3, 0.1))
+    assert groups["language.decoder.layers.0.self_attention.linear_qkv.bias"] == pytest.approx((1e-3, 0.0))
+    assert groups["vision.decoder.layers.0.mlp.linear_fc1.weight"] == pytest.approx((1e-4, 0.1))
+    assert groups["vision.decoder.layers.0.mlp.linear_fc1.bias"] == pytest.approx((1e-4, 0.0))
+    assert groups["vision.patch_embed.weight"] == pytest.approx((1e-4, 0.1))
+    assert groups["vision.merger.linear_fc1.weight"] == pytest.approx((5e-4, 0.1))
+    assert groups["vision.merger.norm.weight"] == pytest.approx((5e-4, 0.0))
+
+
+def test_frozen_parts_are_in_no_group(folder):
+    ((groups, _),) = run_ranks(_groups, 1, folder, ["model.freeze.vision=true", "optim.schedule=linear"])
+    assert groups and not [name for name in groups if name.startswith("vision.") and ".merger." not in name]
+    assert [name for name in groups if name.startswith("vision.merger.")]
