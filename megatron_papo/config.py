@@ -378,6 +378,8 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section):
     console: bool = True
     """Progress and a line a step."""
+    console_every: Count = 1
+    """Steps between those lines; every evaluation has its own."""
     tensorboard: bool = True
     """Event files under run.dir/tensorboard."""
     wandb: Annotated[Literal["off", "offline", "online"], NoAsOff] = "off"

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.utils import logging
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -104,6 +105,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 def make_model(folder: Path, seed: int = 0) -> Path:
     """Writes weights, config, tokenizer, processor and generation config; returns `folder`."""
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = build_config(tokenizer)

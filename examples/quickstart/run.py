@@ -36,8 +36,11 @@ ROWS = {
 }
 CURVES = {
     "reward/accuracy": "accuracy of rollouts",
-    "reward/format": "format rate",
+    "reward/format": "format rate of rollouts",
     "perception_kl": "perception KL, nats a token",
+    "eval/accuracy": "held-out accuracy",
+    "eval/masked_accuracy": "held-out accuracy, image masked",
+    "eval/gap": "held-out gap",
     "entropy": "entropy of sampled tokens, nats",
     "ref_kl": "KL to the reference, nats a token",
     "optim/grad_norm": "gradient norm",
@@ -54,26 +57,22 @@ def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[
     with timed("data and model", seconds):
         for leftover in ("data", "model", "warmup", "before", "papo", "after"):
             shutil.rmtree(out / leftover, ignore_errors=True)
-        data = make_data(out / "data", seed)
+        paths = make_data(out / "data", seed)
         model = make_model(out / "model", seed)
+    warmup, prompts, heldout = paths["warmup"], paths["train"], paths["heldout"]
     shared = [f"run.seed={seed}", f"generation.engine={engine}", *overrides]
     warm, trained = out / "warmup" / "export", out / "papo" / "export"
     with timed("supervised warm-up", seconds):
-        papo(
-            "sft",
-            "sft.yaml",
-            out / "warmup",
-            "--ranks=2",
-            f"model.path={model}",
-            f"data.train={data['warmup']}",
-            *shared,
-        )
+        papo("sft", "sft.yaml", out / "warmup", "--ranks=2", f"model.path={model}", f"data.train={warmup}", *shared)
     with timed("evaluation before", seconds):
-        papo("eval", "eval.yaml", out / "before", f"model.path={warm}", f"data.eval={data['heldout']}", *shared)
+        papo("eval", "eval.yaml", out / "before", f"model.path={warm}", f"data.eval={heldout}", *shared)
     with timed("reinforcement with PAPO", seconds):
-        papo("train", "train.yaml", out / "papo", f"model.path={warm}", f"data.train={data['train']}", *shared)
+        papo(
+            "train", "train.yaml", out / "papo",
+            f"model.path={warm}", f"data.train={prompts}", f"data.eval={heldout}", *shared,
+        )  # fmt: skip
     with timed("evaluation after", seconds):
-        papo("eval", "eval.yaml", out / "after", f"model.path={trained}", f"data.eval={data['heldout']}", *shared)
+        papo("eval", "eval.yaml", out / "after", f"model.path={trained}", f"data.eval={heldout}", *shared)
     return report(out, {"seed": seed, "engine": engine, "seconds": seconds})
 
 

@@ -77,7 +77,8 @@ class Sinks:
                 self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log({"step": step, **values})
-        if self._console:
+        due = step % self._console_every == 0 or step + 1 == self._num_steps or "eval/accuracy" in values
+        if self._console and due:
             self._console.print(console_line(step, values, self._num_steps), soft_wrap=True)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> Path | None:
