@@ -23,7 +23,7 @@ from megatron_papo.model.policy import HeadRequest
 from megatron_papo.packing import masked_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score
-from megatron_papo.record import print_scores
+from megatron_papo.record import name_bad_rows, print_scores
 from megatron_papo.rewards import Rewarder
 from megatron_papo.run import Run, open_run, pack_rows, reward_groups
 from megatron_papo.types import Group, Metrics, Prompt
@@ -77,6 +77,7 @@ def evaluate(run: Run, generator: Generator, rewarder: Rewarder) -> tuple[dict[s
                 add_metrics(total, _perception_kl(run, groups))
             answered += groups
             progress.advance(len(chunk))
+    name_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if config.eval.masked:
         scores["gap"] = scores["accuracy"] - scores["masked_accuracy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -12,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.config import dump_config
+from megatron_papo.data.dataset import BadRows
 from megatron_papo.data.masking import masked_raw_images
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
-from megatron_papo.parallel import sum_metrics
+from megatron_papo.parallel import gather_objects, sum_metrics
 from megatron_papo.run import Run
 from megatron_papo.types import Group, Metrics
 
@@ -101,6 +103,20 @@ def _sample(run: Run, step: int, group: Group) -> SampleRow:
         reward=group.rewards[0] if group.rewards else 0.0,
         reward_parts={name: values[0] for name, values in group.reward_parts.items()},
     )
+
+
+def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
+    """A line for every row that any rank has just left out, and how many there are by now; all ranks call it."""
+    shares = gather_objects(([str(bad) for bad in bad_rows.take_new()], bad_rows.counts), run.layout.data_group)
+    new = sorted({text for texts, _ in shares for text in texts})
+    for text in new:
+        warn(run, f"data.{which}: {text}: left out")
+    if new:
+        counts = sum((Counter(counts) for _, counts in shares), Counter())
+        warn(
+            run,
+            f"data.{which}: left out so far: " + ", ".join(f"{reason} {num}" for reason, num in sorted(counts.items())),
+        )
 
 
 def print_scores(scores: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer, build_optimizer
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
-from megatron_papo.record import Recorder
+from megatron_papo.record import Recorder, name_bad_rows
 from megatron_papo.run import Run, open_run, pack_update
 from megatron_papo.save import Checkpoints
 from megatron_papo.types import Group, Metrics, Prompt
@@ -55,6 +55,7 @@ def _draw_demonstrations(
             data_size=run.layout.data_size,
             bad_rows=bad_rows,
         )
+        name_bad_rows(run, bad_rows, "train")
         return [_demonstration(run, dataset, prompt) for prompt in draw.prompts], draw.cursor
 
 

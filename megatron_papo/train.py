@@ -27,7 +27,7 @@ from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer, build_optimizer
 from megatron_papo.packing import joint_row
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
-from megatron_papo.record import Recorder, warn
+from megatron_papo.record import Recorder, name_bad_rows, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.run import Run, open_run, pack_update, reward_groups, starting_reference
@@ -137,6 +137,7 @@ def _draw_prompts(training: Training) -> Draw:
         bad_rows=training.bad_rows,
     )
     training.cursor = draw.cursor
+    name_bad_rows(run, training.bad_rows, "train")
     return draw
 
 

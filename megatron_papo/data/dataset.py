@@ -40,12 +40,19 @@ class BadRows:
 
     action: Literal["skip", "stop"]
     found: dict[int, BadRow] = field(default_factory=dict)
+    _num_named: int = 0
 
     def add(self, bad: BadRow) -> None:
         """Notes the row; with `stop`, raises it."""
         if self.action == "stop":
             raise bad
         self.found[bad.row] = bad
+
+    def take_new(self) -> list[BadRow]:
+        """Those met since the last call, to be named to the user."""
+        new = list(self.found.values())[self._num_named :]
+        self._num_named = len(self.found)
+        return new
 
     @property
     def counts(self) -> dict[str, int]:
