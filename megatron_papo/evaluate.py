@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
-from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.data.draw import prompts_of
@@ -21,11 +21,11 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.packing import masked_row
-from megatron_papo.parallel import sum_metrics
+from megatron_papo.parallel import gather_objects, sum_metrics
 from megatron_papo.pipeline import add_metrics, score
 from megatron_papo.record import name_bad_rows, print_scores
 from megatron_papo.rewards import Rewarder
-from megatron_papo.run import Run, open_run, pack_rows, reward_groups
+from megatron_papo.run import Run, hand_over, open_run, pack_rows, reward_groups
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64
@@ -35,17 +35,11 @@ _STEP = 0
 
 def main(config: Config) -> None:
     """Evaluates the model of `config.model` and prints its scores."""
-    with (
-        open_run(config) as run,
-        Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens) as rewarder,
-    ):
-        generator = build_generator(config, run.processor, run.layout, run.clock.report)
-        try:
-            with run.clock.stage("hand over"):
-                generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=0)
-            scores, _ = evaluate(run, generator, rewarder)
-        finally:
-            generator.close()
+    with open_run(config) as run:
+        max_tokens = config.generation.max_response_tokens
+        with Rewarder(config.reward, max_response_tokens=max_tokens) as rewarder, closing(_generator(run)) as generator:
+            dataset = PromptDataset(config.data, "eval", run.processor)
+            scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:
             run.folder.mkdir(parents=True, exist_ok=True)
             with (run.folder / "eval.jsonl").open("a") as file:
@@ -53,35 +47,43 @@ def main(config: Config) -> None:
             print_scores(scores)
 
 
-def evaluate(run: Run, generator: Generator, rewarder: Rewarder) -> tuple[dict[str, float], list[Group]]:
-    """Scores over `data.eval` on all ranks, and this rank's answered groups.
+def evaluate(
+    run: Run, dataset: PromptDataset, generator: Generator, rewarder: Rewarder, bad_rows: BadRows
+) -> dict[str, float]:
+    """Scores over the dataset, on all ranks: `accuracy`, `format`, `response_tokens`.
 
-    `accuracy`, `format`, `response_tokens`, and with `eval.masked` `masked_accuracy`, `gap`, `perception_kl`.
+    With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
+    `masked_response_tokens`, `perception_kl`, and `gap`, the accuracy with the image less that without.
     """
     config = run.config
-    dataset = PromptDataset(config.data, "eval", run.processor)
-    bad_rows = BadRows(config.data.on_bad_row)
     num_rows = min(len(dataset), config.eval.limit or len(dataset))
     rows = share_of(range(num_rows), run.layout.data_rank, run.layout.data_size)
+    # generation may be a collective across data-parallel ranks: all of them call it equally often
+    most = max(gather_objects(len(rows), run.layout.data_group))
     total: Metrics = {}
-    answered: list[Group] = []
     with run.clock.stage("evaluate", total=len(rows)) as progress:
-        for start in range(0, len(rows), _PROMPTS_AT_ONCE):
+        for start in range(0, most, _PROMPTS_AT_ONCE):
             chunk = rows[start : start + _PROMPTS_AT_ONCE]
             prompts = [_masked(run, dataset, prompt) for prompt in prompts_of(dataset, chunk, bad_rows)]
             groups = _answer(run, generator, rewarder, prompts, masked=False)
-            add_metrics(total, _accuracies(groups, ""))
+            add_metrics(total, _means(groups, ""))
             if config.eval.masked:
-                blind = _answer(run, generator, rewarder, prompts, masked=True)
-                add_metrics(total, _accuracies(blind, "masked_"))
-                add_metrics(total, _perception_kl(run, groups))
-            answered += groups
+                seen = [group for group in groups if group.prompt.inputs.grid_thw_I3 is not None]
+                blind = _answer(run, generator, rewarder, [group.prompt for group in seen], masked=True)
+                add_metrics(total, _means(seen, "seen_") | _means(blind, "masked_") | _perception_kl(run, seen))
             progress.advance(len(chunk))
     name_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
-    if config.eval.masked:
-        scores["gap"] = scores["accuracy"] - scores["masked_accuracy"]
-    return scores, answered
+    if "masked_accuracy" in scores:
+        scores["gap"] = scores["seen_accuracy"] - scores["masked_accuracy"]
+    return {name: value for name, value in scores.items() if not name.startswith("seen_")}
+
+
+def _generator(run: Run) -> Generator:
+    with run.clock.stage("hand over"):
+        generator = build_generator(run.config, run.processor, run.layout, run.clock.report)
+        hand_over(run, generator, policy_version=0)
+    return generator
 
 
 def _masked(run: Run, dataset: PromptDataset, prompt: Prompt) -> Prompt:
@@ -110,24 +112,23 @@ def _answer(
         return reward_groups(rewarder, generator.generate(prompts, sampling), run.layout)
 
 
-def _accuracies(groups: Sequence[Group], prefix: str) -> Metrics:
-    """Means over all answers; of a masked view only prompts that have an image count."""
-    groups = [group for group in groups if not prefix or group.prompt.inputs.pixel_values_PD is not None]
-    parts = {name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")}
-    lengths = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
-    values = parts | {"response_tokens": lengths}
+def _means(groups: Sequence[Group], prefix: str) -> Metrics:
+    """Over all answers."""
+    values = {
+        name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")
+    }
+    values["response_tokens"] = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
     return {f"{prefix}{name}": (float(sum(found)), float(len(found))) for name, found in values.items()}
 
 
 def _perception_kl(run: Run, groups: Sequence[Group]) -> Metrics:
     """Token mean of k3 between the two views, on the answers given with the image, at temperature 1."""
-    seen = [group for group in groups if group.prompt.inputs.pixel_values_PD is not None]
-    if not seen:
+    if not groups:
         return {}
-    rows = pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in seen])
+    rows = pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in groups])
     head = HeadRequest(banned_ids=run.banned_ids)
     with_image = score(run.policy, rows, head)
     without = score(run.policy, [masked_row(row) for row in rows], head)
     pairs = zip(with_image, without, strict=True)
-    kl = [kl_k3(seen_view.policy_logprobs_R, blind.policy_logprobs_R) for seen_view, blind in pairs]
+    kl = [kl_k3(seen.policy_logprobs_R, blind.policy_logprobs_R) for seen, blind in pairs]
     return {"perception_kl": (sum(float(values_R.sum()) for values_R in kl), float(sum(map(len, kl))))}

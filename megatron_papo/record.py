@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_papo.config import dump_config
 from megatron_papo.data.dataset import BadRows
-from megatron_papo.data.masking import masked_raw_images
+from megatron_papo.generation.pictures import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
 from megatron_papo.parallel import gather_objects, sum_metrics
@@ -61,13 +61,13 @@ class Recorder:
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):
-            self._sinks.samples(step, self._samples(step, groups))
+            self._sinks.samples(step, self._samples(groups))
 
-    def _samples(self, step: int, groups: Sequence[Group]) -> list[SampleRow]:
+    def _samples(self, groups: Sequence[Group]) -> list[SampleRow]:
         if not self._run.is_writer:
             return []
         chosen = groups[: self._run.config.observe.samples]
-        return [_sample(self._run, step, group) for group in chosen]
+        return [_sample(self._run, group) for group in chosen]
 
 
 def group_sums(groups: Sequence[Group]) -> Metrics:
@@ -88,12 +88,14 @@ def group_sums(groups: Sequence[Group]) -> Metrics:
     return {name: (float(sum(values)), float(len(values))) for name, values in sums.items()}
 
 
-def _sample(run: Run, step: int, group: Group) -> SampleRow:
+def _sample(run: Run, group: Group) -> SampleRow:
     """The first rollout of the group: nothing is picked."""
     rollout, prompt = group.rollouts[0], group.prompt
     masked: tuple[Image.Image, ...] = ()
     if prompt.masked_pixel_values_PD is not None:
-        masked = tuple(masked_raw_images(prompt, run.config.perception.mask, seed=run.config.run.seed, step=step))
+        grid_thw_I3 = prompt.inputs.grid_thw_I3
+        assert grid_thw_I3 is not None
+        masked = tuple(pictures(prompt.masked_pixel_values_PD, grid_thw_I3, run.processor.image_processor))
     return SampleRow(
         problem=prompt.problem,
         answer=prompt.answer,

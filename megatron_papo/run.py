@@ -21,9 +21,11 @@ import transformers.models.qwen2_vl.image_processing_qwen2_vl
 import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 
 from megatron_papo.accelerator import adapt_megatron, seed_all
+from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.checkpoint.weights import load_weights
-from megatron_papo.config import Config, ConfigError
+from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
+from megatron_papo.generation import Generator
 from megatron_papo.model.policy import build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.watchdog import StageClock
@@ -108,6 +110,11 @@ def starting_reference(run: Run) -> ReferencePolicy:
     return reference
 
 
+def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
+    """Gives the generator the policy's weights as they are now."""
+    generator.load_weights(hf_tensors(run.policy.module, run.shape, module_names=True), policy_version)
+
+
 def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:
     """The groups with their rewards, each asked for once: the ranks of a model-parallel group share the work, so that
     a verdict that ran into its time limit is the same for all of them."""
@@ -121,28 +128,34 @@ def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -
     ]
 
 
-def pack_rows(run: Run, groups: Sequence[Group], totals: Totals | None = None) -> Batch:
-    """The groups as rows under the token budget; weights are shares of the mean over `totals`, or over these alone."""
-    config = run.config
+def pack_rows(
+    run: Run, groups: Sequence[Group], totals: Totals | None = None, loss: LossConfig | None = None, joint: bool = False
+) -> Batch:
+    """The groups as rows under the token budget; weights are shares of the mean over `totals`, or over these alone.
+
+    `loss`: how its means are taken; by default token means. `joint`: leave room for the masked view in every row.
+    """
     return pack(
         groups,
-        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        loss=config.loss,
+        tokens_per_micro_batch=run.config.train.tokens_per_micro_batch,
+        loss=loss or LossConfig(),
         totals=totals or token_totals(groups),
-        joint=config.reads_masked_view and config.perception.masked_branch == "joint",
+        joint=joint,
         image_token_id=run.shape.image_token_id,
         merge_size=run.shape.vision.spatial_merge_size,
         banned_ids=run.banned_ids,
     )
 
 
-def pack_update(run: Run, groups: Sequence[Group], spare: Group) -> Batch:
+def pack_update(
+    run: Run, groups: Sequence[Group], spare: Group, loss: LossConfig | None = None, joint: bool = False
+) -> Batch:
     """The micro-batches of one optimizer step; weights are shares of the mean over all data-parallel ranks.
 
     A rank without groups packs `spare` with weights of zero, so that it takes part in the update all the same.
     """
     totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
     if groups:
-        return pack_rows(run, groups, totals)
+        return pack_rows(run, groups, totals, loss, joint)
     idle = replace(spare, advantages=(0.0,) * len(spare.rollouts))
-    return tuple(empty_like(row) for row in pack_rows(run, [idle], totals))
+    return tuple(empty_like(row) for row in pack_rows(run, [idle], totals, loss, joint))

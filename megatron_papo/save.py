@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.checkpoint.huggingface import write_hf
-from megatron_papo.checkpoint.state import TrainState
+from megatron_papo.checkpoint.state import TrainState, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
+from megatron_papo.config import Config
 from megatron_papo.optim import Optimizer
 from megatron_papo.record import say
 from megatron_papo.run import Run, model_folder
@@ -17,20 +19,27 @@ from megatron_papo.run import Run, model_folder
 class Checkpoints:
     """The checkpoints under RUN/checkpoints, named by the steps that are done; all ranks call together."""
 
-    def __init__(self, run: Run, optimizer: Optimizer):
+    def __init__(self, run: Run, optimizer: Optimizer, verb: str):
         settings = run.config.checkpoint
         self.next_step = 0
         """The step to go on with: 0, or after what `resume` found."""
-        self._run, self._optimizer, self._settings = run, optimizer, settings
+        self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
+        self._best = -math.inf
         self._store = CheckpointStore(
             run.folder / "checkpoints", settings.keep_last, settings.keep_best, source=model_folder(run.config)
         )
 
     def resume(self) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it."""
-        latest = self._store.latest() if self._settings.resume else None
+        """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
+
+        Raises ValueError when it is another verb's, or of a model with other parts frozen.
+        """
+        latest, best = (self._store.latest(), self._store.best()) if self._settings.resume else (None, None)
         if latest is None:
             return None
+        self._check(latest, read_state_file(latest))
+        if best is not None:
+            self._best = read_state_file(best)["metric"]
         with self._run.clock.stage("resume"):
             restored = self._store.load(latest, self._state({}))
         self.next_step = restored.step
@@ -46,12 +55,17 @@ class Checkpoints:
         *,
         now: bool = False,
     ) -> None:
-        """After step `step` (from 0): every `checkpoint.save_every` steps, after the last one, and with `now`."""
+        """After step `step` (from 0): every `checkpoint.save_every` steps, after the last one, when the held-out
+        accuracy is the best so far and `checkpoint.keep_best`, and with `now`."""
         done, every = step + 1, self._settings.save_every
-        if not (now or done == num_steps or (every and done % every == 0)):
+        accuracy = (scores or {}).get("accuracy")
+        best = self._settings.keep_best and accuracy is not None and accuracy > self._best
+        if not (now or best or done == num_steps or (every and done % every == 0)):
             return
+        if accuracy is not None:
+            self._best = max(self._best, accuracy)
         with self._run.clock.stage("save"):
-            self._store.save(done, self._state(state), metric=(scores or {}).get("accuracy"))
+            self._store.save(done, self._state(state), metric=accuracy)
 
     def export(self) -> Path | None:
         """The policy as a Hugging Face folder RUN/export, when `checkpoint.export_at_end`."""
@@ -65,5 +79,21 @@ class Checkpoints:
         return folder
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
-        config = json.loads(self._run.config.model_dump_json())
-        return TrainState(self._run.policy.module, self._run.shape, self._optimizer, cursor, config)
+        cursor = {"verb": self._verb, **cursor}
+        return TrainState(self._run.policy.module, self._run.shape, self._optimizer, cursor, _tree(self._run.config))
+
+    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
+        verb = saved["cursor"].get("verb")
+        if verb != self._verb:
+            raise ValueError(
+                f"run.dir: {folder} is a checkpoint of papo {verb}, this is papo {self._verb}; "
+                "choose another run.dir, or checkpoint.resume=false"
+            )
+        before, now = saved["config"]["model"]["freeze"], _tree(self._run.config)["model"]["freeze"]
+        for part, frozen in now.items():
+            if before[part] != frozen:
+                raise ValueError(f"model.freeze.{part}: the checkpoint {folder} has {before[part]}, this run {frozen}")
+
+
+def _tree(config: Config) -> dict[str, Any]:
+    return json.loads(config.model_dump_json())

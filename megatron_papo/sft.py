@@ -29,10 +29,11 @@ def main(config: Config) -> None:
             bad_rows = BadRows(config.data.on_bad_row)
             optimizer = build_optimizer(run.policy, config, config.sft.steps)
         cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
-        checkpoints = Checkpoints(run, optimizer)
+        checkpoints = Checkpoints(run, optimizer, "sft")
         state = checkpoints.resume()
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])
+        run.clock.take()  # what came before is no step's time
         with Recorder(run, checkpoints.next_step, config.sft.steps) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
                 groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from megatron_papo.advantages import with_advantages
-from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
@@ -30,7 +29,7 @@ from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
 from megatron_papo.record import Recorder, name_bad_rows, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
-from megatron_papo.run import Run, open_run, pack_update, reward_groups, starting_reference
+from megatron_papo.run import Run, hand_over, open_run, pack_update, reward_groups, starting_reference
 from megatron_papo.save import Checkpoints
 from megatron_papo.types import Batch, Group, Metrics
 
@@ -45,6 +44,7 @@ class Training:
     generator: Generator
     rewarder: Rewarder
     dataset: PromptDataset
+    heldout: PromptDataset | None
     bad_rows: BadRows
     cursor: DataCursor
     guard: CollapseGuard
@@ -53,8 +53,9 @@ class Training:
 def main(config: Config) -> None:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`."""
     with open_run(config) as run, _open_training(run) as training:
-        checkpoints = Checkpoints(run, training.optimizer)
+        checkpoints = Checkpoints(run, training.optimizer, "train")
         first_step = _resume(training, checkpoints)
+        run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
                 groups, metrics = train_step(training, step)
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
                 stopped = _watch_for_collapse(training, metrics)
                 checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=bool(stopped))
                 if stopped:
-                    raise RuntimeError(f"perception.guard stopped the run after step {step}: {stopped}")
+                    raise ValueError(f"perception.guard: stopped the run after step {step}: {stopped}")
         checkpoints.export()
 
 
@@ -75,7 +76,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         with clock.stage("draw"):
             draw = _draw_prompts(training)
         with clock.stage("generate"):
-            groups = training.generator.generate(draw.prompts, _sampling(config, step))
+            groups = training.generator.generate(draw.prompts, _sampling(config, step, chosen.rounds))
         with clock.stage("reward"):
             groups = reward_groups(training.rewarder, groups, run.layout)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
@@ -83,8 +84,9 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
     with clock.stage("mask"):
         updates = [[_mask(training, group, step) for group in groups] for groups in updates]
+        spare = _mask(training, chosen.spare, step)
     with clock.stage("pack"):
-        batches = [pack_update(run, groups, chosen.spare) for groups in updates]
+        batches = [pack_update(run, groups, spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
         batches = score_logprobs(run.policy, batches, config, _head(run), training.reference)
     with clock.stage("update", total=len(batches)) as progress:
@@ -95,8 +97,8 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
             add_metrics(metrics, update_policy(run.policy, training.optimizer, rows, _head(run), loss))
             progress.advance()
     with clock.stage("hand over"):
-        training.generator.load_weights(hf_tensors(run.policy.module, run.shape), policy_version=step + 1)
-    return [group for groups in updates for group in groups], metrics
+        hand_over(run, training.generator, policy_version=step + 1)
+    return [group for groups in updates for group in groups], metrics | chosen.metrics
 
 
 @contextmanager
@@ -105,6 +107,7 @@ def _open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = PromptDataset(config.data, "train", run.processor)
+            heldout = PromptDataset(config.data, "eval", run.processor) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             # the reference is the policy as it starts: taken before any checkpoint is resumed
@@ -119,6 +122,7 @@ def _open_training(run: Run) -> Iterator[Training]:
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
             dataset=dataset,
+            heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
             guard=CollapseGuard(config.perception.guard),
@@ -141,10 +145,11 @@ def _draw_prompts(training: Training) -> Draw:
     return draw
 
 
-def _sampling(config: Config, step: int) -> Sampling:
-    generation = config.generation
+def _sampling(config: Config, step: int, round: int) -> Sampling:
+    """Every round of dynamic sampling draws anew, also where small data brings a prompt back within a step."""
+    generation, dynamic = config.generation, config.train.dynamic_sampling
     return Sampling(
-        step=step,
+        step=step * dynamic.max_rounds + round if dynamic.enabled else step,
         group_size=config.train.group_size,
         temperature=generation.temperature,
         top_p=generation.top_p,
@@ -181,7 +186,7 @@ def _head(run: Run) -> HeadRequest:
 
 def _views(batch: Batch, config: Config) -> Batch:
     """Rows of both views where the gradient goes through both, the rows as they are elsewhere."""
-    if config.reads_masked_view and config.perception.masked_branch == "joint":
+    if config.reads_joint_rows:
         return tuple(joint_row(row) for row in batch)
     return batch
 
@@ -202,10 +207,10 @@ def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
 def _evaluate_when_due(training: Training, step: int) -> dict[str, float]:
     config = training.run.config
     every, last = config.train.eval_every, step + 1 == config.train.steps
-    if config.data.eval is None or not (last or (every and (step + 1) % every == 0)):
+    if training.heldout is None or not (last or (every and (step + 1) % every == 0)):
         return {}
-    scores, _ = evaluate(training.run, training.generator, training.rewarder)
-    return scores
+    assert training.heldout is not None
+    return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))
 
 
 def _state(training: Training) -> dict[str, Any]:
@@ -218,8 +223,6 @@ def _resume(training: Training, checkpoints: Checkpoints) -> int:
     if state is not None:
         training.cursor = training.cursor.load_state_dict(state["cursor"])
         training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
-    first_step = checkpoints.next_step
     with training.run.clock.stage("hand over"):
-        weights = hf_tensors(training.run.policy.module, training.run.shape)
-        training.generator.load_weights(weights, policy_version=first_step)
-    return first_step
+        hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
+    return checkpoints.next_step

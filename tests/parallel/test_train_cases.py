@@ -1,0 +1,106 @@
+"""Training and evaluation where ranks or rows are not alike: nothing hangs, nothing is lost, numbers stay the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_papo.config import Config
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
+
+
+def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:
+    """A reward that differs within a group for two prompts, and is nothing for all others."""
+    return share_of_even_bytes(response, answer, problem) if problem.endswith(("0?", "1?")) else 0.0
+
+
+def _train(*configs: Config) -> None:
+    from megatron_papo.train import main
+
+    for config in configs:
+        main(config)
+
+
+def _sft(config: Config) -> None:
+    from megatron_papo.sft import main
+
+    main(config)
+
+
+def _evaluate(config: Config) -> None:
+    from megatron_papo.evaluate import main
+
+    main(config)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("branch", ["frozen", "joint"])
+def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
+    settings = {
+        "reward__function": "tests.parallel.test_train_cases:only_rows_0_and_1",
+        "data__shuffle": "false",
+        "train__steps": 1,
+        "train__updates_per_step": 1,
+        "train__dynamic_sampling__enabled": "true",
+        "train__dynamic_sampling__high": 1.0,
+        "train__tokens_per_micro_batch": 400,
+        "perception__masked_branch": branch,
+    }
+    for ranks in (1, 2):
+        run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
+    (alone,), (shared,) = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
+    assert shared["sampling/rounds"] >= 3 and shared["sampling/kept_share"] < 0.5
+    assert shared["optim/grad_norm"] > 0
+
+
+def test_every_kind_of_mask_trains_and_is_shown(inputs, tmp_path):
+    kinds = {"blur": {}, "noise": {}, "swap": {}, "crop": {"ratio": 0.5}, "cells": {"align": "patches"}}
+    configs = [
+        tiny_run(
+            inputs, tmp_path / kind, train__steps=1, train__updates_per_step=1, perception__mask__kind=kind,
+            **{f"perception__mask__{key}": value for key, value in more.items()},
+        )
+        for kind, more in kinds.items()
+    ]  # fmt: skip
+    run_ranks(_train, 1, *configs)
+    for kind in kinds:
+        (step,) = metrics(tmp_path / kind)
+        assert step["perception_kl"] > 1e-5, f"{kind} changed nothing"
+        assert "masked" in (tmp_path / kind / "samples" / "step_000000.html").read_text()
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    scores = json.loads((folder / "eval.jsonl").read_text())
+    return {name: value for name, value in scores.items() if name != "model"}
+
+
+def test_evaluation_does_not_depend_on_the_ranks(inputs, tmp_path):
+    for ranks in (1, 3):
+        settings = {"data__eval": inputs / "rows.jsonl", "eval__samples": 2, "eval__limit": 7}
+        run_ranks(_evaluate, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
+    alone, shared = _scores(tmp_path / "1"), _scores(tmp_path / "3")
+    assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert {"accuracy", "masked_accuracy", "gap", "perception_kl"} <= shared.keys()
+
+
+def test_evaluation_of_text_alone_has_no_masked_scores(inputs, tmp_path):
+    rows = [json.loads(line) for line in (inputs / "rows.jsonl").read_text().splitlines()]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows if not row["images"]))
+    run_ranks(_evaluate, 1, tiny_run(inputs, tmp_path / "run", data__eval=text, eval__samples=2))
+    assert _scores(tmp_path / "run").keys() == {"accuracy", "format", "response_tokens"}
+
+
+def test_a_folder_of_another_verb_is_refused(inputs, tmp_path):
+    settings = {"sft__steps": 1, "sft__batch_size": 2}
+    run_ranks(_sft, 1, tiny_run(inputs, tmp_path, **settings))
+    with pytest.raises(Exception, match="run.dir: .* is a checkpoint of papo sft, this is papo train"):
+        run_ranks(_train, 1, tiny_run(inputs, tmp_path))
