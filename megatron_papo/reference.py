@@ -1,7 +1,8 @@
 """The reference policy: frozen weights in CPU memory, swapped into the policy's own module when they are needed.
 
-One module serves both, so the reference costs host memory and two copies a step, no device memory. A run that
-resumes captures its reference from the starting weights before it loads the checkpoint.
+One module serves both, and a swap exchanges parameter by parameter in place. So the reference costs one copy of the
+weights on the host, two transfers a step, and device memory for the largest parameter while it is exchanged. A run
+that resumes captures its reference from the starting weights before it loads the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,22 +19,33 @@ class ReferencePolicy:
 
     def __init__(self, module: nn.Module):
         self._weights = _host_copies(module)
+        self._swapped = False
 
     @contextmanager
     def swapped_into(self, module: nn.Module) -> Iterator[None]:
         """Within the block `module` computes with the reference's weights; its own come back bit for bit."""
-        own = ReferencePolicy(module)
-        self.copy_into(module)
+        assert not self._swapped, "the reference is in a module already, its place taken by that module's weights"
+        self._exchange(module)
+        self._swapped = True
         try:
             yield
         finally:
-            own.copy_into(module)
+            self._exchange(module)
+            self._swapped = False
 
     @torch.no_grad()
     def copy_into(self, module: nn.Module) -> None:
         """Overwrites the parameters of `module`."""
+        assert not self._swapped
         for parameter, weight in zip(module.parameters(), self._weights, strict=True):
             parameter.copy_(weight)
+
+    @torch.no_grad()
+    def _exchange(self, module: nn.Module) -> None:
+        for parameter, weight in zip(module.parameters(), self._weights, strict=True):
+            own = parameter.clone()
+            parameter.copy_(weight)
+            weight.copy_(own)
 
 
 def _host_copies(module: nn.Module) -> list[Tensor]:
