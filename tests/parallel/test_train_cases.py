@@ -102,5 +102,5 @@ def test_evaluation_of_text_alone_has_no_masked_scores(inputs, tmp_path):
 def test_a_folder_of_another_verb_is_refused(inputs, tmp_path):
     settings = {"sft__steps": 1, "sft__batch_size": 2}
     run_ranks(_sft, 1, tiny_run(inputs, tmp_path, **settings))
-    with pytest.raises(Exception, match="run.dir: .* is a checkpoint of papo sft, this is papo train"):
+    with pytest.raises(Exception, match=r"run\.dir: .* is a checkpoint of papo sft, this is papo train"):
         run_ranks(_train, 1, tiny_run(inputs, tmp_path))
