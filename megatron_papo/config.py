@@ -415,6 +415,11 @@ class Config(Section):
         coefs = (self.loss.perception_coef, self.loss.masked_entropy_coef, self.perception.coef_end or 0.0)
         return any(coef > 0 for coef in coefs)
 
+    @property
+    def reads_joint_rows(self) -> bool:
+        """Whether both views go through the model in one row, with gradient through both."""
+        return self.reads_masked_view and self.perception.masked_branch == "joint"
+
     def warnings(self) -> list[str]:
         """Settings that are allowed and have no effect, each with its reason."""
         found = []
