@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,10 +134,10 @@ def _grid_positions(start: int, height: int, width: int, merge_size: int) -> Ten
 
 def masked_row(row: MicroBatch) -> MicroBatch:
     """The same row with the masked images: what a frozen masked branch scores."""
-    if row.pixel_values_PD is None:
+    if not row.pixel_values:
         return row
-    assert row.masked_pixel_values_PD is not None, "the prompts of this row were not masked"
-    return replace(row, pixel_values_PD=row.masked_pixel_values_PD)
+    assert row.masked_pixel_values, "the prompts of this row were not masked"
+    return replace(row, pixel_values=row.masked_pixel_values)
 
 
 def joint_row(row: MicroBatch) -> MicroBatch:
@@ -144,9 +145,9 @@ def joint_row(row: MicroBatch) -> MicroBatch:
 
     Response tokens without an image find their masked view in the original, where the perception KL is 0.
     """
-    if row.pixel_values_PD is None:
+    if not row.pixel_values:
         return replace(row, masked_logit_index_R=row.logit_index_R)
-    assert row.masked_pixel_values_PD is not None, "the prompts of this row were not masked"
+    assert row.masked_pixel_values, "the prompts of this row were not masked"
     assert row.grid_thw_I3 is not None
     spans = list(torch.arange(row.num_tokens).split(row.segment_lengths))
     copied = sorted(set(row.rollout_index_R[row.has_image_R].tolist()))
@@ -158,9 +159,9 @@ def joint_row(row: MicroBatch) -> MicroBatch:
         token_ids_T=torch.cat([row.token_ids_T, row.token_ids_T[places_C]]),
         position_ids_3T=torch.cat([row.position_ids_3T, row.position_ids_3T[:, places_C]], dim=1),
         segment_lengths=(*row.segment_lengths, *(row.segment_lengths[index] for index in copied)),
-        pixel_values_PD=torch.cat([row.pixel_values_PD, row.masked_pixel_values_PD]),
+        pixel_values=row.pixel_values + row.masked_pixel_values,
         grid_thw_I3=row.grid_thw_I3.repeat(2, 1),
-        masked_pixel_values_PD=None,
+        masked_pixel_values=(),
         masked_logit_index_R=moved_T[row.logit_index_R],
     )
 
@@ -268,8 +269,11 @@ def _spread(values: Sequence[float], lengths: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
 
 
-def _pixels(prompts: Sequence[Prompt]) -> dict[str, Tensor | None]:
-    """The images of a row in order of appearance, and their masked views when the prompts have them."""
+def _pixels(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The images of a row in order of appearance, and their masked views when the prompts have them.
+
+    References, not copies: a step holds its rows all at once, each prompt's pixels in as many as it has rollouts.
+    """
     inputs = [prompt.inputs for prompt in prompts]
     pixels = [values_PD for one in inputs if (values_PD := one.pixel_values_PD) is not None]
     grids = [grid_I3 for one in inputs if (grid_I3 := one.grid_thw_I3) is not None]
@@ -280,7 +284,7 @@ def _pixels(prompts: Sequence[Prompt]) -> dict[str, Tensor | None]:
         unmasked = [prompt.id for prompt, view in zip(prompts, masked) if view is None]
         raise ValueError(f"prompts {unmasked} have no masked view, others of the row have one")
     return {
-        "pixel_values_PD": torch.cat(pixels) if pixels else None,
+        "pixel_values": tuple(pixels),
         "grid_thw_I3": torch.cat(grids) if grids else None,
-        "masked_pixel_values_PD": torch.cat(views) if views else None,
+        "masked_pixel_values": tuple(views),
     }

@@ -80,9 +80,11 @@ class MicroBatch:
     """[3, T] int64: M-RoPE positions (time, height, width)."""
     segment_lengths: tuple[int, ...]
     """Lengths of the sequences in the row; they sum to T."""
-    pixel_values_PD: Tensor | None
-    """Patches of all images of the row, in order of appearance."""
+    pixel_values: tuple[Tensor, ...]
+    """[P, D] float32 for each sequence that has images, in row order: the prompts' own tensors, one for all rollouts of
+    a prompt. They stay on the host, where `to` leaves them; the first pipeline stage lays them end to end."""
     grid_thw_I3: Tensor | None
+    """[I, 3] int64 of all images of the row, in order of appearance."""
     target_ids_R: Tensor
     """[R] int64: the response tokens."""
     logit_index_R: Tensor
@@ -103,8 +105,8 @@ class MicroBatch:
     """[R] float32, as the engine reported them."""
     sequences: tuple[tuple[str, int], ...] = ()
     """Prompt id and rollout index of each sequence, in row order; `rollout_index_R` points here."""
-    masked_pixel_values_PD: Tensor | None = None
-    """The masked view, same shape as pixel_values_PD."""
+    masked_pixel_values: tuple[Tensor, ...] = ()
+    """The masked view, shapes as in pixel_values; empty when the prompts have none."""
     masked_logit_index_R: Tensor | None = None
     """[R] int64, of a joint row: places whose hidden state predicts the same token under the masked image."""
     old_logprobs_R: Tensor | None = None
@@ -116,7 +118,7 @@ class MicroBatch:
         return self.token_ids_T.numel()
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same row with its tensors on `device`."""
+        """The same row with its tensors on `device`, all but the pixels."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)

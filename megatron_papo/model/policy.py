@@ -71,10 +71,10 @@ class VisionLanguageModel(MegatronModule):
     def _embed(self, micro_batch: MicroBatch) -> Tensor:
         assert self.vision is not None
         embeddings_TH = self.language.embed(micro_batch.token_ids_T)
-        if micro_batch.pixel_values_PD is None:
+        if not micro_batch.pixel_values:
             return embeddings_TH + self._untouched_vision(embeddings_TH)
         assert micro_batch.grid_thw_I3 is not None
-        tokens_MH = self.vision(micro_batch.pixel_values_PD, micro_batch.grid_thw_I3)
+        tokens_MH = self.vision(torch.cat(micro_batch.pixel_values), micro_batch.grid_thw_I3)
         places_M = (micro_batch.token_ids_T == self.shape.image_token_id).nonzero().squeeze(1)
         assert len(places_M) == len(tokens_MH), (
             f"{len(places_M)} image tokens in the row, {len(tokens_MH)} from its images"

@@ -139,7 +139,7 @@ def _pack(prompts: list[_Prompt], weights: Tensor) -> MicroBatch:
         token_ids_T=token_ids,
         position_ids_3T=torch.cat([prompt.positions for prompt in prompts], dim=1),
         segment_lengths=tuple(lengths),
-        pixel_values_PD=torch.cat(pixels) if pixels else None,
+        pixel_values=tuple(pixels),
         grid_thw_I3=torch.cat(grids) if grids else None,
         target_ids_R=token_ids[index_R + 1],
         logit_index_R=index_R,

@@ -49,7 +49,7 @@ def joint(row):
         token_ids_T=row.token_ids_T.repeat(2),
         position_ids_3T=row.position_ids_3T.repeat(1, 2),
         segment_lengths=row.segment_lengths * 2,
-        pixel_values_PD=torch.cat([row.pixel_values_PD, row.pixel_values_PD * 0.3]),
+        pixel_values=(*row.pixel_values, *(pixels * 0.3 for pixels in row.pixel_values)),
         grid_thw_I3=row.grid_thw_I3.repeat(2, 1),
         masked_logit_index_R=row.logit_index_R + row.num_tokens,
     )
@@ -81,7 +81,8 @@ def _two_views_by_transformers(folder: Path) -> dict:
     row = torch.load(folder / "rows.pt", weights_only=False)[0]
     ids = model.config
     banned = torch.tensor([ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id])
-    views = [_row_logprobs(model, row, pixels, banned) for pixels in (row.pixel_values_PD, row.pixel_values_PD * 0.3)]
+    (pixels,) = row.pixel_values
+    views = [_row_logprobs(model, row, view, banned) for view in (pixels, pixels * 0.3)]
     logp_RV, logq_RV = (view[row.logit_index_R] for view in views)
     kept = torch.ones(ids.text_config.vocab_size, dtype=torch.bool).index_fill(0, banned, False)
     p, logp, q, logq = logp_RV[:, kept].exp(), logp_RV[:, kept], logq_RV[:, kept].exp(), logq_RV[:, kept]
@@ -133,7 +134,7 @@ def _text_only_gradients(folder: Path, *overrides: str) -> dict:
     from megatron_papo.model.policy import HeadRequest
 
     model, rows = build(folder, *overrides)
-    assert rows[1].pixel_values_PD is None
+    assert rows[1].pixel_values == ()
     model(rows[1], HeadRequest()).policy_logprobs_R.sum().backward()
     return {name: None if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
 

@@ -40,7 +40,7 @@ def _row(**changes: Tensor) -> MicroBatch:
         token_ids_T=torch.arange(6),
         position_ids_3T=torch.arange(6).expand(3, -1),
         segment_lengths=(4, 2),
-        pixel_values_PD=None,
+        pixel_values=(),
         grid_thw_I3=None,
         target_ids_R=torch.tensor([1, 2, 3, 5]),
         logit_index_R=torch.tensor([0, 1, 2, 4]),

@@ -129,7 +129,8 @@ def _two_groups() -> list[Group]:
 
 
 def test_a_row_by_hand():
-    (row,) = _pack(_two_groups())
+    groups = _two_groups()
+    (row,) = _pack(groups)
     image = [1, START, IMAGE, IMAGE, END, 2]
     assert row.token_ids_T.tolist() == [*image, 10, 11, *image, 12, 3, 4, 13, 14, 15, 3, 4, 16, 17]
     assert row.segment_lengths == (8, 7, 5, 4) and row.num_tokens == 24
@@ -142,9 +143,10 @@ def test_a_row_by_hand():
     std = 0.5**0.5 + 1e-6
     assert row.advantages_R.tolist() == pytest.approx([0.5 / std, 0.5 / std, -0.5 / std, 0, 0, 0, 0, 0])
     assert row.rollout_logprobs_R.tolist() == [-10, -11, -12, -13, -14, -15, -16, -17]
-    a = float(ord("a"))
-    assert torch.equal(row.pixel_values_PD, torch.full((16, 3), a))
-    assert torch.equal(row.masked_pixel_values_PD, torch.full((16, 3), -a))
+    # the prompt's own tensors, once a rollout: a copy of each would be most of a step's memory
+    prompt = groups[0].prompt
+    assert [id(pixels) for pixels in row.pixel_values] == [id(prompt.inputs.pixel_values_PD)] * 2
+    assert [id(pixels) for pixels in row.masked_pixel_values] == [id(prompt.masked_pixel_values_PD)] * 2
     assert row.grid_thw_I3.tolist() == [[1, 2, 4]] * 2
     assert row.position_ids_3T[:, 8:15].tolist() == [
         [0, 1, 2, 2, 4, 5, 6],
@@ -234,17 +236,25 @@ def test_masked_and_unmasked_prompts_do_not_share_a_row():
     with pytest.raises(ValueError, match=r"prompts \['b'\] have no masked view"):
         _pack(groups)
     (row,) = _pack(groups[1:])
-    assert row.masked_pixel_values_PD is None and row.pixel_values_PD is not None
+    assert row.masked_pixel_values == () and len(row.pixel_values) == 1
 
 
 def test_masked_row_differs_in_its_pixels_alone():
     (row,) = _pack(_two_groups())
     masked = masked_row(row)
-    assert torch.equal(masked.pixel_values_PD, -row.pixel_values_PD)
+    assert masked.pixel_values is row.masked_pixel_values
+    assert [torch.equal(view, -pixels) for view, pixels in zip(masked.pixel_values, row.pixel_values)] == [True] * 2
     for name in ("token_ids_T", "position_ids_3T", "logit_index_R", "target_ids_R", "grid_thw_I3"):
         assert getattr(masked, name) is getattr(row, name)
     (text,) = _pack(_two_groups()[1:])
     assert masked_row(text) is text
+
+
+def test_moving_a_row_leaves_its_pixels_where_they_are():
+    (row,) = _pack(_two_groups())
+    moved = row.to(torch.device("meta"))
+    assert moved.token_ids_T.is_meta and moved.grid_thw_I3.is_meta and moved.weights_R.is_meta
+    assert moved.pixel_values is row.pixel_values and moved.masked_pixel_values is row.masked_pixel_values
 
 
 def test_joint_row_by_hand():
@@ -253,8 +263,8 @@ def test_joint_row_by_hand():
     assert row.segment_lengths == (5, 4, 8, 7) and joint.segment_lengths == (5, 4, 8, 7, 8, 7)
     assert torch.equal(joint.token_ids_T, torch.cat([row.token_ids_T, row.token_ids_T[9:]]))
     assert torch.equal(joint.position_ids_3T[:, 24:], row.position_ids_3T[:, 9:])
-    assert torch.equal(joint.pixel_values_PD, torch.cat([row.pixel_values_PD, -row.pixel_values_PD]))
-    assert joint.grid_thw_I3.tolist() == [[1, 2, 4]] * 4 and joint.masked_pixel_values_PD is None
+    assert list(map(id, joint.pixel_values)) == list(map(id, (*row.pixel_values, *row.masked_pixel_values)))
+    assert joint.grid_thw_I3.tolist() == [[1, 2, 4]] * 4 and joint.masked_pixel_values == ()
     assert torch.equal(joint.logit_index_R, row.logit_index_R)
     # text: the original's place; images: 15 further, by the length of what is copied
     assert (joint.masked_logit_index_R - row.logit_index_R).tolist() == [0] * 5 + [15] * 3
