@@ -38,8 +38,10 @@ def score_logprobs(
     """The batches with the log-probs that the loss compares against, and no others.
 
     `old_logprobs_R` only when a rollout batch has several updates (with one, the policy is the old policy);
-    `masked_logprobs_R` for a frozen masked branch; `ref_logprobs_R` when there is a reference.
+    `masked_logprobs_R` for a frozen masked branch; `ref_logprobs_R` when there is a reference. Of what `head` asks for
+    the log-probs alone are made.
     """
+    head = replace(head, full_entropy=False, full_kl=False)
     rows = [micro_batch for batch in batches for micro_batch in batch]
     if config.train.updates_per_step > 1:
         rows = _with(rows, "old_logprobs_R", score(policy, rows, head))
@@ -68,14 +70,16 @@ def score(policy: Policy, rows: Sequence[MicroBatch], head: HeadRequest) -> list
     policy.eval()
     found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
     policy.train()
-    return [_from_last_stage(found[index] if found else None, head) for index in range(len(rows))]
+    return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
 
 
-def _from_last_stage(outputs: HeadOutputs | None, head: HeadRequest) -> HeadOutputs:
-    logprobs_R = broadcast_from_last_stage(outputs.policy_logprobs_R if outputs else None)
+def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadRequest) -> HeadOutputs:
+    shape = tuple(row.target_ids_R.shape)
+    logprobs_R = broadcast_from_last_stage(outputs.policy_logprobs_R if outputs else None, shape, torch.float32)
     if not head.full_entropy:
         return HeadOutputs(logprobs_R)
-    return HeadOutputs(logprobs_R, broadcast_from_last_stage(outputs.entropy_R if outputs else None))
+    entropy_R = broadcast_from_last_stage(outputs.entropy_R if outputs else None, shape, torch.float32)
+    return HeadOutputs(logprobs_R, entropy_R)
 
 
 def update_policy(

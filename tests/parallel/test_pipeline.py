@@ -1,0 +1,127 @@
+"""Scores and updates through the pipeline: what is asked of which rank, and what the metrics of an update are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_papo.config import Config
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, tiny_run
+
+RESPONSES = (((70, 71, 72), (73,)), ((80, 81), (82, 83, 84, 85)), ((90,), (91, 92)), ((65, 66, 67), (68, 69)))
+"""Of the rollouts of each prompt."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _rows(run, places=(0, 1, 2, 3)):
+    """The prompts at `places` with their rollouts, in several rows; every prompt with an image has a masked view."""
+    from megatron_papo.advantages import with_advantages
+    from megatron_papo.data.dataset import PromptDataset
+    from megatron_papo.packing import pack, sum_totals, token_totals
+    from megatron_papo.parallel import gather_objects
+    from megatron_papo.types import Group, Rollout
+
+    dataset = PromptDataset(run.config.data, "train", run.processor)
+    groups = []
+    for place in places:
+        prompt = dataset.prompt(place)
+        if prompt.inputs.pixel_values_PD is not None:
+            prompt = replace(prompt, masked_pixel_values_PD=prompt.inputs.pixel_values_PD * 0.3)
+        rollouts = [
+            Rollout(index, ids, (-1.0,) * len(ids), "", "stop", 0) for index, ids in enumerate(RESPONSES[place])
+        ]
+        groups.append(with_advantages(Group(prompt, tuple(rollouts), rewards=(1.0 + place, 0.0))))
+    return pack(
+        groups,
+        tokens_per_micro_batch=80,
+        loss=run.config.loss,
+        totals=sum_totals(gather_objects(token_totals(groups), run.layout.data_group)),
+        joint=False,
+        image_token_id=run.shape.image_token_id,
+        merge_size=run.shape.vision.spatial_merge_size,
+        banned_ids=run.banned_ids,
+    )
+
+
+def _score(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probs and entropies of every row, on a rank that has pixels only if it is of the first stage."""
+    from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.pipeline import score
+    from megatron_papo.run import open_run
+
+    with open_run(config) as run:
+        rows = _rows(run)
+        assert sum(bool(row.pixel_values) for row in rows) > 1
+        if not run.layout.is_first_stage:  # a meta tensor has no values: reading or moving it raises
+            rows = [replace(row, pixel_values=tuple(view.to("meta") for view in row.pixel_values)) for row in rows]
+        with _no_pickled_exchange():
+            outputs = score(run.policy, rows, HeadRequest(full_entropy=True, banned_ids=run.banned_ids))
+        return [(output.policy_logprobs_R, output.entropy_R) for output in outputs]
+
+
+@contextmanager
+def _no_pickled_exchange() -> Iterator[None]:
+    """One a row would be a round trip and a copy to the host each; every stage knows the shapes."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an object was broadcast")
+
+    original, dist.broadcast_object_list = dist.broadcast_object_list, refuse
+    try:
+        yield
+    finally:
+        dist.broadcast_object_list = original
+
+
+def test_the_last_stage_scores_without_pixels_and_the_others_hear_it(inputs, tmp_path):
+    (expected,) = run_ranks(_score, 1, tiny_run(inputs, tmp_path / "one"))
+    found = run_ranks(_score, 2, tiny_run(inputs, tmp_path / "two", parallel__pipeline=2))
+    assert len(expected) > 1
+    for rank in found:
+        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=0)
+
+
+def _score_for_the_loss(config: Config) -> dict[str, Any]:
+    """What `score_logprobs` asked the head for, and what it found with a policy away from its reference."""
+    from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.pipeline import score_logprobs
+    from megatron_papo.reference import ReferencePolicy
+    from megatron_papo.run import open_run
+
+    with open_run(config) as run:
+        module, rows, asked = run.policy.module, _rows(run), []
+        reference = ReferencePolicy(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.1)
+        own = [parameter.detach().clone() for parameter in module.parameters()]
+        module.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
+        head = HeadRequest(full_entropy=True, full_kl=True, banned_ids=run.banned_ids)
+        (scored,) = score_logprobs(run.policy, [rows], config, head, reference)
+        kept = all(torch.equal(now, before) for now, before in zip(module.parameters(), own, strict=True))
+        views = ("old", "masked", "ref")
+        found = {view: torch.cat([getattr(row, f"{view}_logprobs_R") for row in scored]) for view in views}
+        image_R = torch.cat([row.has_image_R for row in scored])
+        return {"asked": asked, "num_rows": len(rows), "weights kept": kept, "image": image_R, **found}
+
+
+def test_scoring_for_the_loss_makes_log_probs_alone(inputs, tmp_path):
+    settings = {"loss__reference_coef": 0.1, "loss__perception_coef": 0.1, "perception__masked_branch": "frozen"}
+    (found,) = run_ranks(_score_for_the_loss, 1, tiny_run(inputs, tmp_path, **settings, entropy__kind="full"))
+    assert len(found["asked"]) == 3 * found["num_rows"]
+    assert not any(head.full_entropy or head.full_kl for head in found["asked"])
+    assert found["weights kept"] and (found["old"] - found["ref"]).abs().max() > 0.01
+    changed = (found["old"] - found["masked"]).abs()
+    assert changed[found["image"]].max() > 0.01 and changed[~found["image"]].max() < 1e-5
