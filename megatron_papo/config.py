@@ -34,7 +34,7 @@ class RunConfig(Section):
     seed: int = 0
     """Of the data order, sampling, masks and random weights."""
     stall_limit_s: Positive = 1800.0
-    """A stage that takes longer dumps every rank's Python stack and stops the run."""
+    """A stage that makes no progress for this long dumps every rank's Python stack and stops the run."""
 
 
 class FreezeConfig(Section):
@@ -131,6 +131,8 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}")
+        if self.preset != "none" and self.columns != ColumnsConfig():
+            raise ValueError(f"data.columns: data.preset={self.preset} names the columns; give one of the two")
         return self
 
 
@@ -421,7 +423,7 @@ class Config(Section):
         return self.reads_masked_view and self.perception.masked_branch == "joint"
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed and have no effect, each with its reason."""
+        """Settings that are allowed and doubtful, each with its reason: without effect, or likely to end a run."""
         found = []
         frozen = self.perception.masked_branch == "frozen"
         if frozen and self.loss.masked_entropy_coef > 0:
@@ -431,12 +433,26 @@ class Config(Section):
             )
         if self.perception.guard.action != "off" and not self.reads_masked_view:
             found.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
+        longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
+        needed = longest * (2 if self.reads_joint_rows else 1)
+        if self.train.tokens_per_micro_batch < needed:
+            views = " in two views" if self.reads_joint_rows else ""
+            found.append(
+                f"train.tokens_per_micro_batch={self.train.tokens_per_micro_batch} is less than the {needed} tokens of "
+                f"the longest sequence{views} (data.max_prompt_tokens + generation.max_response_tokens = {longest}): "
+                "a longer sequence than the budget ends the run"
+            )
         return found
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.perception.kl == "full" and self.perception.masked_branch == "frozen":
             raise ValueError("perception.kl=full needs perception.masked_branch=joint: a frozen branch keeps no logits")
+        overlong, limit = self.reward.overlong, self.generation.max_response_tokens
+        if overlong.enabled and overlong.buffer > limit:
+            raise ValueError(
+                f"reward.overlong.buffer: {overlong.buffer} exceeds generation.max_response_tokens={limit}"
+            )
         return self
 
 

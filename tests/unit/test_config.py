@@ -88,6 +88,14 @@ def test_every_fault_has_its_line():
         (["loss.fixed_denominator=10"], "loss.averaging=fixed and loss.fixed_denominator go together"),
         (["perception.coef_end=0.0"], "perception.coef_end and perception.coef_steps go together"),
         (["perception.kl=full"], "perception.kl=full needs perception.masked_branch=joint"),
+        (
+            ["data.preset=virl39k", "data.columns.answer=label"],
+            "data.columns: data.preset=virl39k names the columns; give one of the two",
+        ),
+        (
+            ["reward.overlong.enabled=true", "generation.max_response_tokens=100"],
+            "reward.overlong.buffer: 512 exceeds generation.max_response_tokens=100",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides, words):
@@ -121,6 +129,19 @@ def test_settings_without_effect_are_mentioned():
     assert warning.startswith("loss.masked_entropy_coef has no gradient")
     guarded = load_config(None, ["perception.guard.action=stop", "loss.perception_coef=0"])
     assert any(line.startswith("perception.guard watches") for line in guarded.warnings())
+
+
+def test_a_budget_below_the_longest_sequence_is_mentioned_with_both_numbers():
+    lengths = ["data.max_prompt_tokens=60", "generation.max_response_tokens=40"]
+    assert load_config(None, [*lengths, "train.tokens_per_micro_batch=100"]).warnings() == []
+    (warning,) = load_config(None, [*lengths, "train.tokens_per_micro_batch=99"]).warnings()
+    assert "train.tokens_per_micro_batch=99 is less than the 100 tokens" in warning
+    joint = [*lengths, "perception.masked_branch=joint"]
+    assert load_config(None, [*joint, "train.tokens_per_micro_batch=200"]).warnings() == []
+    (warning,) = load_config(None, [*joint, "train.tokens_per_micro_batch=199"]).warnings()
+    assert (
+        "train.tokens_per_micro_batch=199 is less than the 200 tokens of the longest sequence in two views" in warning
+    )
 
 
 def test_reading_settings_imports_no_torch():
