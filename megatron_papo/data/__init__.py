@@ -7,7 +7,7 @@ Reads files, decodes images, applies the chat template, draws rows. Knows nothin
 from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
 from megatron_papo.data.draw import Draw, draw_prompts, prompts_of
 from megatron_papo.data.masking import mask_images, masked_raw_images
-from megatron_papo.data.order import DataCursor, rows_for_step, share_of
+from megatron_papo.data.order import DataCursor, share_of
 from megatron_papo.data.processor import Processor, load_processor
 
 __all__ = [
@@ -22,6 +22,5 @@ __all__ = [
     "mask_images",
     "masked_raw_images",
     "prompts_of",
-    "rows_for_step",
     "share_of",
 ]

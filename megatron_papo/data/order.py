@@ -49,11 +49,6 @@ class DataCursor:
         place = (place + away) % self.num_rows
         return int(_shuffled(self.num_rows, self.seed, epoch)[place]) if self.shuffle else place
 
-    @property
-    def epoch(self) -> float:
-        """Epochs drawn so far."""
-        return self.position / self.num_rows
-
     def advance(self, num_prompts: int) -> DataCursor:
         return replace(self, position=self.position + num_prompts)
 
@@ -71,10 +66,10 @@ class DataCursor:
         return replace(self, position=int(state["position"]))
 
 
-def share_of[Item](items: Sequence[Item], data_rank: int, data_size: int) -> Sequence[Item]:
-    """This rank's contiguous share; shares differ by at most one item and make up the whole in rank order."""
-    assert 0 <= data_rank < data_size
-    return items[len(items) * data_rank // data_size : len(items) * (data_rank + 1) // data_size]
+def share_of[Item](items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
+    """The contiguous share of one of `size` ranks; they differ by at most one item and make up the whole in order."""
+    assert 0 <= rank < size
+    return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
 
 def positions_for_step(
@@ -86,14 +81,6 @@ def positions_for_step(
     size = num_prompts // updates_per_step
     chunks = [range(start, start + size) for start in range(cursor.position, cursor.position + num_prompts, size)]
     return tuple(tuple(share_of(chunk, data_rank, data_size)) for chunk in chunks)
-
-
-def rows_for_step(
-    cursor: DataCursor, num_prompts: int, updates_per_step: int, data_rank: int, data_size: int
-) -> tuple[tuple[int, ...], ...]:
-    """Rows of `positions_for_step`, before any replacement of bad ones."""
-    chunks = positions_for_step(cursor, num_prompts, updates_per_step, data_rank, data_size)
-    return tuple(tuple(cursor.row(position) for position in chunk) for chunk in chunks)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_papo.data.order import share_of
 from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.sampling import rollout_seed
 from megatron_papo.parallel import Layout, gather_objects
@@ -45,11 +46,6 @@ def make_jobs(prompts: Sequence[Prompt], sampling: Sampling) -> list[Job]:
     ]
 
 
-def share_of(jobs: list[Job], rank: int, size: int) -> list[Job]:
-    """Rank's contiguous share, so that a group's rollouts mostly stay together and their prompt is read once."""
-    return jobs[len(jobs) * rank // size : len(jobs) * (rank + 1) // size]
-
-
 def generate_in_shares(
     prompts: Sequence[Prompt],
     sampling: Sampling,
@@ -61,7 +57,8 @@ def generate_in_shares(
     """Groups in the order of `prompts`, the same on every rank of the model-parallel group."""
     ranks = layout.tensor_size * layout.pipeline_size
     place = layout.pipeline_rank * layout.tensor_size + layout.tensor_rank
-    answers = answer(share_of(make_jobs(prompts, sampling), place, ranks))
+    # contiguous shares: a group's rollouts mostly stay together, and their prompt is read once
+    answers = answer(list(share_of(make_jobs(prompts, sampling), place, ranks)))
     if ranks > 1:
         answers = [each for part in gather_objects(answers, layout.model_group) for each in part]
     by_place = {(a.job.prompt_index, a.job.index): a for a in answers}

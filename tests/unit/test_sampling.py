@@ -1,4 +1,4 @@
-"""The draw itself: seeds, the processed distribution on a vocabulary small enough to do by hand, shares, hand-over."""
+"""The draw itself: seeds, the processed distribution on a vocabulary small enough to do by hand, hand-over."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import torch
 from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
-from megatron_papo.generation.shares import Job, share_of
 from megatron_papo.generation.vllm_engine import _compact
 from megatron_papo.generation.vllm_start import remove_leftovers
 from megatron_papo.model.shape import ModelShape
@@ -108,14 +107,6 @@ def test_settings_out_of_range_are_refused():
     for changes in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"group_size": 0}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             sampling(**changes)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
-def test_shares_cover_all_jobs_once(size):
-    jobs = [Job(prompt, index, 0) for prompt in range(3) for index in range(2)]
-    shares = [share_of(jobs, rank, size) for rank in range(size)]
-    assert [job for share in shares for job in share] == jobs
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_compact_prompt_keeps_one_token_a_picture_even_where_runs_touch():
