@@ -1,14 +1,15 @@
 """Times every stage of a step, shows its progress, and ends a run that stalls, with every rank's Python stack.
 
-A stage that takes longer than the limit writes the stacks of all threads to stderr and to RUN/stacks/rank_N.txt and
-ends the process; the launcher then ends the other ranks, whose SIGTERM writes their stacks to their own files. The
-limit is for a whole stage, whatever its progress. Leaves out stalls outside any stage: those run into the timeout of
-the collective (`parallel.timeout_s`).
+A stage that makes no progress for longer than the limit writes the stacks of all threads to stderr and to
+RUN/stacks/rank_N.txt and ends the process; the launcher then ends the other ranks, whose SIGTERM writes their stacks to
+their own files. Progress is what the stage reports, and every stage that begins or ends within it. Leaves out stalls
+outside any stage: those run into the timeout of the collective (`parallel.timeout_s`).
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ _PLAIN_EVERY_S = 10.0
 """Where the output is no terminal, a long stage prints a line this often."""
 _BACKUP_S = 10.0
 """The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in this much later."""
+_REARM_S = 1.0
+"""Progress moves the C thread's time at most this often: it costs a thread each time."""
 
 _stack_files: dict[Path, TextIO] = {}
 
@@ -65,6 +68,7 @@ class StageProgress:
 
     def advance(self, count: int = 1) -> None:
         self._done += count
+        self._clock._moved()
         if self._clock._bar and self._task is not None:
             self._clock._bar.advance(self._task, count)
         elif self._clock._plain and time.monotonic() >= self._next_line:
@@ -97,6 +101,8 @@ class StageClock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._innermost: list[StageProgress] = []
+        self._deadline, self._rearm_at = math.inf, -math.inf
+        self._ended = threading.Event()
         shown = console and rank == 0
         screen = Console()
         self._plain = shown and not screen.is_terminal
@@ -111,17 +117,13 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[StageProgress]:
-        """Times the block under `name`, shows it, and ends the process when it takes longer than the limit."""
-        timer = threading.Timer(self._limit, self._stalled, args=(name,))
-        timer.daemon = True
-        timer.start()
+        """Times the block under `name`, shows it, and ends the process when it stands still longer than the limit."""
         self._enter(name)
         progress = StageProgress(self, name, total)
         self._innermost.append(progress)
         try:
             yield progress
         finally:
-            timer.cancel()
             self._innermost.pop()
             self._seconds[name] += progress._finish()
             self._leave()
@@ -138,23 +140,45 @@ class StageClock:
         return taken
 
     def _enter(self, name: str) -> None:
-        if not self._open:
-            file = stack_file(self._run_dir, self._rank)
-            faulthandler.dump_traceback_later(self._limit + _BACKUP_S, file=file, exit=True)
+        self._open.append(name)
+        self._moved()
+        if len(self._open) == 1:
+            self._ended = threading.Event()
+            threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
             if self._bar:
                 self._bar.start()
-        self._open.append(name)
 
     def _leave(self) -> None:
         self._open.pop()
-        if not self._open:
+        if self._open:
+            self._moved()
+        else:
+            self._ended.set()
+            self._rearm_at = -math.inf
             faulthandler.cancel_dump_traceback_later()
             if self._bar:
                 self._bar.stop()
 
+    def _moved(self) -> None:
+        """Both watchdogs wait anew from now on."""
+        if not self._open:
+            return
+        now = time.monotonic()
+        self._deadline = now + self._limit
+        if now >= self._rearm_at:
+            self._rearm_at = now + _REARM_S
+            file = stack_file(self._run_dir, self._rank)
+            faulthandler.dump_traceback_later(self._limit + _BACKUP_S, file=file, exit=True)
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(max(0.0, self._deadline - time.monotonic())):
+            for name in self._open[-1:]:  # none when the last stage ends at this moment
+                if time.monotonic() >= self._deadline:
+                    self._stalled(name)
+
     def _stalled(self, name: str) -> None:
         file = stack_file(self._run_dir, self._rank)
-        print(f"stage {name} took longer than run.stall_limit_s={self._limit:g}", file=file, flush=True)
+        print(f"stage {name} made no progress for run.stall_limit_s={self._limit:g}", file=file, flush=True)
         faulthandler.dump_traceback(file=file, all_threads=True)
         text = Path(file.name).read_text()
         # one write, so that the ranks' stacks do not mix on a shared terminal

@@ -1,5 +1,6 @@
 """What the launched ranks of `test_launch.py` do; a module of its own, since a launcher imports it by name."""
 
+import ctypes
 import datetime
 import os
 import signal
@@ -59,6 +60,37 @@ def rank_one_has_no_stage(folder: str) -> None:
         _sleeps_instead()
     with StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0).stage("update"):
         _waits_in_a_collective()
+
+
+def slow_but_moving(folder: str) -> None:
+    """A stage three times as long as the limit that reports; one whose inner stages do; then one that stands still."""
+    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=1.0), 0, console=False)
+    with clock.stage("score", total=15) as progress:
+        for done in range(15):
+            time.sleep(0.2)
+            progress.advance() if done % 2 else clock.report(done + 1, 15)
+    with clock.stage("evaluate"):
+        for _ in range(4):
+            with clock.stage("answer"):
+                time.sleep(0.7)
+    Path(folder, "survived").touch()
+    with clock.stage("update"):
+        _sleeps_instead()
+
+
+def blocks_the_interpreter(folder: str) -> None:
+    """Moves for a while, then a call in C that keeps the interpreter to itself: Python's watchdog cannot run."""
+    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=1.0), 0, console=False)
+    with clock.stage("update") as progress:
+        for _ in range(6):
+            time.sleep(0.5)
+            progress.advance()
+        Path(folder, "survived").touch()
+        _keeps_the_interpreter()
+
+
+def _keeps_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(600)
 
 
 def _sleeps_instead() -> None:

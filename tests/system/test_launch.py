@@ -71,7 +71,7 @@ def test_a_stalled_collective_ends_with_the_stack_of_every_rank(tmp_path, capfd)
     assert code == 1
     assert 3 < seconds < 12, "the limit is 3 s"
     assert "in _waits_in_a_collective" in printed and "in _sleeps_instead" in printed
-    assert "stalled: stage update took longer than run.stall_limit_s=3" in printed.strip().splitlines()[-1]
+    assert "stalled: stage update made no progress for run.stall_limit_s=3" in printed.strip().splitlines()[-1]
     stacks = [(tmp_path / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert "in _waits_in_a_collective" in stacks[0] and "distributed_c10d.py" in stacks[0]
     assert "in _sleeps_instead" in stacks[1]
@@ -82,9 +82,26 @@ def test_a_rank_that_is_in_no_stage_leaves_its_stack_when_the_run_is_ended(tmp_p
     printed = capfd.readouterr().err
     assert code == 1
     assert printed.strip().splitlines()[-1] == (
-        "papo: rank 0 failed: stalled: stage update took longer than run.stall_limit_s=2"
+        "papo: rank 0 failed: stalled: stage update made no progress for run.stall_limit_s=2"
     )
     assert "in _sleeps_instead" in printed
+
+
+def test_a_stage_that_moves_may_take_longer_than_the_limit(tmp_path, capfd):
+    code, seconds = run("slow_but_moving", tmp_path, num_ranks=1)
+    assert code == 1
+    assert (tmp_path / "survived").exists()
+    assert last_line(capfd) == "papo: rank 0 failed: stalled: stage update made no progress for run.stall_limit_s=1"
+    assert 6.5 < seconds < 12
+
+
+def test_a_blocked_interpreter_is_ended_too_counted_from_its_last_progress(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("megatron_papo.observe.watchdog._BACKUP_S", 1.0)
+    code, seconds = run("blocks_the_interpreter", tmp_path, num_ranks=1)
+    assert code == 1
+    assert (tmp_path / "survived").exists(), "the limit with its reserve is 2 s, and it moved for 3"
+    assert "in _keeps_the_interpreter" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+    assert 3.5 < seconds < 20
 
 
 @pytest.mark.parametrize(
