@@ -49,9 +49,10 @@ def perception_coef(config: Config, step: int, guard_factor: float = 1.0) -> flo
 def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> tuple[Tensor, Metrics]:
     """This micro-batch's part of the loss (a scalar to be summed, never averaged), and its metrics, detached.
 
-    `loss/NAME` is what a term adds to the loss, coefficient and sign included, over its tokens' share in the mean;
-    the others are means over the response tokens that a loss reads, those of the masked view over the tokens whose
-    prompt has an image (a count of 0 when there is none). Without old log-probs the update is on-policy.
+    `loss/NAME` is what a term adds to the loss, coefficient and sign included, with a count of 0: one micro-batch
+    does not know how many make a step (`Metrics`). The others are means over the response tokens that a loss reads,
+    those of the masked view over the tokens whose prompt has an image (a count of 0 when there is none). Without old
+    log-probs the update is on-policy.
     """
     seen = _measure(outputs, row, settings)
     parts = {
@@ -61,8 +62,7 @@ def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> 
     }
     total = torch.stack(list(parts.values())).sum()
     with torch.no_grad():
-        share = row.weights_R.sum()
-        sums = {f"loss/{name}": (part, share) for name, part in (parts | {"total": total}).items()}
+        sums = {f"loss/{name}": _summand(part) for name, part in (parts | {"total": total}).items()}
         for name, values_R, over_R in _means(seen, row, settings.loss):
             sums[name] = (values_R * over_R).sum(), over_R.sum()
     return total, _metrics(sums)
@@ -73,7 +73,7 @@ def sft_loss(outputs: HeadOutputs, row: MicroBatch) -> tuple[Tensor, Metrics]:
     total = -(row.weights_R * outputs.policy_logprobs_R).sum()
     read_R = row.loss_mask_R
     logprobs = ((outputs.policy_logprobs_R * read_R).sum(), read_R.sum())
-    return total, _metrics({"loss/total": (total, row.weights_R.sum()), "policy_logprobs": logprobs})
+    return total, _metrics({"loss/total": _summand(total), "policy_logprobs": logprobs})
 
 
 def policy_term(policy_R: Tensor, old_R: Tensor, advantages_R: Tensor, loss: LossConfig) -> Tensor:
@@ -201,6 +201,10 @@ def _means(seen: _Measured, row: MicroBatch, loss: LossConfig) -> Iterator[tuple
         yield "perception_kl_squared", seen.perception_kl_R.square(), image_R
     if seen.masked_entropy_R is not None:
         yield "masked_entropy", seen.masked_entropy_R, image_R
+
+
+def _summand(part: Tensor) -> tuple[Tensor, Tensor]:
+    return part, torch.zeros_like(part)
 
 
 def _metrics(sums: dict[str, tuple[Tensor, Tensor]]) -> Metrics:

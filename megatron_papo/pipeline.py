@@ -85,7 +85,10 @@ def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadReq
 def update_policy(
     policy: Policy, optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss
 ) -> Metrics:
-    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks."""
+    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks.
+
+    `loss/...` are values of this step's loss, so that adding up the metrics of updates gives their mean.
+    """
     policy.zero_grad_buffer()
     optimizer.megatron.zero_grad()
     collected: list[Metrics] = _run_schedule(policy, batch, head, micro_loss)
@@ -93,7 +96,10 @@ def update_policy(
     total: Metrics = {}
     for metrics in collected:
         add_metrics(total, metrics)
-    total = sum_metrics(total)
+    total = {
+        name: (numerator, 1.0 if name.startswith("loss/") else count)
+        for name, (numerator, count) in sum_metrics(total).items()
+    }
     return total | {f"optim/{name}": (value, 1.0) for name, value in values.items()}
 
 

@@ -96,7 +96,8 @@ class MicroBatch:
     has_image_R: Tensor
     """[R] bool: the token's prompt has an image, so that the perception term reads it."""
     weights_R: Tensor
-    """[R] float32: share of each token in the global mean of the policy terms; sums to 1 over the global batch."""
+    """[R] float32: share of each token in the global mean of the policy terms; sums to 1 over the global batch, but
+    with a fixed denominator to whatever that makes of the batch's tokens."""
     perception_weights_R: Tensor
     """[R] float32: the same for the perception terms, over tokens whose prompt has an image."""
     advantages_R: Tensor
@@ -142,6 +143,10 @@ Batch = tuple[MicroBatch, ...]
 """The micro-batches of one optimizer step on one data-parallel rank."""
 
 Metrics = dict[str, tuple[float, float]]
-"""name -> (numerator, count): summed over micro-batches and ranks, divided once, at the end of the step."""
+"""name -> (numerator, count): summed over micro-batches and ranks, divided once, at the end of the step.
+
+The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline.update_policy`, which knows when one
+is whole, gives them a count of 1 each time.
+"""
 
 __all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout"]

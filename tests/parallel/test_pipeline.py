@@ -25,9 +25,12 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+def _advantages(place: int) -> tuple[float, float]:
+    return 1.0 + place, -0.5
+
+
 def _rows(run, places=(0, 1, 2, 3)):
     """The prompts at `places` with their rollouts, in several rows; every prompt with an image has a masked view."""
-    from megatron_papo.advantages import with_advantages
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.packing import pack, sum_totals, token_totals
     from megatron_papo.parallel import gather_objects
@@ -42,7 +45,7 @@ def _rows(run, places=(0, 1, 2, 3)):
         rollouts = [
             Rollout(index, ids, (-1.0,) * len(ids), "", "stop", 0) for index, ids in enumerate(RESPONSES[place])
         ]
-        groups.append(with_advantages(Group(prompt, tuple(rollouts), rewards=(1.0 + place, 0.0))))
+        groups.append(Group(prompt, tuple(rollouts), advantages=_advantages(place)))
     return pack(
         groups,
         tokens_per_micro_batch=80,
@@ -125,3 +128,40 @@ def test_scoring_for_the_loss_makes_log_probs_alone(inputs, tmp_path):
     assert found["weights kept"] and (found["old"] - found["ref"]).abs().max() > 0.01
     changed = (found["old"] - found["masked"]).abs()
     assert changed[found["image"]].max() > 0.01 and changed[~found["image"]].max() < 1e-5
+
+
+def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
+    """Metrics of one optimizer step over prompts 0 to 3, two for each of two data-parallel ranks; rows of this rank."""
+    from functools import partial
+
+    from megatron_papo.losses import LossSettings, papo_loss
+    from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.optim import build_optimizer
+    from megatron_papo.pipeline import update_policy
+    from megatron_papo.run import open_run
+
+    with open_run(config) as run:
+        rows = _rows(run, (0, 1, 2, 3)[run.layout.data_rank :: run.layout.data_size])
+        loss = partial(papo_loss, settings=LossSettings.at_step(config, 0))
+        optimizer = build_optimizer(run.policy, config, 1)
+        head = HeadRequest(banned_ids=run.banned_ids)
+        return update_policy(run.policy, optimizer, rows, head, loss), len(rows)
+
+
+@pytest.mark.parametrize("averaging", ["token", "sequence", "fixed"])
+def test_the_loss_of_an_update_is_its_value_and_counts_once(averaging, inputs, tmp_path):
+    settings = {"loss__averaging": averaging, "loss__perception_coef": 0.0, "loss__reference_coef": 0.0}
+    if averaging == "fixed":
+        settings["loss__fixed_denominator"] = 50.0
+    lengths = torch.tensor([[len(ids) for ids in group] for group in RESPONSES])
+    weights = {"token": lengths / lengths.sum(), "sequence": torch.full((4, 2), 1 / 8), "fixed": lengths / 50.0}
+    # on-policy and without other terms: minus the weighted sum of advantages
+    expected = -(weights[averaging] * torch.tensor([_advantages(place) for place in range(4)])).sum().item()
+    assert abs(expected) > 0.2
+    for world_size, layout in ((1, {}), (2, {}), (2, {"parallel__pipeline": 2})):
+        config = tiny_run(inputs, tmp_path / f"{world_size}{len(layout)}", **settings, **layout)
+        results = run_ranks(_update, world_size, config)
+        assert results[0][1] > 1
+        for found, _ in results:
+            assert found["loss/total"] == found["loss/policy"] == (pytest.approx(expected, abs=1e-6), 1)
+            assert found["policy_logprobs"][1] == lengths.sum()

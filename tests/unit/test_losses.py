@@ -59,6 +59,13 @@ def _means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {name: numerator / count for name, (numerator, count) in metrics.items() if count}
 
 
+def _parts(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """What a micro-batch adds to the loss; that it is counted once a step is the pipeline's affair."""
+    parts = {name: pair for name, pair in metrics.items() if name.startswith("loss/")}
+    assert {count for _, count in parts.values()} == {0.0}
+    return {name.removeprefix("loss/"): numerator for name, (numerator, _) in parts.items()}
+
+
 def test_policy_term_by_hand():
     ratios = F64([1.5, 0.5, 0.5, 4.0, 2.0, 1.0])
     advantages = F64([1.0, 1.0, -1.0, -1.0, -2.0, 0.5])
@@ -142,14 +149,16 @@ def test_whole_objective_by_hand():
     entropy, masked_entropy = 0.05 * 4 / 8, 0.04 * 3 / 6  # ln 2 cancels within the three masked log-probs
     assert total.item() == pytest.approx(policy + reference + perception + entropy + masked_entropy, abs=1e-12)
     expected = {
-        "loss/policy": 2 * policy, "loss/reference": 2 * reference, "loss/perception": 2 * perception,
-        "loss/entropy": 2 * entropy, "loss/masked_entropy": 2 * masked_entropy, "loss/total": 2 * total.item(),
         "policy_logprobs": -1.0, "entropy": 1.0, "ratio": 1.0, "clip_low": 0.25, "clip_high": 0.25, "clip_dual": 0.0,
         "policy_kl": (1.5 - log(1.5) - 1 + 0.5 + log(2) - 1) / 4, "rollout_gap": (log(1.5) + log(2)) / 4,
         "ref_kl": (1 - log(2)) / 4, "perception_kl": 0.5 / 3,
         "perception_kl_squared": (kl[0] ** 2 + kl[2] ** 2) / 3, "masked_entropy": 1.0,
     }  # fmt: skip
-    # loss/... divide by this row's share of the mean, 4 of 8 tokens, hence the factor 2
+    parts = {
+        "policy": policy, "reference": reference, "perception": perception, "entropy": entropy,
+        "masked_entropy": masked_entropy, "total": total.item(),
+    }  # fmt: skip
+    assert _parts(metrics) == pytest.approx(parts, abs=1e-12)
     assert _means(metrics) == pytest.approx(expected, abs=1e-12)
     assert metrics["perception_kl"][1] == 3.0 and metrics["ref_kl"][1] == 4.0
 
@@ -301,7 +310,7 @@ def test_supervised_loss_by_hand():
     total.backward()
     assert total.item() == pytest.approx(10 / 8)
     assert policy.grad.tolist() == [-1 / 8] * 4
-    assert _means(metrics) == {"loss/total": 2.5, "policy_logprobs": -2.5}
+    assert _parts(metrics) == {"total": 1.25} and _means(metrics) == {"policy_logprobs": -2.5}
 
 
 def test_perception_coefficient_over_steps():
