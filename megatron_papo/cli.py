@@ -162,6 +162,9 @@ def _speaks() -> bool:
 
 
 def _refuse(error: ConfigError) -> int:
+    from megatron_papo.observe.failures import tell_torchrun
+
+    tell_torchrun(f"papo: error: {error}")
     if _speaks():
         for line in str(error).splitlines():
             print(f"papo: error: {line}", file=sys.stderr)

@@ -28,8 +28,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.observe.failures import Failure, describe, print_failure, read_failures, the_cause, write_failure
-from megatron_papo.observe.watchdog import STALL_EXIT, dump_stacks_on_sigterm
+from megatron_papo.observe.failures import (
+    Failure,
+    describe,
+    print_failure,
+    read_failures,
+    tell_torchrun,
+    the_cause,
+    write_failure,
+)
+from megatron_papo.observe.watchdog import STALL_EXIT, drop_empty_stack_file, dump_stacks_on_sigterm
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -101,8 +109,11 @@ def _call_here(work: Work, rank: int) -> int:
         failure = describe(rank, error)
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
-        print_failure(failure)
+        print_failure(failure, work.run_dir)
+        tell_torchrun(failure.reason())
+        drop_empty_stack_file(work.run_dir, rank)
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
+    drop_empty_stack_file(work.run_dir, rank)
     return 0
 
 
@@ -159,7 +170,7 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
             _stop(ranks)
             if stalled:
                 _print_stacks(ranks, work.run_dir)
-            print_failure(failure)
+            print_failure(failure, work.run_dir)
             return failure.exit_code
         running = [process for process in running if process.exitcode is None]
     return 0

@@ -2,13 +2,15 @@
 
 A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
 theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
-one who caused the trouble has always written first. Leaves out what the operating system knows (signals, exit codes):
-that is for the launcher.
+one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
+its traceback goes to a file, and the console shows the reason alone. Leaves out what the operating system knows
+(signals, exit codes): that is for the launcher.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -16,10 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["error", "config", "killed", "stalled", "distributed", "silent"]
+Kind = Literal["error", "value", "config", "killed", "stalled", "distributed", "silent"]
 
-_ORDER: tuple[tuple[Kind, ...], ...] = (("config", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",))
+_ORDER: tuple[tuple[Kind, ...], ...] = (
+    ("config", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
+)  # fmt: skip
 """What explains a run, best first; within one row the earliest."""
+
+_TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where torchrun tells each rank to leave its reason, for the report that it ends with."""
 
 _PEER_TYPES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 _PEER_WORDS = ("closed by peer", "reset by peer", "gloo/transport", "nccl error", "nccl communicator", "broken pipe")
@@ -59,6 +66,8 @@ def describe(rank: int, error: BaseException) -> Failure:
         kind = "config"
     elif is_peers_fault(error):
         kind = "distributed"
+    elif isinstance(error, ValueError):
+        kind = "value"
     text = "".join(traceback.format_exception(error))
     return Failure(rank, time.time(), kind, type(error).__name__, str(error), text)
 
@@ -86,10 +95,38 @@ def the_cause(failures: list[Failure]) -> Failure:
     raise AssertionError("every kind stands in _ORDER")
 
 
-def print_failure(failure: Failure) -> None:
-    """To stderr: the traceback and, last, the reason; refused settings without a traceback, a line a fault."""
+def print_failure(failure: Failure, run_dir: Path) -> None:
+    """To stderr: what belongs to the reason and, last, the reason.
+
+    That is the traceback; for a ValueError the name of the file under `run_dir` that holds it; nothing for refused
+    settings, a line a fault.
+    """
     if failure.kind == "config":
         text = "\n".join(f"papo: error: {line}" for line in failure.message.splitlines())
+    elif failure.kind == "value":
+        text = _set_aside(failure, run_dir) + failure.reason()
     else:
         text = failure.traceback + failure.reason()
     print(text, file=sys.stderr, flush=True)
+
+
+def tell_torchrun(reason: str) -> None:
+    """Lets torchrun's closing report name `reason`; without torchrun, nothing. The earliest rank's is its root cause.
+
+    In the format of torch.distributed.elastic's error handler, without a call stack: the report would show it instead.
+    """
+    path = os.environ.get(_TORCHRUN_FILE)
+    if path:
+        note = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": note}))
+
+
+def _set_aside(failure: Failure, run_dir: Path) -> str:
+    """Writes the traceback to a file; the line that names it, or the traceback where nothing can be written."""
+    path = run_dir / "failures" / f"rank_{failure.rank}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(failure.traceback)
+    except OSError:
+        return failure.traceback
+    return f"papo: the traceback is in {path}\n"

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_papo.config import RunConfig
+from megatron_papo.observe.failures import tell_torchrun
 
 STALL_EXIT = 124
 """Exit code of a rank that the watchdog ended."""
@@ -55,6 +56,20 @@ def dump_stacks_on_sigterm(run_dir: Path, rank: int) -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.register(signal.SIGTERM, file=stack_file(run_dir, rank), all_threads=True, chain=True)
+
+
+def drop_empty_stack_file(run_dir: Path, rank: int) -> None:
+    """At the end of a rank: away with the file that nothing was written to, and with a folder of none."""
+    faulthandler.unregister(signal.SIGTERM)
+    file = _stack_files.pop(run_dir / "stacks" / f"rank_{rank}.txt", None)
+    if file is None:
+        return
+    file.close()
+    path = Path(file.name)
+    with suppress(OSError):  # another rank still has a file in the folder, or has removed it
+        if path.stat().st_size == 0:
+            path.unlink()
+        path.parent.rmdir()
 
 
 class StageProgress:
@@ -178,11 +193,13 @@ class StageClock:
 
     def _stalled(self, name: str) -> None:
         file = stack_file(self._run_dir, self._rank)
-        print(f"stage {name} made no progress for run.stall_limit_s={self._limit:g}", file=file, flush=True)
+        reason = f"stage {name} made no progress for run.stall_limit_s={self._limit:g}"
+        print(reason, file=file, flush=True)
         faulthandler.dump_traceback(file=file, all_threads=True)
         text = Path(file.name).read_text()
         # one write, so that the ranks' stacks do not mix on a shared terminal
         os.write(sys.__stderr__.fileno(), f"papo: rank {self._rank}: {text}\n".encode())  # type: ignore[union-attr]
+        tell_torchrun(f"papo: rank {self._rank} failed: stalled: {reason}")
         os._exit(STALL_EXIT)
 
 

@@ -35,6 +35,12 @@ def rank_one_raises(folder: str) -> None:
     dist.barrier()
 
 
+def rank_one_breaks(folder: str) -> None:
+    if _start() == 1:
+        raise RuntimeError("a bug")
+    dist.barrier()
+
+
 def rank_one_is_killed(folder: str) -> None:
     if _start() == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -209,7 +209,8 @@ def test_plain_output_shows_a_long_stage_by_lines(tmp_path, capsys, monkeypatch)
 )
 def test_errors_of_a_gone_peer_are_told_from_ones_own(error, expected):
     assert is_peers_fault(error) is expected
-    assert describe(2, error).kind == ("distributed" if expected else "error")
+    own = "value" if isinstance(error, ValueError) else "error"
+    assert describe(2, error).kind == ("distributed" if expected else own)
 
 
 def test_the_cause_is_the_earliest_failure_that_is_no_consequence(tmp_path):
