@@ -54,8 +54,10 @@ class Generator(Protocol):
         ...
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
-        """Takes over a whole model, one full tensor at a time under its Hugging Face name.
+        """Takes over a whole model, one full tensor at a time.
 
+        Names are those of the parameters of transformers' Qwen2_5_VLForConditionalGeneration
+        (`model.language_model...`, `model.visual...`), not of the published files; a tied head is left out.
         Every rank consumes the iterator to its end and in order: drawing from it may be a collective. Raises
         ValueError naming tensors that are missing, unknown or misshapen.
         """

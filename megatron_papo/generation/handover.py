@@ -1,4 +1,4 @@
-"""Checks what the trainer hands over: every tensor of the model once, with its shape, under a Hugging Face name."""
+"""Checks what the trainer hands over: every tensor of the model once, with its shape, under transformers' name."""
 
 from __future__ import annotations
 
@@ -21,35 +21,23 @@ def expected_shapes(config: Qwen2_5_VLConfig) -> Shapes:
 
 
 def checked(named_tensors: Iterator[tuple[str, Tensor]], expected: Shapes) -> Iterator[tuple[str, Tensor]]:
-    """The fitting tensors under their module names; consumes `named_tensors` to its end whatever it finds.
+    """The fitting tensors; consumes `named_tensors` to its end whatever it finds.
 
     Raises ValueError at the end, naming what is missing, unknown, repeated or misshapen: other ranks draw from the
     same collectives, so stopping half-way would leave them hanging.
     """
     faults, seen = [], set()
     for name, tensor in named_tensors:
-        module_name = _module_name(name)
-        if module_name == "lm_head.weight" and module_name not in expected:
-            continue
-        if module_name not in expected:
+        if name not in expected:
             faults.append(f"{name}: unknown")
-        elif module_name in seen:
+        elif name in seen:
             faults.append(f"{name}: handed over twice")
-        elif expected[module_name] != tuple(tensor.shape):
-            faults.append(f"{name}: is {tuple(tensor.shape)}, expected {expected[module_name]}")
+        elif expected[name] != tuple(tensor.shape):
+            faults.append(f"{name}: is {tuple(tensor.shape)}, expected {expected[name]}")
         else:
-            yield module_name, tensor
-        seen.add(module_name)
+            yield name, tensor
+        seen.add(name)
     faults += [f"{name}: missing" for name in expected if name not in seen]
     if faults:
         more = f" and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
         raise ValueError("weights handed to the generator: " + "; ".join(faults[:_NAMED_FAULTS]) + more)
-
-
-def _module_name(name: str) -> str:
-    """The module path of a published name (`visual.`, `model.layers.`) or of transformers' own."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
-        return name
-    return name.replace("model.", "model.language_model.", 1)

@@ -1,6 +1,6 @@
 """Weights into a running vLLM engine of the same process: a backend of vLLM's weight-transfer interface.
 
-The trainer's tensors are already in this process, full and under Hugging Face names, so nothing is transferred:
+The trainer's tensors are already in this process, full and under transformers' names, so nothing is transferred:
 `receive_weights` gives them to vLLM's loader one at a time, inside a layer-wise reload (which undoes and redoes what
 the engine does to weights after loading, e.g. prepacking on the CPU). vLLM's shipped backends expect the trainer in
 another process.

@@ -118,8 +118,4 @@ def tokens(groups: list[Group]) -> list[list[tuple[int, ...]]]:
 
 
 def named_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """Under the names of the published Qwen2.5-VL files."""
-    return [
-        (name.replace("model.language_model.", "model.").replace("model.visual.", "visual."), parameter.detach())
-        for name, parameter in model.named_parameters()
-    ]
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]

@@ -120,17 +120,16 @@ def test_compact_prompt_keeps_one_token_a_picture_even_where_runs_touch():
 def test_hand_over_names_every_fault_after_the_last_tensor():
     expected = expected_shapes(tiny_config(tie=True))
     assert "lm_head.weight" not in expected
-    published = {name.replace("model.language_model.", "model.").replace("model.visual", "visual"): shape
-                 for name, shape in expected.items()}  # fmt: skip
-    whole = [(name, torch.empty(shape, device="meta")) for name, shape in published.items()]
-    assert [name for name, _ in checked(iter([*whole, ("lm_head.weight", torch.empty(1))]), expected)] == list(expected)
+    whole = [(name, torch.empty(shape, device="meta")) for name, shape in expected.items()]
+    assert [name for name, _ in checked(iter(whole), expected)] == list(expected)
 
     drawn = []
-    broken = [("model.norm.weight", torch.empty(3)), ("model.nothing.weight", torch.empty(1)), *whole[2:], whole[2]]
+    norm, published = "model.language_model.norm.weight", "model.norm.weight"
+    broken = [(norm, torch.empty(3)), (published, torch.empty(64)), *whole[2:], whole[2]]
     with pytest.raises(ValueError) as caught:
         list(checked((drawn.append(pair) or pair for pair in broken), expected))
     assert len(drawn) == len(broken)
-    for fault in ("model.norm.weight: is (3,), expected (64,)", "model.nothing.weight: unknown",
+    for fault in (f"{norm}: is (3,), expected (64,)", f"{published}: unknown",
                   f"{whole[2][0]}: handed over twice", f"{next(iter(expected))}: missing"):  # fmt: skip
         assert fault in str(caught.value)
 
