@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from megatron_papo.refuse import faults_of_inputs, faults_of_ranks
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
@@ -22,8 +23,6 @@ _VERBS = {
 }
 _SETTINGS_HELP = "a YAML file of settings, and settings as key.path=value, which win over the file"
 _EPILOG = "`papo VERB --dry-run` prints every setting and stops"
-_NEEDED = {"sft": "data.train", "train": "data.train", "eval": "data.eval"}
-"""Settings without which a verb has nothing to do, beside the model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             _check_given(options, config)
         _check_layout(config, num_ranks)
+        _raise_any(faults_of_ranks(options.verb, config, num_ranks))
     except ConfigError as error:
         return _refuse(error)
     return _run(options, config, num_ranks)
@@ -100,12 +100,15 @@ def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _implied(options: argparse.Namespace) -> list[str]:
-    """Settings that an option stands for."""
+    """Settings that an option stands for: `--model X` also takes back what a file says of other weights."""
     if options.model is None:
         return []
     if not options.model.is_dir():
         raise ConfigError(f"--model: {options.model} is not a folder")
-    return [f"model.path={options.model}"]
+    for override in options.overrides:
+        if override.partition("=")[0] in ("model.path", "model.checkpoint", "model.random_init"):
+            raise ConfigError(f"--model: names the weights, and {override} others; give one of the two")
+    return [f"model.path={options.model}", "model.checkpoint=null", "model.random_init=false"]
 
 
 def _num_ranks(config: Config, asked: int | None) -> int:
@@ -128,15 +131,13 @@ def _num_ranks(config: Config, asked: int | None) -> int:
 
 
 def _check_given(options: argparse.Namespace, config: Config) -> None:
-    """Refuses a verb that lacks what it works on."""
+    """Refuses a verb that lacks what it works on, or names what is not there."""
     if options.verb == "score" and not options.data.is_file():
         raise ConfigError(f"--data: {options.data}: no such file")
-    faults = []
-    if config.model.path is None and config.model.checkpoint is None:
-        faults.append("model.path: needed, a Hugging Face folder or a Megatron checkpoint")
-    section, _, key = _NEEDED.get(options.verb, "").partition(".")
-    if section and config.model_dump()[section][key] is None:
-        faults.append(f"{section}.{key}: papo {options.verb} needs it")
+    _raise_any(faults_of_inputs(options.verb, config))
+
+
+def _raise_any(faults: list[str]) -> None:
     if faults:
         raise ConfigError("\n".join(faults))
 

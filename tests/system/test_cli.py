@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from megatron_papo.config import load_config
+from megatron_papo.data import source
+from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
 from tests.unit.test_shape import PUBLISHED_3B
 
 PAPO = Path(sys.executable).with_name("papo")
@@ -76,7 +78,8 @@ def test_every_setting_that_cannot_be_is_refused_on_a_line_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("verb", ["sft", "train", "eval", "score"])
 def test_layouts_that_the_model_does_not_allow_are_refused_by_every_verb(tmp_path, model, verb):
-    (tmp_path / "in.jsonl").write_text("")
+    for name in ("in.jsonl", "x.jsonl"):
+        (tmp_path / name).write_text("")
     given = (
         ["--model", model, "--data", "in.jsonl", "--out", "out.jsonl"] if verb == "score" else [f"model.path={model}"]
     )
@@ -100,6 +103,109 @@ def test_what_a_verb_lacks_is_named(tmp_path, model):
     (model / "config.json").write_text("{}")
     (line,) = refusal("eval", "--model", model, "data.eval=x", cwd=tmp_path)
     assert line.startswith("papo: error: model.path: ") and "config.json" in line
+
+
+GIVEN = ("data.train=rows.jsonl", "data.eval=rows.jsonl")
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """The working directory with everything that `GIVEN` names."""
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "rewards" / "own.py").write_text("def share(response, answer, problem): ...")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "expected"),
+    [
+        ("train", ["data.train=gone.jsonl"], ["data.train: gone.jsonl: no such file or folder"]),
+        ("train", ["data.eval=./gone"], ["data.eval: ./gone: no such file or folder"]),
+        ("eval", ["data.eval=a/b/c"], ["data.eval: a/b/c: no such file or folder"]),
+        ("sft", ["data.train=gone/"], ["data.train: gone/: no such file or folder"]),
+        ("train", ["reward.function=share"], ["reward.function: 'share' is not written module:function"]),
+        ("train", ["reward.function=nowhere:share"], ["reward.function: there is no module nowhere"]),
+        ("eval", ["reward.function=rewards.gone:share"], ["reward.function: there is no module rewards.gone"]),
+        ("train", ["reward.function=rewards.own:shares"], ["reward.function: there is no shares in {}/rewards/own.py"]),
+        ("train", ["model.checkpoint=gone"], ["model.checkpoint: gone is not a folder"]),
+        ("train", ["checkpoint.reference=gone"], ["checkpoint.reference: gone is not a folder"]),
+        (
+            "sft",
+            ["model.freeze.vision=true", "model.freeze.projector=true", "model.freeze.language=true"],
+            ["model.freeze: nothing is left to train"],
+        ),
+        (
+            "train",
+            ["generation.engine=vllm", "generation.tensor=3", "--ranks", "4"],
+            ["generation.tensor: 3 does not divide the 4 ranks"],
+        ),
+        (
+            "train",
+            ["train.prompts_per_step=6", "train.updates_per_step=2", "parallel.tensor=2", "--ranks", "8"],
+            [
+                "train.prompts_per_step: 6 with train.updates_per_step=2 leaves an update 3 prompts, fewer than the "
+                "4 data-parallel ranks (8 ranks, parallel.tensor=2, parallel.pipeline=1)"
+            ],
+        ),
+        (
+            "sft",
+            ["sft.batch_size=1", "train.prompts_per_step=1", "train.updates_per_step=1", "--ranks", "2"],
+            [
+                "sft.batch_size: 1 rows are fewer than the 2 data-parallel ranks "
+                "(2 ranks, parallel.tensor=1, parallel.pipeline=1)"
+            ],
+        ),
+    ],
+)
+def test_what_could_only_fail_in_the_ranks_is_refused_before(rows, model, verb, words, expected):
+    found = refusal(verb, f"model.path={model}", *GIVEN, *words, cwd=rows)
+    assert found == [f"papo: error: {line.format(rows)}" for line in expected]
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings", "num_ranks"),
+    [
+        ("train", ["reward.function=rewards.own:share"], 1),
+        ("train", ["data.train=org/name", "data.eval=name"], 1),
+        ("train", ["data.train=shards/*.parquet", "data.eval=hf://datasets/org/name/a.parquet"], 1),
+        ("train", ["train.prompts_per_step=6", "train.updates_per_step=2", "parallel.tensor=2"], 6),
+        ("train", ["sft.batch_size=1"], 2),
+        ("eval", ["train.prompts_per_step=1", "train.updates_per_step=1", "data.train=gone.jsonl"], 4),
+        ("eval", ["model.freeze.vision=true", "model.freeze.projector=true", "model.freeze.language=true"], 1),
+        ("train", ["generation.tensor=3"], 4),  # without vLLM it means nothing
+        ("score", ["data.eval=gone.jsonl", "generation.engine=vllm", "generation.tensor=3"], 4),
+    ],
+)
+def test_what_may_still_work_is_not_refused(rows, model, monkeypatch, verb, settings, num_ranks):
+    monkeypatch.chdir(rows)
+    config = load_config(None, [f"model.path={model}", *GIVEN, *settings])
+    assert faults_of_inputs(verb, config) + faults_of_ranks(verb, config, num_ranks) == []
+
+
+def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not
+    config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])
+    (line,) = faults_of_inputs("train", config)
+    assert line.startswith("generation.engine: vLLM is not installed")
+    assert faults_of_inputs("sft", config) == []
+
+
+def test_the_kinds_of_files_are_those_that_can_be_opened():
+    assert set(DATA_SUFFIXES) == set(source._BUILDERS)
+
+
+def test_given_weights_win_over_those_of_the_file(tmp_path, model):
+    text = "model: {path: other, checkpoint: runs/a/checkpoints/step_00000050, random_init: true}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    done = papo("eval", "a.yaml", "--model", model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    read = yaml.safe_load(done.stdout)["model"]
+    assert (read["path"], read["checkpoint"], read["random_init"]) == (str(model), None, False)
+    assert refusal("eval", "--model", model, "model.checkpoint=b", "--dry-run", cwd=tmp_path) == [
+        "papo: error: --model: names the weights, and model.checkpoint=b others; give one of the two"
+    ]
 
 
 def test_ranks_that_the_layout_does_not_fit_are_refused(tmp_path):

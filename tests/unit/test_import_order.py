@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
-    ("cli", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "run", "save"),
+    ("cli", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save"),
     ("pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
