@@ -20,16 +20,19 @@ from megatron.core.utils import get_model_config
 from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config, OptimConfig
 
-type Policy = DistributedDataParallel
-"""This pipeline stage's `VisionLanguageModel`, as `.module`, with its gradient buffers."""
-
 
 @dataclass(frozen=True)
 class Optimizer:
     """Megatron's optimizer with its schedule; `step` clips, updates and moves the schedule on."""
 
+    policy: DistributedDataParallel
+    """The model with its gradient buffers: forward through it to accumulate gradients."""
     megatron: MegatronOptimizer
     schedule: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        self.policy.zero_grad_buffer()
+        self.megatron.zero_grad()
 
     def step(self) -> dict[str, float]:
         """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`."""
@@ -43,7 +46,7 @@ class Optimizer:
         return values
 
 
-def wrap_policy(model: MegatronModule, config: Config) -> Policy:
+def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParallel:
     """This stage's model with gradient buffers in fp32 that are summed over the data-parallel ranks."""
     transformer = get_model_config(model)
     transformer.calculate_per_token_loss = True  # Megatron's switch for "sum, do not average"
@@ -66,7 +69,7 @@ def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = N
     finalize_model_grads(model, None, **groups)
 
 
-def build_optimizer(policy: Policy, config: Config, num_updates: int) -> Optimizer:
+def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates: int) -> Optimizer:
     """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates."""
     optim, dtype = config.optim, parameter_dtype(config.model.dtype)
     settings = OptimizerConfig(
@@ -98,7 +101,7 @@ def build_optimizer(policy: Policy, config: Config, num_updates: int) -> Optimiz
     )
     if optim.warmup_steps:
         schedule.step(increment=1)  # Megatron's warm-up begins at a rate of zero: the first update would do nothing
-    return Optimizer(megatron, schedule)
+    return Optimizer(policy, megatron, schedule)
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:

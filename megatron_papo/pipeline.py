@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_papo.accelerator import device
 from megatron_papo.config import Config
-from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optim import Optimizer, Policy
+from megatron_papo.model.policy import HeadRequest, VisionLanguageModel
+from megatron_papo.optim import Optimizer
 from megatron_papo.packing import masked_row
 from megatron_papo.parallel import broadcast_from_last_stage, sum_metrics
 from megatron_papo.reference import ReferencePolicy
@@ -29,7 +29,7 @@ MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
 
 def score_logprobs(
-    policy: Policy,
+    policy: VisionLanguageModel,
     batches: Sequence[Batch],
     config: Config,
     head: HeadRequest,
@@ -48,7 +48,7 @@ def score_logprobs(
     if config.reads_masked_view and config.perception.masked_branch == "frozen":
         rows = _with(rows, "masked_logprobs_R", score(policy, [masked_row(row) for row in rows], head))
     if reference is not None:
-        with reference.swapped_into(policy.module):
+        with reference.swapped_into(policy):
             rows = _with(rows, "ref_logprobs_R", score(policy, rows, head))
     scored = iter(rows)
     return [tuple(next(scored) for _ in batch) for batch in batches]
@@ -60,7 +60,7 @@ def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs])
 
 
 @torch.no_grad()
-def score(policy: Policy, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
+def score(policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
     """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`.
 
     For rows of one view: a joint row's second view is not asked for.
@@ -82,16 +82,13 @@ def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadReq
     return HeadOutputs(logprobs_R, entropy_R)
 
 
-def update_policy(
-    policy: Policy, optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss
-) -> Metrics:
+def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss) -> Metrics:
     """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks.
 
     `loss/...` are values of this step's loss, so that adding up the metrics of updates gives their mean.
     """
-    policy.zero_grad_buffer()
-    optimizer.megatron.zero_grad()
-    collected: list[Metrics] = _run_schedule(policy, batch, head, micro_loss)
+    optimizer.zero_grad()
+    collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
     values = optimizer.step()
     total: Metrics = {}
     for metrics in collected:
@@ -111,13 +108,13 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
 
 
 def _run_schedule(
-    policy: Policy, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
+    model: nn.Module, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
     """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),
         data_iterator=iter(rows),
-        model=[policy],
+        model=[model],
         num_microbatches=len(rows),
         seq_length=1,  # ignored: lengths differ between rows (variable_seq_lengths)
         micro_batch_size=1,
@@ -126,7 +123,7 @@ def _run_schedule(
 
 
 def _forward_step(
-    rows: Iterator[MicroBatch], model: Policy, *, head: HeadRequest, micro_loss: MicroLoss | None
+    rows: Iterator[MicroBatch], model: nn.Module, *, head: HeadRequest, micro_loss: MicroLoss | None
 ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]:
     row = next(rows).to(device())
     return model(row, head), partial(_finish, row=row, micro_loss=micro_loss)

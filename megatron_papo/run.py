@@ -26,10 +26,9 @@ from megatron_papo.checkpoint.weights import load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Generator
-from megatron_papo.model.policy import build_policy
+from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.watchdog import StageClock
-from megatron_papo.optim import Policy, wrap_policy
 from megatron_papo.packing import Totals, empty_like, pack, sum_totals, token_totals
 from megatron_papo.parallel import Layout, gather_objects, initialize, shutdown
 from megatron_papo.reference import ReferencePolicy
@@ -44,7 +43,7 @@ class Run:
     shape: ModelShape
     processor: Processor
     clock: StageClock
-    policy: Policy
+    policy: VisionLanguageModel
     """This pipeline stage's model; its weights change in place."""
 
     @property
@@ -77,9 +76,9 @@ def open_run(config: Config) -> Iterator[Run]:
         clock = stack.enter_context(StageClock(config.run, layout.rank, config.observe.console))
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
-            policy = wrap_policy(build_policy(config, shape), config)
+            policy = build_policy(config, shape)
             if config.model.checkpoint is not None or not config.model.random_init:
-                load_weights(policy.module, shape, config.model.checkpoint or folder)
+                load_weights(policy, shape, config.model.checkpoint or folder)
         yield Run(config, layout, shape, processor, clock, policy)
 
 
@@ -102,17 +101,17 @@ def starting_reference(run: Run) -> ReferencePolicy:
     """The reference policy: the weights of `checkpoint.reference`, by default those the policy has now."""
     folder = run.config.checkpoint.reference
     if folder is None:
-        return ReferencePolicy(run.policy.module)
-    own = ReferencePolicy(run.policy.module)
-    load_weights(run.policy.module, run.shape, folder)
-    reference = ReferencePolicy(run.policy.module)
-    own.copy_into(run.policy.module)
+        return ReferencePolicy(run.policy)
+    own = ReferencePolicy(run.policy)
+    load_weights(run.policy, run.shape, folder)
+    reference = ReferencePolicy(run.policy)
+    own.copy_into(run.policy)
     return reference
 
 
 def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
     """Gives the generator the policy's weights as they are now."""
-    generator.load_weights(hf_tensors(run.policy.module, run.shape, module_names=True), policy_version)
+    generator.load_weights(hf_tensors(run.policy, run.shape, module_names=True), policy_version)
 
 
 def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:

@@ -73,14 +73,14 @@ class Checkpoints:
             return None
         folder = self._run.folder / "export"
         with self._run.clock.stage("export"):
-            write_hf(self._run.policy.module, self._run.shape, folder, model_folder(self._run.config))
+            write_hf(self._run.policy, self._run.shape, folder, model_folder(self._run.config))
         say(self._run, f"checkpoint: {self._store.latest()}")
         say(self._run, f"Hugging Face folder: {folder}")
         return folder
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
         cursor = {"verb": self._verb, **cursor}
-        return TrainState(self._run.policy.module, self._run.shape, self._optimizer, cursor, _tree(self._run.config))
+        return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, _tree(self._run.config))
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         verb = saved["cursor"].get("verb")

@@ -12,7 +12,7 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.order import DataCursor
 from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optim import Optimizer, build_optimizer
+from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
 from megatron_papo.record import Recorder, name_bad_rows
@@ -27,7 +27,7 @@ def main(config: Config) -> None:
         with run.clock.stage("set up"):
             dataset = PromptDataset(config.data, "train", run.processor, needs_answer=False)
             bad_rows = BadRows(config.data.on_bad_row)
-            optimizer = build_optimizer(run.policy, config, config.sft.steps)
+            optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
         cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
         checkpoints = Checkpoints(run, optimizer, "sft")
         state = checkpoints.resume()
@@ -73,4 +73,4 @@ def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:
     with run.clock.stage("pack"):
         rows = pack_update(run, groups, groups[0])
     with run.clock.stage("update"):
-        return update_policy(run.policy, optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)
+        return update_policy(optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)

@@ -23,7 +23,7 @@ from megatron_papo.evaluate import evaluate
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.losses import CollapseGuard, LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optim import Optimizer, build_optimizer
+from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
 from megatron_papo.record import Recorder, name_bad_rows, warn
@@ -94,7 +94,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         metrics: Metrics = {}
         for batch in batches:
             rows = _views(batch, config)
-            add_metrics(metrics, update_policy(run.policy, training.optimizer, rows, _head(run), loss))
+            add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             progress.advance()
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
@@ -112,7 +112,8 @@ def _open_training(run: Run) -> Iterator[Training]:
             stack.callback(generator.close)
             # the reference is the policy as it starts: taken before any checkpoint is resumed
             reference = starting_reference(run) if config.loss.reference_coef > 0 else None
-            optimizer = build_optimizer(run.policy, config, config.train.steps * config.train.updates_per_step)
+            wrapped = wrap_policy(run.policy, config)
+            optimizer = build_optimizer(wrapped, config, config.train.steps * config.train.updates_per_step)
         yield Training(
             run=run,
             optimizer=optimizer,

@@ -60,13 +60,13 @@ def _largest_gap(config: Config) -> tuple[float, int, float]:
             groups = generator.generate(prompts, sampling)
             return pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in groups])
 
-        generator.load_weights(hf_tensors(run.policy.module, run.shape, module_names=True), policy_version=0)
+        generator.load_weights(hf_tensors(run.policy, run.shape, module_names=True), policy_version=0)
         first = generated_rows()
         with torch.no_grad():
-            for parameter in run.policy.module.parameters():
+            for parameter in run.policy.parameters():
                 parameter.mul_(1.15)
         stale = [output.policy_logprobs_R for output in score(run.policy, first, head)]
-        generator.load_weights(hf_tensors(run.policy.module, run.shape, module_names=True), policy_version=1)
+        generator.load_weights(hf_tensors(run.policy, run.shape, module_names=True), policy_version=1)
         rows = generated_rows()
         scored = [output.policy_logprobs_R for output in score(run.policy, rows, head)]
         generator.close()

@@ -104,7 +104,7 @@ def _score_for_the_loss(config: Config) -> dict[str, Any]:
     from megatron_papo.run import open_run
 
     with open_run(config) as run:
-        module, rows, asked = run.policy.module, _rows(run), []
+        module, rows, asked = run.policy, _rows(run), []
         reference = ReferencePolicy(module)
         with torch.no_grad():
             for parameter in module.parameters():
@@ -136,16 +136,16 @@ def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
 
     from megatron_papo.losses import LossSettings, papo_loss
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.optim import build_optimizer
+    from megatron_papo.optim import build_optimizer, wrap_policy
     from megatron_papo.pipeline import update_policy
     from megatron_papo.run import open_run
 
     with open_run(config) as run:
         rows = _rows(run, (0, 1, 2, 3)[run.layout.data_rank :: run.layout.data_size])
         loss = partial(papo_loss, settings=LossSettings.at_step(config, 0))
-        optimizer = build_optimizer(run.policy, config, 1)
+        optimizer = build_optimizer(wrap_policy(run.policy, config), config, 1)
         head = HeadRequest(banned_ids=run.banned_ids)
-        return update_policy(run.policy, optimizer, rows, head, loss), len(rows)
+        return update_policy(optimizer, rows, head, loss), len(rows)
 
 
 @pytest.mark.parametrize("averaging", ["token", "sequence", "fixed"])
