@@ -1,4 +1,4 @@
-"""The PAPO objective per response token, in nats and fp32, and the guard against its collapse. Pure torch.
+"""The PAPO objective per response token, in nats and fp32. Pure torch.
 
 Every term is a weighted sum: `weights_R` and `perception_weights_R` already hold each token's share in the global
 mean, so micro-batches and data-parallel ranks add up and no layout changes the gradient.
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_papo.config import Config, EntropyConfig, GuardConfig, LossConfig, PerceptionConfig
+from megatron_papo.config import Config, EntropyConfig, LossConfig, PerceptionConfig
 from megatron_papo.types import HeadOutputs, Metrics, MicroBatch
 
 
@@ -211,54 +210,3 @@ def _metrics(sums: dict[str, tuple[Tensor, Tensor]]) -> Metrics:
     """One copy to the host for all of them."""
     flat = torch.stack([value.detach().double() for pair in sums.values() for value in pair]).tolist()
     return dict(zip(sums, zip(flat[::2], flat[1::2])))
-
-
-@dataclass(frozen=True)
-class GuardDecision:
-    action: Literal["none", "lower", "stop"]
-    reason: str
-    """The signs over their limits, with values; empty while there are none."""
-
-
-@dataclass(frozen=True)
-class CollapseGuard:
-    """Watches for collapse of the perception term: any sign over its limit, `patience` steps in a row, acts.
-
-    A value: `observe` returns the next guard. `factor` multiplies the perception coefficient.
-    """
-
-    config: GuardConfig
-    strikes: int = 0
-    factor: float = 1.0
-
-    def observe(
-        self, *, perception_kl: float | None, clip_high: float | None, masked_entropy: float | None
-    ) -> tuple[CollapseGuard, GuardDecision]:
-        """Token means of one step, None for what the step had no tokens for; NaN counts as over the limit."""
-        if self.config.action == "off":
-            return self, GuardDecision("none", "")
-        limits = self.config
-        signs = (
-            ("perception_kl", perception_kl, limits.perception_kl),
-            ("clip_high", clip_high, limits.clip_high_fraction),
-            ("masked_entropy", masked_entropy, limits.masked_entropy),
-        )
-        over = [f"{name} {value:.4g} > {limit:g}" for name, value, limit in signs if _is_over(value, limit)]
-        reason, strikes = ", ".join(over), self.strikes + 1 if over else 0
-        if strikes < self.config.patience:
-            return replace(self, strikes=strikes), GuardDecision("none", reason)
-        reason = f"{reason}, {strikes} steps in a row"
-        factor = self.factor * self.config.factor if self.config.action == "lower" else self.factor
-        return replace(self, strikes=0, factor=factor), GuardDecision(self.config.action, reason)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
-        return {"strikes": self.strikes, "factor": self.factor}
-
-    @classmethod
-    def from_state(cls, config: GuardConfig, state: dict[str, Any]) -> CollapseGuard:
-        return cls(config, strikes=int(state["strikes"]), factor=float(state["factor"]))
-
-
-def _is_over(value: float | None, limit: float) -> bool:
-    return value is not None and not value <= limit

@@ -21,7 +21,8 @@ from megatron_papo.data.masking import mask_images
 from megatron_papo.data.order import DataCursor
 from megatron_papo.evaluate import evaluate
 from megatron_papo.generation import Generator, Sampling, build_generator
-from megatron_papo.losses import CollapseGuard, LossSettings, papo_loss
+from megatron_papo.guard import CollapseGuard
+from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row

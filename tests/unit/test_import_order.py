@@ -22,7 +22,7 @@ LAYERS = (
     ("pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
-    ("advantages", "losses", "packing", "data", "rewards"),
+    ("advantages", "guard", "losses", "packing", "data", "rewards"),
     ("types",),
     ("config", "accelerator"),
 )

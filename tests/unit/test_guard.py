@@ -1,0 +1,49 @@
+"""The guard against collapse: which signs count, when it acts, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import json
+from math import exp, nan
+
+import pytest
+
+from megatron_papo.config import GuardConfig
+from megatron_papo.guard import CollapseGuard
+
+CALM = {"perception_kl": 0.05, "clip_high": 0.0005, "masked_entropy": 0.4}
+
+
+@pytest.mark.parametrize("sign", [{"perception_kl": 1.01}, {"clip_high": 0.008}, {"masked_entropy": nan}])
+def test_guard_lowers_after_patience_and_begins_anew(sign: dict):
+    guard = CollapseGuard(GuardConfig(action="lower", patience=2, factor=0.5))
+    actions, factors = [], []
+    for signs in (CALM, sign, CALM, sign, sign, sign, sign):
+        guard, decision = guard.observe(**(CALM | signs))
+        actions.append(decision.action)
+        factors.append(guard.factor)
+    assert actions == ["none", "none", "none", "none", "lower", "none", "lower"]
+    assert factors == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+    assert next(iter(sign)) in decision.reason and "2 steps in a row" in decision.reason
+
+
+def test_guard_stops_with_its_reason():
+    guard = CollapseGuard(GuardConfig(action="stop", patience=1))
+    guard, decision = guard.observe(perception_kl=2.5, clip_high=0.0, masked_entropy=1.2)
+    assert decision.action == "stop"
+    assert decision.reason == "perception_kl 2.5 > 1, masked_entropy 1.2 > 1.1, 1 steps in a row"
+
+
+def test_guard_is_silent_without_values_at_the_limit_and_when_off():
+    on, off = CollapseGuard(GuardConfig(action="stop", patience=1)), CollapseGuard(GuardConfig(patience=1))
+    nothing, at_limit = dict.fromkeys(CALM), {"perception_kl": 1.0, "clip_high": 0.007, "masked_entropy": 1.1}
+    for guard, signs in ((on, nothing), (on, at_limit), (off, {**CALM, "perception_kl": 9.0})):
+        after, decision = guard.observe(**signs)
+        assert after == guard and decision.action == "none" and decision.reason == ""
+
+
+def test_guard_survives_a_checkpoint():
+    config = GuardConfig(action="lower", patience=2)
+    guard = CollapseGuard(config, factor=0.25)
+    guard, _ = guard.observe(**(CALM | {"perception_kl": exp(1)}))
+    restored = CollapseGuard.from_state(config, json.loads(json.dumps(guard.state())))
+    assert restored == guard == CollapseGuard(config, strikes=1, factor=0.25)
