@@ -84,9 +84,16 @@ def open_run(config: Config) -> Iterator[Run]:
 
 def _quieten_megatron() -> None:
     """Megatron-Core remarks on its own experimental parts and on what is not installed; `papo doctor` says the latter
-    once, in words of what it costs."""
+    once, in words of what it costs. Its distributed optimizer adds what only its own authors can change."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    ddp = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
+    ddp.addFilter(lambda record: "full_param_layout not provided" not in record.getMessage())
+    deprecated = r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    # said of Megatron's own lines too, but without a GPU they come by way of our adaptation
+    not_a_leaf = r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"
+    warnings.filterwarnings("ignore", message=not_a_leaf, module=r"megatron_papo\.accelerator")
 
 
 def model_folder(config: Config) -> Path:

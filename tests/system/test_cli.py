@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_papo.config import load_config
+from megatron_papo.config import dump_config, load_config
 from megatron_papo.data import source
 from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
+from tests.tiny_run import make_inputs, metrics, tiny_run
 from tests.unit.test_shape import PUBLISHED_3B
 
 PAPO = Path(sys.executable).with_name("papo")
+REPO = Path(__file__).resolve().parents[2]
 OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
 
 
@@ -236,6 +238,16 @@ def test_of_the_ranks_started_from_outside_one_speaks(tmp_path):
 )
 def test_words_that_are_not_understood(tmp_path, words, expected):
     assert expected in refusal(*words, cwd=tmp_path)[-1]
+
+
+def test_a_run_prints_no_remarks_of_the_libraries(tmp_path):
+    inputs = make_inputs(tmp_path)
+    settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True}
+    (tmp_path / "a.yaml").write_text(dump_config(tiny_run(inputs, tmp_path / "run", **settings)))
+    done = papo("train", "a.yaml", "--ranks", "2", cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["papo: starting 2 ranks"]
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_doctor_says_what_is_there(tmp_path):
