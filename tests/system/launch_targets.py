@@ -26,6 +26,7 @@ def sum_ranks(folder: str) -> None:
     value = torch.tensor(float(rank + 1))
     dist.all_reduce(value)
     Path(folder, f"sum_{rank}").write_text(f"{value.item()} {torch.get_num_threads()} {os.environ['LOCAL_RANK']}")
+    dist.destroy_process_group()  # as `open_run` does: gloo's threads abort an interpreter that ends without it
 
 
 def rank_one_raises(folder: str) -> None:
