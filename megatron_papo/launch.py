@@ -164,7 +164,9 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
     running = list(ranks)
     while running:
         wait([process.sentinel for process in running])
-        if any(process.exitcode for process in running):
+        # asked for once: a rank's sentinel may fire before its exit code is there, and a second look would find it
+        exitcodes = [process.exitcode for process in running]
+        if any(exitcodes):
             failure = _explain(ranks, work, folder)
             stalled = failure.kind == "stalled"
             _stop(ranks)
@@ -172,7 +174,7 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
                 _print_stacks(ranks, work.run_dir)
             print_failure(failure, work.run_dir)
             return failure.exit_code
-        running = [process for process in running if process.exitcode is None]
+        running = [process for process, code in zip(running, exitcodes) if code is None]
     return 0
 
 

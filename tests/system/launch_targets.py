@@ -16,6 +16,7 @@ from megatron_papo.observe.watchdog import StageClock
 
 def _start(timeout_s: float = 60.0) -> int:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    dist.barrier()  # a rank that ends while others still join makes torch's C++ say so, which is not the subject here
     return dist.get_rank()
 
 
@@ -69,16 +70,16 @@ def rank_one_has_no_stage(folder: str) -> None:
 
 
 def slow_but_moving(folder: str) -> None:
-    """A stage three times as long as the limit that reports; one whose inner stages do; then one that stands still."""
-    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=1.0), 0, console=False)
-    with clock.stage("score", total=15) as progress:
-        for done in range(15):
+    """A stage twice as long as the limit that reports; one whose inner stages do; then one that stands still."""
+    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False)
+    with clock.stage("score", total=20) as progress:
+        for done in range(20):
             time.sleep(0.2)
-            progress.advance() if done % 2 else clock.report(done + 1, 15)
+            progress.advance() if done % 2 else clock.report(done + 1, 20)
     with clock.stage("evaluate"):
-        for _ in range(4):
+        for _ in range(3):
             with clock.stage("answer"):
-                time.sleep(0.7)
+                time.sleep(1.0)
     Path(folder, "survived").touch()
     with clock.stage("update"):
         _sleeps_instead()
@@ -86,9 +87,9 @@ def slow_but_moving(folder: str) -> None:
 
 def blocks_the_interpreter(folder: str) -> None:
     """Moves for a while, then a call in C that keeps the interpreter to itself: Python's watchdog cannot run."""
-    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=1.0), 0, console=False)
+    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False)
     with clock.stage("update") as progress:
-        for _ in range(6):
+        for _ in range(8):
             time.sleep(0.5)
             progress.advance()
         Path(folder, "survived").touch()

@@ -1,5 +1,6 @@
 """Local ranks: they talk, one reason for a failed run, stalls, and nothing left behind. Real gloo ranks throughout."""
 
+import multiprocessing.context
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_papo.launch import Work, first_host, launch, outer_rank
+from megatron_papo.launch import Work, _watch, first_host, launch, outer_rank
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,24 @@ def test_any_other_failure_shows_its_traceback(tmp_path, capfd):
     assert not (tmp_path / "failures").exists()
 
 
+class _LateToSay(multiprocessing.context.ForkProcess):
+    """Its sentinel fires a moment before its exit code is there, as happens on a busy machine."""
+
+    asked = 0
+
+    @property
+    def exitcode(self) -> int | None:
+        self.asked += 1
+        return None if self.asked == 1 else super().exitcode
+
+
+def test_a_failure_that_shows_late_is_no_success(tmp_path, capfd):
+    process = _LateToSay(target=os._exit, args=(3,))
+    process.start()
+    assert _watch([process], Work("none:none", (), tmp_path), tmp_path) == 1
+    assert last_line(capfd) == "papo: rank 0 failed: ended: with exit code 3"
+
+
 def test_a_rank_that_a_signal_ended_is_named_with_the_signal(tmp_path, capfd):
     code, seconds = run("rank_one_is_killed", tmp_path)
     assert code == 1
@@ -118,17 +137,17 @@ def test_a_stage_that_moves_may_take_longer_than_the_limit(tmp_path, capfd):
     code, seconds = run("slow_but_moving", tmp_path, num_ranks=1)
     assert code == 1
     assert (tmp_path / "survived").exists()
-    assert last_line(capfd) == "papo: rank 0 failed: stalled: stage update made no progress for run.stall_limit_s=1"
-    assert 6.5 < seconds < 12
+    assert last_line(capfd) == "papo: rank 0 failed: stalled: stage update made no progress for run.stall_limit_s=2"
+    assert 9 < seconds < 20
 
 
 def test_a_blocked_interpreter_is_ended_too_counted_from_its_last_progress(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("megatron_papo.observe.watchdog._BACKUP_S", 1.0)
     code, seconds = run("blocks_the_interpreter", tmp_path, num_ranks=1)
     assert code == 1
-    assert (tmp_path / "survived").exists(), "the limit with its reserve is 2 s, and it moved for 3"
+    assert (tmp_path / "survived").exists(), "the limit with its reserve is 3 s, and it moved for 4"
     assert "in _keeps_the_interpreter" in (tmp_path / "stacks" / "rank_0.txt").read_text()
-    assert 3.5 < seconds < 20
+    assert 6 < seconds < 20
 
 
 @pytest.mark.parametrize(
@@ -138,11 +157,14 @@ def test_a_blocked_interpreter_is_ended_too_counted_from_its_last_progress(tmp_p
 )
 def test_nothing_outlives_the_command(tmp_path, number, code):
     command = [sys.executable, "-m", "tests.system.launch_targets", "wait_with_a_child", str(tmp_path), "2"]
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE) as process:
-        pids = [pid for rank in range(2) for pid in _pids(tmp_path / f"pids_{rank}")]
-        assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
-        process.send_signal(number)
-        assert process.wait(timeout=20) == code
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, preexec_fn=_heeds_ctrl_c) as process:
+        try:
+            pids = [pid for rank in range(2) for pid in _pids(tmp_path / f"pids_{rank}")]
+            assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
+            process.send_signal(number)
+            assert process.wait(timeout=20) == code
+        finally:
+            process.kill()
     ranks = pids if number != signal.SIGKILL else [pids[0], pids[2]]  # a killed parent cannot end its grandchildren
     deadline = time.monotonic() + 5
     while any(map(_lives, ranks)) and time.monotonic() < deadline:
@@ -151,6 +173,11 @@ def test_nothing_outlives_the_command(tmp_path, number, code):
     for pid in pids:
         if _lives(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def _heeds_ctrl_c() -> None:
+    """A suite that runs in the background was started with SIGINT ignored, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _pids(path: Path) -> list[int]:
