@@ -52,9 +52,15 @@ def generate_in_shares(
     layout: Layout,
     answer: Callable[[list[Job]], list[Answer]],
     decode: Callable[[tuple[int, ...]], str],
-    policy_version: int,
+    policy_version: int | None,
 ) -> list[Group]:
-    """Groups in the order of `prompts`, the same on every rank of the model-parallel group."""
+    """Groups in the order of `prompts`, the same on every rank of the model-parallel group.
+
+    Raises RuntimeError while there is no `policy_version`: the engine has no weights yet.
+    """
+    if policy_version is None:
+        raise RuntimeError("generate before the first load_weights: the generator has no weights")
+    version: int = policy_version
     ranks = layout.tensor_size * layout.pipeline_size
     place = layout.pipeline_rank * layout.tensor_size + layout.tensor_rank
     # contiguous shares: a group's rollouts mostly stay together, and their prompt is read once
@@ -66,9 +72,7 @@ def generate_in_shares(
 
     def rollout(answer: Answer) -> Rollout:
         text = decode(answer.response_ids)
-        return Rollout(
-            answer.job.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, policy_version
-        )
+        return Rollout(answer.job.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, version)
 
     return [
         Group(prompt, tuple(rollout(by_place[place, index]) for index in range(sampling.group_size)))

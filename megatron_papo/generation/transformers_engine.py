@@ -51,8 +51,6 @@ class TransformersGenerator:
         self.policy_version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        if self.policy_version is None:
-            raise RuntimeError("generate before the first load_weights: the generator has no weights")
         return generate_in_shares(
             prompts,
             sampling,

@@ -65,8 +65,6 @@ class VllmGenerator:
         self.policy_version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        if self.policy_version is None:
-            raise RuntimeError("generate before the first load_weights: the generator has no weights")
         self._check_prompts(prompts, sampling)
         return generate_in_shares(
             prompts,
