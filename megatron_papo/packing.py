@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import LossConfig
-from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout
+from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def joint_row(row: MicroBatch) -> MicroBatch:
         row,
         token_ids_T=torch.cat([row.token_ids_T, row.token_ids_T[places_C]]),
         position_ids_3T=torch.cat([row.position_ids_3T, row.position_ids_3T[:, places_C]], dim=1),
-        segment_lengths=(*row.segment_lengths, *(row.segment_lengths[index] for index in copied)),
+        segments=(*row.segments, *(row.segments[index] for index in copied)),
         pixel_values=row.pixel_values + row.masked_pixel_values,
         grid_thw_I3=row.grid_thw_I3.repeat(2, 1),
         masked_pixel_values=(),
@@ -178,6 +178,10 @@ def empty_like(row: MicroBatch) -> MicroBatch:
 
 def _has_image(prompt: Prompt) -> bool:
     return prompt.inputs.pixel_values_PD is not None
+
+
+def _num_images(prompt: Prompt) -> int:
+    return 0 if prompt.inputs.grid_thw_I3 is None else len(prompt.inputs.grid_thw_I3)
 
 
 def _group_totals(group: Group) -> Totals:
@@ -249,7 +253,10 @@ def _row(sequences: Sequence[_Sequence], image_token_id: int, merge_size: int) -
     return MicroBatch(
         token_ids_T=torch.cat(tokens),
         position_ids_3T=torch.cat(positions, dim=1),
-        segment_lengths=tuple(ids_S.numel() for ids_S in tokens),
+        segments=tuple(
+            Segment(ids_S.numel(), num_images=_num_images(sequence.prompt))
+            for sequence, ids_S in zip(sequences, tokens)
+        ),
         target_ids_R=torch.tensor([word for sequence in sequences for word in sequence.rollout.response_ids]),
         logit_index_R=torch.cat(logit_index),
         rollout_index_R=torch.arange(len(sequences)).repeat_interleave(torch.tensor(lengths)),

@@ -8,7 +8,7 @@ stage that adds something returns a copy (`dataclasses.replace`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,20 +66,30 @@ class Group:
     advantages: tuple[float, ...] = ()
 
 
+class Segment(NamedTuple):
+    """A run of tokens of a packed row. It attends to itself, causally, and before that to all of its parent."""
+
+    length: int
+    parent: int | None = None
+    """Place in the row, among the segments, of the prompt that this response follows; a parent has none itself."""
+    num_images: int = 0
+    """Images whose tokens lie in this segment."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row: sequences laid end to end, each attending only to itself.
+    """One packed row: segments laid end to end, a prompt before the responses that share it.
 
-    Tensors ending in _R hold one value a response token, in row order. Sequences without a segment of their own do
-    not exist: padding, where a layout needs it, is a last segment that no loss reads.
+    Tensors ending in _R hold one value a response token, in row order. Tokens without a segment do not exist: padding,
+    where a layout needs it, is a last segment that no loss reads.
     """
 
     token_ids_T: Tensor
     """[T] int64."""
     position_ids_3T: Tensor
     """[3, T] int64: M-RoPE positions (time, height, width)."""
-    segment_lengths: tuple[int, ...]
-    """Lengths of the sequences in the row; they sum to T."""
+    segments: tuple[Segment, ...]
+    """In row order; their lengths sum to T."""
     pixel_values: tuple[Tensor, ...]
     """[P, D] float32 for each sequence that has images, in row order: the prompts' own tensors, one for all rollouts of
     a prompt. They stay on the host, where `to` leaves them; the first pipeline stage lays them end to end."""
@@ -118,6 +128,10 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids_T.numel()
 
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        return tuple(segment.length for segment in self.segments)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same row with its tensors on `device`, all but the pixels."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -149,4 +163,4 @@ The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline
 is whole, gives them a count of 1 each time.
 """
 
-__all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout"]
+__all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout", "Segment"]

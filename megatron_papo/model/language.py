@@ -24,6 +24,7 @@ from megatron_papo.model.attention import build_segments
 from megatron_papo.model.rotary import mrope_angles
 from megatron_papo.model.shape import ModelShape, padded
 from megatron_papo.model.specs import block_spec
+from megatron_papo.types import Segment
 
 
 class LanguageModel(LanguageModule):
@@ -66,9 +67,7 @@ class LanguageModel(LanguageModule):
         """[T, H], whole on every tensor rank."""
         return self.embedding(token_ids_T[None, :], None).squeeze(1)
 
-    def forward(
-        self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segment_lengths: tuple[int, ...]
-    ) -> Tensor:
+    def forward(self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """Hidden states of this stage; under sequence parallelism [T / ranks, 1, H], padded, else [T, 1, H].
 
         `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`.
@@ -79,7 +78,7 @@ class LanguageModel(LanguageModule):
         if embeddings_TH is not None:
             hidden = F.pad(embeddings_TH, (0, 0, 0, padding))[:, None, :]
             hidden = scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
-        lengths = (*segment_lengths, padding) if padding else segment_lengths
+        lengths = [segment.length for segment in segments] + ([padding] if padding else [])
         return self.decoder(
             hidden,
             attention_mask=None,

@@ -65,7 +65,7 @@ class VisionLanguageModel(MegatronModule):
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
         """Hidden states for the next stage; on the last, what the head says of the micro-batch's response tokens."""
         embeddings = self._embed(micro_batch) if self.pre_process else None
-        hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segment_lengths)
+        hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segments)
         return self._head(hidden, micro_batch, head) if self.post_process else hidden
 
     def _embed(self, micro_batch: MicroBatch) -> Tensor:

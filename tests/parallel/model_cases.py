@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_papo.types import MicroBatch
+from megatron_papo.types import MicroBatch, Segment
 from tests.tiny import tiny_config, tiny_model
 
 Grid = tuple[int, int]
@@ -138,7 +138,7 @@ def _pack(prompts: list[_Prompt], weights: Tensor) -> MicroBatch:
     return MicroBatch(
         token_ids_T=token_ids,
         position_ids_3T=torch.cat([prompt.positions for prompt in prompts], dim=1),
-        segment_lengths=tuple(lengths),
+        segments=tuple(map(Segment, lengths)),
         pixel_values=tuple(pixels),
         grid_thw_I3=torch.cat(grids) if grids else None,
         target_ids_R=token_ids[index_R + 1],

@@ -48,7 +48,7 @@ def joint(row):
         row,
         token_ids_T=row.token_ids_T.repeat(2),
         position_ids_3T=row.position_ids_3T.repeat(1, 2),
-        segment_lengths=row.segment_lengths * 2,
+        segments=row.segments * 2,
         pixel_values=(*row.pixel_values, *(pixels * 0.3 for pixels in row.pixel_values)),
         grid_thw_I3=row.grid_thw_I3.repeat(2, 1),
         masked_logit_index_R=row.logit_index_R + row.num_tokens,

@@ -21,7 +21,7 @@ from megatron_papo.losses import (
     sft_loss,
     top_tokens,
 )
-from megatron_papo.types import HeadOutputs, MicroBatch
+from megatron_papo.types import HeadOutputs, MicroBatch, Segment
 
 F64 = partial(torch.tensor, dtype=torch.float64)
 NO_COEFS = {"perception_coef": 0.0, "reference_coef": 0.0, "entropy_coef": 0.0, "masked_entropy_coef": 0.0}
@@ -37,7 +37,7 @@ def _row(**changes: Tensor) -> MicroBatch:
     row = MicroBatch(
         token_ids_T=torch.arange(6),
         position_ids_3T=torch.arange(6).expand(3, -1),
-        segment_lengths=(4, 2),
+        segments=(Segment(4), Segment(2)),
         pixel_values=(),
         grid_thw_I3=None,
         target_ids_R=torch.tensor([1, 2, 3, 5]),
