@@ -78,7 +78,8 @@ class LanguageModel(LanguageModule):
         if embeddings_TH is not None:
             hidden = F.pad(embeddings_TH, (0, 0, 0, padding))[:, None, :]
             hidden = scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
-        lengths = [segment.length for segment in segments] + ([padding] if padding else [])
+        if padding:
+            segments = (*segments, Segment(padding))
         return self.decoder(
             hidden,
             attention_mask=None,
@@ -88,7 +89,7 @@ class LanguageModel(LanguageModule):
                 theta=self.shape.rope_theta,
                 sections=self.shape.mrope_section,
             ),
-            packed_seq_params=build_segments(lengths, causal=True, device=position_ids_3T.device),
+            packed_seq_params=build_segments(segments, causal=True, device=position_ids_3T.device),
         )
 
     def head_input(self, hidden: Tensor) -> Tensor:

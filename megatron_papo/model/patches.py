@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_papo.model.attention import WindowedSegments, build_segments
 from megatron_papo.model.rotary import vision_angles
 from megatron_papo.model.shape import VisionShape
+from megatron_papo.types import Segment
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, devi
     positions = np.concatenate([image.positions for image in images])[patch_order]
     padding = -len(patch_order) % multiple
     positions = np.concatenate([positions, np.zeros((padding, 2), dtype=np.int64)])
-    end = [padding] if padding else []
-    windows = [length for image in images for length in image.windows] + end
-    frames = [length for image in images for length in image.frames] + end
+    end = [Segment(padding)] if padding else []
+    windows = [Segment(length) for image in images for length in image.windows] + end
+    frames = [Segment(length) for image in images for length in image.frames] + end
     return PatchPlan(
         patch_order_P=torch.from_numpy(patch_order).to(device),
         token_order_M=torch.from_numpy(np.argsort(block_order)).to(device),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_papo.model.attention import build_segments
 from tests.parallel.model_cases import Case, write_case
 from tests.ranks import run_ranks
 
@@ -230,16 +229,3 @@ def _transformer_engine(folder: Path) -> str:
 def test_transformer_engine_asked_for_and_absent(folder):
     (message,) = run_ranks(_transformer_engine, 1, folder)
     assert message.startswith("model.spec: transformer_engine needs ")
-
-
-def test_sequences_are_batched_by_length_and_equal_ones_stay_where_they_are():
-    def batched(lengths: tuple[int, ...], causal: bool) -> tuple:
-        segments = build_segments(lengths, causal=causal, device=torch.device("cpu"))
-        gather = None if segments.gather_index_N is None else segments.gather_index_N.tolist()
-        return segments.batches, gather
-
-    assert batched((5, 5, 5), True) == (((3, 5),), None)
-    assert batched((7,), True) == (((1, 7),), None)
-    # 9 and 8 share a batch, 8 padded by its last token; 2 is too short for it
-    assert batched((2, 9, 8), True) == (((2, 9), (1, 2)), [*range(2, 11), *range(11, 19), 18, 0, 1])
-    assert batched((4, 2, 4), False) == (((2, 4), (1, 2)), [0, 1, 2, 3, 6, 7, 8, 9, 4, 5])
