@@ -12,6 +12,7 @@ import math
 import os
 import socket
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,25 @@ def gather_objects(obj: Any, group: dist.ProcessGroup) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, obj, group=group)
     return gathered
+
+
+def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], group: dist.ProcessGroup) -> list[Any]:
+    """This rank's items without those it gives away, followed by those it is given; anything that pickles.
+
+    `moves`: (rank of the group that gives, place among its items, rank that receives), equal on every rank. One at a
+    time and from rank to rank, so that no other rank ever holds what is moved.
+    """
+    own = dist.get_rank(group)
+    kept: dict[int, Any] = dict(enumerate(items))
+    received = []
+    for source, place, target in moves:
+        if own == source:
+            dist.send_object_list([kept.pop(place)], group=group, group_dst=target)
+        elif own == target:
+            box: list[Any] = [None]
+            dist.recv_object_list(box, group=group, group_src=source)
+            received += box
+    return [*kept.values(), *received]
 
 
 def sum_metrics(metrics: Metrics) -> Metrics:

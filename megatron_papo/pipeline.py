@@ -34,29 +34,48 @@ def score_logprobs(
     config: Config,
     head: HeadRequest,
     reference: ReferencePolicy | None,
+    *,
+    reference_is_policy: bool = False,
 ) -> list[Batch]:
     """The batches with the log-probs that the loss compares against, and no others.
 
-    `old_logprobs_R` only when a rollout batch has several updates (with one, the policy is the old policy);
-    `masked_logprobs_R` for a frozen masked branch; `ref_logprobs_R` when there is a reference. Of what `head` asks for
-    the log-probs alone are made.
+    `old_logprobs_R` from the second update of a rollout batch on: in the first the policy is the old policy.
+    `masked_logprobs_R` for a frozen masked branch, in rows with an image; `ref_logprobs_R` when there is a reference.
+    All that the policy is asked for goes through the pipeline in one forward-only pass, the reference in another, or in
+    the same as long as it has the policy's weights (`reference_is_policy`). Of what `head` asks for the log-probs alone
+    are made.
     """
     head = replace(head, full_entropy=False, full_kl=False)
-    rows = [micro_batch for batch in batches for micro_batch in batch]
-    if config.train.updates_per_step > 1:
-        rows = _with(rows, "old_logprobs_R", score(policy, rows, head))
-    if config.reads_masked_view and config.perception.masked_branch == "frozen":
-        rows = _with(rows, "masked_logprobs_R", score(policy, [masked_row(row) for row in rows], head))
-    if reference is not None:
+    rows = [row for batch in batches for row in batch]
+    first_update = {id(row) for row in batches[0]} if batches else set()
+    asked: list[tuple[int, MicroBatch, tuple[str, ...]]] = []
+    for place, row in enumerate(rows):
+        as_is = [] if id(row) in first_update else ["old_logprobs_R"]
+        if reference_is_policy and reference is not None:
+            as_is.append("ref_logprobs_R")
+        if as_is:
+            asked.append((place, row, tuple(as_is)))
+        if config.reads_masked_view and not config.reads_joint_rows and row.pixel_values:
+            asked.append((place, masked_row(row), ("masked_logprobs_R",)))
+    found = _ask(policy, asked, head)
+    if reference is not None and not reference_is_policy:
         with reference.swapped_into(policy):
-            rows = _with(rows, "ref_logprobs_R", score(policy, rows, head))
+            found += _ask(policy, [(place, row, ("ref_logprobs_R",)) for place, row in enumerate(rows)], head)
+    for place, values in found:
+        rows[place] = replace(rows[place], **values)
     scored = iter(rows)
     return [tuple(next(scored) for _ in batch) for batch in batches]
 
 
-def _with(rows: Sequence[MicroBatch], name: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatch]:
-    found: list[dict[str, Any]] = [{name: output.policy_logprobs_R} for output in outputs]
-    return [replace(row, **values) for row, values in zip(rows, found, strict=True)]
+def _ask(
+    policy: VisionLanguageModel, asked: Sequence[tuple[int, MicroBatch, tuple[str, ...]]], head: HeadRequest
+) -> list[tuple[int, dict[str, Any]]]:
+    """For every (place, row, names): (place, the row's log-probs under each of these names)."""
+    outputs = score(policy, [row for _, row, _ in asked], head)
+    return [
+        (place, dict.fromkeys(names, output.policy_logprobs_R))
+        for (place, _, names), output in zip(asked, outputs, strict=True)
+    ]
 
 
 @torch.no_grad()

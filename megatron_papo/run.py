@@ -29,11 +29,15 @@ from megatron_papo.generation import Generator
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.watchdog import StageClock
-from megatron_papo.packing import Totals, empty_like, pack, sum_totals, token_totals
-from megatron_papo.parallel import Layout, gather_objects, initialize, shutdown
+from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
+from megatron_papo.parallel import Layout, gather_objects, initialize, move_items, shutdown
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.types import Batch, Group
+
+_SLOTS_PER_STAGE = 2
+"""A pipeline gets at least this many rows a stage, as far as there are prompts: with p stages and m rows it stands
+still for (p - 1) / (m + p - 1) of the time."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ def pack_rows(
         loss=loss or LossConfig(),
         totals=totals or token_totals(groups),
         joint=joint,
+        cost=group_cost(run),
+        least_rows=_SLOTS_PER_STAGE * run.layout.pipeline_size if run.layout.pipeline_size > 1 else 1,
         image_token_id=run.shape.image_token_id,
         merge_size=run.shape.vision.spatial_merge_size,
         banned_ids=run.banned_ids,
@@ -158,10 +164,25 @@ def pack_update(
 ) -> Batch:
     """The micro-batches of one optimizer step; weights are shares of the mean over all data-parallel ranks.
 
-    A rank without groups packs `spare` with weights of zero, so that it takes part in the update all the same.
+    Groups first move between data-parallel ranks until all have as much to compute. A rank without groups packs
+    `spare` with weights of zero, so that it takes part in the update all the same.
     """
+    groups = _balanced(run, groups, joint)
     totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
     if groups:
         return pack_rows(run, groups, totals, loss, joint)
     idle = replace(spare, advantages=(0.0,) * len(spare.rollouts))
     return tuple(empty_like(row) for row in pack_rows(run, [idle], totals, loss, joint))
+
+
+def _balanced(run: Run, groups: Sequence[Group], joint: bool) -> Sequence[Group]:
+    if run.layout.data_size == 1:
+        return groups
+    costs = [whole(group, joint).cost(group_cost(run)) for group in groups]
+    moves = balance(gather_objects(costs, run.layout.data_group))
+    return move_items(groups, [(move.source, move.place, move.target) for move in moves], run.layout.data_group)
+
+
+def group_cost(run: Run) -> Cost:
+    """FLOPs."""
+    return lambda prompt, responses, grids: prompt + sum(responses)

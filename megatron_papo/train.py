@@ -89,7 +89,10 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     with clock.stage("pack"):
         batches = [pack_update(run, groups, spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
-        batches = score_logprobs(run.policy, batches, config, _head(run), training.reference)
+        untouched = step == 0 and config.checkpoint.reference is None
+        batches = score_logprobs(
+            run.policy, batches, config, _head(run), training.reference, reference_is_policy=untouched
+        )
     with clock.stage("update", total=len(batches)) as progress:
         loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
         metrics: Metrics = {}

@@ -39,6 +39,14 @@ class Prompt:
     masked_pixel_values_PD: Tensor | None = None
     """The masked view through the same processor; same shape as inputs.pixel_values_PD."""
 
+    @property
+    def num_images(self) -> int:
+        return 0 if self.inputs.grid_thw_I3 is None else len(self.inputs.grid_thw_I3)
+
+    @property
+    def has_image(self) -> bool:
+        return self.num_images > 0
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -91,8 +99,8 @@ class MicroBatch:
     segments: tuple[Segment, ...]
     """In row order; their lengths sum to T."""
     pixel_values: tuple[Tensor, ...]
-    """[P, D] float32 for each sequence that has images, in row order: the prompts' own tensors, one for all rollouts of
-    a prompt. They stay on the host, where `to` leaves them; the first pipeline stage lays them end to end."""
+    """[P, D] float32 for each prompt that has images, in row order: the prompts' own tensors. They stay on the host,
+    where `to` leaves them; the first pipeline stage lays them end to end."""
     grid_thw_I3: Tensor | None
     """[I, 3] int64 of all images of the row, in order of appearance."""
     target_ids_R: Tensor
@@ -100,7 +108,7 @@ class MicroBatch:
     logit_index_R: Tensor
     """[R] int64: places in the row whose hidden state predicts each response token."""
     rollout_index_R: Tensor
-    """[R] int64: which sequence of the row a response token belongs to."""
+    """[R] int64: which of `sequences` a response token belongs to."""
     loss_mask_R: Tensor
     """[R] bool: the only token mask; False for tokens that no loss reads."""
     has_image_R: Tensor
@@ -115,7 +123,7 @@ class MicroBatch:
     rollout_logprobs_R: Tensor
     """[R] float32, as the engine reported them."""
     sequences: tuple[tuple[str, int], ...] = ()
-    """Prompt id and rollout index of each sequence, in row order; `rollout_index_R` points here."""
+    """Prompt id and rollout index of each rollout, in row order; `rollout_index_R` points here."""
     masked_pixel_values: tuple[Tensor, ...] = ()
     """The masked view, shapes as in pixel_values; empty when the prompts have none."""
     masked_logit_index_R: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_papo.config import Config, LossConfig
 from megatron_papo.losses import LossSettings, papo_loss, sft_loss
 from megatron_papo.packing import (
     Totals,
+    balance,
     empty_like,
     joint_row,
     masked_row,
@@ -23,7 +25,7 @@ from megatron_papo.packing import (
     supervised_group,
     token_totals,
 )
-from megatron_papo.types import Batch, Group, HeadOutputs, MicroBatch, ModelInputs, Prompt, Rollout
+from megatron_papo.types import Batch, Group, HeadOutputs, MicroBatch, ModelInputs, Prompt, Rollout, Segment
 from tests.tiny import tiny_config
 
 IMAGE, START, END, VIDEO, MERGE = 261, 259, 260, 262, 2
@@ -59,7 +61,13 @@ def _group(prompt: Prompt, *responses: tuple[int, ...], rewards: tuple[float, ..
 
 
 def _pack(
-    groups: list[Group], *, budget: int = 1000, joint: bool = False, totals: Totals | None = None, **loss
+    groups: list[Group],
+    *,
+    budget: int = 1000,
+    joint: bool = False,
+    totals: Totals | None = None,
+    least_rows: int = 1,
+    **loss,
 ) -> Batch:
     return pack(
         groups,
@@ -69,8 +77,14 @@ def _pack(
         joint=joint,
         image_token_id=IMAGE,
         merge_size=MERGE,
+        cost=_tokens,
         banned_ids=(START, END, VIDEO),
+        least_rows=least_rows,
     )
+
+
+def _tokens(prompt: int, responses: Sequence[int], grids: Sequence[Grid]) -> float:
+    return prompt + sum(responses)
 
 
 @pytest.mark.parametrize(
@@ -132,28 +146,38 @@ def test_a_row_by_hand():
     groups = _two_groups()
     (row,) = _pack(groups)
     image = [1, START, IMAGE, IMAGE, END, 2]
-    assert row.token_ids_T.tolist() == [*image, 10, 11, *image, 12, 3, 4, 13, 14, 15, 3, 4, 16, 17]
-    assert row.segment_lengths == (8, 7, 5, 4) and row.num_tokens == 24
+    assert row.token_ids_T.tolist() == [*image, 10, 11, 12, 3, 4, 13, 14, 15, 16, 17]
+    assert row.segments == (
+        Segment(6, None, 1), Segment(2, 0), Segment(1, 0), Segment(2), Segment(3, 3), Segment(2, 3),
+    )  # fmt: skip
+    assert row.num_tokens == 16 and row.segment_lengths == (6, 2, 1, 2, 3, 2)
     assert row.target_ids_R.tolist() == [10, 11, 12, 13, 14, 15, 16, 17]
-    # the first token of a response is predicted by the last of its prompt
-    assert row.logit_index_R.tolist() == [5, 6, 13, 16, 17, 18, 21, 22]
-    assert torch.equal(row.token_ids_T[row.logit_index_R + 1], row.target_ids_R)
+    # the first token of every response is predicted by the last of the prompt that they share
+    assert row.logit_index_R.tolist() == [5, 6, 5, 10, 11, 12, 10, 14]
     assert row.rollout_index_R.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert row.sequences == (("a", 0), ("a", 1), ("b", 0), ("b", 1))
     assert row.has_image_R.tolist() == [True] * 3 + [False] * 5 and row.loss_mask_R.all()
     std = 0.5**0.5 + 1e-6
     assert row.advantages_R.tolist() == pytest.approx([0.5 / std, 0.5 / std, -0.5 / std, 0, 0, 0, 0, 0])
     assert row.rollout_logprobs_R.tolist() == [-10, -11, -12, -13, -14, -15, -16, -17]
-    # the prompt's own tensors, once a rollout: a copy of each would be most of a step's memory
+    # the prompt's own tensors, once for all its rollouts
     prompt = groups[0].prompt
-    assert [id(pixels) for pixels in row.pixel_values] == [id(prompt.inputs.pixel_values_PD)] * 2
-    assert [id(pixels) for pixels in row.masked_pixel_values] == [id(prompt.masked_pixel_values_PD)] * 2
-    assert row.grid_thw_I3.tolist() == [[1, 2, 4]] * 2
-    assert row.position_ids_3T[:, 8:15].tolist() == [
-        [0, 1, 2, 2, 4, 5, 6],
-        [0, 1, 2, 2, 4, 5, 6],
-        [0, 1, 2, 3, 4, 5, 6],
+    assert [id(pixels) for pixels in row.pixel_values] == [id(prompt.inputs.pixel_values_PD)]
+    assert [id(pixels) for pixels in row.masked_pixel_values] == [id(prompt.masked_pixel_values_PD)]
+    assert row.grid_thw_I3.tolist() == [[1, 2, 4]]
+    assert row.position_ids_3T[:, :9].tolist() == [
+        [0, 1, 2, 2, 4, 5, 6, 7, 6],
+        [0, 1, 2, 2, 4, 5, 6, 7, 6],
+        [0, 1, 2, 3, 4, 5, 6, 7, 6],
     ]
-    assert row.position_ids_3T[:, 15:20].tolist() == [list(range(5))] * 3
+    assert row.position_ids_3T[:, 9:].tolist() == [[0, 1, 2, 3, 4, 2, 3]] * 3
+
+
+def test_a_prompt_with_one_response_is_one_plain_segment():
+    (row,) = _pack([_group(_prompt("a", 1, (1, 2, 4), 2), (10, 11))])
+    assert row.segments == (Segment(8, None, 1),) and row.logit_index_R.tolist() == [5, 6]
+    assert row.token_ids_T.tolist() == [1, START, IMAGE, IMAGE, END, 2, 10, 11]
+    assert row.position_ids_3T[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -185,14 +209,32 @@ def test_totals_of_ranks_add_up_and_reach_the_weights():
     assert row.weights_R.tolist() == pytest.approx([1 / 8] * 3)
 
 
-def test_rows_fill_first_fit_longest_first_and_lose_nothing():
+def test_rows_are_few_and_of_equal_cost_and_lose_nothing():
     groups = [_group(_prompt("t", 1, 2), tuple(range(10, 10 + length)), (9,)) for length in (5, 2, 6, 1)]
-    rows = _pack(groups, budget=10)
-    # lengths by sequence: 7 3 | 4 3 | 8 3 | 3 3.  Longest first: 8, 7 + 3, 4 + 3 + 3, 3 + 3
-    assert [row.segment_lengths for row in rows] == [(8,), (7, 3), (4, 3, 3), (3, 3)]
-    assert sorted(length for row in rows for length in row.segment_lengths) == [3, 3, 3, 3, 3, 4, 7, 8]
+    rows = _pack(groups, budget=15)
+    # tokens by group: 8, 5, 9, 4. Two rows hold them: 9 + 4 and 8 + 5
+    assert [row.segment_lengths for row in rows] == [(2, 5, 1, 2, 2, 1), (2, 6, 1, 2, 1, 1)]
     assert sum(float(row.weights_R.sum()) for row in rows) == pytest.approx(1.0)
     assert _pack([], totals=Totals(1, 1, 0, 0)) == ()
+
+
+def test_a_pipeline_gets_rows_as_far_as_there_are_prompts():
+    groups = [_group(_prompt("t", 1, 2), (10,) * length, (9,)) for length in (5, 2, 6, 1)]
+    assert [len(_pack(groups, least_rows=least)) for least in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert [row.num_tokens for row in _pack(groups, least_rows=2)] == [13, 13]
+
+
+def test_a_group_over_the_budget_is_split_by_responses_into_few_even_parts():
+    prompt = _prompt("a", 1, (1, 2, 4), 2)  # 6 tokens
+    lengths = (1, 7, 2, 6, 3, 5)  # 24
+    group = _group(prompt, *(tuple(range(10, 10 + length)) for length in lengths))
+    rows = _pack([group], budget=19)  # room for 13 response tokens: two parts of 12
+    assert [row.num_tokens for row in rows] == [18, 18]
+    assert [row.sequences for row in rows] == [(("a", 0), ("a", 3), ("a", 5)), (("a", 1), ("a", 2), ("a", 4))]
+    assert [len(row.pixel_values) for row in rows] == [1, 1]
+    assert [row.num_tokens for row in _pack([group], budget=16)] == [14, 14, 14]
+    # alone in its row, a response is one segment with its prompt
+    assert [row.segments for row in _pack([group], budget=13)][1] == (Segment(13, None, 1),)
 
 
 def test_joint_packing_leaves_room_for_the_copies():
@@ -202,14 +244,56 @@ def test_joint_packing_leaves_room_for_the_copies():
     rows = _pack(groups, budget=16, joint=True)  # 12, 12 and 4
     assert [row.segment_lengths for row in rows] == [(6, 4), (6,)]
     assert [joint_row(row).num_tokens for row in rows] == [16, 12]
+    # 4 + 2 x 3 tokens in two views are 20: split into 14 and 14
+    split = _pack([_group(image, (10, 11, 12), (13, 14, 15))], budget=19, joint=True)
+    assert [joint_row(row).num_tokens for row in split] == [14, 14]
 
 
-def test_a_sequence_over_the_budget_is_refused_with_both_numbers():
-    groups = [_group(_prompt("long one", 1, 2, (1, 2, 2)), (10, 11, 12))]
-    with pytest.raises(ValueError, match=r"prompt long one: a sequence of 8 tokens .*tokens_per_micro_batch=7"):
+def test_a_response_over_the_budget_is_refused_with_the_numbers():
+    groups = [_group(_prompt("long one", 1, 2, (1, 2, 2)), (10, 11, 12), (10,))]
+    message = r"prompt long one: its 5 tokens with a response of 3 are 8, more than train.tokens_per_micro_batch=7"
+    with pytest.raises(ValueError, match=message):
         _pack(groups, budget=7)
-    with pytest.raises(ValueError, match=r"prompt long one: a sequence of 16 tokens \(two views\) .*=15"):
+    message = r"5 tokens with a response of 3 in two views are 16, more than train.tokens_per_micro_batch=15"
+    with pytest.raises(ValueError, match=message):
         _pack(groups, budget=15, joint=True)
+
+
+def test_images_without_pixels_or_masked_views_are_refused_with_the_numbers():
+    whole = _prompt("a", 1, (1, 2, 4), (1, 2, 2))
+    blind = replace(whole, inputs=replace(whole.inputs, pixel_values_PD=None))
+    with pytest.raises(ValueError, match="prompt a: 2 images and 0 pixels"):
+        _pack([_group(blind, (10,))])
+    unmasked = replace(whole, masked_pixel_values_PD=None)
+    with pytest.raises(ValueError, match="prompt a: 2 images and 0 masked ones: a row of both views needs each"):
+        _pack([_group(unmasked, (10,))], joint=True)
+    gone = replace(whole, inputs=ModelInputs(whole.inputs.token_ids_S, None, None))
+    with pytest.raises(ValueError, match=r"prompt a: 3 image tokens for 0 images"):
+        _pack([_group(gone, (10,))], joint=True)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranks_are_balanced_with_few_moves(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    num_ranks, num_groups = 4, 12
+    costs = torch.exp(torch.randn(num_ranks, num_groups, generator=generator) / 2).tolist()
+    moves = balance(costs)
+    held = [dict(enumerate(own)) for own in costs]
+    for move in moves:
+        assert move.source != move.target
+        held[move.target][move.source, move.place] = held[move.source].pop(move.place)
+    loads, before = [sum(own.values()) for own in held], [sum(own) for own in costs]
+    assert sum(loads) == pytest.approx(sum(before)) and max(loads) <= 1.02 * sum(loads) / num_ranks
+    assert len(moves) <= num_groups and len({(move.source, move.place) for move in moves}) == len(moves)
+
+
+def test_what_is_balanced_stays_and_nothing_is_balanced_alone():
+    assert balance([[3.0, 1.0], [2.0, 2.0]]) == [] and balance([[5.0]]) == [] and balance([[], []]) == []
+    (move,) = balance([[4.0, 4.0], []])
+    assert (move.source, move.target) == (0, 1)
+    # a swap, where giving alone does not help: 6 + 4 and 5 + 1 become 5 + 4 and 6 + 1 ... or 6 + 1 and 5 + 4
+    moves = balance([[6.0, 4.0], [5.0, 1.0]])
+    assert sorted((move.source, move.target) for move in moves) == [(0, 1), (1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +327,7 @@ def test_masked_row_differs_in_its_pixels_alone():
     (row,) = _pack(_two_groups())
     masked = masked_row(row)
     assert masked.pixel_values is row.masked_pixel_values
-    assert [torch.equal(view, -pixels) for view, pixels in zip(masked.pixel_values, row.pixel_values)] == [True] * 2
+    assert [torch.equal(view, -pixels) for view, pixels in zip(masked.pixel_values, row.pixel_values)] == [True]
     for name in ("token_ids_T", "position_ids_3T", "logit_index_R", "target_ids_R", "grid_thw_I3"):
         assert getattr(masked, name) is getattr(row, name)
     (text,) = _pack(_two_groups()[1:])
@@ -258,17 +342,19 @@ def test_moving_a_row_leaves_its_pixels_where_they_are():
 
 
 def test_joint_row_by_hand():
-    (row,) = _pack(list(reversed(_two_groups())))  # text first, then two sequences with an image
+    (row,) = _pack(list(reversed(_two_groups())))  # text first, then a prompt with an image
     joint = joint_row(row)
-    assert row.segment_lengths == (5, 4, 8, 7) and joint.segment_lengths == (5, 4, 8, 7, 8, 7)
-    assert torch.equal(joint.token_ids_T, torch.cat([row.token_ids_T, row.token_ids_T[9:]]))
-    assert torch.equal(joint.position_ids_3T[:, 24:], row.position_ids_3T[:, 9:])
+    assert row.segments == (
+        Segment(2), Segment(3, 0), Segment(2, 0), Segment(6, None, 1), Segment(2, 3), Segment(1, 3),
+    )  # fmt: skip
+    assert joint.segments == (*row.segments, Segment(6, None, 1), Segment(2, 6), Segment(1, 6))
+    assert torch.equal(joint.token_ids_T, torch.cat([row.token_ids_T, row.token_ids_T[7:]]))
+    assert torch.equal(joint.position_ids_3T[:, 16:], row.position_ids_3T[:, 7:])
     assert list(map(id, joint.pixel_values)) == list(map(id, (*row.pixel_values, *row.masked_pixel_values)))
-    assert joint.grid_thw_I3.tolist() == [[1, 2, 4]] * 4 and joint.masked_pixel_values == ()
+    assert joint.grid_thw_I3.tolist() == [[1, 2, 4]] * 2 and joint.masked_pixel_values == ()
     assert torch.equal(joint.logit_index_R, row.logit_index_R)
-    # text: the original's place; images: 15 further, by the length of what is copied
-    assert (joint.masked_logit_index_R - row.logit_index_R).tolist() == [0] * 5 + [15] * 3
-    assert torch.equal(joint.token_ids_T[joint.masked_logit_index_R + 1], row.target_ids_R)
+    # text: the original's place; images: 9 further, by the length of what is copied
+    assert (joint.masked_logit_index_R - row.logit_index_R).tolist() == [0] * 5 + [9] * 3
     (text,) = _pack(_two_groups()[1:])
     assert torch.equal(joint_row(text).masked_logit_index_R, text.logit_index_R)
     assert joint_row(text).token_ids_T is text.token_ids_T
@@ -318,7 +404,7 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(averaging: str, kl
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.tensor(pair)
         results.append(([row.segment_lengths for row in rows], table.grad, sums))
     splits = [split for split, *_ in results]
-    assert [len(split) for split in splits] == [1, 2, 4, 3, 4] and splits[2] != splits[4]
+    assert [len(split) for split in splits] == [1, 2, 3, 2, 4]
     _, gradient, sums = results[0]
     assert gradient.abs().max() > 1e-3
     for _, other_gradient, other_sums in results[1:]:

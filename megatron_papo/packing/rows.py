@@ -1,0 +1,175 @@
+"""Groups of rollouts to packed rows (`MicroBatch`): each prompt once, then the responses to it.
+
+Positions are as if every rollout stood alone; attention sees to it that every response reads its own prompt and
+itself. A prompt with a single response in its row is one plain segment. Suffixes as in `types.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_papo.config import LossConfig
+from megatron_papo.packing.plan import Cost, Piece, split, spread, whole
+from megatron_papo.packing.positions import mrope_positions, text_positions
+from megatron_papo.packing.weights import Totals, rollout_weights
+from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    tokens_per_micro_batch: int,
+    loss: LossConfig,
+    totals: Totals,
+    joint: bool,
+    image_token_id: int,
+    merge_size: int,
+    cost: Cost,
+    banned_ids: tuple[int, ...] = (),
+    least_rows: int = 1,
+) -> Batch:
+    """The groups' rollouts as rows of at most `tokens_per_micro_batch` tokens and about equal cost.
+
+    `totals` are global. With `joint` a prompt with an image counts twice, with its responses, for the masked copy that
+    `joint_row` adds. `least_rows`: as many rows as there are pieces for, up to this. Raises ValueError naming the
+    prompt: a prompt and one response over the budget, a response that is empty or holds a banned token (the image token
+    always is), image tokens that do not match the grids, images without pixels, or without a masked view beside others
+    with one.
+    """
+    for group in groups:
+        _check(group, (image_token_id, *banned_ids), joint)
+    pieces = [piece for group in groups for piece in split(whole(group, joint), tokens_per_micro_batch)]
+    sizes, costs = [piece.num_tokens for piece in pieces], [piece.cost(cost) for piece in pieces]
+    rows = spread(sizes, costs, tokens_per_micro_batch, least_rows) if pieces else []
+    return tuple(
+        _row([pieces[index] for index in row], loss, totals, image_token_id=image_token_id, merge_size=merge_size)
+        for row in rows
+    )
+
+
+def supervised_group(prompt: Prompt, response_ids: tuple[int, ...], text: str = "") -> Group:
+    """A demonstration as a group of one rollout, for `pack` and `losses.sft_loss`."""
+    rollout = Rollout(0, response_ids, (0.0,) * len(response_ids), text, "stop", policy_version=0)
+    return Group(prompt, (rollout,), advantages=(0.0,))
+
+
+def _check(group: Group, banned_ids: tuple[int, ...], joint: bool) -> None:
+    prompt, banned = group.prompt, set(banned_ids)
+    assert len(group.advantages) == len(group.rollouts), f"prompt {prompt.id} has no advantages yet"
+    for rollout in group.rollouts:
+        assert len(rollout.rollout_logprobs) == len(rollout.response_ids), "one rollout log-prob a response token"
+        if not rollout.response_ids:
+            raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} has an empty response")
+        if found := sorted(banned.intersection(rollout.response_ids)):
+            raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} holds banned tokens {found}")
+    if prompt.has_image and prompt.inputs.pixel_values_PD is None:
+        raise ValueError(f"prompt {prompt.id}: {prompt.num_images} images and 0 pixels")
+    if joint and prompt.has_image and prompt.masked_pixel_values_PD is None:
+        raise ValueError(
+            f"prompt {prompt.id}: {prompt.num_images} images and 0 masked ones: a row of both views needs each"
+        )
+
+
+def _row(
+    pieces: Sequence[Piece], loss: LossConfig, totals: Totals, *, image_token_id: int, merge_size: int
+) -> MicroBatch:
+    parts = _Parts(pieces, image_token_id, merge_size)
+    rollouts = [(piece.group, index) for piece in pieces for index in piece.rollouts]
+    weights = [rollout_weights(group, index, loss, totals) for group, index in rollouts]
+    lengths = [len(group.rollouts[index].response_ids) for group, index in rollouts]
+    words = [word for group, index in rollouts for word in group.rollouts[index].response_ids]
+    logprobs = [value for group, index in rollouts for value in group.rollouts[index].rollout_logprobs]
+    return MicroBatch(
+        token_ids_T=torch.cat(parts.tokens),
+        position_ids_3T=torch.cat(parts.positions, dim=1),
+        segments=tuple(parts.segments),
+        target_ids_R=torch.tensor(words),
+        logit_index_R=torch.cat(parts.logit_index),
+        rollout_index_R=torch.arange(len(rollouts)).repeat_interleave(torch.tensor(lengths)),
+        loss_mask_R=torch.ones(sum(lengths), dtype=torch.bool),
+        has_image_R=_spread([float(group.prompt.has_image) for group, _ in rollouts], lengths).bool(),
+        weights_R=_spread([weight for weight, _ in weights], lengths),
+        perception_weights_R=_spread([weight for _, weight in weights], lengths),
+        advantages_R=_spread([group.advantages[index] for group, index in rollouts], lengths),
+        rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32),
+        sequences=tuple((group.prompt.id, index) for group, index in rollouts),
+        **_pixels([piece.group.prompt for piece in pieces if piece.group.prompt.has_image]),
+    )
+
+
+class _Parts:
+    """Tokens, positions and segments of a row, laid end to end."""
+
+    def __init__(self, pieces: Sequence[Piece], image_token_id: int, merge_size: int):
+        self.tokens: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self.logit_index: list[Tensor] = []
+        """Of each rollout, [its tokens]: a token is predicted one place before its own."""
+        self._num_tokens = 0
+        for piece in pieces:
+            self._add(piece, _prompt_positions(piece.group.prompt, image_token_id, merge_size))
+
+    def _add(self, piece: Piece, positions_3S: Tensor) -> None:
+        prompt, parent = piece.group.prompt, len(self.segments)
+        shared = len(piece.rollouts) > 1
+        self._lay(prompt.inputs.token_ids_S, positions_3S)
+        prompt_end, next_position = self._num_tokens, int(positions_3S.max()) + 1
+        if shared:
+            self.segments.append(Segment(prompt.inputs.token_ids_S.numel(), num_images=prompt.num_images))
+        for index in piece.rollouts:
+            ids_R = torch.tensor(piece.group.rollouts[index].response_ids)
+            start, length = self._num_tokens, ids_R.numel()
+            self._lay(ids_R, text_positions(next_position, length))
+            self.logit_index.append(
+                torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + length - 1)])
+            )
+            if shared:
+                self.segments.append(Segment(length, parent))
+            else:
+                self.segments.append(Segment(prompt.inputs.token_ids_S.numel() + length, num_images=prompt.num_images))
+
+    def _lay(self, token_ids: Tensor, positions_3S: Tensor) -> None:
+        self.tokens.append(token_ids)
+        self.positions.append(positions_3S)
+        self._num_tokens += token_ids.numel()
+
+
+def _prompt_positions(prompt: Prompt, image_token_id: int, merge_size: int) -> Tensor:
+    inputs = prompt.inputs
+    try:
+        return mrope_positions(
+            inputs.token_ids_S, inputs.grid_thw_I3, image_token_id=image_token_id, merge_size=merge_size
+        )
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt.id}: {error}") from None
+
+
+def _spread(values: Sequence[float], lengths: Sequence[int]) -> Tensor:
+    """[R] float32: each rollout's value for each of its response tokens."""
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+
+
+def _pixels(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The images of a row in order of appearance, and their masked views when the prompts have them: references, not
+    copies, since a step holds its rows all at once."""
+    grids = [grid_I3 for prompt in prompts if (grid_I3 := prompt.inputs.grid_thw_I3) is not None]
+    views = tuple(_masked_views(prompts))
+    return {
+        "pixel_values": tuple(prompt.inputs.pixel_values_PD for prompt in prompts),
+        "grid_thw_I3": torch.cat(grids) if grids else None,
+        "masked_pixel_values": views,
+    }
+
+
+def _masked_views(prompts: Sequence[Prompt]) -> Iterator[Tensor]:
+    unmasked = [prompt.id for prompt in prompts if prompt.masked_pixel_values_PD is None]
+    if unmasked and len(unmasked) < len(prompts):
+        raise ValueError(f"prompts {unmasked} have no masked view, others of the row have one")
+    for prompt in prompts:
+        if prompt.masked_pixel_values_PD is not None:
+            yield prompt.masked_pixel_values_PD
