@@ -148,7 +148,9 @@ def _measure(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> _
     if masked_R is None:
         needed = settings.perception_coef > 0 or loss.masked_entropy_coef > 0
         assert not (needed and row.has_image_R.any()), "the masked view was not scored"
-        return seen
+        if not needed:
+            return seen
+        masked_R = policy_R.detach()  # without an image there is nothing to mask, and every weight is zero
     kl_R = outputs.perception_kl_R if settings.perception.kl == "full" else kl_k3(policy_R, masked_R)
     assert kl_R is not None, "perception.kl=full, but the head was not asked for it"
     kind = settings.entropy.kind if joint else "sampled"  # a frozen branch keeps no logits

@@ -96,7 +96,7 @@ def _row(
         perception_weights_R=_spread([weight for _, weight in weights], lengths),
         advantages_R=_spread([group.advantages[index] for group, index in rollouts], lengths),
         rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32),
-        sequences=tuple((group.prompt.id, index) for group, index in rollouts),
+        sequences=tuple((group.prompt.id, group.rollouts[index].index) for group, index in rollouts),
         **_pixels([piece.group.prompt for piece in pieces if piece.group.prompt.has_image]),
     )
 

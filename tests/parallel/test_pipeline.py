@@ -25,6 +25,10 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+ROWS = {"train__tokens_per_micro_batch": 60}
+"""Several rows, one with text alone."""
+
+
 def _advantages(place: int) -> tuple[float, float]:
     return 1.0 + place, -0.5
 
@@ -32,8 +36,9 @@ def _advantages(place: int) -> tuple[float, float]:
 def _rows(run, places=(0, 1, 2, 3)):
     """The prompts at `places` with their rollouts, in several rows; every prompt with an image has a masked view."""
     from megatron_papo.data.dataset import PromptDataset
-    from megatron_papo.packing import pack, sum_totals, token_totals
+    from megatron_papo.packing import sum_totals, token_totals
     from megatron_papo.parallel import gather_objects
+    from megatron_papo.run import pack_rows
     from megatron_papo.types import Group, Rollout
 
     dataset = PromptDataset(run.config.data, "train", run.processor)
@@ -46,16 +51,8 @@ def _rows(run, places=(0, 1, 2, 3)):
             Rollout(index, ids, (-1.0,) * len(ids), "", "stop", 0) for index, ids in enumerate(RESPONSES[place])
         ]
         groups.append(Group(prompt, tuple(rollouts), advantages=_advantages(place)))
-    return pack(
-        groups,
-        tokens_per_micro_batch=80,
-        loss=run.config.loss,
-        totals=sum_totals(gather_objects(token_totals(groups), run.layout.data_group)),
-        joint=False,
-        image_token_id=run.shape.image_token_id,
-        merge_size=run.shape.vision.spatial_merge_size,
-        banned_ids=run.banned_ids,
-    )
+    totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
+    return pack_rows(run, groups, totals, run.config.loss)
 
 
 def _score(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -89,45 +86,67 @@ def _no_pickled_exchange() -> Iterator[None]:
 
 
 def test_the_last_stage_scores_without_pixels_and_the_others_hear_it(inputs, tmp_path):
-    (expected,) = run_ranks(_score, 1, tiny_run(inputs, tmp_path / "one"))
-    found = run_ranks(_score, 2, tiny_run(inputs, tmp_path / "two", parallel__pipeline=2))
+    (expected,) = run_ranks(_score, 1, tiny_run(inputs, tmp_path / "one", **ROWS))
+    found = run_ranks(_score, 2, tiny_run(inputs, tmp_path / "two", parallel__pipeline=2, **ROWS))
     assert len(expected) > 1
     for rank in found:
         torch.testing.assert_close(rank, expected, atol=1e-4, rtol=0)
 
 
 def _score_for_the_loss(config: Config) -> dict[str, Any]:
-    """What `score_logprobs` asked the head for, and what it found with a policy away from its reference."""
+    """What `score_logprobs` asked the head for over two updates, and what it found with a policy away from its
+    reference."""
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.pipeline import score_logprobs
     from megatron_papo.reference import ReferencePolicy
     from megatron_papo.run import open_run
 
     with open_run(config) as run:
-        module, rows, asked = run.policy, _rows(run), []
+        module, batches, asked = run.policy, [_rows(run, (0, 1)), _rows(run, (2, 3))], []
         reference = ReferencePolicy(module)
+        head = HeadRequest(full_entropy=True, full_kl=True, banned_ids=run.banned_ids)
+        same = score_logprobs(run.policy, batches, config, head, reference, reference_is_policy=True)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.mul_(1.1)
         own = [parameter.detach().clone() for parameter in module.parameters()]
         module.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
-        head = HeadRequest(full_entropy=True, full_kl=True, banned_ids=run.banned_ids)
-        (scored,) = score_logprobs(run.policy, [rows], config, head, reference)
+        scored = score_logprobs(run.policy, batches, config, head, reference)
         kept = all(torch.equal(now, before) for now, before in zip(module.parameters(), own, strict=True))
-        views = ("old", "masked", "ref")
-        found = {view: torch.cat([getattr(row, f"{view}_logprobs_R") for row in scored]) for view in views}
-        image_R = torch.cat([row.has_image_R for row in scored])
-        return {"asked": asked, "num_rows": len(rows), "weights kept": kept, "image": image_R, **found}
+        passes = len(asked)
+        untouched = score_logprobs(run.policy, batches, config, head, reference, reference_is_policy=True)
+        return {
+            "asked": asked[:passes], "asked of an untouched policy": len(asked) - passes, "weights kept": kept,
+            "scored": [row for batch in scored for row in batch], "rows": [len(batch) for batch in scored],
+            "image rows": sum(bool(row.pixel_values) for batch in scored for row in batch),
+            "same": [row for batch in same for row in batch],
+            "untouched": [row for batch in untouched for row in batch],
+        }  # fmt: skip
 
 
-def test_scoring_for_the_loss_makes_log_probs_alone(inputs, tmp_path):
+def test_scoring_for_the_loss_makes_log_probs_alone_and_none_that_are_known(inputs, tmp_path):
     settings = {"loss__reference_coef": 0.1, "loss__perception_coef": 0.1, "perception__masked_branch": "frozen"}
-    (found,) = run_ranks(_score_for_the_loss, 1, tiny_run(inputs, tmp_path, **settings, entropy__kind="full"))
-    assert len(found["asked"]) == 3 * found["num_rows"]
+    (found,) = run_ranks(_score_for_the_loss, 1, tiny_run(inputs, tmp_path, **settings, **ROWS, entropy__kind="full"))
+    first, second = found["rows"]
+    assert first > 1 and second > 1 and found["image rows"] < first + second
+    # old: the second update's rows; masked: those with an image; reference: all
+    assert len(found["asked"]) == second + found["image rows"] + first + second
+    assert found["asked of an untouched policy"] == first + second + found["image rows"]
     assert not any(head.full_entropy or head.full_kl for head in found["asked"])
-    assert found["weights kept"] and (found["old"] - found["ref"]).abs().max() > 0.01
-    changed = (found["old"] - found["masked"]).abs()
-    assert changed[found["image"]].max() > 0.01 and changed[~found["image"]].max() < 1e-5
+    assert found["weights kept"]
+    for place, row in enumerate(found["scored"]):
+        assert (row.old_logprobs_R is None) == (place < first)
+        assert (row.masked_logprobs_R is None) == (not row.pixel_values)
+        policy_R = found["untouched"][place].ref_logprobs_R  # of the policy as it is now, by another pass
+        if place >= first:
+            torch.testing.assert_close(row.old_logprobs_R, policy_R, atol=1e-6, rtol=0)
+            assert (row.old_logprobs_R - row.ref_logprobs_R).abs().max() > 0.01
+        if row.pixel_values:
+            changed_R = (row.masked_logprobs_R - policy_R).abs()
+            assert changed_R[row.has_image_R].max() > 0.01
+            assert (changed_R[~row.has_image_R] < 1e-5).all()
+        # the reference's own pass says what it said when it still was the policy
+        torch.testing.assert_close(row.ref_logprobs_R, found["same"][place].ref_logprobs_R, atol=1e-6, rtol=0)
 
 
 def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
@@ -159,7 +178,7 @@ def test_the_loss_of_an_update_is_its_value_and_counts_once(averaging, inputs, t
     expected = -(weights[averaging] * torch.tensor([_advantages(place) for place in range(4)])).sum().item()
     assert abs(expected) > 0.2
     for world_size, layout in ((1, {}), (2, {}), (2, {"parallel__pipeline": 2})):
-        config = tiny_run(inputs, tmp_path / f"{world_size}{len(layout)}", **settings, **layout)
+        config = tiny_run(inputs, tmp_path / f"{world_size}{len(layout)}", **settings, **layout, **ROWS)
         results = run_ranks(_update, world_size, config)
         assert results[0][1] > 1
         for found, _ in results:
