@@ -1,4 +1,4 @@
-"""CUDA or CPU: device, communication backend, random numbers; and what Megatron-Core needs without a GPU.
+"""CUDA or CPU: device, communication backend, random numbers, peak memory; and what Megatron-Core needs without a GPU.
 
 The only file that adapts Megatron-Core to a machine without a GPU. Where CUDA is available nothing is adapted.
 On the CPU every request for a CUDA tensor is read as one for a CPU tensor, for the life of the process: Megatron-Core
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,32 @@ def parameter_dtype(name: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if has_gpu() else torch.float32
     return getattr(torch, name)
+
+
+def device_name() -> str | None:
+    """What CUDA calls this rank's GPU; None without one."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
+def reset_peak_memory() -> bool:
+    """From now on `peak_memory` counts anew. False where it cannot: without a GPU it takes a Linux that allows it."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Most bytes held at a time since `reset_peak_memory`, which said True: on the GPU by torch's allocator, without
+    one by this process (its resident set)."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].removesuffix("kB")) * 1024
 
 
 def backend() -> str:

@@ -392,6 +392,10 @@ class ObserveConfig(Section):
     """Steps between pages of samples; 0: none."""
     samples: Count = 8
     """Rollouts on a page."""
+    profile_step: Annotated[int, Field(ge=0)] | None = None
+    """Step (from 0) of which every rank writes a torch profiler trace under run.dir/profile; that step is slower."""
+    peak_tflops: Positive | None = None
+    """Dense TFLOPS of one GPU in model.dtype, for `mfu`; null: known by the GPU's name, or no `mfu`."""
 
 
 class Config(Section):

@@ -12,12 +12,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from megatron_papo.accelerator import device_name, parameter_dtype
+from megatron_papo.accounting import peak_tflops
 from megatron_papo.config import dump_config
 from megatron_papo.data.dataset import BadRows
 from megatron_papo.generation.pictures import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
-from megatron_papo.parallel import gather_objects, sum_metrics
+from megatron_papo.parallel import Layout, gather_objects, sum_metrics
 from megatron_papo.run import Run
 from megatron_papo.types import Group, Metrics
 
@@ -32,6 +34,8 @@ class Recorder:
     def __init__(self, run: Run, first_step: int, num_steps: int):
         config = run.config
         self._run, self._num_steps = run, num_steps
+        dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
+        self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
         self._sinks = Sinks(
             config.observe,
             run.folder,
@@ -48,26 +52,54 @@ class Recorder:
         self._sinks.close()
 
     def record(self, step: int, groups: Sequence[Group], metrics: Metrics, scores: dict[str, float]) -> None:
-        """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds of each stage, and the
-        scores of an evaluation when there was one."""
-        times = self._run.clock.take()
-        sums = metrics | sum_metrics(group_sums(groups))
+        """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds and peak memory of each
+        stage, the model's FLOPs, and the scores of an evaluation when there was one."""
+        times, memory = _split(self._run.clock.take())
+        work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
+        sums = metrics | sum_metrics(group_sums(groups) | work)
+        totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if "perception_kl_squared" in values:
             values["perception_kl_variance"] = values.pop("perception_kl_squared") - values["perception_kl"] ** 2
-        del values["tokens"]
-        values["tokens_per_s"] = sums["tokens"][0] / sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
-        values |= times | {f"eval/{name}": value for name, value in scores.items()}
+        values |= {name: total for name, total in totals.items() if name.startswith("flops/")}
+        values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
+        values |= {f"eval/{name}": value for name, value in scores.items()}
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):
             self._sinks.samples(step, self._samples(groups))
+
+    def _speeds(self, totals: dict[str, float], times: dict[str, float]) -> dict[str, float]:
+        """`tokens_per_s` of the rollouts, each with its prompt, and `tokens_computed_per_s` of the rows of updates, in
+        which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`."""
+        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
+        tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
+        values = {
+            "tokens_per_s": totals["tokens"] / seconds,
+            "tokens_computed_per_s": totals["update_tokens"] / seconds,
+            "tflops_per_gpu": tflops,
+        }
+        return values | ({"mfu": tflops / self._peak} if self._peak else {})
 
     def _samples(self, groups: Sequence[Group]) -> list[SampleRow]:
         if not self._run.is_writer:
             return []
         chosen = groups[: self._run.config.observe.samples]
         return [_sample(self._run, group) for group in chosen]
+
+
+def _split(readings: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The clock's seconds and its bytes."""
+    memory = {name: value for name, value in readings.items() if name.startswith("memory/")}
+    return {name: value for name, value in readings.items() if name not in memory}, memory
+
+
+def _max_over_ranks(values: dict[str, float], layout: Layout) -> dict[str, float]:
+    """The largest of each value on any rank of the world; all ranks call it."""
+    for group in (layout.model_group, layout.data_group):
+        shares = gather_objects(values, group)
+        values = {name: max(share.get(name, 0.0) for share in shares) for name in sorted(set().union(*shares))}
+    return values
 
 
 def group_sums(groups: Sequence[Group]) -> Metrics:

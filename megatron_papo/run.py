@@ -1,4 +1,4 @@
-"""What a verb holds while it runs: the policy on this rank, its processor and clock; and what all verbs do alike.
+"""What a verb holds while it runs: policy, processor, clock and meter of this rank; and what all verbs do alike.
 
 `open_run` builds it in one place and takes it down again, also when a rank fails. What changes weights (optimizer,
 schedule) belongs to the verbs that train.
@@ -21,6 +21,7 @@ import transformers.models.qwen2_vl.image_processing_qwen2_vl
 import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 
 from megatron_papo.accelerator import adapt_megatron, seed_all
+from megatron_papo.accounting import Meter, group_flops
 from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.checkpoint.weights import load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
@@ -47,6 +48,7 @@ class Run:
     shape: ModelShape
     processor: Processor
     clock: StageClock
+    meter: Meter
     policy: VisionLanguageModel
     """This pipeline stage's model; its weights change in place."""
 
@@ -83,7 +85,7 @@ def open_run(config: Config) -> Iterator[Run]:
             policy = build_policy(config, shape)
             if config.model.checkpoint is not None or not config.model.random_init:
                 load_weights(policy, shape, config.model.checkpoint or folder)
-        yield Run(config, layout, shape, processor, clock, policy)
+        yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
 
 
 def _quieten_megatron() -> None:
@@ -184,5 +186,5 @@ def _balanced(run: Run, groups: Sequence[Group], joint: bool) -> Sequence[Group]
 
 
 def group_cost(run: Run) -> Cost:
-    """FLOPs."""
-    return lambda prompt, responses, grids: prompt + sum(responses)
+    """FLOPs of a prompt with its responses, whichever pass they go through: only ratios matter."""
+    return lambda prompt, responses, grids: group_flops(prompt, responses, grids, run.shape).total

@@ -12,6 +12,7 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.order import DataCursor
 from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
+from megatron_papo.observe.profiling import profiled
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
@@ -36,8 +37,9 @@ def main(config: Config) -> None:
         run.clock.take()  # what came before is no step's time
         with Recorder(run, checkpoints.next_step, config.sft.steps) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
-                groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
-                metrics = _update(run, optimizer, groups)
+                with profiled(config.observe, run.folder, run.layout.rank, step):
+                    groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
+                    metrics = _update(run, optimizer, groups)
                 recorder.record(step, groups, metrics, {})
                 checkpoints.save_when_due(step, config.sft.steps, {"cursor": cursor.state_dict()})
         checkpoints.export()
@@ -72,5 +74,6 @@ def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:
         raise ValueError(f"sft.batch_size={run.config.sft.batch_size} leaves a data-parallel rank without a row")
     with run.clock.stage("pack"):
         rows = pack_update(run, groups, groups[0])
+    run.meter.updated(rows)
     with run.clock.stage("update"):
         return update_policy(optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)

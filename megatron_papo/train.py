@@ -24,6 +24,7 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.guard import CollapseGuard
 from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
+from megatron_papo.observe.profiling import profiled
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
@@ -59,7 +60,8 @@ def main(config: Config) -> None:
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
-                groups, metrics = train_step(training, step)
+                with profiled(config.observe, run.folder, run.layout.rank, step):
+                    groups, metrics = train_step(training, step)
                 scores = _evaluate_when_due(training, step)
                 recorder.record(step, groups, metrics, scores)
                 stopped = _watch_for_collapse(training, metrics)
@@ -93,12 +95,14 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         batches = score_logprobs(
             run.policy, batches, config, _head(run), training.reference, reference_is_policy=untouched
         )
+        run.meter.scored(batches)
     with clock.stage("update", total=len(batches)) as progress:
         loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
         metrics: Metrics = {}
         for batch in batches:
             rows = _views(batch, config)
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
+            run.meter.updated(rows)
             progress.advance()
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)

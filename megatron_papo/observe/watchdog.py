@@ -1,4 +1,4 @@
-"""Times every stage of a step, shows its progress, and ends a run that stalls, with every rank's Python stack.
+"""Times every stage of a step, and its memory; shows its progress; ends a run that stalls, with every rank's stack.
 
 A stage that makes no progress for longer than the limit writes the stacks of all threads to stderr and to
 RUN/stacks/rank_N.txt and ends the process; the launcher then ends the other ranks, whose SIGTERM writes their stacks to
@@ -113,6 +113,10 @@ class StageClock:
     def __init__(self, run: RunConfig, rank: int, console: bool = True):
         """`console`: show progress; only rank 0 ever does."""
         self._limit, self._run_dir, self._rank = run.stall_limit_s, run.dir, rank
+        # imports torch, which the launcher, who wants the stacks alone, does not wait for
+        from megatron_papo.observe.profiling import StageMemory, named_range
+
+        self._memory, self._named_range = StageMemory(), named_range
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._innermost: list[StageProgress] = []
@@ -137,7 +141,8 @@ class StageClock:
         progress = StageProgress(self, name, total)
         self._innermost.append(progress)
         try:
-            yield progress
+            with self._named_range(name), self._memory.measured(name):
+                yield progress
         finally:
             self._innermost.pop()
             self._seconds[name] += progress._finish()
@@ -149,10 +154,10 @@ class StageClock:
             self._innermost[-1].reach(done, total)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, as `time/<stage>`."""
+        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`."""
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return taken
+        return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}
 
     def _enter(self, name: str) -> None:
         self._open.append(name)

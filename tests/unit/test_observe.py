@@ -1,5 +1,6 @@
 """Sinks, sample pages, reports, the stage clock and the choice of a run's reason, against what they write."""
 
+import gzip
 import io
 import json
 import math
@@ -11,8 +12,10 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
 from megatron_papo.observe.failures import Failure, describe, is_peers_fault, read_failures, the_cause, write_failure
+from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
@@ -165,9 +168,45 @@ def test_the_clock_adds_up_the_seconds_of_each_stage(tmp_path):
                 with clock.stage("inner"):
                     time.sleep(0.05)
         taken = clock.take()
-    assert set(taken) == {"time/update", "time/inner"}
+    assert {name for name in taken if name.startswith("time/")} == {"time/update", "time/inner"}
     assert 0.1 <= taken["time/inner"] <= taken["time/update"] < 2.0
     assert clock.take() == {}
+
+
+@pytest.mark.skipif(not reset_peak_memory(), reason="this machine does not tell a process's peak memory")
+def test_a_stage_has_its_own_peak_and_at_least_that_of_the_stages_within(tmp_path):
+    def hold(megabytes):
+        return torch.ones(megabytes << 18)  # each element written, so resident; freed when not kept
+
+    clock = StageClock(RunConfig(dir=tmp_path), rank=1)
+    with clock.stage("empty"):
+        pass
+    with clock.stage("outer"):
+        hold(400)
+        with clock.stage("inner"):
+            hold(200)
+        with clock.stage("tiny"):
+            pass
+    with clock.stage("around"), clock.stage("within"):
+        hold(300)
+    taken = clock.take()
+    base = taken["memory/empty"]
+    above = {name: (taken[f"memory/{name}"] - base) / 2**20 for name in ("outer", "inner", "tiny", "around", "within")}
+    assert above == pytest.approx({"outer": 400, "inner": 200, "tiny": 0, "around": 300, "within": 300}, abs=40)
+    assert clock.take() == {}
+
+
+def test_only_the_step_asked_for_leaves_a_trace_with_its_stages_by_name(tmp_path):
+    observe, clock = ObserveConfig(profile_step=1), StageClock(RunConfig(dir=tmp_path), rank=1)
+    for step in range(3):
+        with profiled(observe, tmp_path, 3, step), clock.stage(f"stage of {step}"):
+            torch.ones(8, 4) @ torch.ones(4, 2)
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == "rank_3.json.gz"
+    with gzip.open(file) as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert "stage of 1" in names and "aten::mm" in names
+    assert not {"stage of 0", "stage of 2"} & names
 
 
 def test_a_stage_that_fails_is_timed_and_disarmed(tmp_path):

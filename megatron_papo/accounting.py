@@ -1,0 +1,175 @@
+"""How much arithmetic the model needs for a packed row: FLOPs by part, from the lengths of its segments and images.
+
+Model FLOPs are those of the forward pass's matrix products, a multiply-add counted as two; backward is twice as much.
+Attention is counted as it is structured: causal halves, shared prompts, windows. Left out: what layout and
+implementation add (recomputation, padding of batches and widths), all that is no matrix product, and that frozen parts
+save some of backward. `Meter` adds up a step's rows; `peak_tflops` is what MFU divides by. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import TYPE_CHECKING
+
+from megatron_papo.model.shape import ModelShape, VisionShape
+
+if TYPE_CHECKING:
+    from megatron_papo.types import MicroBatch
+
+Grid = tuple[int, int, int]
+"""Patches of an image in time, height and width, before merging."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one or several passes, by part of the model."""
+
+    language: int = 0
+    """Matrices of the language model's layers."""
+    attention: int = 0
+    """Scores and weighted values of the language model."""
+    vision: int = 0
+    """The vision tower: patch embedding, layers with their attention, merger."""
+    head: int = 0
+    """Logits of the response tokens over the true vocabulary."""
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(own + more for own, more in zip(astuple(self), astuple(other))))
+
+    def __mul__(self, num_passes: int) -> Flops:
+        return Flops(*(own * num_passes for own in astuple(self)))
+
+
+def row_flops(row: MicroBatch, shape: ModelShape) -> Flops:
+    """One forward pass over a row, of one view or of both."""
+    num_pairs = sum(
+        causal_pairs(segment.length, 0 if segment.parent is None else row.segments[segment.parent].length)
+        for segment in row.segments
+    )
+    num_views = 1 if row.masked_logit_index_R is None else 2
+    grids = [] if row.grid_thw_I3 is None else row.grid_thw_I3.tolist()
+    return _flops(row.num_tokens, num_pairs, num_views * row.target_ids_R.numel(), grids, shape)
+
+
+def group_flops(prompt_tokens: int, response_lengths: Sequence[int], grids: Sequence[Grid], shape: ModelShape) -> Flops:
+    """One forward pass over a prompt and its responses, which share the prompt's tokens and images: what a group costs
+    before it is packed. `grids`: the prompt's images."""
+    num_tokens = sum(response_lengths)
+    num_pairs = causal_pairs(prompt_tokens) + sum(causal_pairs(length, prompt_tokens) for length in response_lengths)
+    return _flops(prompt_tokens + num_tokens, num_pairs, num_tokens, grids, shape)
+
+
+def causal_pairs(length: int, parent_length: int = 0) -> int:
+    """Query and key pairs of a segment: each of its tokens attends to all of the parent, to those before and itself."""
+    return length * (length + 1) // 2 + length * parent_length
+
+
+def _flops(num_tokens: int, num_pairs: int, num_logits: int, grids: Sequence[Grid], shape: ModelShape) -> Flops:
+    language = shape.language
+    hidden, heads_width = language.hidden_size, language.num_heads * language.head_dim
+    qkv = hidden * (heads_width + 2 * language.num_kv_heads * language.head_dim)
+    layer = qkv + heads_width * hidden + 3 * hidden * language.intermediate_size
+    return Flops(
+        language=2 * num_tokens * language.num_layers * layer,
+        attention=4 * num_pairs * language.num_layers * heads_width,
+        vision=vision_linear_flops(grids, shape.vision) + vision_attention_flops(grids, shape.vision),
+        head=2 * num_logits * hidden * language.vocab_size,
+    )
+
+
+def vision_linear_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
+    """Of the tower's matrices: patch embedding and layers on every patch, the merger on every block of patches."""
+    num_patches = sum(time * height * width for time, height, width in grids)
+    hidden, merged = shape.hidden_size, shape.hidden_size * shape.merge_unit
+    layer = 4 * hidden**2 + 3 * hidden * shape.intermediate_size
+    patch = shape.patch_dim * hidden + shape.num_layers * layer
+    block = merged**2 + merged * shape.out_hidden_size
+    return 2 * (num_patches * patch + num_patches // shape.merge_unit * block)
+
+
+def vision_attention_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
+    """Of the tower's attention, within windows in most layers and over whole frames in a few."""
+    frame_layers = len(set(shape.full_attention_layers) & set(range(shape.num_layers)))
+    frame_pairs = sum(time * (height * width) ** 2 for time, height, width in grids)
+    window_pairs = sum(_window_pairs(grid, shape) for grid in grids)
+    num_pairs = frame_layers * frame_pairs + (shape.num_layers - frame_layers) * window_pairs
+    return 4 * num_pairs * shape.hidden_size
+
+
+def _window_pairs(grid: Grid, shape: VisionShape) -> int:
+    """Pairs of patches in one window, over an image: windows are a lattice, so the sum over them is a product."""
+    time, height, width = grid
+    edge = shape.window_size // shape.patch_size
+
+    def squares(length: int) -> int:
+        whole, rest = divmod(length, edge)
+        return whole * edge**2 + rest**2
+
+    return time * squares(height) * squares(width)
+
+
+class Meter:
+    """Adds up a step's work on this rank's rows; as with the clock, stages fill it and `take` empties it.
+
+    The ranks of a model-parallel group share their rows, so the sum over the data-parallel ranks is the run's. Rows of
+    which no loss reads a token (those of a rank that has no prompts left) are no work.
+    """
+
+    def __init__(self, shape: ModelShape):
+        self._shape = shape
+        self._scored = self._updated = Flops()
+        self._tokens = 0
+
+    def scored(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
+        """Forward passes that left log-probs in the rows: old, masked, reference, as many as there are."""
+        for row in _rows_that_count(row for batch in batches for row in batch):
+            found = (row.old_logprobs_R, row.masked_logprobs_R, row.ref_logprobs_R)
+            num_passes = len({id(logprobs_R) for logprobs_R in found if logprobs_R is not None})  # one may serve twice
+            self._scored += row_flops(row, self._shape) * num_passes
+
+    def updated(self, rows: Iterable[MicroBatch]) -> None:
+        """Forward and backward of the rows of an update."""
+        for row in _rows_that_count(rows):
+            self._updated += row_flops(row, self._shape) * 3
+            self._tokens += row.num_tokens
+
+    def take(self) -> dict[str, int]:
+        """Since the last call: `flops/<part>` of all passes; `update_flops` and `update_tokens` of updates alone."""
+        passes = asdict(self._scored + self._updated)
+        taken = {f"flops/{part}": value for part, value in passes.items()}
+        taken |= {"update_flops": self._updated.total, "update_tokens": self._tokens}
+        self._scored = self._updated = Flops()
+        self._tokens = 0
+        return taken
+
+
+def _rows_that_count(rows: Iterable[MicroBatch]) -> list[MicroBatch]:
+    return [row for row in rows if row.loss_mask_R.any()]
+
+
+_PEAKS = (
+    ("NVIDIA A100", 312.0, 19.5),
+    ("NVIDIA H100 80GB HBM3", 989.5, 67.0),  # SXM
+    ("NVIDIA H100 PCIe", 756.5, 51.0),
+    ("NVIDIA H200 NVL", 835.5, 60.0),
+    ("NVIDIA H200", 989.5, 67.0),
+    ("NVIDIA B200", 2250.0, 75.0),
+)
+"""How a GPU's name begins, and its peak without sparsity in bfloat16 (tensor cores) and in float32 (without TF32, as
+torch computes by default), in TFLOPS. From NVIDIA's data sheets of A100, H100 (SXM and PCIe), H200 (SXM and NVL) and
+HGX B200, which print the bfloat16 of all but A100 with sparsity, twice what stands here."""
+
+
+def peak_tflops(device_name: str | None, dtype: str) -> float | None:
+    """Of a GPU by the name that CUDA gives it; None where it is not known, as of a slice of one (MIG) and of a CPU."""
+    if device_name is None or " MIG " in device_name:
+        return None
+    for beginning, bfloat16, float32 in _PEAKS:
+        if device_name.startswith(beginning):
+            return {"bfloat16": bfloat16, "float32": float32}[dtype]
+    return None
