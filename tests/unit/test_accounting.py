@@ -163,7 +163,7 @@ def test_the_head_of_a_joint_row_reads_both_views():
 def test_the_meter_counts_scoring_once_a_pass_and_updates_three_times():
     meter, logprobs_R = Meter(SHAPE), torch.zeros(4)
     first, idle = row(Segment(9), num_response=4), row(Segment(30), num_response=4, counts=False)
-    scored = replace(first, old_logprobs_R=logprobs_R, ref_logprobs_R=logprobs_R)
+    scored = replace(first, old_logprobs_R=logprobs_R, ref_logprobs_R=logprobs_R.clone())
     meter.scored([(scored, first), (replace(idle, old_logprobs_R=logprobs_R),)])
     meter.updated([first, idle])
     one = row_flops(first, SHAPE)
@@ -176,6 +176,8 @@ def test_the_meter_counts_scoring_once_a_pass_and_updates_three_times():
         "update_tokens": 9,
     }
     assert set(meter.take().values()) == {0}
+    meter.scored([(replace(first, old_logprobs_R=logprobs_R, ref_logprobs_R=logprobs_R),)])  # one pass served both
+    assert meter.take()["flops/head"] == one.head
 
 
 def test_the_published_3b_model_costs_two_flops_a_parameter_and_token():
