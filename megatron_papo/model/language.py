@@ -20,7 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_papo.model.attention import build_segments
+from megatron_papo.model.attention_layout import build_segments
 from megatron_papo.model.rotary import mrope_angles
 from megatron_papo.model.shape import ModelShape, padded
 from megatron_papo.model.specs import block_spec

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_papo.model.attention import WindowedSegments, build_segments
+from megatron_papo.model.attention_layout import WindowedSegments, build_segments
 from megatron_papo.model.rotary import vision_angles
 from megatron_papo.model.shape import VisionShape
 from megatron_papo.types import Segment

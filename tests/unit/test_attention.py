@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_papo.model import attention_kernels
-from megatron_papo.model.attention import StructuredAttention, build_segments
+from megatron_papo.model.attention import StructuredAttention
+from megatron_papo.model.attention_layout import build_segments
 from megatron_papo.types import Segment
 
 CPU = torch.device("cpu")
