@@ -8,7 +8,6 @@ Banned ids (vision tokens, padding of the vocabulary) have probability zero here
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -17,7 +16,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
-from megatron_papo.logprobs import vocab_parallel_kl, vocab_parallel_logprobs
+from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
@@ -94,26 +93,21 @@ class VisionLanguageModel(MegatronModule):
     def _head(self, hidden: Tensor, micro_batch: MicroBatch, head: HeadRequest) -> HeadOutputs:
         states_TH = self.language.head_input(hidden)
         weight_VH = self.language.head_weight()
-        options: dict[str, Any] = {
-            "group": self.language.tp_group,
-            "vocab_start": layout().tensor_rank * weight_VH.shape[0],
-            "vocab_size": self.shape.language.vocab_size,
-            "banned_ids": self.shape.banned_ids if head.banned_ids is None else head.banned_ids,
-            "temperature": head.temperature,
-        }
-
-        def logprobs(states_RH: Tensor) -> tuple[Tensor, Tensor | None]:
-            targets_R = micro_batch.target_ids_R
-            return vocab_parallel_logprobs(states_RH, weight_VH, targets_R, entropy=head.full_entropy, **options)
-
-        policy_RH = states_TH.index_select(0, micro_batch.logit_index_R)
-        policy, entropy = logprobs(policy_RH)
-        if micro_batch.masked_logit_index_R is None:
-            return HeadOutputs(policy, entropy)
-        masked_RH = states_TH.index_select(0, micro_batch.masked_logit_index_R)
-        masked, masked_entropy = logprobs(masked_RH)
-        kl = vocab_parallel_kl(policy_RH, masked_RH, weight_VH, **options) if head.full_kl else None
-        return HeadOutputs(policy, entropy, masked, masked_entropy, kl)
+        masked_index_R = micro_batch.masked_logit_index_R
+        values = vocab_parallel_head(
+            states_TH.index_select(0, micro_batch.logit_index_R),
+            None if masked_index_R is None else states_TH.index_select(0, masked_index_R),
+            weight_VH,
+            micro_batch.target_ids_R,
+            group=self.language.tp_group,
+            vocab_start=layout().tensor_rank * weight_VH.shape[0],
+            vocab_size=self.shape.language.vocab_size,
+            banned_ids=self.shape.banned_ids if head.banned_ids is None else head.banned_ids,
+            temperature=head.temperature,
+            entropy=head.full_entropy,
+            kl=head.full_kl and masked_index_R is not None,
+        )
+        return HeadOutputs(*values)
 
 
 def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:

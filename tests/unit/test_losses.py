@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import Config, LossConfig
-from megatron_papo.logprobs import vocab_parallel_kl, vocab_parallel_logprobs
+from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.losses import (
     LossSettings,
     kl_k3,
@@ -225,12 +225,11 @@ def test_finite_differences_through_the_head_of_the_joint_full_objective():
     row = _row(old_logprobs_R=-draw(4).abs() - 1, ref_logprobs_R=-draw(4).abs() - 1, advantages_R=draw(4))
     coefs = {"perception_coef": 0.2, "reference_coef": 0.1, "entropy_coef": 0.3, "masked_entropy_coef": 0.4}
     config = _config(coefs, perception={"masked_branch": "joint", "kl": "full"}, entropy={"kind": "full"})
-    head = {"group": None, "vocab_start": 0, "vocab_size": 8, "banned_ids": (4,), "temperature": 0.8, "chunk": 2}
+    head = {"group": None, "vocab_start": 0, "vocab_size": 8, "banned_ids": (4,), "temperature": 0.8, "tile": (3, 5)}
 
     def loss_of(hidden: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
-        views = [vocab_parallel_logprobs(h, weight, row.target_ids_R, entropy=True, **head) for h in (hidden, masked)]
-        kl = vocab_parallel_kl(hidden, masked, weight, **head)
-        return papo_loss(HeadOutputs(*views[0], *views[1], kl), row, LossSettings.at_step(config, 0))[0]
+        values = vocab_parallel_head(hidden, masked, weight, row.target_ids_R, entropy=True, kl=True, **head)
+        return papo_loss(HeadOutputs(*values), row, LossSettings.at_step(config, 0))[0]
 
     assert torch.autograd.gradcheck(loss_of, (hidden, masked, weight))
 
