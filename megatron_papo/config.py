@@ -303,7 +303,7 @@ class TrainConfig(Section):
     """Optimizer steps of one rollout batch; prompts_per_step must divide by it."""
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     tokens_per_micro_batch: Count = 16_384
-    """Budget of a packed row; a joint sequence counts twice."""
+    """Budget of a packed row: each prompt once with its responses, and once more for the masked view of a joint row."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """0: only after the last step, when data.eval is set."""
 
