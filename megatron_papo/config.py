@@ -126,6 +126,8 @@ class DataConfig(Section):
     """Corrupt image, wrong placeholder count, no answer, too long: leave the row out, or stop and name it."""
     shuffle: bool = True
     """A new order each epoch; false: the order of the file."""
+    prefetch: bool = True
+    """`papo train` prepares the next prompts in a thread while it trains on these: host memory for one draw more."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

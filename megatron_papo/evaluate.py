@@ -15,7 +15,7 @@ from dataclasses import replace
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.data.draw import prompts_of
-from megatron_papo.data.masking import mask_images
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.losses import kl_k3
@@ -60,11 +60,12 @@ def evaluate(
     rows = share_of(range(num_rows), run.layout.data_rank, run.layout.data_size)
     # generation may be a collective across data-parallel ranks: all of them call it equally often
     most = max(gather_objects(len(rows), run.layout.data_group))
+    masks = Masks(config.perception.mask, config.run.seed, _STEP) if config.eval.masked else None
     total: Metrics = {}
     with run.clock.stage("evaluate", total=len(rows)) as progress:
         for start in range(0, most, _PROMPTS_AT_ONCE):
             chunk = rows[start : start + _PROMPTS_AT_ONCE]
-            prompts = [_masked(run, dataset, prompt) for prompt in prompts_of(dataset, chunk, bad_rows)]
+            prompts = list(prompts_of(dataset, chunk, bad_rows, masks))
             groups = _answer(run, generator, rewarder, prompts, masked=False)
             add_metrics(total, _means(groups, ""))
             if config.eval.masked:
@@ -84,14 +85,6 @@ def _generator(run: Run) -> Generator:
         generator = build_generator(run.config, run.processor, run.layout, run.clock.report)
         hand_over(run, generator, policy_version=0)
     return generator
-
-
-def _masked(run: Run, dataset: PromptDataset, prompt: Prompt) -> Prompt:
-    config = run.config
-    if not config.eval.masked:
-        return prompt
-    seed, mask = config.run.seed, config.perception.mask
-    return mask_images(prompt, mask, run.processor, seed=seed, step=_STEP, swap_pool=dataset)
 
 
 def _answer(

@@ -23,7 +23,7 @@ from megatron_papo.parallel import Layout, gather_objects, sum_metrics
 from megatron_papo.run import Run
 from megatron_papo.types import Group, Metrics
 
-_STAGES = ("draw", "generate", "reward", "advantage", "mask", "pack", "score", "update", "hand over")
+_STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
 """Those of a step: what tokens per second are counted over."""
 _SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "response_tokens")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
-from megatron_papo.data.masking import mask_images
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
@@ -80,10 +80,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:
     config = run.config
-    prompt = dataset.prompt(row)
-    prompt = mask_images(
-        prompt, config.perception.mask, run.processor, seed=config.run.seed, step=_STEP, swap_pool=dataset
-    )
+    prompt = dataset.prompt(row, Masks(config.perception.mask, config.run.seed, _STEP))
     token_ids = tuple(run.processor.tokenizer(cells["response"], add_special_tokens=False)["input_ids"])
     if not token_ids:
         raise ValueError(f"row {row}: `response` has no tokens")

@@ -7,8 +7,8 @@ in the stages themselves. The loss is `losses.papo_loss`; where it departs from 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.data.draw import Draw, draw_prompts
-from megatron_papo.data.masking import mask_images
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
+from megatron_papo.data.prefetch import Prefetch
+from megatron_papo.data.processor import load_processor
 from megatron_papo.evaluate import evaluate
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.guard import CollapseGuard
@@ -45,7 +47,7 @@ class Training:
     reference: ReferencePolicy | None
     generator: Generator
     rewarder: Rewarder
-    dataset: PromptDataset
+    prompts: Prefetch
     heldout: PromptDataset | None
     bad_rows: BadRows
     cursor: DataCursor
@@ -77,7 +79,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     chosen = ChosenGroups(config.train)
     while not chosen.enough:
         with clock.stage("draw"):
-            draw = _draw_prompts(training)
+            draw = _draw_prompts(training, step)
         with clock.stage("generate"):
             groups = training.generator.generate(draw.prompts, _sampling(config, step, chosen.rounds))
         with clock.stage("reward"):
@@ -85,11 +87,8 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
     with clock.stage("advantage"):
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
-    with clock.stage("mask"):
-        updates = [[_mask(training, group, step) for group in groups] for groups in updates]
-        spare = _mask(training, chosen.spare, step)
     with clock.stage("pack"):
-        batches = [pack_update(run, groups, spare, config.loss, config.reads_joint_rows) for groups in updates]
+        batches = [pack_update(run, groups, chosen.spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
         untouched = step == 0 and config.checkpoint.reference is None
         batches = score_logprobs(
@@ -114,7 +113,7 @@ def _open_training(run: Run) -> Iterator[Training]:
     config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set up"):
-            dataset = PromptDataset(config.data, "train", run.processor)
+            dataset = _training_rows(run)
             heldout = PromptDataset(config.data, "eval", run.processor) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
@@ -130,7 +129,7 @@ def _open_training(run: Run) -> Iterator[Training]:
             rewarder=stack.enter_context(
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
-            dataset=dataset,
+            prompts=stack.enter_context(closing(_prefetch(run, dataset))),
             heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
@@ -138,19 +137,33 @@ def _open_training(run: Run) -> Iterator[Training]:
         )
 
 
-def _draw_prompts(training: Training) -> Draw:
-    run, train = training.run, training.run.config.train
-    draw = draw_prompts(
-        training.dataset,
-        training.cursor,
+def _training_rows(run: Run) -> PromptDataset:
+    """With a processor of its own where a thread reads it: the tokenizer of the run is in use at the same time, by the
+    generator and by evaluation, and does not bear two threads."""
+    config = run.config
+    processor = load_processor(run.processor.folder, config.data) if config.data.prefetch else run.processor
+    return PromptDataset(config.data, "train", processor)
+
+
+def _prefetch(run: Run, dataset: PromptDataset) -> Prefetch:
+    config, train = run.config, run.config.train
+    draw = partial(
+        draw_prompts,
+        dataset,
         num_prompts=train.prompts_per_step,
         updates_per_step=train.updates_per_step,
         data_rank=run.layout.data_rank,
         data_size=run.layout.data_size,
-        bad_rows=training.bad_rows,
     )
+    masks = Masks(config.perception.mask, config.run.seed) if config.reads_masked_view else None
+    return Prefetch(dataset, draw, masks, num_steps=train.steps, ahead=config.data.prefetch)
+
+
+def _draw_prompts(training: Training, step: int) -> Draw:
+    """The next prompts, masked views included where the loss reads them."""
+    draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
-    name_bad_rows(run, training.bad_rows, "train")
+    name_bad_rows(training.run, training.bad_rows, "train")
     return draw
 
 
@@ -166,21 +179,6 @@ def _sampling(config: Config, step: int, round: int) -> Sampling:
         max_response_tokens=generation.max_response_tokens,
         seed=config.run.seed,
     )
-
-
-def _mask(training: Training, group: Group, step: int) -> Group:
-    config = training.run.config
-    if not config.reads_masked_view:
-        return group
-    prompt = mask_images(
-        group.prompt,
-        config.perception.mask,
-        training.run.processor,
-        seed=config.run.seed,
-        step=step,
-        swap_pool=training.dataset,
-    )
-    return replace(group, prompt=prompt)
 
 
 def _head(run: Run) -> HeadRequest:

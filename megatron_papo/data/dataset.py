@@ -8,6 +8,7 @@ raises BadRow with its number and the reason; what then happens is for `draw` to
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
 from megatron_papo.data.images import ImageFileMissing, decode_image, image_bytes
+from megatron_papo.data.masking import Masks, mask_images
 from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Processor
 from megatron_papo.data.source import open_source
 from megatron_papo.types import Prompt
@@ -47,6 +49,14 @@ class BadRows:
         if self.action == "stop":
             raise bad
         self.found[bad.row] = bad
+
+    def copy(self) -> BadRows:
+        """The same rows, for a thread to add to; `merge` brings what it met back."""
+        return BadRows(self.action, dict(self.found))
+
+    def merge(self, other: BadRows) -> None:
+        """Notes the rows of a copy too, in the order in which it met them."""
+        self.found.update(other.found)
 
     def take_new(self) -> list[BadRow]:
         """Those met since the last call, to be named to the user."""
@@ -82,8 +92,11 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def prompt(self, row: int) -> Prompt:
-        """The row as the model reads it; raises BadRow."""
+    def prompt(self, row: int, masks: Masks | None = None) -> Prompt:
+        """The row as the model reads it, and with `masks` also its masked view; raises BadRow.
+
+        Pictures are decoded once for both views and not kept: a batch of them would fill the host's memory.
+        """
         cells = self._rows[row]
         problem = cells[self._columns.problem]
         if not isinstance(problem, str) or not problem.strip():
@@ -95,14 +108,22 @@ class PromptDataset:
             raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(compressed)} images")
         if token := self._processor.vision_token_in(problem):
             raise BadRow(row, "vision token in text", token)
+        images = self._pixels(row, compressed)
         try:
-            inputs = self._processor.encode(problem, self._pixels(row, compressed))
+            inputs = self._processor.encode(problem, images)
         except ImageTooExtreme as error:
             raise BadRow(row, "image too extreme", str(error)) from None
         if inputs.token_ids_S.numel() > self._max_tokens:
             tokens = inputs.token_ids_S.numel()
             raise BadRow(row, "prompt too long", f"{tokens} tokens, data.max_prompt_tokens is {self._max_tokens}")
-        return Prompt(f"{self.which}:{row}", row, problem, answer, compressed, inputs)
+        prompt = Prompt(f"{self.which}:{row}", row, problem, answer, compressed, inputs)
+        return prompt if masks is None else self.mask(prompt, masks, images)
+
+    def mask(self, prompt: Prompt, masks: Masks, images: Sequence[Image.Image] | None = None) -> Prompt:
+        """A prompt of this dataset with its masked view made, or made anew; see `mask_images`."""
+        return mask_images(
+            prompt, masks.settings, self._processor, seed=masks.seed, step=masks.step, images=images, swap_pool=self
+        )
 
     def images(self, row: int) -> tuple[bytes, ...]:
         """Compressed images of a row; raises BadRow when a file is missing."""

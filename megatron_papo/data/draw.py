@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor, positions_for_step
 from megatron_papo.types import Prompt
+
+
+class DrawCancelled(Exception):
+    """Nobody wants the draw any more."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +47,44 @@ def draw_prompts(
     data_rank: int,
     data_size: int,
     bad_rows: BadRows,
+    masks: Masks | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Draw:
-    """The next `num_prompts` prompts over all ranks, this rank's share of them.
+    """The next `num_prompts` prompts over all ranks, this rank's share of them, with their masked views if `masks`.
 
     A further round of dynamic sampling is a further call with the cursor of the last. Raises BadRow when
-    `bad_rows.action` is `stop`, and ValueError when no good row is left.
+    `bad_rows.action` is `stop`, ValueError when no good row is left, and DrawCancelled at the prompt after another
+    thread has set `cancelled`.
     """
+
+    def fill(position: int) -> Prompt:
+        if cancelled is not None and cancelled.is_set():
+            raise DrawCancelled
+        return _fill(dataset, cursor, position, bad_rows, masks)
+
     positions = positions_for_step(cursor, num_prompts, updates_per_step, data_rank, data_size)
-    updates = tuple(tuple(_fill(dataset, cursor, position, bad_rows) for position in chunk) for chunk in positions)
+    updates = tuple(tuple(fill(position) for position in chunk) for chunk in positions)
     return Draw(updates, positions, cursor.advance(num_prompts))
 
 
-def prompts_of(dataset: PromptDataset, rows: Iterable[int], bad_rows: BadRows) -> Iterator[Prompt]:
-    """The prompts of given rows in order, bad ones left out: evaluation and scoring replace nothing."""
+def prompts_of(
+    dataset: PromptDataset, rows: Iterable[int], bad_rows: BadRows, masks: Masks | None = None
+) -> Iterator[Prompt]:
+    """The prompts of given rows in order, bad ones left out: evaluation replaces nothing."""
     for row in rows:
         try:
-            yield dataset.prompt(row)
+            yield dataset.prompt(row, masks)
         except BadRow as bad:
             bad_rows.add(bad)
 
 
-def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows) -> Prompt:
+def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows, masks: Masks | None) -> Prompt:
     for attempt in range(cursor.num_rows):
         row = cursor.row(position, attempt)
         if row in bad_rows.found:
             continue
         try:
-            return dataset.prompt(row)
+            return dataset.prompt(row, masks)
         except BadRow as bad:
             bad_rows.add(bad)
     raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.counts}")

@@ -13,7 +13,8 @@ the processor; and other kinds of spoiling. `ratio` and `cell` mean, for blur: r
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,16 @@ from megatron_papo.types import Prompt
 _SWAP_TRIES = 100
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Which masked view a prompt gets beside its own."""
+
+    settings: MaskConfig
+    seed: int
+    """The run's."""
+    step: int = 0
+
+
 class SwapPool(Protocol):
     """Where pictures of other prompts come from: a PromptDataset. Not the rank's own prompts of the step, which
     would make the masked view depend on the number of ranks."""
@@ -40,14 +51,24 @@ class SwapPool(Protocol):
 
 
 def mask_images(
-    prompt: Prompt, mask: MaskConfig, processor: Processor, *, seed: int, step: int, swap_pool: SwapPool | None = None
+    prompt: Prompt,
+    mask: MaskConfig,
+    processor: Processor,
+    *,
+    seed: int,
+    step: int,
+    images: Sequence[Image.Image] | None = None,
+    swap_pool: SwapPool | None = None,
 ) -> Prompt:
-    """The prompt with `masked_pixel_values_PD` filled; a prompt without pictures comes back as it is."""
+    """The prompt with `masked_pixel_values_PD` filled; a prompt without pictures comes back as it is.
+
+    `images`: the prompt's pictures, from whoever has decoded them already; they stay as they are.
+    """
     if prompt.inputs.pixel_values_PD is None:
         return prompt
     if mask.align == "patches":
         return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, mask, processor, seed=seed, step=step))
-    masked = masked_raw_images(prompt, mask, seed=seed, step=step, swap_pool=swap_pool)
+    masked = masked_raw_images(prompt, mask, seed=seed, step=step, images=images, swap_pool=swap_pool)
     pixel_values_PD, grid_thw_I3 = processor.pixel_values(masked)
     assert prompt.inputs.grid_thw_I3 is not None
     assert torch.equal(grid_thw_I3, prompt.inputs.grid_thw_I3), "the masked view has another grid"
@@ -55,16 +76,23 @@ def mask_images(
 
 
 def masked_raw_images(
-    prompt: Prompt, mask: MaskConfig, *, seed: int, step: int, swap_pool: SwapPool | None = None
+    prompt: Prompt,
+    mask: MaskConfig,
+    *,
+    seed: int,
+    step: int,
+    images: Sequence[Image.Image] | None = None,
+    swap_pool: SwapPool | None = None,
 ) -> list[Image.Image]:
-    """The spoiled pictures themselves, RGB in their own size: for engines that take pictures, and for sample pages.
+    """The spoiled pictures themselves, RGB in their own size.
 
-    Only for `align: raw`. Raises ValueError for `swap` without a pool or with one that has no other picture.
+    Only for `align: raw`. `images` as in `mask_images`. Raises ValueError for `swap` without a pool or with one that
+    has no other picture.
     """
     assert mask.align == "raw"
     masked = []
-    for index, data in enumerate(prompt.images):
-        image, random = decode_image(data), _generator(prompt, seed, step, index)
+    for index, image in enumerate(map(decode_image, prompt.images) if images is None else images):
+        random = _generator(prompt, seed, step, index)
         if mask.kind == "swap":
             masked.append(_other_image(prompt, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC))
         else:

@@ -78,6 +78,44 @@ def test_every_kind_of_mask_trains_and_is_shown(inputs, tmp_path):
         assert "masked" in (tmp_path / kind / "samples" / "step_000000.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def torn_inputs(tmp_path_factory) -> Path:
+    """The usual rows, with a truncated picture in row 4."""
+    folder = make_inputs(tmp_path_factory.mktemp("torn"))
+    (folder / "4_0.png").write_bytes((folder / "4_0.png").read_bytes()[:60])
+    return folder
+
+
+def half_of_the_rows(response: str, answer: str, problem: str) -> float:
+    """A reward that differs within a group for every second prompt, and is nothing for the others."""
+    return share_of_even_bytes(response, answer, problem) if problem.endswith(("0?", "2?", "4?", "6?")) else 0.0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("align", ["raw", "patches"])
+def test_prompts_prepared_ahead_change_no_number(torn_inputs, tmp_path, dynamic, align):
+    settings = {
+        "train__steps": 4,
+        "data__on_bad_row": "skip",
+        "data__eval": torn_inputs / "rows.jsonl",
+        "eval__samples": 1,
+        "perception__mask__align": align,
+        "train__eval_every": 2,
+    }
+    if dynamic:
+        settings |= {
+            "reward__function": "tests.parallel.test_train_cases:half_of_the_rows",
+            "train__dynamic_sampling__enabled": "true",
+            "train__dynamic_sampling__high": 1.0,
+        }
+    ways = {way: tiny_run(torn_inputs, tmp_path / way, data__prefetch=way, **settings) for way in ("true", "false")}
+    run_ranks(_train, 1, *ways.values())
+    ahead, on_the_spot = metrics(tmp_path / "true"), metrics(tmp_path / "false")
+    assert json.dumps(ahead) == json.dumps(on_the_spot)
+    assert len(ahead) == 4 and any(step.get("perception_kl", 0.0) > 0 for step in ahead)
+    assert (max(step["sampling/rounds"] for step in ahead) > 1) == dynamic
+
+
 def _scores(folder: Path) -> dict[str, float]:
     scores = json.loads((folder / "eval.jsonl").read_text())
     return {name: value for name, value in scores.items() if name != "model"}
