@@ -161,7 +161,7 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         assert two["tflops_per_gpu"] == pytest.approx(update / two["time/update"] / 2 / 1e12)
         assert two["tokens_per_s"] >= two["tokens_computed_per_s"] > 0
         if "memory/update" in two:
-            stages = ("draw", "generate", "reward", "advantage", "mask", "pack", "score", "update", "hand over")
+            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
             assert all(2**26 < two[f"memory/{stage}"] < 2**36 for stage in stages)
     for rank in range(2):
         with gzip.open(tmp_path / "2" / "profile" / f"rank_{rank}.json.gz") as trace:
