@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,24 @@ def test_planted_faults_are_named_on_every_rank(folders, tmp_path, plant, told):
     for message in run_ranks(_fault, 2, str(tmp_path)):
         assert all(part in message for part in told), message
         assert len(message.splitlines()) == 1
+
+
+def _most_bytes_alive(source: str, layout: tuple[int, int]) -> tuple[int, int, int]:
+    """Of all tensors handed out so far, at any moment; of the largest parameter; of the whole model."""
+    model, shape = _model(Path(source), layout, "float32")
+    read_hf(model, shape, source)
+    handed_out: list[weakref.ref[torch.Tensor]] = []
+    sizes, alive = [], 0
+    for _, tensor in hf_tensors(model, shape):
+        handed_out.append(weakref.ref(tensor))
+        sizes.append(tensor.nbytes)
+        alive = max(alive, sum(left.nbytes for held in handed_out if (left := held()) is not None))
+    return alive, max(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2"])
+def test_weights_are_handed_over_without_a_second_copy_of_the_model(layout, folders):
+    tensor, pipeline = LAYOUTS[layout]
+    results = run_ranks(_most_bytes_alive, tensor * pipeline, str(folders["float32"]), LAYOUTS[layout])
+    for alive, largest, whole in results:
+        assert alive <= 3 * largest and alive < whole / 3  # one parameter, and the one before it
