@@ -6,11 +6,11 @@ Baselines: `naive` is log_softmax of all logits and autograd's backward, `checkp
 torch.utils.checkpoint, `matmuls` the bare chain of the four products of the head's tiles and nothing else: its floor.
 All give the log-probs and the gradients of hidden states and weight, in fp32, on one thread.
 
-Every measurement is a fresh process: inputs and outputs' memory are touched first, the kernel's high-water mark of
-resident memory is reset (`/proc/self/clear_refs`) and read after (`VmHWM`), and the outputs that the run made itself
-are subtracted, though not all of them are there at a baseline's peak: what is held beyond inputs and outputs. Seconds are processor seconds of that process, so
-other load on the machine counts little. Methods take turns; medians are reported. A baseline that would need more
-than 16 GiB by its formula is not run. Linux only.
+Every measurement is a fresh process: inputs are touched first, the kernel's high-water mark of resident memory is reset
+(`/proc/self/clear_refs`) and read after (`VmHWM`), and the bytes of inputs and outputs are subtracted. A baseline's
+peak may come before its outputs exist; subtracting them all the same is in the baseline's favour. Seconds are processor
+seconds of that process, so other load on the machine counts little. Methods take turns; medians are reported. A
+baseline that would need more than 16 GiB by its formula is not run. Linux only.
 """
 
 from __future__ import annotations
