@@ -8,7 +8,7 @@ Suffixes: R response tokens, N views of them (1, or policy and masked policy).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,12 @@ class RowSums:
         zeros = torch.zeros(3 * num_views + 2, num_rows, dtype=torch.float64, device=device)
         pair = (zeros[-2], zeros[-1]) if num_views == 2 else (None, None)
         return cls(torch.full_like(zeros[:num_views], FORBIDDEN), *zeros[: 3 * num_views].chunk(3), *pair)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[RowSums]) -> RowSums:
+        """One after the other's rows."""
+        sums = [torch.cat(same, dim=-1) for same in zip(*(part._sums() for part in parts), strict=True)]
+        return cls(torch.cat([part.max_NR for part in parts], dim=-1), *sums)
 
     def add(self, rows: slice, tile: RowSums) -> None:
         """Takes in the sums of more words for these rows."""

@@ -46,9 +46,9 @@ def operand(tensor: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b in fp32 or wider, in the memory of `out` where that can be had."""
+    """out = a @ b, which is fp32 or wider."""
     if a.dtype != out.dtype:
-        return torch.mm(a, b, out_dtype=out.dtype)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a, b, out=out)
 
 

@@ -1,18 +1,23 @@
 """Sums over a tile of logits, and the tile's gradient, in plain torch: any device, fp32 and fp64.
 
-Both overwrite the logits they are given. `triton_tile.py` has the same two functions for CUDA.
+Both overwrite the logits they are given, a strip of rows at a time: what a strip needs beside them stays in cache and
+in memory that the allocator keeps, where that of a whole tile is mapped anew each time and is several times slower.
+`triton_tile.py` has the same two functions for CUDA.
 Suffixes: C rows of a tile, W its words, N views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import RowSums
+
+_STRIP = 64 * 1024
+"""Elements."""
 
 
 def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy: bool) -> RowSums:
@@ -21,6 +26,17 @@ def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy
     logits: N tensors [C, W], to be multiplied by `scale`. columns_C: place of each row's target word in the tile, -1
     when it is not here. Without `entropy`, `dot` is left 0.
     """
+    strips = [_strip_sums([one[rows] for one in logits], scale, columns_C[rows], entropy) for rows in _strips(logits)]
+    return RowSums.side_by_side(strips)
+
+
+def _strips(logits: Sequence[Tensor]) -> Iterator[slice]:
+    num_rows, num_words = logits[0].shape
+    size = max(1, _STRIP // num_words)
+    return (slice(first, first + size) for first in range(0, num_rows, size))
+
+
+def _strip_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy: bool) -> RowSums:
     place_C1, here_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
     for logits_CW in logits:
         logits_CW.mul_(scale)
@@ -49,6 +65,12 @@ def tile_gradients(
     logits: Sequence[Tensor], scale: float, columns_C: Tensor, pulls: RowPulls, dtype: torch.dtype
 ) -> list[Tensor]:
     """Gradients of the logits of one tile, [C, W] each in `dtype`; arguments as of `tile_sums`."""
+    for rows in _strips(logits):
+        _strip_gradients([one[rows] for one in logits], scale, columns_C[rows], pulls.rows(rows))
+    return [one.to(dtype) for one in logits]
+
+
+def _strip_gradients(logits: Sequence[Tensor], scale: float, columns_C: Tensor, pulls: RowPulls) -> None:
     for logits_CW, normaliser_C in zip(logits, pulls.normaliser_NR):
         logits_CW.mul_(scale).sub_(normaliser_C[:, None])
     if pulls.kl_R is not None:
@@ -61,7 +83,6 @@ def tile_gradients(
     place_C1, here_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
     for logits_CW, target_C in zip(logits, pulls.target_NR):
         logits_CW.scatter_add_(1, place_C1, target_C.where(here_C, 0)[:, None])
-    return [logits_CW.to(dtype) for logits_CW in logits]
 
 
 def _pair_gradients(logits: Sequence[Tensor], pulls: RowPulls) -> None:
