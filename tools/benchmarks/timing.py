@@ -1,0 +1,55 @@
+"""Seconds of several sides, measured in turns: on a busy machine only what runs side by side can be compared.
+
+A round runs every side once. Each side's figure is its median over the rounds; a ratio is the median of the rounds'
+own ratios, so that a slow minute of the machine, which hits both sides of a round, leaves it alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from tools.benchmarks.rows import Row
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of every round, by side; all sides have as many."""
+
+    of: dict[str, list[float]]
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.of[side])
+
+    def ratio(self, side: str, baseline: str) -> float:
+        """Median over the rounds of side / baseline."""
+        return statistics.median(own / other for own, other in zip(self.of[side], self.of[baseline], strict=True))
+
+    def fastest(self) -> str:
+        """The side with the least median."""
+        return min(self.of, key=self.median)
+
+    def rows(self, name: str, side: str, baseline: str, tokens: int) -> list[Row]:
+        """The two sides in tokens a second and in seconds."""
+        own, other, ratio = self.median(side), self.median(baseline), self.ratio(side, baseline)
+        inverse = statistics.median(b / a for a, b in zip(self.of[side], self.of[baseline], strict=True))
+        return [Row(name, tokens / own, tokens / other, inverse, "tokens/s"), Row(name, own, other, ratio, "s")]
+
+
+def measure(sides: Mapping[str, Callable[[], object]], rounds: int, what: str = "") -> Seconds:
+    """Runs every side once a round, in turns; the order is reversed every other round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    console = Console(stderr=True)
+    for index in range(rounds):
+        for name in list(sides)[:: -1 if index % 2 else 1]:
+            gc.collect()
+            before = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - before)
+            console.print(f"[dim]{what}: round {index + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s[/dim]")
+    return Seconds(seconds)
