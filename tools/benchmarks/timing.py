@@ -1,6 +1,7 @@
 """Seconds of several sides, measured in turns: on a busy machine only what runs side by side can be compared.
 
-A round runs every side once. Each side's figure is its median over the rounds; a ratio is the median of the rounds'
+Seconds are processor seconds of this process, in which every side runs on one thread: on an idle machine those of the
+clock, and on a busy one much less its neighbours' doing. A round runs every side once. Each side's figure is its median over the rounds; a ratio is the median of the rounds'
 own ratios, so that a slow minute of the machine, which hits both sides of a round, leaves it alone.
 """
 
@@ -48,8 +49,8 @@ def measure(sides: Mapping[str, Callable[[], object]], rounds: int, what: str = 
     for index in range(rounds):
         for name in list(sides)[:: -1 if index % 2 else 1]:
             gc.collect()
-            before = time.perf_counter()
+            before = time.process_time()
             sides[name]()
-            seconds[name].append(time.perf_counter() - before)
+            seconds[name].append(time.process_time() - before)
             console.print(f"[dim]{what}: round {index + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s[/dim]")
     return Seconds(seconds)

@@ -163,9 +163,14 @@ class Trl:
             trl.trainer.utils._use_triton = own
 
 
-def given_rollouts(groups: Sequence[Group], image_token_id: int, pad_id: int, old: dict[Key, Tensor] | None = None) -> dict[str, Any]:
+def given_rollouts(
+    groups: Sequence[Group], image_token_id: int, pad_id: int, old: dict[Key, Tensor] | None = None
+) -> dict[str, Any]:
     """The groups as GRPOTrainer's `_generate_and_score_completions` returns them: a row a rollout, prompts padded on
-    the left, responses on the right, every row with its own copy of the pixels."""
+    the left, responses on the right, every row with its own copy of the pixels.
+
+    Without `old` log-probs, as TRL itself leaves them out of an update that is on-policy.
+    """
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     prompt_ids, prompt_mask = pad_left([prompt.inputs.token_ids_S for prompt, _ in pairs], pad_id)
     completion_ids, completion_mask = pad_right([torch.tensor(r.response_ids) for _, r in pairs], pad_id)

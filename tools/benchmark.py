@@ -1,0 +1,50 @@
+"""Measures the package on this machine, against others where there are others; every figure of the docs comes from here.
+
+    python tools/benchmark.py update     one optimizer update, against TRL's GRPO and PAPO in plain PyTorch
+    python tools/benchmark.py step       a whole step, against TRL's
+    python tools/benchmark.py head       the language-model head, against logits that are made whole
+    python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
+
+`update` and `step` need TRL: `make bench` installs it. Everything runs on one thread without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
+    from tools.benchmarks.quiet import quieten
+    from tools.benchmarks.table import print_rows, write_rows
+
+    quieten()
+    module = importlib.import_module(f"tools.benchmarks.{arguments.which}")
+    options = {} if arguments.which == "head" else {"rounds": arguments.rounds}
+    if arguments.which == "growth":
+        options["plot"] = arguments.plot
+    rows = module.run(arguments.quick, **options)
+    print_rows(rows, f"{arguments.which}{' (quick)' if arguments.quick else ''}")
+    if arguments.json:
+        write_rows(rows, arguments.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("update", "step", "head", "growth"))
+    parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="growth: draw the curves there, as PNG")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

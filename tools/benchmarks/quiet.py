@@ -1,0 +1,18 @@
+"""One thread, and no talk of the libraries between the figures."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quieten() -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torch.utils.cpp_extension", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
