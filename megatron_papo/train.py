@@ -56,7 +56,7 @@ class Training:
 
 def main(config: Config) -> None:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`."""
-    with open_run(config) as run, _open_training(run) as training:
+    with open_run(config) as run, open_training(run) as training:
         checkpoints = Checkpoints(run, training.optimizer, "train")
         first_step = _resume(training, checkpoints)
         run.clock.take()  # what came before is no step's time
@@ -109,7 +109,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
 
 
 @contextmanager
-def _open_training(run: Run) -> Iterator[Training]:
+def open_training(run: Run) -> Iterator[Training]:
     config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set up"):

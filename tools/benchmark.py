@@ -1,4 +1,4 @@
-"""Measures the package on this machine, against others where there are others; every figure of the docs comes from here.
+"""Measures the package on this machine, and what it can be compared with beside it.
 
     python tools/benchmark.py update     one optimizer update, against TRL's GRPO and PAPO in plain PyTorch
     python tools/benchmark.py step       a whole step, against TRL's

@@ -55,11 +55,16 @@ def make_groups(workload: Workload, processor: Processor, seed: int = 0) -> list
 
 
 def make_question(prompt_tokens: int, num_images: int, template_tokens: int, random: np.random.Generator) -> str:
-    """One placeholder a picture, then digits to fill the prompt up to `prompt_tokens`; `template_tokens` surround it."""
+    """One placeholder a picture, then digits up to `prompt_tokens`, of which the template takes `template_tokens`."""
     rows, columns = image_grid(prompt_tokens, num_images)
     digits = prompt_tokens - template_tokens - num_images * (rows * columns + 2)  # 2: start and end of an image
     assert digits > 0, f"{num_images} images of {rows} x {columns} tokens leave no room in {prompt_tokens}"
     return PLACEHOLDER * num_images + "".join(str(digit) for digit in random.integers(0, 10, digits))
+
+
+def template_length(processor: Processor) -> int:
+    """Tokens of a prompt that are not the user's."""
+    return processor.encode("0", []).token_ids_S.numel() - 1
 
 
 def make_picture(prompt_tokens: int, num_images: int, random: np.random.Generator) -> bytes:
@@ -89,8 +94,7 @@ def num_tokens(groups: Sequence[Group]) -> int:
 
 def _prompt(workload: Workload, row: int, processor: Processor, random: np.random.Generator) -> Prompt:
     length, num_images = workload.prompt_tokens, workload.num_images
-    template_tokens = processor.encode("0", []).token_ids_S.numel() - 1
-    question = make_question(length, num_images, template_tokens, random)
+    question = make_question(length, num_images, template_length(processor), random)
     images = tuple(make_picture(length, num_images, random) for _ in range(num_images))
     inputs = processor.encode(question, [Image.open(io.BytesIO(image)).convert("RGB") for image in images])
     assert inputs.token_ids_S.numel() == length, f"{inputs.token_ids_S.numel()} tokens instead of {length}"

@@ -1,8 +1,9 @@
 """Seconds of several sides, measured in turns: on a busy machine only what runs side by side can be compared.
 
 Seconds are processor seconds of this process, in which every side runs on one thread: on an idle machine those of the
-clock, and on a busy one much less its neighbours' doing. A round runs every side once. Each side's figure is its median over the rounds; a ratio is the median of the rounds'
-own ratios, so that a slow minute of the machine, which hits both sides of a round, leaves it alone.
+clock, and on a busy one much less the neighbours' doing. A round runs every side once. Each side's figure is its
+median over the rounds; a ratio is the median of the rounds' own ratios, so that a slow minute of the machine, which
+hits both sides of a round, leaves it alone.
 """
 
 from __future__ import annotations

@@ -68,7 +68,6 @@ class Trl:
         *,
         batch_size: int,
         group_size: int,
-        dataset: Dataset | None = None,
         reward: Callable[..., list[float]] | None = None,
         max_response_tokens: int = 256,
     ):
@@ -105,7 +104,7 @@ class Trl:
             model=str(folder / "model"),
             reward_funcs=reward or _no_reward,
             args=config,
-            train_dataset=dataset or Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}]),
+            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}]),  # not read
         )
         if variant.checkpointing:
             self.trainer.model.gradient_checkpointing_enable()
@@ -122,7 +121,7 @@ class Trl:
         return self._optimizer_step([])
 
     def step(self, examples: list[dict[str, Any]]) -> tuple[float, float]:
-        """One whole step on rows of the dataset, as the trainer's own data loader yields them: a row a rollout."""
+        """One whole step on rows as the trainer's own data loader yields them: a row a rollout."""
         self.trainer.given = None
         return self._optimizer_step(examples)
 
@@ -199,4 +198,3 @@ def _keys(groups: Sequence[Group]) -> list[Key]:
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:
     return [0.0] * len(completions)
-

@@ -41,7 +41,7 @@ PLAIN_SEQUENCES = 2
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
     """The table: agreement first, then every workload. Raises SidesDiffer before anything is timed."""
-    rounds = rounds or (2 if quick else 3)
+    rounds = rounds or (1 if quick else 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")

@@ -1,0 +1,92 @@
+"""The benchmark as a user runs it, cut short: which rows there are, and that they are consistent. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; `make bench` installs it")
+
+
+def run_benchmark(which: str, folder: Path, *arguments: str) -> list[dict]:
+    """The rows that `tools/benchmark.py WHICH --quick` wrote."""
+    out = folder / "rows.json"
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), which, "--quick", "--json", str(out), *arguments]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    rows = json.loads(out.read_text())
+    assert all(set(row) == {"name", "value", "baseline", "ratio", "unit"} for row in rows)
+    assert f"{which} (quick)" in done.stdout
+    return rows
+
+
+def check_ratio(row: dict) -> None:
+    """One round: the median of the ratios is the ratio of the medians."""
+    assert row["value"] >= 0 and row["baseline"] > 0 and math.isfinite(row["value"])
+    assert row["ratio"] == pytest.approx(row["value"] / row["baseline"], rel=1e-6)
+
+
+@needs_trl
+def test_update(tmp_path):
+    rows = run_benchmark("update", tmp_path)
+    for row in rows:
+        check_ratio(row)
+    agreement = [row for row in rows if row["name"].startswith("agreement: ")]
+    assert len(agreement) == 2 + 2 * 4  # log-probs; losses and gradients of three kinds against plain, GRPO also TRL
+    assert all(row["value"] < row["baseline"] == 1e-4 and row["unit"] in ("nats", "relative") for row in agreement)
+    timed = [row for row in rows if row not in agreement]
+    assert [row["unit"] for row in timed] == ["tokens/s", "s"] * 5
+    names = [row["name"] for row in timed[::2]]
+    assert names == [row["name"] for row in timed[1::2]]
+    kinds = ["GRPO / TRL", "PAPO frozen / TRL", "PAPO joint / TRL", "PAPO frozen / plain", "PAPO joint / plain"]
+    assert all(name.startswith(f"96 + 16 tokens: {kind}") for name, kind in zip(names, kinds, strict=True))
+    for speed, seconds in zip(timed[::2], timed[1::2]):  # 2 prompts x 4 rollouts x 112 tokens, on every side
+        for side in ("value", "baseline"):
+            assert speed[side] * seconds[side] == pytest.approx(2 * 4 * (96 + 16))
+
+
+@needs_trl
+def test_step(tmp_path):
+    rows = run_benchmark("step", tmp_path)
+    for row in rows:
+        check_ratio(row)
+    assert [row["unit"] for row in rows] == ["tokens/s", "s"] * 3 + ["s", "s", "tokens"]
+    lengths = rows[-1]
+    assert lengths["value"] == pytest.approx(16, rel=0.05) and lengths["baseline"] == pytest.approx(16, rel=0.05)
+
+
+def test_growth(tmp_path):
+    rows = run_benchmark("growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
+    for row in rows:
+        check_ratio(row)
+    assert [row["unit"] for row in rows] == ["s"] * 8
+    assert [row["ratio"] for row in rows[::2]] == [1.0] * 4  # the smallest point is where each line begins
+    for first, second in zip(rows[::2], rows[1::2]):
+        assert second["baseline"] > first["baseline"]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_trl
+@pytest.mark.parametrize("gap", [2e-4, math.nan])
+def test_sides_that_differ_are_refused(gap):
+    from tools.benchmarks.agreement import SidesDiffer, _checked
+
+    with pytest.raises(SidesDiffer, match=r"loss: .*allowed 1e-04"):
+        _checked("loss", gap, "nats")
+    assert _checked("loss", 5e-5, "nats").ratio == 0.5

@@ -1,0 +1,170 @@
+"""Seconds of a whole step, generation and reward included: our `train_step` against TRL's trainer.
+
+4 prompts x 8 rollouts from pictures on disk, sampled with transformers on both sides at temperature 1 and top_p 1,
+the same reward function, then the update. TRL's side is its own `_prepare_inputs`, `training_step` and optimizer, its
+rows decoded once a prompt. Random weights hardly ever end a response, so both sides sample as many tokens; rows say
+how many.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_papo.config import Config
+from megatron_papo.data.processor import PLACEHOLDER, load_processor
+from megatron_papo.run import hand_over, open_run
+from megatron_papo.train import Training, open_training, train_step
+from tools.benchmarks.models import write_model
+from tools.benchmarks.ours import KINDS, settings
+from tools.benchmarks.rollouts import Workload, make_picture, make_question, template_length
+from tools.benchmarks.rows import Row
+from tools.benchmarks.timing import measure
+from tools.benchmarks.trl_grpo import Trl, Variant
+
+WORKLOAD = Workload(600, 64)
+QUICK_WORKLOAD = Workload(96, 16, num_prompts=2, group_size=4)
+VARIANTS = (Variant(2), Variant(8))
+NUM_ROWS = 16
+LENGTHS_MAY_DIFFER = 0.05
+"""By this fraction, in the mean: random weights end a response once in two thousand tokens."""
+
+
+def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
+    """A reward that random weights get some of, unequal within a group."""
+    found = response.encode()
+    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+
+
+def run(quick: bool, rounds: int | None = None) -> list[Row]:
+    workload, rounds = (QUICK_WORKLOAD, rounds or 1) if quick else (WORKLOAD, rounds or 3)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model")
+        rows = _write_rows(folder, workload)
+        with _open_ours(folder, workload) as ours:
+            trls = [_trl(folder, variant, workload) for variant in VARIANTS]
+            sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
+            steps = {f"TRL ({trl.variant.name})": _TrlSteps(trl, folder, workload, rows) for trl in trls}
+            sides |= {side: trl.step for side, trl in steps.items()}
+            measure(sides, 1, "warm-up")
+            seconds = measure(sides, rounds, f"step, {workload.name}")
+            tokens = workload.num_prompts * workload.group_size * (workload.prompt_tokens + workload.response_tokens)
+            best = min(steps, key=seconds.median)
+            lengths = _lengths(ours.mean_length, steps[best].mean_length)
+            found = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
+            for kind in ("PAPO frozen", "PAPO joint"):
+                found.append(seconds.rows(f"step: {kind} / GRPO, both ours", kind, "GRPO", tokens)[1])
+            return [*found, lengths]
+
+
+def _lengths(own: float, trl: float) -> Row:
+    if abs(own - trl) > LENGTHS_MAY_DIFFER * trl:
+        raise AssertionError(f"ours sampled {own:.1f} tokens a response, TRL {trl:.1f}: no fair comparison")
+    return Row("step: mean length of a response, ours / TRL", own, trl, own / trl, "tokens")
+
+
+class _OurSteps:
+    """`train_step` of every variant on one policy; the next prompts of the file every time."""
+
+    def __init__(self, training: Training, folder: Path, workload: Workload):
+        self._training, self._folder, self._workload = training, folder, workload
+        self._lengths: list[int] = []
+        self._step = 0
+
+    def step(self, kind: str) -> None:
+        self._training.run = replace(self._training.run, config=_settings(self._folder, kind, self._workload))
+        groups, _ = train_step(self._training, self._step)
+        self._step += 1
+        self._lengths += [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
+
+    @property
+    def mean_length(self) -> float:
+        return statistics.fmean(self._lengths)
+
+
+class _TrlSteps:
+    """Steps of one variant; the next prompts of the same file every time."""
+
+    def __init__(self, trl: Trl, folder: Path, workload: Workload, rows: list[dict[str, str]]):
+        self._trl, self._folder, self._workload, self._rows = trl, folder, workload, rows
+        self._place = 0
+
+    def step(self) -> None:
+        places = [(self._place + index) % len(self._rows) for index in range(self._workload.num_prompts)]
+        self._place += self._workload.num_prompts
+        examples = [self._example(self._rows[place]) for place in places]
+        self._trl.step([example for example in examples for _ in range(self._workload.group_size)])
+
+    def _example(self, row: dict[str, str]) -> dict[str, Any]:
+        """As TRL wants a row: it puts the picture before the text itself."""
+        turn = {"role": "user", "content": row["problem"].removeprefix(PLACEHOLDER)}
+        return {"prompt": [turn], "images": [Image.open(self._folder / row["images"]).convert("RGB")]}
+
+    @property
+    def mean_length(self) -> float:
+        """Of the responses; prompts are seen to be as long as ours."""
+        trainer, size = self._trl.trainer, self._workload.num_prompts * self._workload.group_size
+        lengths = trainer._metrics["train"]["completions/mean_length"]
+        assert trainer.state.num_input_tokens_seen == round(
+            size * sum(lengths + [self._workload.prompt_tokens] * len(lengths))
+        )
+        return statistics.fmean(lengths)
+
+
+@contextmanager
+def _open_ours(folder: Path, workload: Workload) -> Iterator[_OurSteps]:
+    with open_run(_settings(folder, "GRPO", workload)) as run, open_training(run) as training:
+        hand_over(run, training.generator, policy_version=0)
+        yield _OurSteps(training, folder, workload)
+
+
+def _settings(folder: Path, kind: str, workload: Workload) -> Config:
+    return settings(
+        folder,
+        kind,
+        data__train=folder / "rows.jsonl",
+        train__prompts_per_step=workload.num_prompts,
+        train__group_size=workload.group_size,
+        generation__max_response_tokens=workload.response_tokens,
+        reward__function="tools.benchmarks.step:share_of_even_bytes",
+        reward__accuracy_weight=1,
+        reward__format_weight=0,
+    )
+
+
+def _trl(folder: Path, variant: Variant, workload: Workload) -> Trl:
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        return [share_of_even_bytes(turns[0]["content"], "", "") for turns in completions]
+
+    return Trl(
+        folder,
+        variant,
+        batch_size=workload.num_prompts * workload.group_size,
+        group_size=workload.group_size,
+        reward=reward,
+        max_response_tokens=workload.response_tokens,
+    )
+
+
+def _write_rows(folder: Path, workload: Workload) -> list[dict[str, str]]:
+    """`folder`/rows.jsonl with a picture a row; returns what it says."""
+    random = np.random.default_rng(0)
+    processor = load_processor(folder / "model", _settings(folder, "GRPO", workload).data)
+    rows = []
+    for row in range(NUM_ROWS):
+        question = make_question(workload.prompt_tokens, 1, template_length(processor), random)
+        (folder / f"{row}.png").write_bytes(make_picture(workload.prompt_tokens, 1, random))
+        rows.append({"problem": question, "answer": "0", "images": f"{row}.png"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
