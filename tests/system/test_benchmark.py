@@ -1,4 +1,4 @@
-"""The benchmark as a user runs it, cut short: which rows there are, and that they are consistent. No speed is asserted."""
+"""The benchmark as a user runs it, cut short: which rows there are, and that they are consistent. Asserts no speed."""
 
 from __future__ import annotations
 
