@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.which in ("update", "step") and find_spec("trl") is None:
+        parser.error(f"{arguments.which} needs TRL: `make bench` installs it")
     sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
     from tools.benchmarks.quiet import quieten
     from tools.benchmarks.table import print_rows, write_rows

@@ -75,31 +75,7 @@ class Trl:
         self.variant = variant
         self.num_micro_batches = batch_size // variant.sequences
         assert self.num_micro_batches * variant.sequences == batch_size
-        config = GRPOConfig(
-            output_dir=str(folder / "trl"),
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=variant.sequences,
-            gradient_accumulation_steps=self.num_micro_batches,
-            num_generations=group_size,
-            max_completion_length=max_response_tokens,
-            gradient_checkpointing=variant.checkpointing,
-            learning_rate=LEARNING_RATE,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-            beta=0.0,
-            epsilon=0.2,
-            epsilon_high=0.3,
-            delta=3.0,
-            loss_type="dapo",
-            temperature=1.0,
-            top_p=1.0,
-            model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
-            report_to="none",
-            shuffle_dataset=False,
-            dataloader_pin_memory=False,
-            log_multimodal=False,
-        )
+        config = _config(folder / "trl", variant, self.num_micro_batches, group_size, max_response_tokens)
         self.trainer = _GivenRollouts(
             model=str(folder / "model"),
             reward_funcs=reward or _no_reward,
@@ -190,6 +166,36 @@ def given_rollouts(
     if old is not None:
         given["old_per_token_logps"], _ = pad_right([old[key] for key in _keys(groups)], 0)
     return given
+
+
+def _config(
+    output: Path, variant: Variant, num_micro_batches: int, group_size: int, max_response_tokens: int
+) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(output),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=variant.sequences,
+        gradient_accumulation_steps=num_micro_batches,
+        num_generations=group_size,
+        max_completion_length=max_response_tokens,
+        gradient_checkpointing=variant.checkpointing,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.3,
+        delta=3.0,
+        loss_type="dapo",
+        temperature=1.0,
+        top_p=1.0,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        report_to="none",
+        shuffle_dataset=False,
+        dataloader_pin_memory=False,
+        log_multimodal=False,
+    )
 
 
 def _keys(groups: Sequence[Group]) -> list[Key]:

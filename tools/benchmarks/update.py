@@ -1,8 +1,8 @@
 """Tokens a second of one optimizer update: our GRPO and PAPO, TRL's GRPO, and PAPO in plain PyTorch.
 
 4 prompts x 8 rollouts, the same weights and batches, fp32, one thread, in turns within one process. The rollouts are
-given; masked pictures are made beforehand, so for all sides the time is that of packing or padding, scoring, forward,
-backward and optimizer. The frozen branch includes its scoring pass. TRL's figure is that of its fastest variant.
+given and masked pictures are made beforehand, so the time is that of packing, scoring, forward, backward and optimizer;
+TRL's padding comes free. The frozen branch includes its scoring pass. TRL's figure is that of its fastest variant.
 """
 
 from __future__ import annotations
