@@ -110,6 +110,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
 
 @contextmanager
 def open_training(run: Run) -> Iterator[Training]:
+    """The state of a run as it starts, its policy the one of `run`; the generator has no weights yet."""
     config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set up"):
@@ -129,7 +130,7 @@ def open_training(run: Run) -> Iterator[Training]:
             rewarder=stack.enter_context(
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
-            prompts=stack.enter_context(closing(_prefetch(run, dataset))),
+            prompts=stack.enter_context(closing(prefetch_prompts(run, dataset))),
             heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
@@ -145,7 +146,8 @@ def _training_rows(run: Run) -> PromptDataset:
     return PromptDataset(config.data, "train", processor)
 
 
-def _prefetch(run: Run, dataset: PromptDataset) -> Prefetch:
+def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:
+    """The draws of a run, with masked views where its loss reads them."""
     config, train = run.config, run.config.train
     draw = partial(
         draw_prompts,

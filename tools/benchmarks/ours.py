@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "data.min_pixels": MIN_PIXELS,
     "data.max_pixels": MAX_PIXELS,
     "data.shuffle": False,
+    "data.prefetch": False,  # one thread: drawing and masking count in the step that they are for
     "generation.top_p": 1.0,
     "loss.reference_coef": 0,
     "train.updates_per_step": 1,

@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image
 
 from megatron_papo.config import Config
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.processor import PLACEHOLDER, load_processor
 from megatron_papo.run import hand_over, open_run
-from megatron_papo.train import Training, open_training, train_step
+from megatron_papo.train import Training, open_training, prefetch_prompts, train_step
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, settings
 from tools.benchmarks.rollouts import Workload, make_picture, make_question, template_length
@@ -78,12 +79,15 @@ class _OurSteps:
     """`train_step` of every variant on one policy; the next prompts of the file every time."""
 
     def __init__(self, training: Training, folder: Path, workload: Workload):
-        self._training, self._folder, self._workload = training, folder, workload
+        self._training = training
+        dataset = PromptDataset(training.run.config.data, "train", training.run.processor)
+        self._runs = {kind: replace(training.run, config=_settings(folder, kind, workload)) for kind in KINDS}
+        self._prompts = {kind: prefetch_prompts(run, dataset) for kind, run in self._runs.items()}
         self._lengths: list[int] = []
         self._step = 0
 
     def step(self, kind: str) -> None:
-        self._training.run = replace(self._training.run, config=_settings(self._folder, kind, self._workload))
+        self._training.run, self._training.prompts = self._runs[kind], self._prompts[kind]
         groups, _ = train_step(self._training, self._step)
         self._step += 1
         self._lengths += [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
