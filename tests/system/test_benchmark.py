@@ -68,7 +68,7 @@ def test_step(tmp_path):
         check_ratio(row)
     assert [row["unit"] for row in rows] == ["tokens/s", "s"] * 3 + ["s", "s", "tokens"]
     lengths = rows[-1]
-    assert lengths["value"] == pytest.approx(16, rel=0.05) and lengths["baseline"] == pytest.approx(16, rel=0.05)
+    assert lengths["value"] == pytest.approx(16, rel=0.1) and lengths["baseline"] == pytest.approx(16, rel=0.1)
 
 
 def test_growth(tmp_path):
