@@ -42,7 +42,8 @@ class VisionTower(MegatronModule):
         )
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=weight.device)
         pixels = pixel_values_PD.to(weight.device).index_select(0, plan.patch_order_P)
-        pixels = F.pad(pixels, (0, 0, 0, plan.num_padding))
+        if plan.num_padding:
+            pixels = F.pad(pixels, (0, 0, 0, plan.num_padding))
         if self.config.sequence_parallel:
             pixels = scatter_to_sequence_parallel_region(pixels)
         hidden = self.decoder(

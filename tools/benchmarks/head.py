@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +38,9 @@ VOCAB = 151_936
 HIDDEN, QUICK_HIDDEN = 512, 128
 """A small model's, so that the whole run takes minutes. At the 2048 and 3584 of Qwen2.5-VL the products take a larger
 share, and the ratio of seconds to naive tends to the 4/3 of their number; the memory of logits is the same."""
-TOKENS, QUICK_TOKENS = (512, 1024, 2048, 4096, 8192, 16384), (512,)
+POINTS = (*((tokens, HIDDEN) for tokens in (512, 1024, 2048, 4096, 8192, 16384)), (1024, 2048))
+"""Response tokens and hidden size; the last is the width of Qwen2.5-VL-3B."""
+QUICK_POINTS = ((512, QUICK_HIDDEN),)
 LIMIT_BYTES = 16 * 2**30
 """A baseline that needs more, or more than nine tenths of what the machine has free, is not run."""
 MOST_TOKENS = {"matmuls": 4096}
@@ -131,20 +134,22 @@ def _in_a_fresh_process(*args: Any) -> tuple[float, float]:
 
 
 def run(quick: bool) -> list[Row]:
-    """Two rows for each number of tokens and baseline, peak and seconds; the peak of ours against that at the fewest
-    tokens too. `quick`: 512 tokens of a small hidden size, once."""
+    """Two rows for each point and baseline, peak and seconds; the peak of ours against that at the fewest tokens too.
+    `quick`: 512 tokens of a small hidden size, once."""
     multiprocessing.set_forkserver_preload(["torch", "megatron_papo.logprobs"])
-    hidden = QUICK_HIDDEN if quick else HIDDEN
-    tokens = QUICK_TOKENS if quick else TOKENS
+    console = Console(stderr=True)
     rows, least = [], 0.0
-    for num_tokens in tokens:
+    for num_tokens, hidden in QUICK_POINTS if quick else POINTS:
+        what = f"head, {num_tokens} tokens, hidden {hidden}"
         methods = [name for name in METHODS if _fits(name, num_tokens, hidden)]
         found = defaultdict(list)
-        for _ in range(1 if quick else max(1, min(3, 2048 // num_tokens))):
+        for _ in range(1 if quick else max(1, min(3, 4096 * 512 // (num_tokens * hidden)))):
             for name in methods:
-                found[name].append(_in_a_fresh_process(name, num_tokens, hidden))
+                peak, seconds = _in_a_fresh_process(name, num_tokens, hidden)
+                found[name].append((peak, seconds))
+                console.print(f"[dim]{what}: {name}: {peak / MIB:.0f} MiB, {seconds:.2f} s[/dim]")
         least = least or median(peak for peak, _ in found["ours"])
-        rows += _rows(f"head, {num_tokens} tokens, hidden {hidden}", found, least)
+        rows += _rows(what, found, least)
     return rows
 
 

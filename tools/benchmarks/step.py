@@ -3,7 +3,9 @@
 4 prompts x 8 rollouts from pictures on disk, sampled with transformers on both sides at temperature 1 and top_p 1,
 the same reward function, then the update. TRL's side is its own `_prepare_inputs`, `training_step` and optimizer, its
 rows decoded once a prompt. Random weights hardly ever end a response, so both sides sample as many tokens; rows say
-how many.
+how many. What the perception term adds is measured there, in the leanest step, and by the paper's recipe, with a
+reference and three updates a rollout batch, which plain GRPO pays for as well; there in seconds of the clock, the next
+prompts and masks prepared in a thread as in training.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,10 +33,12 @@ from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, settings
 from tools.benchmarks.rollouts import Workload, make_picture, make_question, template_length
 from tools.benchmarks.rows import Row
-from tools.benchmarks.timing import measure
+from tools.benchmarks.timing import Seconds, measure
 from tools.benchmarks.trl_grpo import Trl, Variant
 
 WORKLOAD = Workload(600, 64)
+RECIPE: dict[str, Any] = {"loss__reference_coef": 0.01, "train__updates_per_step": 3, "data__prefetch": True}
+RECIPE_WORKLOADS = (Workload(600, 64, num_prompts=6), Workload(600, 256, num_prompts=6))
 QUICK_WORKLOAD = Workload(96, 16, num_prompts=2, group_size=4)
 VARIANTS = (Variant(2), Variant(8))
 NUM_ROWS = 16
@@ -48,25 +53,49 @@ def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
-    workload, rounds = (QUICK_WORKLOAD, rounds or 1) if quick else (WORKLOAD, rounds or 3)
+    rounds = rounds or (1 if quick else 5)
+    workload = QUICK_WORKLOAD if quick else WORKLOAD
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        rows = _write_rows(folder, workload)
-        with _open_ours(folder, workload) as ours:
-            trls = [_trl(folder, variant, workload) for variant in VARIANTS]
-            sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
-            steps = {f"TRL ({trl.variant.name})": _TrlSteps(trl, folder, workload, rows) for trl in trls}
-            sides |= {side: trl.step for side, trl in steps.items()}
-            measure(sides, 1, "warm-up")
-            seconds = measure(sides, rounds, f"step, {workload.name}")
-            tokens = workload.num_prompts * workload.group_size * (workload.prompt_tokens + workload.response_tokens)
-            best = min(steps, key=seconds.median)
-            lengths = _lengths(ours.mean_length, steps[best].mean_length)
-            found = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
-            for kind in ("PAPO frozen", "PAPO joint"):
-                found.append(seconds.rows(f"step: {kind} / GRPO, both ours", kind, "GRPO", tokens)[1])
-            return [*found, lengths]
+        found = _against_trl(folder, workload, rounds)
+        for one in (replace(QUICK_WORKLOAD, num_prompts=3),) if quick else RECIPE_WORKLOADS:
+            found += _by_recipe(folder, one, rounds)
+        return found
+
+
+def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
+    rows = _write_rows(folder, workload)
+    with _open_ours(folder, workload) as ours:
+        trls = [_trl(folder, variant, workload) for variant in VARIANTS]
+        sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
+        steps = {f"TRL ({trl.variant.name})": _TrlSteps(trl, folder, workload, rows) for trl in trls}
+        sides |= {side: trl.step for side, trl in steps.items()}
+        measure(sides, 1, "warm-up")
+        seconds = measure(sides, rounds, f"step, {workload.name}")
+        best, tokens = min(steps, key=seconds.median), _tokens(workload)
+        lengths = _lengths(ours.mean_length, steps[best].mean_length)
+        found = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
+        return [*found, *_perception(seconds, f"step, {workload.name}", tokens), lengths]
+
+
+def _by_recipe(folder: Path, workload: Workload, rounds: int) -> list[Row]:
+    _write_rows(folder, workload)
+    with _open_ours(folder, workload, **RECIPE) as ours:
+        sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
+        measure(sides, 1, "warm-up")
+        what = f"step by the paper's recipe, {workload.name}"
+        return _perception(measure(sides, rounds, what, clock=time.perf_counter), what, _tokens(workload))
+
+
+def _perception(seconds: Seconds, name: str, tokens: int) -> list[Row]:
+    """What the perception term adds to a step of ours."""
+    kinds = ("PAPO frozen", "PAPO joint")
+    return [seconds.rows(f"{name}: {kind} / GRPO, both ours", kind, "GRPO", tokens)[1] for kind in kinds]
+
+
+def _tokens(workload: Workload) -> int:
+    return workload.num_prompts * workload.group_size * (workload.prompt_tokens + workload.response_tokens)
 
 
 def _lengths(own: float, trl: float) -> Row:
@@ -78,10 +107,10 @@ def _lengths(own: float, trl: float) -> Row:
 class _OurSteps:
     """`train_step` of every variant on one policy; the next prompts of the file every time."""
 
-    def __init__(self, training: Training, folder: Path, workload: Workload):
+    def __init__(self, training: Training, folder: Path, workload: Workload, **more: Any):
         self._training = training
         dataset = PromptDataset(training.run.config.data, "train", training.run.processor)
-        self._runs = {kind: replace(training.run, config=_settings(folder, kind, workload)) for kind in KINDS}
+        self._runs = {kind: replace(training.run, config=_settings(folder, kind, workload, **more)) for kind in KINDS}
         self._prompts = {kind: prefetch_prompts(run, dataset) for kind, run in self._runs.items()}
         self._lengths: list[int] = []
         self._step = 0
@@ -127,13 +156,13 @@ class _TrlSteps:
 
 
 @contextmanager
-def _open_ours(folder: Path, workload: Workload) -> Iterator[_OurSteps]:
-    with open_run(_settings(folder, "GRPO", workload)) as run, open_training(run) as training:
+def _open_ours(folder: Path, workload: Workload, **more: Any) -> Iterator[_OurSteps]:
+    with open_run(_settings(folder, "GRPO", workload, **more)) as run, open_training(run) as training:
         hand_over(run, training.generator, policy_version=0)
-        yield _OurSteps(training, folder, workload)
+        yield _OurSteps(training, folder, workload, **more)
 
 
-def _settings(folder: Path, kind: str, workload: Workload) -> Config:
+def _settings(folder: Path, kind: str, workload: Workload, **more: Any) -> Config:
     return settings(
         folder,
         kind,
@@ -144,6 +173,7 @@ def _settings(folder: Path, kind: str, workload: Workload) -> Config:
         reward__function="tools.benchmarks.step:share_of_even_bytes",
         reward__accuracy_weight=1,
         reward__format_weight=0,
+        **more,
     )
 
 

@@ -1,9 +1,9 @@
 """Seconds of several sides, measured in turns: on a busy machine only what runs side by side can be compared.
 
-Seconds are processor seconds of this process, in which every side runs on one thread: on an idle machine those of the
-clock, and on a busy one much less the neighbours' doing. A round runs every side once. Each side's figure is its
-median over the rounds; a ratio is the median of the rounds' own ratios, so that a slow minute of the machine, which
-hits both sides of a round, leaves it alone.
+Seconds are by default processor seconds of this process, in which every side runs on one thread: on an idle machine
+those of the clock, and on a busy one much less the neighbours' doing. A round runs every side once. Each side's figure
+is its median over the rounds; a ratio is the median of the rounds' own ratios, so that a slow minute of the machine,
+which hits both sides of a round, leaves it alone.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ class Seconds:
         return [Row(name, tokens / own, tokens / other, inverse, "tokens/s"), Row(name, own, other, ratio, "s")]
 
 
-def measure(sides: Mapping[str, Callable[[], object]], rounds: int, what: str = "") -> Seconds:
+def measure(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    what: str = "",
+    clock: Callable[[], float] = time.process_time,
+) -> Seconds:
     """Runs every side once a round, in turns; the order is reversed every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     console = Console(stderr=True)
     for index in range(rounds):
         for name in list(sides)[:: -1 if index % 2 else 1]:
             gc.collect()
-            before = time.process_time()
+            before = clock()
             sides[name]()
-            seconds[name].append(time.process_time() - before)
+            seconds[name].append(clock() - before)
             console.print(f"[dim]{what}: round {index + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s[/dim]")
     return Seconds(seconds)
