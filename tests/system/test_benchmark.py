@@ -50,7 +50,11 @@ def test_update(tmp_path):
     agreement = [row for row in rows if row["name"].startswith("agreement: ")]
     assert len(agreement) == 2 + 2 * 4  # log-probs; losses and gradients of three kinds against plain, GRPO also TRL
     assert all(row["value"] < row["baseline"] == 1e-4 and row["unit"] in ("nats", "relative") for row in agreement)
-    timed = [row for row in rows if row not in agreement]
+    floors = [row for row in rows if row["name"].endswith("at the speed of a product")]
+    assert [row["unit"] for row in floors] == ["s"] * 3
+    grpo, frozen, joint = (row["baseline"] for row in floors)
+    assert (frozen / grpo, joint / grpo) == (pytest.approx(4 / 3), pytest.approx(2))
+    timed = [row for row in rows if row not in agreement + floors]
     assert [row["unit"] for row in timed] == ["tokens/s", "s"] * 5
     names = [row["name"] for row in timed[::2]]
     assert names == [row["name"] for row in timed[1::2]]

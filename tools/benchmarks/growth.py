@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_papo.accounting import group_flops
-from megatron_papo.types import Group
+from tools.benchmarks.floor import update_flops
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import Ours, open_ours
 from tools.benchmarks.rollouts import Workload, make_groups
@@ -55,20 +53,6 @@ def run(quick: bool, rounds: int | None = None, plot: Path | None = None) -> lis
     return [row for per_kind in rows.values() for curve in per_kind.values() for row in curve]
 
 
-def useful_flops(groups: Sequence[Group], kind: str, ours: Ours) -> int:
-    """Forward and backward of the groups, in both views when the branch is joint."""
-    one_pass = sum(
-        group_flops(
-            group.prompt.inputs.token_ids_S.numel(),
-            [len(rollout.response_ids) for rollout in group.rollouts],
-            group.prompt.inputs.grid_thw_I3.tolist() if group.prompt.inputs.grid_thw_I3 is not None else [],
-            ours.run.shape,
-        ).total
-        for group in groups
-    )
-    return 3 * one_pass * (2 if kind == "PAPO joint" else 1)
-
-
 def _series(ours: Ours, name: str, points: dict[int, Workload], rounds: int) -> dict[str, list[Row]]:
     groups = {x: make_groups(workload, ours.run.processor) for x, workload in points.items()}
     found = {}
@@ -76,7 +60,7 @@ def _series(ours: Ours, name: str, points: dict[int, Workload], rounds: int) -> 
         ours.update(kind, groups[min(groups)])
         sides = {str(x): partial(ours.update, kind, groups[x]) for x in groups}
         seconds = measure(sides, rounds, f"{kind}, {name}")
-        flops = {x: useful_flops(groups[x], kind, ours) for x in groups}
+        flops = {x: update_flops(groups[x], kind, ours.run.shape) for x in groups}
         found[kind] = [_row(f"growth: {kind}, {x} {name}", seconds, x, flops) for x in groups]
     return found
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_papo.types import Group
 from tools.benchmarks.agreement import check_logprobs, check_updates
+from tools.benchmarks.floor import flops_per_s, update_flops
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, Ours, open_ours
 from tools.benchmarks.plain_papo import PlainPapo
@@ -72,6 +73,11 @@ def _workload(ours: Ours, plain: PlainPapo, folder: Path, workload: Workload, ro
         sides |= {f"plain {kind}": partial(plain.update, kind, groups) for kind in KINDS if kind != "GRPO"}
     seconds = measure(sides, rounds, workload.name)
     rows = _rows(seconds, workload, num_tokens(groups))
+    for kind in KINDS:
+        own, floor = seconds.median(kind), update_flops(groups, kind, ours.run.shape) / flops_per_s()
+        rows.append(
+            Row(f"{workload.name}: {kind} / its arithmetic at the speed of a product", own, floor, own / floor, "s")
+        )
     return rows + (_variants(ours, folder, groups) if workload == VARIANTS_AT else [])
 
 
