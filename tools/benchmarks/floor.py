@@ -1,4 +1,4 @@
-"""The least time that a batch's arithmetic can take on this machine: useful FLOPs at the speed of a large matrix product.
+"""The least time that a batch's arithmetic can take here: useful FLOPs at the speed of a large matrix product.
 
 Useful work is what the model cannot do without (`megatron_papo.accounting`): a prompt once a group, causal attention,
 logits of response tokens; backward twice the forward. Leaves out everything that is no product.

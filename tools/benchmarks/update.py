@@ -73,11 +73,7 @@ def _workload(ours: Ours, plain: PlainPapo, folder: Path, workload: Workload, ro
         sides |= {f"plain {kind}": partial(plain.update, kind, groups) for kind in KINDS if kind != "GRPO"}
     seconds = measure(sides, rounds, workload.name)
     rows = _rows(seconds, workload, num_tokens(groups))
-    for kind in KINDS:
-        own, floor = seconds.median(kind), update_flops(groups, kind, ours.run.shape) / flops_per_s()
-        rows.append(
-            Row(f"{workload.name}: {kind} / its arithmetic at the speed of a product", own, floor, own / floor, "s")
-        )
+    rows += [_floor(seconds, workload, kind, update_flops(groups, kind, ours.run.shape)) for kind in KINDS]
     return rows + (_variants(ours, folder, groups) if workload == VARIANTS_AT else [])
 
 
@@ -90,6 +86,11 @@ def _rows(seconds: Seconds, workload: Workload, tokens: int) -> list[Row]:
         if f"plain {kind}" in seconds.of:
             rows += seconds.rows(f"{workload.name}: {kind} / plain {kind}", kind, f"plain {kind}", tokens)
     return rows
+
+
+def _floor(seconds: Seconds, workload: Workload, kind: str, flops: int) -> Row:
+    own, floor = seconds.median(kind), flops / flops_per_s()
+    return Row(f"{workload.name}: {kind} / its arithmetic at the speed of a product", own, floor, own / floor, "s")
 
 
 def _variants(ours: Ours, folder: Path, groups: list[Group]) -> list[Row]:
