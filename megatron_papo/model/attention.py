@@ -50,6 +50,8 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:
+        if segments.rotation is not None:
+            q_TND, k_TGD = segments.rotation.turn(q_TND), segments.rotation.turn(k_TGD)
         plan = _varlen_plan(q_TND, segments)
         if plan is not None:
             out_TND, lse = varlen_attend(q_TND, k_TGD, v_TGD, plan, scale)
@@ -68,6 +70,8 @@ class _RowAttention(torch.autograd.Function):
             grads = varlen_attend_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, plan, ctx.scale)
         else:
             grads = _attend_blocks_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, ctx.segments, ctx.scale)
+        if ctx.segments.rotation is not None:
+            grads = *(ctx.segments.rotation.turn_back(grad) for grad in grads[:2]), grads[2]
         return *grads, None, None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.model.attention_varlen import VarlenPlan
+from megatron_papo.model.rotary import Rotation
 from megatron_papo.types import Segment
 
 _MOST_PADDING = 0.05
@@ -44,7 +45,7 @@ class Segments:
     """How the T places of a row attend to each other."""
 
     qkv_format: ClassVar[str] = "row"
-    """Megatron asks whether this is "thd"; no: rotary angles are given for every place of the row."""
+    """Megatron asks whether this is "thd", its own packed format; no."""
     causal: bool
     blocks: tuple[Block, ...]
     """Every place of the row is in one."""
@@ -52,6 +53,8 @@ class Segments:
     """(places of responses, places of the prompt that they all see)."""
     varlen: VarlenPlan | None
     """The same for variable-length kernels, on a GPU."""
+    rotation: Rotation | None
+    """Of queries and keys by their positions."""
 
     def of_layer(self, layer: int) -> Segments:
         """What layer `layer` (from 0) attends within."""
@@ -72,7 +75,9 @@ class WindowedSegments:
         return self.frames if layer in self.frame_layers else self.windows
 
 
-def build_segments(segments: Sequence[Segment], *, causal: bool, device: torch.device) -> Segments:
+def build_segments(
+    segments: Sequence[Segment], *, causal: bool, device: torch.device, rotation: Rotation | None = None
+) -> Segments:
     """Lays out the blocks of a row, given its segments (of at least one token each) in row order."""
     lengths = np.asarray([segment.length for segment in segments], dtype=np.int64)
     assert lengths.size and lengths.min() > 0, "a row is made of segments of at least one token"
@@ -81,7 +86,7 @@ def build_segments(segments: Sequence[Segment], *, causal: bool, device: torch.d
     assert causal or not prefixes
     blocks = tuple(_block(starts[members], lengths[members], device) for members in _batches(lengths, causal))
     varlen = VarlenPlan.of(lengths.tolist(), prefixes, causal, device) if device.type == "cuda" else None
-    return Segments(causal, blocks, prefixes, varlen)
+    return Segments(causal, blocks, prefixes, varlen, rotation)
 
 
 def _prefixes(segments: Sequence[Segment], starts: np.ndarray) -> Iterator[tuple[slice, slice]]:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_papo.model.attention_layout import build_segments
-from megatron_papo.model.rotary import mrope_angles
+from megatron_papo.model.rotary import mrope
 from megatron_papo.model.shape import ModelShape, padded
 from megatron_papo.model.specs import block_spec
 from megatron_papo.types import Segment
@@ -80,16 +80,16 @@ class LanguageModel(LanguageModule):
             hidden = scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
         if padding:
             segments = (*segments, Segment(padding))
+        rotation = mrope(
+            F.pad(position_ids_3T, (0, padding)),
+            head_dim=self.shape.head_dim,
+            theta=self.shape.rope_theta,
+            sections=self.shape.mrope_section,
+        )
         return self.decoder(
             hidden,
             attention_mask=None,
-            rotary_pos_emb=mrope_angles(
-                F.pad(position_ids_3T, (0, padding)),
-                head_dim=self.shape.head_dim,
-                theta=self.shape.rope_theta,
-                sections=self.shape.mrope_section,
-            ),
-            packed_seq_params=build_segments(segments, causal=True, device=position_ids_3T.device),
+            packed_seq_params=build_segments(segments, causal=True, device=position_ids_3T.device, rotation=rotation),
         )
 
     def head_input(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.model.attention_layout import WindowedSegments, build_segments
-from megatron_papo.model.rotary import vision_angles
+from megatron_papo.model.rotary import vision_rotation
 from megatron_papo.model.shape import VisionShape
 from megatron_papo.types import Segment
 
@@ -30,8 +30,6 @@ class PatchPlan:
     """Place in window order of each token of the language model: undoes the window order after merging."""
     num_padding: int
     """Patches of zeros added at the end, as a window and a frame of their own."""
-    angles: Tensor
-    """[P + padding, 1, 1, D]: rotary angles in window order."""
     segments: WindowedSegments
 
 
@@ -49,14 +47,15 @@ def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, devi
     end = [Segment(padding)] if padding else []
     windows = [Segment(length) for image in images for length in image.windows] + end
     frames = [Segment(length) for image in images for length in image.frames] + end
+    places = torch.from_numpy(positions).to(device)
+    rotation = vision_rotation(places, head_dim=shape.head_dim, theta=shape.rope_theta)
     return PatchPlan(
         patch_order_P=torch.from_numpy(patch_order).to(device),
         token_order_M=torch.from_numpy(np.argsort(block_order)).to(device),
         num_padding=padding,
-        angles=vision_angles(torch.from_numpy(positions).to(device), head_dim=shape.head_dim, theta=shape.rope_theta),
         segments=WindowedSegments(
-            windows=build_segments(windows, causal=False, device=device),
-            frames=build_segments(frames, causal=False, device=device),
+            windows=build_segments(windows, causal=False, device=device, rotation=rotation),
+            frames=build_segments(frames, causal=False, device=device, rotation=rotation),
             frame_layers=frozenset(shape.full_attention_layers),
         ),
     )

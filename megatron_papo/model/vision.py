@@ -49,7 +49,6 @@ class VisionTower(MegatronModule):
         hidden = self.decoder(
             self.patch_embed(pixels)[:, None, :],
             attention_mask=None,
-            rotary_pos_emb=plan.angles,
             packed_seq_params=plan.segments,
         )
         return self.merger(hidden).index_select(0, plan.token_order_M)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_papo.model import attention_kernels
 from megatron_papo.model.attention import StructuredAttention
 from megatron_papo.model.attention_layout import build_segments
+from megatron_papo.model.rotary import Rotation
 from megatron_papo.types import Segment
 
 CPU = torch.device("cpu")
@@ -74,6 +75,28 @@ def test_rows_attend_as_under_a_dense_mask(name, dtype, tolerance, heads, plain,
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     for gradient, reference in zip(gradients, torch.autograd.grad(expected, exact, upstream.double())):
         torch.testing.assert_close(gradient.double(), reference, atol=tolerance * 5, rtol=tolerance)
+
+
+def test_rotated_queries_and_keys_turn_as_transformers_turns_them():
+    """Against apply_rotary_pos_emb of transformers, forward and backward; and back again."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    segments, angles_TF = (Segment(6), Segment(3, 0)), torch.randn(9, 8, dtype=torch.float64)
+    rotation = Rotation.by(angles_TF)
+    *leaves, upstream = _draw(segments, 4, 4, torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    layout = build_segments(segments, causal=True, device=CPU, rotation=rotation)
+    found = _attention()(*(leaf.unsqueeze(1) for leaf in leaves), packed_seq_params=layout).squeeze(1)
+    both = torch.cat([angles_TF, angles_TF], dim=-1)
+    q, k, v = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+    # transformers rotates in fp32
+    expected = _dense(
+        *(t.double() for t in apply_rotary_pos_emb_vision(q, k, both.cos(), both.sin())), v, segments, True
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k, v), upstream), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotation.turn_back(rotation.turn(q.detach())), q.detach(), atol=1e-12, rtol=0)
 
 
 def test_finite_differences_through_a_shared_prompt():
