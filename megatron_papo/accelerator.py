@@ -8,6 +8,7 @@ On the CPU every request for a CUDA tensor is read as one for a CPU tensor, for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt (malloc.h)."""
 _adapted: list[TorchFunctionMode] = []
 
 
@@ -100,9 +103,19 @@ def adapt_megatron() -> None:
     cuda.current_stream = cuda.Stream = _NullStream
     cuda.stream = _no_stream
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_state, set_state
+    _keep_freed_memory()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _adapted.append(mode)
+
+
+def _keep_freed_memory() -> None:
+    """Tensors are allocated from the heap whatever their size, and freed memory stays with the process. Otherwise the C
+    library returns every large tensor to the system, and each activation's pages are faulted in anew, every layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
