@@ -2,8 +2,8 @@
 
 4 prompts x 8 rollouts, the same weights and batches, fp32, one thread, in turns within one process. The rollouts are
 given and masked pictures are made beforehand, so the time is that of packing, scoring, forward, backward and optimizer;
-TRL's padding comes free. The frozen branch includes its scoring pass. TRL's
-micro-batches are of the size that suits it best, as one workload shows.
+TRL's padding comes free. The frozen branch includes its scoring pass. TRL's micro-batches are of the size that suits
+it best, as one workload shows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ CHECKED = Workload(100, 32, num_images=2, num_prompts=2, group_size=4, uneven=Tr
 TIMED_VARIANTS = (Variant(2),)
 """Of TRL, in every round; the others are timed on one workload."""
 OTHER_VARIANTS = (
-    Variant(1), Variant(4), Variant(8), Variant(16), Variant(32), Variant(8, checkpointing=True), Variant(8, every_logit=True),
+    Variant(1), Variant(4), Variant(8), Variant(16), Variant(32),
+    Variant(8, checkpointing=True), Variant(8, every_logit=True),
 )  # fmt: skip
 VARIANTS_AT = Workload(600, 64)
 PLAIN_AT = (Workload(600, 64), *QUICK_WORKLOADS)
