@@ -62,10 +62,10 @@ $(BENCH): $(BASE)
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
 	$(RUN) examples/quickstart/run.py --engine $(ENGINE) --seed $(SEED)
 
-test: $(BASE) $(VLLM) $(PRETRAINED) ## the whole suite
+test: $(BASE) $(VLLM) $(PRETRAINED) $(BENCH) ## the whole suite
 	$(RUN) -m pytest -m "not slow" --durations=15
 
-test-slow: $(BASE) $(VLLM) $(PRETRAINED) ## the tests that take minutes each
+test-slow: $(BASE) $(VLLM) $(PRETRAINED) $(BENCH) ## the tests that take minutes each
 	$(RUN) -m pytest -m slow --durations=0
 
 bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (QUICK=1: to see that it runs)
