@@ -47,10 +47,9 @@ def score_logprobs(
     """
     head = replace(head, full_entropy=False, full_kl=False)
     rows = [row for batch in batches for row in batch]
-    first_update = {id(row) for row in batches[0]} if batches else set()
     asked: list[tuple[int, MicroBatch, tuple[str, ...]]] = []
     for place, row in enumerate(rows):
-        as_is = [] if id(row) in first_update else ["old_logprobs_R"]
+        as_is = [] if place < len(batches[0]) else ["old_logprobs_R"]
         if reference_is_policy and reference is not None:
             as_is.append("ref_logprobs_R")
         if as_is:

@@ -153,7 +153,7 @@ def pack_rows(
         loss=loss or LossConfig(),
         totals=totals or token_totals(groups),
         joint=joint,
-        cost=group_cost(run),
+        cost=_group_cost(run),
         least_rows=_SLOTS_PER_STAGE * run.layout.pipeline_size if run.layout.pipeline_size > 1 else 1,
         image_token_id=run.shape.image_token_id,
         merge_size=run.shape.vision.spatial_merge_size,
@@ -180,11 +180,11 @@ def pack_update(
 def _balanced(run: Run, groups: Sequence[Group], joint: bool) -> Sequence[Group]:
     if run.layout.data_size == 1:
         return groups
-    costs = [whole(group, joint).cost(group_cost(run)) for group in groups]
+    costs = [whole(group, joint).cost(_group_cost(run)) for group in groups]
     moves = balance(gather_objects(costs, run.layout.data_group))
-    return move_items(groups, [(move.source, move.place, move.target) for move in moves], run.layout.data_group)
+    return move_items(groups, moves, run.layout.data_group)
 
 
-def group_cost(run: Run) -> Cost:
+def _group_cost(run: Run) -> Cost:
     """FLOPs of a prompt with its responses, whichever pass they go through: only ratios matter."""
     return lambda prompt, responses, grids: group_flops(prompt, responses, grids, run.shape).total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_papo.types import Group
 
@@ -108,8 +109,7 @@ def _longest_first(sizes: Sequence[int], costs: Sequence[float], room: int, num:
     return [sorted(part) for part in bins if part]
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """A group goes from one data-parallel rank to another."""
 
     source: int

@@ -75,6 +75,14 @@ def test_step(tmp_path):
     assert lengths["value"] == pytest.approx(16, rel=0.1) and lengths["baseline"] == pytest.approx(16, rel=0.1)
 
 
+def test_head(tmp_path):
+    rows = run_benchmark("head", tmp_path)
+    for row in rows:
+        check_ratio(row)
+    assert [row["unit"] for row in rows] == ["MiB", "MiB", "s", "MiB", "s", "s"]
+    assert [row["name"].rpartition(" / ")[2] for row in rows[1:]] == ["naive"] * 2 + ["checkpointed"] * 2 + ["matmuls"]
+
+
 def test_growth(tmp_path):
     rows = run_benchmark("growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
     for row in rows:
