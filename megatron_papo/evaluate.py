@@ -20,9 +20,8 @@ from megatron_papo.data.order import share_of
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.packing import masked_row
 from megatron_papo.parallel import gather_objects, sum_metrics
-from megatron_papo.pipeline import add_metrics, score
+from megatron_papo.pipeline import add_metrics, score_views
 from megatron_papo.record import name_bad_rows, print_scores
 from megatron_papo.rewards import Rewarder
 from megatron_papo.run import Run, hand_over, open_run, pack_rows, reward_groups
@@ -120,8 +119,6 @@ def _perception_kl(run: Run, groups: Sequence[Group]) -> Metrics:
         return {}
     rows = pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in groups])
     head = HeadRequest(banned_ids=run.banned_ids)
-    with_image = score(run.policy, rows, head)
-    without = score(run.policy, [masked_row(row) for row in rows], head)
-    pairs = zip(with_image, without, strict=True)
-    kl = [kl_k3(seen.policy_logprobs_R, blind.policy_logprobs_R) for seen, blind in pairs]
+    views = score_views(run.policy, rows, head)
+    kl = [kl_k3(seen.policy_logprobs_R, blind.policy_logprobs_R) for seen, blind in views]
     return {"perception_kl": (sum(float(values_R.sum()) for values_R in kl), float(sum(map(len, kl))))}

@@ -91,6 +91,15 @@ def score(policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadReq
     return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
 
 
+def score_views(
+    policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest
+) -> list[tuple[HeadOutputs, HeadOutputs]]:
+    """Every row as it is and with its images masked, in one pass; without images both are the same and scored once."""
+    outputs = score(policy, [*rows, *(masked_row(row) for row in rows if row.pixel_values)], head)
+    masked = iter(outputs[len(rows) :])
+    return [(own, next(masked) if row.pixel_values else own) for row, own in zip(rows, outputs)]
+
+
 def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadRequest) -> HeadOutputs:
     shape = tuple(row.target_ids_R.shape)
     logprobs_R = broadcast_from_last_stage(outputs.policy_logprobs_R if outputs else None, shape, torch.float32)

@@ -21,9 +21,9 @@ from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.packing import masked_row, supervised_group
+from megatron_papo.packing import supervised_group
 from megatron_papo.parallel import gather_objects
-from megatron_papo.pipeline import score
+from megatron_papo.pipeline import score_views
 from megatron_papo.record import say
 from megatron_papo.run import Run, open_run, pack_rows
 from megatron_papo.types import Group
@@ -91,11 +91,8 @@ def _score(run: Run, groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The new columns of each group's only rollout, in order."""
     head = HeadRequest(full_entropy=True, banned_ids=())
     rows = pack_rows(run, groups)
-    views = zip(
-        rows, score(run.policy, rows, head), score(run.policy, [masked_row(row) for row in rows], head), strict=True
-    )
     found: dict[str, dict[str, Any]] = {}
-    for row, seen, blind in views:
+    for row, (seen, blind) in zip(rows, score_views(run.policy, rows, head), strict=True):
         assert seen.entropy_R is not None
         columns = {
             "tokens": row.target_ids_R,
