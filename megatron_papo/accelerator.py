@@ -58,7 +58,7 @@ def reset_peak_memory() -> bool:
 
 def peak_memory() -> int:
     """Most bytes held at a time since `reset_peak_memory`, which said True: on the GPU by torch's allocator, without
-    one by this process (its resident set)."""
+    one by this process (its resident set, with the freed memory that an adapted process keeps)."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
