@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from `megatron_papo/config.py`: every key, its default, what it takes, what it means."""
+"""Writes docs/configuration.md from `megatron_papo/config/`: every key, its default, what it takes, what it means."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ def _type(annotation: typing.Any) -> str:
         return _type(kind) + _limits([part for field in metadata for part in getattr(field, "metadata", [field])])
     if origin is list:
         return f"list of {_type(typing.get_args(annotation)[0])}"
+    if origin is dict:
+        return f"mapping of names to {_type(typing.get_args(annotation)[1])}"
     return {str: "text", Path: "path", int: "whole number", float: "number", bool: "true, false"}[annotation]
 
 

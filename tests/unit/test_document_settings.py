@@ -1,4 +1,4 @@
-"""docs/configuration.md says what config.py says."""
+"""docs/configuration.md says what the settings themselves say."""
 
 from __future__ import annotations
 

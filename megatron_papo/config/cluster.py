@@ -1,0 +1,78 @@
+"""The section `cluster`: what a Slurm job asks for and what its ranks run in.
+
+A run that is started by hand reads none of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_papo.config.basics import Count, Positive, Section
+
+
+class ClusterConfig(Section):
+    nodes: Count = 1
+    """Slurm's --nodes."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    """Slurm's --gpus-per-node; one rank a GPU. 0: ranks without GPUs, `ranks_per_node` of them."""
+    ranks_per_node: Count | None = None
+    """Null: one a GPU."""
+    gpu: str = "H100"
+    """Kind of GPU that memory is checked against: one of the table in `memory.py`."""
+    gpu_memory_gib: Positive | None = None
+    """Of one GPU, where the table does not have the kind or the cluster's differ."""
+    cpus_per_rank: Count = 8
+    """Slurm's --cpus-per-task."""
+    memory: str | None = "0"
+    """Slurm's --mem of a node; 0: all of it; null: the partition's default."""
+    time: str = "24:00:00"
+    """Slurm's --time."""
+    partition: str | None = None
+    """Slurm's --partition."""
+    account: str | None = None
+    """Slurm's --account."""
+    qos: str | None = None
+    """Slurm's --qos."""
+    constraint: str | None = None
+    """Slurm's --constraint."""
+    exclusive: bool = True
+    """Slurm's --exclusive."""
+    signal_s: Annotated[int, Field(ge=0, le=65535)] = 900
+    """Slurm sends USR1 this long before the time limit; the run saves after the step it is in and queues itself again.
+    Longer than a step with its save. 0: no signal."""
+    requeue: bool = True
+    """Slurm's --requeue: a preempted job, or one whose node crashed, is queued again."""
+    sbatch: list[str] = []
+    """More options of sbatch, e.g. `--reservation=spring`."""
+    environment: Literal["venv", "modules", "container"] = "venv"
+    """What the ranks run in: a virtual environment, environment modules, or a container (pyxis)."""
+    venv: Path = Path(".venv")
+    """Of `environment: venv`; relative to the project's folder."""
+    modules: list[str] = []
+    """Loaded on every node, before the virtual environment when there is one."""
+    container: str | None = None
+    """Of `environment: container`: image for srun's --container-image."""
+    mounts: list[str] = []
+    """Of `environment: container`: folders for srun's --container-mounts, as HOST:CONTAINER."""
+    setup: list[str] = []
+    """Shell lines run in the batch script after modules and environment."""
+    variables: dict[str, str] = {}
+    """Environment variables of every rank; they win over those of slurm/fabric.sh."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.environment == "container" and self.container is None:
+            raise ValueError("cluster.environment=container needs cluster.container, an image")
+        if self.environment == "modules" and not self.modules:
+            raise ValueError("cluster.environment=modules needs cluster.modules, a list of names")
+        if self.gpus_per_node == 0 and self.ranks_per_node is None:
+            raise ValueError("cluster.gpus_per_node=0 needs cluster.ranks_per_node")
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the whole job."""
+        return self.nodes * (self.ranks_per_node or self.gpus_per_node)
