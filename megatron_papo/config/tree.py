@@ -27,7 +27,7 @@ class RunConfig(Section):
     stage_limits_s: dict[str, Positive] = {}
     """Limits of single stages instead, e.g. `{generate: 3600, save: 600}`; names as in the metrics `time/<stage>`."""
     heartbeat_s: Positive = 5.0
-    """Every rank writes a sign of life under run.dir/heartbeats this often, and looks whether another one has failed."""
+    """Every rank writes a sign of life under run.dir/heartbeats this often, and looks whether another has failed."""
     heartbeat_limit_s: Positive = 60.0
     """A rank whose sign of life is older is taken for dead: the supervisor of a cluster job ends the attempt."""
     max_failures: Count = 3
