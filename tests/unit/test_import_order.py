@@ -18,7 +18,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
-    ("cli", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save"),
+    # the verbs, and what they share
+    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "record", "refuse", "run", "save"),
+    ("cluster",),
     ("accounting", "pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
