@@ -3,8 +3,8 @@
 Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
 than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
 its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
-the last thing printed. SIGUSR1 asks every rank to save and end after its step; the exit code is then SAVED_EXIT. Leaves
-out several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
+the last thing printed. SIGUSR1 asks every rank to save and end after its step; the exit code is then
+SAVED_EXIT. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _call_here(work: Work, rank: int) -> int:
         drop_empty_stack_file(work.run_dir, rank)
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     drop_empty_stack_file(work.run_dir, rank)
-    return code
+    return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
 
 
 def _launch_local(work: Work, num_ranks: int) -> int:

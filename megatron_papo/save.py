@@ -11,7 +11,7 @@ from megatron_papo.checkpoint.huggingface import write_hf
 from megatron_papo.checkpoint.state import TrainState, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import Config
-from megatron_papo.observe.failures import SAVED_EXIT
+from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.optim import Optimizer
 from megatron_papo.record import say
@@ -36,6 +36,8 @@ class Checkpoints:
 
         Raises ValueError when it is another verb's, or of a model with other parts frozen.
         """
+        if self._run.is_writer:
+            (self._run.folder / SAVED_FILE).unlink(missing_ok=True)
         latest, best = (self._store.latest(), self._store.best()) if self._settings.resume else (None, None)
         if latest is None:
             return None
@@ -71,7 +73,9 @@ class Checkpoints:
             self._store.save(done, self._state(state), metric=accuracy)
 
     def leave(self, step: int) -> int:
-        """After step `step`, saved: the exit code of a run that was asked to stop."""
+        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved says it to a supervisor."""
+        if self._run.is_writer:
+            (self._run.folder / SAVED_FILE).write_text(f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
         return SAVED_EXIT
 

@@ -29,6 +29,7 @@ class Attempt:
     lost_steps: int
     """Recorded by earlier attempts and done again by this one."""
     lost_seconds: float
+    """What the attempt before had worked for beyond its checkpoint."""
     end: str = ""
     """done, saved, told to end, refused, failed, or lost (its node crashed); empty while it runs."""
     ended: float = 0.0

@@ -27,13 +27,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch
-from megatron_papo.observe.failures import SAVED_EXIT, Failure, read_failures, the_cause
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
+from megatron_papo.observe.progress import RunProgress, read_progress
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
@@ -114,7 +115,7 @@ class Supervisor:
             steps_done=progress.steps_done,
             steps_saved=progress.steps_saved,
             lost_steps=progress.lost_steps,
-            lost_seconds=round(progress.lost_seconds, 3),
+            lost_seconds=_lost_seconds(earlier, progress),
         )
         write_attempt(self._run_dir, attempt)
         say(_opening(attempt, earlier, progress.lost()))
@@ -128,6 +129,8 @@ class Supervisor:
     def _run_ranks(self, number: int) -> Ending:
         for name in ("heartbeats", "failures", "stacks"):  # an earlier attempt's
             shutil.rmtree(self._run_dir / name, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            (self._run_dir / SAVED_FILE).unlink()
         logs = self._logs(number)
         logs.mkdir(parents=True, exist_ok=True)
         srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/rank_%t.log", *self._srun]
@@ -176,10 +179,8 @@ class Supervisor:
         if self._told_to_end:
             return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
         if code == 0 and not dead:
-            return Ending("done")
+            return Ending("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
         if not notes:
-            if code == SAVED_EXIT:
-                return Ending("saved")
             notes = [Failure(0, time.time(), "silent", "ended", f"srun ended with exit code {code}")]
         cause = the_cause(notes)
         return Ending("refused" if cause.kind == "config" else "failed", cause.reason(), cause.rank)
@@ -235,13 +236,20 @@ class Supervisor:
         self._told_to_end = True
 
 
+def _lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:
+    """From the last step that a checkpoint holds, or the beginning, to the end of the attempt before."""
+    if not earlier or earlier[-1].end == "saved":
+        return 0.0
+    return round(max(0.0, earlier[-1].ended - max(progress.saved_at, earlier[-1].began)), 1)
+
+
 def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
     text = f"attempt {attempt.number} (job {attempt.job} on {attempt.nodes}, {attempt.ranks} ranks): "
     text += f"goes on after step {attempt.steps_saved}" if attempt.steps_saved else "starts"
     if lost:
-        text += f"; {lost}"
+        text += f", {lost}"
     if earlier:
-        text += f"; stood still for {attempt.began - earlier[-1].ended:.0f} s"
+        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
     return text
 
 

@@ -24,6 +24,9 @@ Kind = Literal["error", "value", "config", "killed", "stalled", "distributed", "
 SAVED_EXIT = 85
 """Exit code of a run that was asked to end (SIGUSR1), saved and is to go on later."""
 
+SAVED_FILE = "saved"
+"""Under RUN, says the same: srun would take such an exit code of one rank for a failure and end the others."""
+
 _ORDER: tuple[tuple[Kind, ...], ...] = (
     ("config", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
 )  # fmt: skip

@@ -17,8 +17,8 @@ class RunProgress:
     """The last step recorded in metrics.jsonl, counted from 1; 0: none."""
     steps_saved: int
     """The step that a resumed run goes on with; 0: from the beginning."""
-    lost_seconds: float
-    """Wall clock of the steps recorded beyond the checkpoint."""
+    saved_at: float
+    """Unix time at which the last step in the checkpoint was done; 0: none, or not recorded."""
 
     @property
     def lost_steps(self) -> int:
@@ -29,8 +29,7 @@ class RunProgress:
         """In words; empty when nothing is."""
         if not self.lost_steps:
             return ""
-        steps = f"{self.lost_steps} step{'s' * (self.lost_steps > 1)}"
-        return f"{steps} ({self.lost_seconds:.1f} s of work) after it are lost and done again"
+        return f"{self.lost_steps} step{'s' * (self.lost_steps > 1)} after it to be done again"
 
 
 def read_progress(run_dir: Path) -> RunProgress:
@@ -38,8 +37,8 @@ def read_progress(run_dir: Path) -> RunProgress:
     records = list(_records(run_dir / "metrics.jsonl"))
     done = records[-1]["step"] + 1 if records else 0
     saved = _steps_saved(run_dir / "checkpoints")
-    seconds = sum(_seconds(record) for record in records if record["step"] >= saved)
-    return RunProgress(done, saved, seconds)
+    saved_at = [record["unix_time"] for record in records if record["step"] == saved - 1]
+    return RunProgress(done, saved, saved_at[-1] if saved_at else 0.0)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -63,8 +62,3 @@ def _steps_saved(folder: Path) -> int:
             state = json.loads(path.read_text())
             newest = max(newest, (state["serial"], state["step"]))
     return newest[1]
-
-
-def _seconds(record: dict[str, Any]) -> float:
-    """Stages may nest, so that their sum can be a little more than the wall clock."""
-    return sum(value for name, value in record.items() if name.startswith("time/"))
