@@ -39,7 +39,7 @@ from megatron_papo.observe.progress import RunProgress, read_progress
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
 """From the first note of a failure until ranks that have not ended by themselves are ended."""
-_STEP_WAIT_S = 60.0
+_STEP_WAIT_S = 30.0
 """For Slurm to clear a step away."""
 _ASK_AGAIN_S = 30.0
 """USR1 is sent again this often: a rank that was still importing did not listen."""
@@ -249,7 +249,8 @@ def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
     if lost:
         text += f", {lost}"
     if earlier:
-        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
+        stood_s = attempt.began - earlier[-1].ended
+        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {stood_s:.0f} s"
     return text
 
 
