@@ -166,7 +166,8 @@ class Supervisor:
         try:
             step.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            subprocess.run(["scancel", "--signal=KILL", self._job.id], check=False)  # its steps, not this script
+            for left in self._steps_left():  # by name: of the whole job, KILL would be a cancellation
+                subprocess.run(["scancel", "--signal=KILL", left], check=False)
             try:
                 step.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -206,13 +207,13 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             return False
 
-    def _steps_left(self) -> bool:
+    def _steps_left(self) -> list[str]:
+        """Names, as `12.0`, of the job's steps beside the batch script."""
         found = subprocess.run(
             ["squeue", "--noheader", "--steps", f"--jobs={self._job.id}", "--format=%i"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        steps = [name.rpartition(".")[2] for name in found.stdout.split()]
-        return any(name.isdigit() for name in steps)
+        return [name for name in found.stdout.split() if name.rpartition(".")[2].isdigit()]
 
     def _queue_again(self, why: str) -> int:
         """Slurm ends this program when it takes the job back."""
