@@ -89,7 +89,11 @@ class Supervisor:
         """Attempts until the run is done or has to leave this job; the exit code of the job."""
         signal.signal(signal.SIGUSR1, self._hear_save)
         signal.signal(signal.SIGTERM, self._hear_end)
-        attempts = close_lost(self._run_dir, read_attempts(self._run_dir), read_progress(self._run_dir).steps_done)
+        attempts = read_attempts(self._run_dir)
+        if other := self._other_job(attempts):
+            say(f"error: run.dir: job {other} is training in {self._run_dir}; cancel it, or choose another folder")
+            return 2
+        attempts = close_lost(self._run_dir, attempts, read_progress(self._run_dir).steps_done)
         attempts = [attempt for attempt in attempts if self._job.is_chained or attempt.job == self._job.id]
         leave: int | None = None
         while leave is None:
@@ -212,6 +216,13 @@ class Supervisor:
         text = f"attempt {attempt.number}: {attempt.end} after {attempt.ended - attempt.began:.0f} s, "
         text += f"{attempt.reached} steps done" + (f": {ending.reason.removeprefix('papo: ')}" if ending.reason else "")
         say(text + ("" if attempt.end == "done" else f" (logs: {logs})"))
+
+    def _other_job(self, attempts: list[Attempt]) -> str:
+        """The job that an attempt without an end belongs to, when Slurm says that it runs."""
+        if not attempts or attempts[-1].end or attempts[-1].job == self._job.id:
+            return ""
+        query = ["squeue", "--noheader", f"--jobs={attempts[-1].job}", "--states=RUNNING", "--format=%i"]
+        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
     def _nodes_answer(self) -> bool:
         """Whether every node of the job starts a process. Waits for the attempt's step to be gone first."""

@@ -36,6 +36,8 @@ _BACKUP_S = 10.0
 """The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in this much later."""
 _REARM_S = 1.0
 """Progress moves the C thread's time at most this often: it costs a thread each time."""
+_PEERS_S = 4.0
+"""Beyond a heartbeat, how long the others have to write where they are: once this rank is gone, collectives fail."""
 
 _stack_files: dict[Path, TextIO] = {}
 
@@ -219,6 +221,8 @@ class StageClock:
         note = Failure(self._rank, time.time(), "stalled", "stalled", reason)
         tell_torchrun(note.reason())
         leave_note(self._run_dir, note)
+        if any((self._run_dir / "heartbeats").glob("rank_*.json")):
+            time.sleep(self._limits.heartbeat_s + _PEERS_S)
         os._exit(STALL_EXIT)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_papo.config import ConfigError, RunConfig
+from megatron_papo.observe.heartbeat import Heartbeat
 from megatron_papo.observe.watchdog import StageClock
 
 
@@ -60,6 +61,37 @@ def rank_one_never_comes(folder: str) -> None:
         if rank == 1:
             _sleeps_instead()
         _waits_in_a_collective()
+
+
+def rank_one_raises_while_rank_zero_computes(folder: str) -> None:
+    """Rank 0 is in no collective that would fail: it hears of rank 1 by the note alone."""
+    rank, run = _start(), RunConfig(dir=Path(folder), heartbeat_s=0.5)
+    with Heartbeat(run, rank, lambda: "update"):
+        Path(folder, f"pid_{rank}").write_text(str(os.getpid()))
+        if rank == 1:
+            time.sleep(1)
+            raise ValueError("row 7: no such image")
+        _sleeps_instead()
+
+
+def rank_one_stalls_in_generate(folder: str) -> None:
+    """A stage with a limit of its own; rank 0 is in none, and no launcher asks it for its stack."""
+    rank = _start()
+    run = RunConfig(dir=Path(folder), heartbeat_s=0.5, stage_limits_s={"generate": 2.0})
+    with Heartbeat(run, rank, lambda: ""):
+        if rank == 1:
+            with StageClock(run, rank, console=False).stage("generate"):
+                _sleeps_instead()
+        _waits_in_a_collective()
+
+
+def ends_well_with_a_heartbeat(folder: str) -> None:
+    rank = _start()
+    with Heartbeat(RunConfig(dir=Path(folder), heartbeat_s=0.1), rank, lambda: "update"):
+        time.sleep(0.5)
+        Path(folder, f"sign_{rank}").write_bytes(Path(folder, "heartbeats", f"rank_{rank}.json").read_bytes())
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 def rank_one_has_no_stage(folder: str) -> None:

@@ -1,5 +1,6 @@
 """Local ranks: they talk, one reason for a failed run, stalls, and nothing left behind. Real gloo ranks throughout."""
 
+import json
 import multiprocessing.context
 import os
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_papo.launch import Work, _watch, first_host, launch, outer_rank
+from megatron_papo.launch import Work, _free_port, _watch, first_host, launch, outer_rank
+from megatron_papo.observe.heartbeat import PEER_EXIT
+from megatron_papo.observe.watchdog import STALL_EXIT
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -218,6 +221,51 @@ def test_torchruns_closing_report_names_the_reason(tmp_path):
     assert not (tmp_path / "stacks" / "rank_1.txt").exists()
 
 
+def test_a_rank_that_waits_for_nobody_hears_that_another_has_failed(tmp_path):
+    """Under torchrun no launcher of ours is there; by hand on two machines there would be none at all."""
+    start = time.monotonic()
+    done = torchrun("rank_one_raises_while_rank_zero_computes", tmp_path)
+    assert done.returncode != 0
+    note = json.loads((tmp_path / "failures" / "rank_1.json").read_text())
+    assert (note["rank"], note["kind"], note["message"]) == (1, "value", "row 7: no such image")
+    assert time.monotonic() - start < 60, "rank 0 would have slept for 600 s"
+
+
+def by_hand(name: str, folder: Path) -> list[tuple[int, str]]:
+    """Exit code and errors of two ranks as on two machines: nothing but the shared folder connects them."""
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, "-m", "tests.system.launch_targets", name, str(folder), "2"]
+    ranks = [
+        subprocess.Popen(command, cwd=REPO, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    return [(process.returncode, text) for process, text in zip(ranks, said)]
+
+
+def test_without_any_launcher_no_rank_outlives_the_failure(tmp_path):
+    (code, said), (cause, _) = by_hand("rank_one_raises_while_rank_zero_computes", tmp_path)
+    assert (code, cause) == (PEER_EXIT, 1)
+    assert "papo: rank 0 ends, since rank 1 failed: ValueError: row 7: no such image" in said
+
+
+def test_a_stage_limit_of_its_own_and_the_stacks_of_all_ranks_without_any_launcher(tmp_path):
+    (code, _), (cause, said) = by_hand("rank_one_stalls_in_generate", tmp_path)
+    assert (code, cause) == (PEER_EXIT, STALL_EXIT)
+    assert "stage generate made no progress for run.stage_limits_s.generate=2" in said
+    stacks = [(tmp_path / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
+    assert stacks[0].startswith("while rank 1 stalled: ") and "in _waits_in_a_collective" in stacks[0]
+    assert "in _sleeps_instead" in stacks[1]
+
+
+def test_signs_of_life_go_with_a_rank_that_ends_well(tmp_path):
+    code, _ = run("ends_well_with_a_heartbeat", tmp_path)
+    assert code == 0
+    signs = [json.loads((tmp_path / f"sign_{rank}").read_text()) for rank in range(2)]
+    assert all(sign["count"] > 2 and sign["stage"] == "update" and sign["host"] for sign in signs)
+    assert not (tmp_path / "heartbeats").exists()
+
+
 def test_srun_variables_become_those_of_torch_distributed():
     step = {
         "SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16",
@@ -226,6 +274,8 @@ def test_srun_variables_become_those_of_torch_distributed():
     assert outer_rank(step) == {
         "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "20123",
     }  # fmt: skip
+    second = outer_rank({**step, "SLURM_STEP_ID": "1"})
+    assert second["MASTER_PORT"] == "20220", "a job's second attempt does not meet what the first left"
     assert outer_rank({**step, "MASTER_ADDR": "head", "MASTER_PORT": "7"})["MASTER_ADDR"] == "head"
 
 
