@@ -18,8 +18,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
-    ("cli", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save"),
-    ("accounting", "pipeline", "generation", "checkpoint", "observe"),
+    ("cli", "check", "cluster", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save"),
+    ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
     ("advantages", "guard", "losses", "packing", "data", "rewards"),
@@ -132,7 +132,7 @@ def test_the_package_keeps_the_order():
     assert violations(PACKAGE) == []
 
 
-@pytest.mark.parametrize("start", ["config", "cli", "launch", "model.shape", "accounting"])
+@pytest.mark.parametrize("start", ["config", "cli", "launch", "check", "cluster.submit", "model.shape", "accounting", "memory"])
 def test_nothing_slow_is_imported_before_a_rank_starts(start: str):
     assert heavy_at_start(PACKAGE, start) == []
 
