@@ -70,6 +70,11 @@ class ClusterConfig(Section):
             raise ValueError("cluster.environment=modules needs cluster.modules, a list of names")
         if self.gpus_per_node == 0 and self.ranks_per_node is None:
             raise ValueError("cluster.gpus_per_node=0 needs cluster.ranks_per_node")
+        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"cluster.ranks_per_node: {self.ranks_per_node} ranks for cluster.gpus_per_node={self.gpus_per_node}: "
+                "it is one rank a GPU"
+            )
         return self
 
     @property

@@ -18,7 +18,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
-    ("cli", "check", "cluster", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save"),
+    ("cli", "launch", "doctor", "train", "sft", "evaluate", "score", "choose", "record", "refuse", "run", "save")
+    + ("check", "cluster"),
     ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
