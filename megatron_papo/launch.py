@@ -3,7 +3,8 @@
 Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
 than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
 its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
-the last thing printed. Leaves out several machines: that is what torchrun and srun are for.
+the last thing printed. SIGUSR1 asks every rank to save and end after its step; the exit code is then
+SAVED_EXIT. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.observe.failures import (
+    SAVED_EXIT,
     Failure,
     describe,
+    leave_note,
     print_failure,
     read_failures,
     tell_torchrun,
@@ -56,9 +59,10 @@ class Work:
     args: tuple[Any, ...]
     run_dir: Path
 
-    def call(self) -> None:
+    def call(self) -> int:
+        """The exit code of the rank."""
         module, _, function = self.target.partition(":")
-        getattr(importlib.import_module(module), function)(*self.args)
+        return getattr(importlib.import_module(module), function)(*self.args) or 0
 
 
 def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
@@ -75,10 +79,15 @@ def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": first_host(nodes),
-        # the same on every rank, and another one for every job on a shared machine
-        "MASTER_PORT": str(20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 20_000),
+        # the same on every rank, and another one for every job on a shared machine and every step of a job
+        "MASTER_PORT": str(20_000 + (int(environ.get("SLURM_JOB_ID", "0")) + 97 * _number(environ)) % 20_000),
     }
     return {name: environ.get(name, value) for name, value in found.items()}
+
+
+def _number(environ: Mapping[str, str]) -> int:
+    """Of the job step: a job's second attempt does not meet what the first may have left listening."""
+    return int(environ["SLURM_STEP_ID"])
 
 
 def first_host(nodelist: str) -> str:
@@ -102,19 +111,21 @@ def launch(work: Work, num_ranks: int) -> int:
 
 
 def _call_here(work: Work, rank: int) -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the verb listens: it would end the process
     dump_stacks_on_sigterm(work.run_dir, rank)
     try:
-        work.call()
+        code = work.call()
     except Exception as error:
         failure = describe(rank, error)
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
+        leave_note(work.run_dir, failure)
         print_failure(failure, work.run_dir)
         tell_torchrun(failure.reason())
         drop_empty_stack_file(work.run_dir, rank)
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     drop_empty_stack_file(work.run_dir, rank)
-    return 0
+    return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
 
 
 def _launch_local(work: Work, num_ranks: int) -> int:
@@ -127,6 +138,7 @@ def _launch_local(work: Work, num_ranks: int) -> int:
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), Path(folder)))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
+        signal.signal(signal.SIGUSR1, lambda *_: _forward(ranks, signal.SIGUSR1))
         try:
             for process in ranks:
                 process.start()
@@ -147,9 +159,10 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, fo
     if os.getppid() != parent:
         os._exit(1)
     os.environ.update(addresses, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=addresses["WORLD_SIZE"])
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as in _call_here
     dump_stacks_on_sigterm(work.run_dir, rank)
     try:
-        work.call()
+        code = work.call()
     except Exception as error:
         failure = describe(rank, error)
         write_failure(folder, failure)
@@ -157,16 +170,18 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, fo
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)
         os._exit(failure.exit_code)
+    sys.exit(code)
 
 
 def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
-    """Waits until every rank has ended well, or one has not; then says which and why."""
-    running = list(ranks)
+    """Waits until every rank has ended well, or one has not; then says which and why. The exit code."""
+    running, saved = list(ranks), False
     while running:
         wait([process.sentinel for process in running])
         # asked for once: a rank's sentinel may fire before its exit code is there, and a second look would find it
         exitcodes = [process.exitcode for process in running]
-        if any(exitcodes):
+        saved = saved or SAVED_EXIT in exitcodes
+        if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
             failure = _explain(ranks, work, folder)
             stalled = failure.kind == "stalled"
             _stop(ranks)
@@ -175,7 +190,7 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
             print_failure(failure, work.run_dir)
             return failure.exit_code
         running = [process for process, code in zip(running, exitcodes) if code is None]
-    return 0
+    return SAVED_EXIT if saved else 0
 
 
 def _explain(ranks: list[BaseProcess], work: Work, folder: Path) -> Failure:
@@ -184,7 +199,7 @@ def _explain(ranks: list[BaseProcess], work: Work, folder: Path) -> Failure:
         wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
     notes = read_failures(folder)
     for rank, process in enumerate(ranks):
-        if process.exitcode and rank not in notes:
+        if process.exitcode not in (None, 0, SAVED_EXIT) and rank not in notes:
             notes[rank] = _without_note(rank, process.exitcode, work.run_dir)
     return the_cause(list(notes.values()))
 
@@ -214,6 +229,12 @@ def _stop(ranks: list[BaseProcess]) -> None:
         _signal_group(process, signal.SIGKILL)
         if process.pid is not None:
             process.join()
+
+
+def _forward(ranks: list[BaseProcess], number: signal.Signals) -> None:
+    for process in ranks:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, number)
 
 
 def _signal_group(process: BaseProcess, number: signal.Signals) -> None:

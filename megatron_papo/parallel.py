@@ -99,6 +99,11 @@ def layout() -> Layout:
     return _layout
 
 
+def own_rank() -> int:
+    """This process's rank in the world, before `initialize` too."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def shutdown() -> None:
     """Ends the process groups; harmless when there are none."""
     global _layout
@@ -134,6 +139,13 @@ def gather_objects(obj: Any, group: dist.ProcessGroup) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, obj, group=group)
     return gathered
+
+
+def any_rank(value: bool) -> bool:
+    """Whether `value` holds on any rank of the world; every rank calls it and hears the same."""
+    found = torch.tensor(int(value), device=_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], group: dist.ProcessGroup) -> list[Any]:

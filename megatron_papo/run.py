@@ -29,9 +29,10 @@ from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Generator
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
+from megatron_papo.observe.heartbeat import Heartbeat
 from megatron_papo.observe.watchdog import StageClock
 from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
-from megatron_papo.parallel import Layout, gather_objects, initialize, move_items, shutdown
+from megatron_papo.parallel import Layout, gather_objects, initialize, move_items, own_rank, shutdown
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.types import Batch, Group
@@ -74,12 +75,14 @@ def open_run(config: Config) -> Iterator[Run]:
     _quieten_megatron()
     adapt_megatron()
     with ExitStack() as stack:
-        layout = initialize(config.parallel)
+        clock = stack.enter_context(StageClock(config.run, own_rank(), config.observe.console))
+        stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
+        with clock.stage("join"):
+            layout = initialize(config.parallel)
         stack.callback(shutdown)
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)
         seed_all(config.run.seed)
-        clock = stack.enter_context(StageClock(config.run, layout.rank, config.observe.console))
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
             policy = build_policy(config, shape)

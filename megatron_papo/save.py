@@ -11,6 +11,8 @@ from megatron_papo.checkpoint.huggingface import write_hf
 from megatron_papo.checkpoint.state import TrainState, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import Config
+from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
+from megatron_papo.observe.progress import read_progress
 from megatron_papo.optim import Optimizer
 from megatron_papo.record import say
 from megatron_papo.run import Run, model_folder
@@ -34,6 +36,8 @@ class Checkpoints:
 
         Raises ValueError when it is another verb's, or of a model with other parts frozen.
         """
+        if self._run.is_writer:
+            (self._run.folder / SAVED_FILE).unlink(missing_ok=True)
         latest, best = (self._store.latest(), self._store.best()) if self._settings.resume else (None, None)
         if latest is None:
             return None
@@ -43,7 +47,8 @@ class Checkpoints:
         with self._run.clock.stage("resume"):
             restored = self._store.load(latest, self._state({}))
         self.next_step = restored.step
-        say(self._run, f"resumed from {latest}, step {restored.step}")
+        lost = read_progress(self._run.folder).lost() if self._run.is_writer else ""
+        say(self._run, f"resumed from {latest}, step {restored.step}" + (f"; {lost}" if lost else ""))
         return restored.cursor
 
     def save_when_due(
@@ -66,6 +71,13 @@ class Checkpoints:
             self._best = max(self._best, accuracy)
         with self._run.clock.stage("save"):
             self._store.save(done, self._state(state), metric=accuracy)
+
+    def leave(self, step: int) -> int:
+        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved says it to a supervisor."""
+        if self._run.is_writer:
+            (self._run.folder / SAVED_FILE).write_text(f"{step + 1}\n")
+        say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
+        return SAVED_EXIT
 
     def export(self) -> Path | None:
         """The policy as a Hugging Face folder RUN/export, when `checkpoint.export_at_end`."""

@@ -13,6 +13,7 @@ from megatron_papo.data.order import DataCursor
 from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.profiling import profiled
+from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
@@ -22,9 +23,9 @@ from megatron_papo.save import Checkpoints
 from megatron_papo.types import Group, Metrics, Prompt
 
 
-def main(config: Config) -> None:
-    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `sft.steps`."""
-    with open_run(config) as run:
+def main(config: Config) -> int:
+    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `sft.steps`; the exit code."""
+    with StopSignal() as stop, open_run(config) as run:
         with run.clock.stage("set up"):
             dataset = PromptDataset(config.data, "train", run.processor, needs_answer=False)
             bad_rows = BadRows(config.data.on_bad_row)
@@ -41,8 +42,12 @@ def main(config: Config) -> None:
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                     metrics = _update(run, optimizer, groups)
                 recorder.record(step, groups, metrics, {})
-                checkpoints.save_when_due(step, config.sft.steps, {"cursor": cursor.state_dict()})
+                leaving = stop.asked()
+                checkpoints.save_when_due(step, config.sft.steps, {"cursor": cursor.state_dict()}, now=leaving)
+                if leaving:
+                    return checkpoints.leave(step)
         checkpoints.export()
+        return 0
 
 
 def _draw_demonstrations(

@@ -27,6 +27,7 @@ from megatron_papo.guard import CollapseGuard
 from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.profiling import profiled
+from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
@@ -54,9 +55,9 @@ class Training:
     guard: CollapseGuard
 
 
-def main(config: Config) -> None:
-    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`."""
-    with open_run(config) as run, open_training(run) as training:
+def main(config: Config) -> int:
+    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code."""
+    with StopSignal() as stop, open_run(config) as run, open_training(run) as training:
         checkpoints = Checkpoints(run, training.optimizer, "train")
         first_step = _resume(training, checkpoints)
         run.clock.take()  # what came before is no step's time
@@ -67,10 +68,15 @@ def main(config: Config) -> None:
                 scores = _evaluate_when_due(training, step)
                 recorder.record(step, groups, metrics, scores)
                 stopped = _watch_for_collapse(training, metrics)
-                checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=bool(stopped))
+                leaving = stop.asked()
+                now = bool(stopped) or leaving
+                checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=now)
                 if stopped:
                     raise ValueError(f"perception.guard: stopped the run after step {step}: {stopped}")
+                if leaving:
+                    return checkpoints.leave(step)
         checkpoints.export()
+        return 0
 
 
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:

@@ -26,7 +26,7 @@ export NCCL_DEBUG TORCH_NCCL_ASYNC_ERROR_HANDLING CUDA_DEVICE_MAX_CONNECTIONS
 # export GLOO_SOCKET_IFNAME=ib0        # gloo takes one whole name and no pattern
 
 # --- Which InfiniBand cards. NCCL uses all active ones. Name those of the compute fabric when a node also has cards for
-# storage: `ibstat` or `ibdev2netdev` lists them; the sign is bandwidth far below the fabric's, or a failing ibv_modify_qp.
+# storage: `ibstat` or `ibdev2netdev` lists them; the sign is bandwidth far below the fabric's.
 # export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_4,mlx5_5
 
 # --- RoCE instead of InfiniBand: the index of the RoCE v2 address, from `show_gids`. The sign: "ibv_modify_qp failed".

@@ -2,7 +2,7 @@
 #
 #   1. finds the project, loads modules, the virtual environment or the container's flags, and fabric.sh;
 #   2. has one process on one node check everything that can be checked before ranks start (`papo check`);
-#   3. hands over to `megatron_papo.supervise`, which starts one rank a GPU by srun, writes their logs by rank, watches
+#   3. hands over to `megatron_papo.cluster.supervise`, which starts one rank a GPU by srun, writes their logs by rank, watches
 #      them, saves and queues the job again when Slurm says that its time is nearly up.
 #
 # What is missing ends the job in one line. The job script describes the environment by plain variables:
@@ -12,7 +12,7 @@
 #   PAPO_VENV          folder of the virtual environment, from PAPO_HOME on (venv; with modules where it is not empty)
 #   PAPO_MODULES       names of environment modules, loaded in this order (any environment)
 #   PAPO_CONTAINER     image for srun --container-image, of pyxis (container)
-#   PAPO_MOUNTS        more folders for it, HOST:CONTAINER, by commas; the project and the working folder are there anyway
+#   PAPO_MOUNTS        more folders for it, HOST:CONTAINER, by commas; project and working folder are there anyway
 #   PAPO_PYTHON        the interpreter of the ranks; by default the virtual environment's, else python3
 #   PAPO_HOME          the project's folder, which the job script has found
 #   papo_setup         a function with shell lines of this cluster, called after modules and environment
@@ -66,7 +66,7 @@ papo_check() { # settings and facts; leaves the resolved settings in $papo_setti
     exit 2
   fi
   cat "$said" >&2
-  papo_run=$("$papo_host_python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["run"]["dir"])' "$papo_settings")
+  papo_run=$("$papo_host_python" -c 'import json, sys; print(json.load(sys.stdin)["run"]["dir"])' <"$papo_settings")
   mkdir -p "$papo_run/cluster" && mv "$papo_settings" "$papo_run/cluster/settings.json" && rm -f "$said" ||
     papo_refuse "run.dir: $papo_run: cannot be written to from $(hostname)"
   papo_settings=$papo_run/cluster/settings.json
@@ -94,13 +94,15 @@ papo_host_python=$(command -v python3) || papo_refuse "there is no python3 on $(
   papo_refuse "$papo_host_python on $(hostname) is older than 3.9"
 
 # What Slurm really gave: --nodes and --gpus-per-node behind sbatch win over the settings.
-papo_gpus=${SLURM_GPUS_ON_NODE:-0}
 papo_tasks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
-papo_facts=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.gpus_per_node=$papo_gpus" "cluster.ranks_per_node=$papo_tasks")
+papo_facts=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks_per_node=$papo_tasks"
+  "cluster.gpus_per_node=${SLURM_GPUS_ON_NODE:-0}")
 
 papo_check "$@" "${papo_facts[@]}"
-scontrol update "JobId=$SLURM_JOB_ID" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true # for `submit_slurm.py list`
-if "$papo_host_python" -m megatron_papo.cluster.progress "$papo_settings"; then exit 0; fi # it was finished already
+# for `submit_slurm.py list`; where a cluster forbids it, the list does not know this run's folder
+scontrol update "JobId=$SLURM_JOB_ID" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true
+if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then exit 0; fi
 
-exec "$papo_host_python" -m megatron_papo.supervise --settings "$papo_settings" --srun "$(printf '%q ' "${papo_srun[@]}")" \
-  -- "$PAPO_PYTHON" -m megatron_papo.cli train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"
+exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" \
+  --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) --srun "$(printf '%q ' "${papo_srun[@]}")" -- \
+  "$PAPO_PYTHON" -m megatron_papo.cli train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"

@@ -3,8 +3,8 @@
 #
 #   sbatch slurm/papo_3b.sh model.path=/data/Qwen2.5-VL-3B-Instruct run.dir=/scratch/papo_g_3b
 #
-# Settings are written behind it (docs/configuration.md), Slurm's own flags before it (`sbatch --time=4:00:00 slurm/...`).
-# `tools/submit_slurm.py examples/papo_g_3b.yaml` submits the same, checked before, followed and resumed by one command.
+# Settings are written behind it (docs/configuration.md), Slurm's own flags before it (`sbatch --nodes=2 slurm/...`).
+# `tools/submit_slurm.py examples/papo_g_3b.yaml` submits the same: checked first, followed, resumed.
 #
 # It needs
 #   GPUs       8 of 80 GB on one node (56 GiB of each are counted, about 4 more estimated)

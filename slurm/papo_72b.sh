@@ -3,8 +3,8 @@
 #
 #   sbatch slurm/papo_72b.sh model.path=/data/Qwen2.5-VL-72B-Instruct run.dir=/scratch/papo_g_72b
 #
-# Settings are written behind it (docs/configuration.md), Slurm's own flags before it (`sbatch --time=4:00:00 slurm/...`).
-# `tools/submit_slurm.py examples/papo_g_72b.yaml` submits the same, checked before, followed and resumed by one command.
+# Settings are written behind it (docs/configuration.md), Slurm's own flags before it (`sbatch --nodes=2 slurm/...`).
+# `tools/submit_slurm.py examples/papo_g_72b.yaml` submits the same: checked first, followed, resumed.
 #
 # It needs
 #   GPUs       64 of 80 GB on eight nodes, NVLink within a node and InfiniBand or the like between them (63 GiB of each

@@ -1,0 +1,1 @@
+"""Slurm jobs: what runs inside one, and what submits them."""

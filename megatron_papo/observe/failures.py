@@ -14,11 +14,18 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 Kind = Literal["error", "value", "config", "killed", "stalled", "distributed", "silent"]
+
+SAVED_EXIT = 85
+"""Exit code of a run that was asked to end (SIGUSR1), saved and is to go on later."""
+
+SAVED_FILE = "saved"
+"""Under RUN, says the same: srun would take such an exit code of one rank for a failure and end the others."""
 
 _ORDER: tuple[tuple[Kind, ...], ...] = (
     ("config", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
@@ -77,6 +84,13 @@ def write_failure(folder: Path, failure: Failure) -> None:
     draft = folder / f"rank_{failure.rank}.tmp"
     draft.write_text(json.dumps(asdict(failure)))
     draft.rename(folder / f"rank_{failure.rank}.json")
+
+
+def leave_note(run_dir: Path, failure: Failure) -> None:
+    """The note where the ranks of all nodes look for it, RUN/failures; nothing where nothing can be written."""
+    with suppress(OSError):
+        (run_dir / "failures").mkdir(parents=True, exist_ok=True)
+        write_failure(run_dir / "failures", failure)
 
 
 def read_failures(folder: Path) -> dict[int, Failure]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_papo.config import RunConfig
-from megatron_papo.observe.failures import tell_torchrun
+from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
 
 STALL_EXIT = 124
 """Exit code of a rank that the watchdog ended."""
@@ -112,7 +112,7 @@ class StageClock:
 
     def __init__(self, run: RunConfig, rank: int, console: bool = True):
         """`console`: show progress; only rank 0 ever does."""
-        self._limit, self._run_dir, self._rank = run.stall_limit_s, run.dir, rank
+        self._limits, self._run_dir, self._rank = run, run.dir, rank
         # imports torch, which the launcher, who wants the stacks alone, does not wait for
         from megatron_papo.observe.profiling import StageMemory, named_range
 
@@ -153,6 +153,10 @@ class StageClock:
         if self._innermost:
             self._innermost[-1].reach(done, total)
 
+    def running(self) -> str:
+        """The innermost stage at this moment; empty between stages."""
+        return next(iter(self._open[-1:]), "")
+
     def take(self) -> dict[str, float]:
         """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`."""
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
@@ -183,12 +187,19 @@ class StageClock:
         """Both watchdogs wait anew from now on."""
         if not self._open:
             return
-        now = time.monotonic()
-        self._deadline = now + self._limit
+        now, limit = time.monotonic(), self._limit()[1]
+        self._deadline = now + limit
         if now >= self._rearm_at:
             self._rearm_at = now + _REARM_S
             file = stack_file(self._run_dir, self._rank)
-            faulthandler.dump_traceback_later(self._limit + _BACKUP_S, file=file, exit=True)
+            faulthandler.dump_traceback_later(limit + _BACKUP_S, file=file, exit=True)
+
+    def _limit(self) -> tuple[str, float]:
+        """The limit that holds, and the setting it comes from: the innermost open stage that has one of its own."""
+        for name in reversed(self._open):
+            if name in self._limits.stage_limits_s:
+                return f"run.stage_limits_s.{name}", self._limits.stage_limits_s[name]
+        return "run.stall_limit_s", self._limits.stall_limit_s
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(max(0.0, self._deadline - time.monotonic())):
@@ -198,13 +209,16 @@ class StageClock:
 
     def _stalled(self, name: str) -> None:
         file = stack_file(self._run_dir, self._rank)
-        reason = f"stage {name} made no progress for run.stall_limit_s={self._limit:g}"
+        key, limit = self._limit()
+        reason = f"stage {name} made no progress for {key}={limit:g}"
         print(reason, file=file, flush=True)
         faulthandler.dump_traceback(file=file, all_threads=True)
         text = Path(file.name).read_text()
         # one write, so that the ranks' stacks do not mix on a shared terminal
         os.write(sys.__stderr__.fileno(), f"papo: rank {self._rank}: {text}\n".encode())  # type: ignore[union-attr]
-        tell_torchrun(f"papo: rank {self._rank} failed: stalled: {reason}")
+        note = Failure(self._rank, time.time(), "stalled", "stalled", reason)
+        tell_torchrun(note.reason())
+        leave_note(self._run_dir, note)
         os._exit(STALL_EXIT)
 
 

@@ -1,0 +1,96 @@
+"""RUN/attempts.jsonl: what became of each attempt of a run under Slurm, and when failing again and again is enough.
+
+A line when an attempt begins and one when it ends; a beginning without an end is an attempt whose supervisor was taken
+away with its node. Standard library alone, as `supervise.py`, which writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+FAILURES = ("failed", "lost")
+"""Ends that count against a run. A run that saved, or that Slurm told to end, has not failed."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    number: int
+    job: str
+    nodes: str
+    ranks: int
+    began: float
+    """Unix time."""
+    steps_done: int
+    """Steps recorded when it began."""
+    steps_saved: int
+    """The step it goes on with."""
+    lost_steps: int
+    """Recorded by earlier attempts and done again by this one."""
+    lost_seconds: float
+    """What the attempt before had worked for beyond its checkpoint."""
+    end: str = ""
+    """done, saved, told to end, refused, failed, or lost (its node crashed); empty while it runs."""
+    ended: float = 0.0
+    reached: int = 0
+    """Steps recorded when it ended."""
+    reason: str = ""
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """In their order; the newer line of an attempt counts."""
+    path = run_dir / "attempts.jsonl"
+    found: dict[int, Attempt] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            attempt = Attempt(**json.loads(line))
+        except json.JSONDecodeError:  # cut short as the node crashed
+            continue
+        found[attempt.number] = attempt
+    return list(found.values())
+
+
+def write_attempt(run_dir: Path, attempt: Attempt) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "attempts.jsonl").open("a+b") as file:
+        file.seek(0, 2)
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":  # after a line that was cut short
+                file.write(b"\n")
+        file.write(json.dumps(asdict(attempt)).encode() + b"\n")
+
+
+def close_lost(run_dir: Path, attempts: list[Attempt], reached: int) -> list[Attempt]:
+    """The attempts, an open last one ended as lost: nobody was left to say how it ended."""
+    if not attempts or attempts[-1].end:
+        return attempts
+    last = replace(
+        attempts[-1],
+        end="lost",
+        ended=_last_sign(run_dir, attempts[-1].began),
+        reached=reached,
+        reason="ended without a word: its first node crashed, or was taken away",
+    )
+    write_attempt(run_dir, last)
+    return [*attempts[:-1], last]
+
+
+def reason_to_stop(attempts: list[Attempt], max_failures: int) -> str:
+    """Why going on makes no sense: the last `max_failures` attempts all failed at the same step; or nothing."""
+    last = attempts[-max_failures:]
+    if len(last) < max_failures or any(attempt.end not in FAILURES for attempt in last):
+        return ""
+    if len({attempt.reached for attempt in last}) > 1:
+        return ""
+    reasons = "; ".join(dict.fromkeys(attempt.reason for attempt in last))
+    times = "time" if max_failures == 1 else "times in a row"
+    return f"failed {max_failures} {times} at step {last[-1].reached}, without progress: {reasons}"
+
+
+def _last_sign(run_dir: Path, began: float) -> float:
+    """When any rank was last heard of."""
+    times = [path.stat().st_mtime for path in (run_dir / "heartbeats").glob("rank_*.json")]
+    record = run_dir / "metrics.jsonl"
+    return max([began, *times, *([record.stat().st_mtime] if record.exists() else [])])

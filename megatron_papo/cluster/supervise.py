@@ -1,0 +1,290 @@
+"""Runs a training run inside a Slurm job: starts its ranks, watches them, and sees that the run goes on.
+
+    python3 -m megatron_papo.cluster.supervise --settings SETTINGS.json --ranks N --srun "OPTIONS" -- COMMAND...
+
+SETTINGS.json is what `papo check --json` printed. The batch script hands over to this program (exec), so that Slurm's
+signals reach it. `srun COMMAND` is an attempt. When one ends:
+
+    done                     the job ends
+    saved (USR1 came)        the job queues itself again, and goes on from the checkpoint
+    a rank failed or died    the failing rank's last lines are shown; the next attempt starts on the same nodes when
+                             all of them answer, else the job queues itself again, and Slurm chooses others
+    three failures at one step, or refused settings      the job ends with the reason
+
+Standard library alone, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
+container. Leaves out how ranks learn of each other's failures (observe/heartbeat.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
+from megatron_papo.cluster.ranks import RankWatch
+from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
+from megatron_papo.observe.progress import RunProgress, read_progress
+
+_LOOK_S = 1.0
+_NOTE_WAIT_S = 20.0
+"""From the first note of a failure until ranks that have not ended by themselves are ended."""
+_STEP_WAIT_S = 60.0
+"""For Slurm to clear a step away."""
+_ASK_AGAIN_S = 30.0
+"""USR1 is sent again this often: a rank that was still importing did not listen."""
+_TAIL_LINES = 25
+_KILLED = re.compile(r"(?:srun|slurmstepd): error: (\S+): tasks? ([\d,\-]+): (.*)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this program is the batch script of."""
+
+    id: str
+    nodes: str
+    num_nodes: int
+
+    @classmethod
+    def here(cls) -> Job:
+        names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES")
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
+        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended: one of the words of `Attempt.end`, and the reason in a line."""
+
+    end: str
+    reason: str = ""
+    rank: int | None = None
+
+
+class Supervisor:
+    def __init__(self, job: Job, run: dict[str, object], num_ranks: int, srun: list[str], command: list[str]):
+        """`run`: the section of that name."""
+        self._job, self._num_ranks, self._srun, self._command = job, num_ranks, srun, command
+        self._run_dir = Path(str(run["dir"]))
+        self._max_failures = int(str(run["max_failures"]))
+        self._beat_limit_s, self._start_limit_s = float(str(run["heartbeat_limit_s"])), float(str(run["stall_limit_s"]))
+        self._asked_to_save = self._told_to_end = False
+
+    def main(self) -> int:
+        """Attempts until the run is done or has to leave this job; the exit code of the job."""
+        signal.signal(signal.SIGUSR1, self._hear_save)
+        signal.signal(signal.SIGTERM, self._hear_end)
+        attempts = close_lost(self._run_dir, read_attempts(self._run_dir), read_progress(self._run_dir).steps_done)
+        while True:
+            stop = reason_to_stop(attempts, self._max_failures)
+            if stop:
+                say(f"stopped: {stop}")
+                return 1
+            attempts = [*attempts, self._attempt(attempts)]
+            ending = attempts[-1]
+            if ending.end == "done":
+                return 0
+            if ending.end in ("refused", "told to end"):
+                return 2 if ending.end == "refused" else 143
+            if ending.end == "saved":
+                return self._queue_again("saved before the time limit")
+            if not reason_to_stop(attempts, self._max_failures) and not self._nodes_answer():
+                return self._queue_again("not all nodes answer")
+
+    def _attempt(self, earlier: list[Attempt]) -> Attempt:
+        """Runs one to its end, and writes down both."""
+        progress = read_progress(self._run_dir)
+        attempt = Attempt(
+            number=earlier[-1].number + 1 if earlier else 1,
+            job=self._job.id,
+            nodes=self._job.nodes,
+            ranks=self._num_ranks,
+            began=time.time(),
+            steps_done=progress.steps_done,
+            steps_saved=progress.steps_saved,
+            lost_steps=progress.lost_steps,
+            lost_seconds=_lost_seconds(earlier, progress),
+        )
+        write_attempt(self._run_dir, attempt)
+        say(_opening(attempt, earlier, progress.lost()))
+        ending = self._run_ranks(attempt.number)
+        reached = read_progress(self._run_dir).steps_done
+        attempt = replace(attempt, end=ending.end, ended=time.time(), reached=reached, reason=ending.reason)
+        write_attempt(self._run_dir, attempt)
+        self._tell(attempt, ending)
+        return attempt
+
+    def _run_ranks(self, number: int) -> Ending:
+        for name in ("heartbeats", "failures", "stacks"):  # an earlier attempt's
+            shutil.rmtree(self._run_dir / name, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            (self._run_dir / SAVED_FILE).unlink()
+        logs = self._logs(number)
+        logs.mkdir(parents=True, exist_ok=True)
+        srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/rank_%t.log", *self._srun]
+        with (logs / "srun.log").open("w") as said:
+            step = subprocess.Popen([*srun, *self._command], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        watch = RankWatch(self._run_dir, self._num_ranks, self._beat_limit_s, self._start_limit_s)
+        with (logs / "rank_0.log").open("a+") as first:
+            dead = self._watch(step, watch, first)
+            print(first.read(), end="", flush=True)
+        return self._how_it_ended(step.returncode, logs, dead)
+
+    def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: object) -> Failure | None:
+        """Until the ranks have ended, by themselves or because one of them is dead: that one."""
+        noted_at = asked_at = float("-inf")
+        while step.poll() is None:
+            time.sleep(_LOOK_S)
+            print(first.read(), end="", flush=True)  # type: ignore[attr-defined]
+            now = time.monotonic()
+            if self._asked_to_save and now - asked_at > _ASK_AGAIN_S:
+                asked_at = now
+                step.send_signal(signal.SIGUSR1)  # srun passes it on to every rank
+            if noted_at < 0 and read_failures(self._run_dir / "failures"):
+                noted_at = now
+            dead = watch.dead_rank()
+            if dead or (noted_at > 0 and now - noted_at > _NOTE_WAIT_S) or self._told_to_end:
+                self._end_step(step)
+                return dead
+        return None
+
+    def _end_step(self, step: subprocess.Popen[bytes]) -> None:
+        """First by Slurm, on all nodes; a step with a rank on a node that is gone may never end by itself."""
+        step.send_signal(signal.SIGTERM)
+        try:
+            step.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            subprocess.run(["scancel", "--signal=KILL", self._job.id], check=False)  # its steps, not this script
+            try:
+                step.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                step.kill()
+                step.wait()
+
+    def _how_it_ended(self, code: int, logs: Path, dead: Failure | None) -> Ending:
+        notes = list(read_failures(self._run_dir / "failures").values())
+        notes += [dead] if dead else _killed_tasks(logs / "srun.log")
+        if self._told_to_end:
+            return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
+        if code == 0 and not dead:
+            return Ending("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
+        if not notes:
+            notes = [Failure(0, time.time(), "silent", "ended", f"srun ended with exit code {code}")]
+        cause = the_cause(notes)
+        return Ending("refused" if cause.kind == "config" else "failed", cause.reason(), cause.rank)
+
+    def _tell(self, attempt: Attempt, ending: Ending) -> None:
+        """How it ended; of a failure the failing rank's last lines first."""
+        logs = self._logs(attempt.number)
+        if ending.rank is not None:
+            lines = _last_lines(logs / f"rank_{ending.rank}.log") or _last_lines(logs / "srun.log")
+            print(f"papo: the last lines of rank {ending.rank}:", *lines, sep="\n  ", flush=True)
+        text = f"attempt {attempt.number}: {attempt.end} after {attempt.ended - attempt.began:.0f} s, "
+        text += f"{attempt.reached} steps done" + (f": {ending.reason.removeprefix('papo: ')}" if ending.reason else "")
+        say(text + ("" if attempt.end == "done" else f" (logs: {logs})"))
+
+    def _nodes_answer(self) -> bool:
+        """Whether every node of the job starts a process. Waits for the attempt's step to be gone first."""
+        deadline = time.monotonic() + _STEP_WAIT_S
+        while self._steps_left() and time.monotonic() < deadline:
+            time.sleep(1)
+        probe = ["srun", "--overlap", f"--nodes={self._job.num_nodes}", "--ntasks-per-node=1", "--cpus-per-task=1"]
+        try:
+            return not self._steps_left() and subprocess.run([*probe, "true"], timeout=30, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def _steps_left(self) -> bool:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--steps", f"--jobs={self._job.id}", "--format=%i"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        steps = [name.rpartition(".")[2] for name in found.stdout.split()]
+        return any(name.isdigit() for name in steps)
+
+    def _queue_again(self, why: str) -> int:
+        """Slurm ends this program when it takes the job back."""
+        say(f"{why}: queueing job {self._job.id} again")
+        done = subprocess.run(["scontrol", "requeue", self._job.id], capture_output=True, text=True, check=False)
+        if done.returncode:
+            say(f"Slurm does not queue it again: {done.stderr.strip()}; the same command goes on from the checkpoint")
+            return 1
+        time.sleep(_STEP_WAIT_S)
+        return SAVED_EXIT
+
+    def _logs(self, number: int) -> Path:
+        return self._run_dir / "logs" / f"attempt_{number:04d}"
+
+    def _hear_save(self, *_: object) -> None:
+        if not self._asked_to_save:
+            say("USR1: the run saves after its step and ends")
+        self._asked_to_save = True
+
+    def _hear_end(self, *_: object) -> None:
+        self._told_to_end = True
+
+
+def _lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:
+    """From the last step that a checkpoint holds, or the beginning, to the end of the attempt before."""
+    if not earlier or earlier[-1].end == "saved":
+        return 0.0
+    return round(max(0.0, earlier[-1].ended - max(progress.saved_at, earlier[-1].began)), 1)
+
+
+def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
+    text = f"attempt {attempt.number} (job {attempt.job} on {attempt.nodes}, {attempt.ranks} ranks): "
+    text += f"goes on after step {attempt.steps_saved}" if attempt.steps_saved else "starts"
+    if lost:
+        text += f", {lost}"
+    if earlier:
+        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
+    return text
+
+
+def _killed_tasks(path: Path) -> list[Failure]:
+    """What srun says of ranks that left no note: `srun: error: node2: task 1: Killed`."""
+    found = []
+    for node, tasks, what in _KILLED.findall(path.read_text() if path.exists() else ""):
+        rank, text = int(re.split(r"[,\-]", tasks)[0]), f"on {node}: {what}"
+        if what.startswith("Exited"):
+            found.append(Failure(rank, time.time(), "silent", "ended", text))
+        else:
+            found.append(Failure(rank, time.time(), "killed", "killed", text))
+    return found
+
+
+def _last_lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if path.exists() else []
+
+
+def say(text: str) -> None:
+    print(f"papo: {text}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m megatron_papo.cluster.supervise", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--settings", type=Path, required=True, help="what `papo check --json` printed")
+    parser.add_argument("--ranks", type=int, required=True, help="of the whole job")
+    parser.add_argument("--srun", default="", help="more options of srun, as one word")
+    parser.add_argument("command", nargs="+", help="what every rank runs")
+    options = parser.parse_args(argv)
+    settings = json.loads(options.settings.read_text())
+    return Supervisor(Job.here(), settings["run"], options.ranks, shlex.split(options.srun), options.command).main()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

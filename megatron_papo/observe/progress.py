@@ -1,0 +1,64 @@
+"""How far a run has come, read from its folder: steps recorded, the newest whole checkpoint, and the work between.
+
+Standard library alone: the supervisor of a cluster job reads this outside the environment that the ranks run in.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    steps_done: int
+    """The last step recorded in metrics.jsonl, counted from 1; 0: none."""
+    steps_saved: int
+    """The step that a resumed run goes on with; 0: from the beginning."""
+    saved_at: float
+    """Unix time at which the last step in the checkpoint was done; 0: none, or not recorded."""
+
+    @property
+    def lost_steps(self) -> int:
+        """Recorded steps that a resumed run does again."""
+        return max(0, self.steps_done - self.steps_saved)
+
+    def lost(self) -> str:
+        """In words; empty when nothing is."""
+        if not self.lost_steps:
+            return ""
+        return f"{self.lost_steps} step{'s' * (self.lost_steps > 1)} after it to be done again"
+
+
+def read_progress(run_dir: Path) -> RunProgress:
+    """Of a run folder in any state, an empty one too."""
+    records = list(_records(run_dir / "metrics.jsonl"))
+    done = records[-1]["step"] + 1 if records else 0
+    saved = _steps_saved(run_dir / "checkpoints")
+    saved_at = [record["unix_time"] for record in records if record["step"] == saved - 1]
+    return RunProgress(done, saved, saved_at[-1] if saved_at else 0.0)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """A last line that a crash cut short is left out."""
+    found: list[dict[str, Any]] = []
+    if not path.exists():
+        return found
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _steps_saved(folder: Path) -> int:
+    """Of the checkpoint written last: as the store chooses it."""
+    newest = (0, 0)
+    for path in folder.glob("step_*/state.json"):
+        if path.parent.suffix == "":
+            state = json.loads(path.read_text())
+            newest = max(newest, (state["serial"], state["step"]))
+    return newest[1]
