@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 from megatron_papo.config import Config, ConfigError
 from megatron_papo.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
@@ -22,19 +22,37 @@ _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors"
 """What every verb imports; `papo doctor` says more of them."""
 
 
-def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:
-    """Prints what is wrong and returns 2, or one line of what will run and returns 0; `as_json` prints the resolved
-    settings on standard output and everything else on standard error."""
+@dataclass(frozen=True)
+class Checked:
+    """What was found; `summary` only where there is no fault."""
+
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+    summary: str
+
+
+def check_everything(verb: str, config: Config, num_ranks: int) -> Checked:
+    """Of `num_ranks` ranks of the whole run, from this machine."""
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
     faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
-    for line in dict.fromkeys(faults):
-        print(f"papo: error: {line}", file=sys.stderr)
     if faults:
+        return Checked(tuple(dict.fromkeys(faults)), (), "")
+    warnings = (*config.warnings(), *warnings_of_layout(config, shape, num_ranks))
+    return Checked((), warnings, summary(config, shape, num_ranks))
+
+
+def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:
+    """Prints what is wrong and returns 2, or one line of what will run and returns 0; `as_json` prints the resolved
+    settings on standard output and everything else on standard error."""
+    checked = check_everything(verb, config, num_ranks)
+    for line in checked.faults:
+        print(f"papo: error: {line}", file=sys.stderr)
+    if checked.faults:
         return 2
-    for line in [*config.warnings(), *warnings_of_layout(config, shape, num_ranks)]:
+    for line in checked.warnings:
         print(f"papo: warning: {line}", file=sys.stderr)
-    print(f"papo: check: {summary(config, shape, num_ranks)}", file=sys.stderr if as_json else sys.stdout)
+    print(f"papo: check: {checked.summary}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(config.model_dump_json())
     return 0
@@ -116,7 +134,7 @@ def _packages(verb: str, config: Config) -> Iterator[str]:
 
 def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str]:
     """Whether the run can write there; what a checkpoint takes is asked of the disk that the folder will lie on."""
-    standing = next((folder for folder in (config.run.dir, *config.run.dir.absolute().parents) if folder.exists()))
+    standing = next(folder for folder in (config.run.dir, *config.run.dir.absolute().parents) if folder.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
         yield f"run.dir: {config.run.dir}: {standing} is no folder that can be written to"
         return

@@ -75,7 +75,9 @@ class StageMemory:
         return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
 
 
-def blocks(shape: ModelShape, layers: tuple[int, ...], width: Callable[[int], int] = lambda width: width) -> list[Block]:
+def blocks(
+    shape: ModelShape, layers: tuple[int, ...], width: Callable[[int], int] = lambda width: width
+) -> list[Block]:
     """The model on stages of so many language layers each; `width` pads FFN widths and the vocabulary, as `padded`."""
     language, last = shape.language, len(layers) - 1
     matrix = width(language.vocab_size) * language.hidden_size
@@ -185,8 +187,10 @@ def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
     one_row, again = (num_layers * entry, layer) if full else (num_layers * layer, 0)
     if stage == 0:
         patches = tokens // 2 * vision.merge_unit
-        tower_layer = 2 * patches * (
-            6 * vision.hidden_size // spread + (7 * vision.hidden_size + 4 * vision.intermediate_size) // split
+        tower_layer = (
+            2
+            * patches
+            * (6 * vision.hidden_size // spread + (7 * vision.hidden_size + 4 * vision.intermediate_size) // split)
         )
         tower_entry = 2 * patches * vision.hidden_size // spread
         one_row += vision.num_layers * (tower_entry if full else tower_layer)

@@ -2,8 +2,8 @@
 #
 #   1. finds the project, loads modules, the virtual environment or the container's flags, and fabric.sh;
 #   2. has one process on one node check everything that can be checked before ranks start (`papo check`);
-#   3. hands over to `megatron_papo.cluster.supervise`, which starts one rank a GPU by srun, writes their logs by rank, watches
-#      them, saves and queues the job again when Slurm says that its time is nearly up.
+#   3. hands over to `megatron_papo.cluster.supervise`, which starts one rank a GPU by srun, writes their logs by rank,
+#      watches them, saves and queues the job again when Slurm says that its time is nearly up.
 #
 # What is missing ends the job in one line. The job script describes the environment by plain variables:
 #

@@ -249,7 +249,9 @@ def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
     if lost:
         text += f", {lost}"
     if earlier:
-        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
+        text += (
+            f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
+        )
     return text
 
 

@@ -49,10 +49,10 @@ class ClusterConfig(Section):
     """More options of sbatch, e.g. `--reservation=spring`."""
     environment: Literal["venv", "modules", "container"] = "venv"
     """What the ranks run in: a virtual environment, environment modules, or a container (pyxis)."""
-    venv: Path = Path(".venv")
-    """Of `environment: venv`; relative to the project's folder."""
+    venv: Path | None = Path(".venv")
+    """Of `environment: venv`, and of `modules` where it is not null; relative to the project's folder."""
     modules: list[str] = []
-    """Loaded on every node, before the virtual environment when there is one."""
+    """Loaded in the batch script, in whose environment the ranks start; before the virtual environment."""
     container: str | None = None
     """Of `environment: container`: image for srun's --container-image."""
     mounts: list[str] = []
@@ -68,6 +68,8 @@ class ClusterConfig(Section):
             raise ValueError("cluster.environment=container needs cluster.container, an image")
         if self.environment == "modules" and not self.modules:
             raise ValueError("cluster.environment=modules needs cluster.modules, a list of names")
+        if self.environment == "venv" and self.venv is None:
+            raise ValueError("cluster.environment=venv needs cluster.venv, a folder")
         if self.gpus_per_node == 0 and self.ranks_per_node is None:
             raise ValueError("cluster.gpus_per_node=0 needs cluster.ranks_per_node")
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):

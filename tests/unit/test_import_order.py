@@ -136,7 +136,12 @@ def test_the_package_keeps_the_order():
     assert violations(PACKAGE) == []
 
 
-@pytest.mark.parametrize("start", ["config", "cli", "launch", "check", "cluster.submit", "cluster.supervise", "model.shape", "accounting", "memory"])
+BEFORE_RANKS = (
+    "config", "cli", "launch", "check", "cluster.submit", "cluster.supervise", "model.shape", "accounting", "memory"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", BEFORE_RANKS)
 def test_nothing_slow_is_imported_before_a_rank_starts(start: str):
     assert heavy_at_start(PACKAGE, start) == []
 

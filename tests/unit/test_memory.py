@@ -100,7 +100,9 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
     assert memory_faults(unknown, shape_of("7B"), 8) == [
         "cluster.gpu: MI300 is none of A100-40GB, A100, H100, H200, B200; cluster.gpu_memory_gib says what it has"
     ]
-    assert memory_faults(recipe("papo_g_7b", "cluster.gpu=MI300", "cluster.gpu_memory_gib=192"), shape_of("7B"), 8) == []
+    assert (
+        memory_faults(recipe("papo_g_7b", "cluster.gpu=MI300", "cluster.gpu_memory_gib=192"), shape_of("7B"), 8) == []
+    )
 
 
 def test_activations_that_may_not_fit_are_warned_of():
