@@ -95,8 +95,12 @@ papo_host_python=$(command -v python3) || papo_refuse "there is no python3 on $(
 
 # What Slurm really gave: --nodes and --gpus-per-node behind sbatch win over the settings.
 papo_tasks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
-papo_facts=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks_per_node=$papo_tasks"
-  "cluster.gpus_per_node=${SLURM_GPUS_ON_NODE:-0}")
+papo_gpus=${SLURM_GPUS_PER_NODE:-} # may name a kind: h100:8
+papo_gpus=${papo_gpus##*:}
+if [ -z "$papo_gpus" ]; then # by --gres; with --exclusive Slurm gives all GPUs of a node, asked for or not
+  if [ "${SLURM_GPUS_ON_NODE:-0}" = "$papo_tasks" ]; then papo_gpus=$papo_tasks; else papo_gpus=0; fi
+fi
+papo_facts=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks_per_node=$papo_tasks" "cluster.gpus_per_node=$papo_gpus")
 
 papo_check "$@" "${papo_facts[@]}"
 # for `submit_slurm.py list`; where a cluster forbids it, the list does not know this run's folder

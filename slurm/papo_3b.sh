@@ -30,7 +30,7 @@
 
 # sbatch runs a copy of this file: the project is where it was submitted from, or where the original lies.
 for PAPO_HOME in "${PAPO_HOME:-}" "${SLURM_SUBMIT_DIR:-}" \
-  "$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's|^ *Command=\(.*\)/slurm/papo_[^/]*$|\1|p')"; do
+  "$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's|^ *Command=\([^ ]*\)/slurm/[^ /]*\.sh.*|\1|p')"; do
   [ ! -f "$PAPO_HOME/slurm/launch.sh" ] || break
 done
 [ -f "$PAPO_HOME/slurm/launch.sh" ] || { echo "papo: error: submit from the project's folder, by sbatch" >&2; exit 2; }
