@@ -73,7 +73,7 @@ class Checkpoints:
             self._store.save(done, self._state(state), metric=accuracy)
 
     def leave(self, step: int) -> int:
-        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved says it to a supervisor."""
+        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved tells a supervisor."""
         if self._run.is_writer:
             (self._run.folder / SAVED_FILE).write_text(f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")

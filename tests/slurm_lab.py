@@ -43,6 +43,7 @@ class Slurm:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PAPO_"))}
+    plain["PYTHONPATH"] = str(TOOL.parents[1])  # rewards of these tests, from whatever folder a job starts in
     if "SLURM_CONF" in os.environ:
         conf = Path(os.environ["SLURM_CONF"])
         port = next(line for line in conf.read_text().splitlines() if line.startswith("SlurmctldPort=")).split("=")[1]

@@ -1,4 +1,4 @@
-"""Which rank of a cluster job is dead, from the signs of life that ranks write (observe/heartbeat.py).
+"""Which rank of a cluster job is dead: from the signs of life that ranks write (observe/heartbeat.py), or srun's words.
 
 A sign's age is counted from when it was last seen to change, by the watcher's own clock. Standard library alone.
 """
@@ -6,10 +6,19 @@ A sign's age is counted from when it was last seen to change, by the watcher's o
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_papo.observe.failures import Failure
+
+_TASK = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.*)")
+_NODE_INDEX = re.compile(r"error: .*missing step on node (\d+)")
+_NODE_NAME = re.compile(r"error: Node failure on (\S+)")
+_ENDED_BY_SRUN = ("Terminating StepId", "Job step aborted", "forcing job termination")
+"""From such a line on, tasks die because srun ends them."""
 
 
 class RankWatch:
@@ -22,20 +31,37 @@ class RankWatch:
         self._signs: dict[int, dict[str, object]] = {}
         self._changed: dict[int, float] = {}
 
+    @property
+    def all_started(self) -> bool:
+        """Whether every rank has given a sign of life."""
+        return len(self._changed) == self._num_ranks
+
     def dead_rank(self) -> Failure | None:
         """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well."""
         now = time.monotonic()
         present = self._look(now)
-        silent = {rank: now - self._changed[rank] for rank in present}
         for rank in range(self._num_ranks):
             if rank not in self._changed and now - self._began > self._start_limit_s:
                 return _dead(rank, f"gave no sign of life for {self._start_limit_s:g} s after the start")
-        for rank, seconds in sorted(silent.items(), key=lambda item: -item[1])[:1]:
-            if seconds > self._limit_s:
-                sign = self._signs[rank]
-                stage = f"stage {sign['stage']}" if sign["stage"] else "between stages"
-                return _dead(rank, f"no sign of life from {sign['host']} for {seconds:.0f} s ({stage})")
-        return None
+        longest = min(present, key=lambda rank: self._changed[rank], default=None)
+        if longest is None or now - self._changed[longest] <= self._limit_s:
+            return None
+        return self._silent(longest, now)
+
+    def longest_silent(self, but: set[int]) -> Failure | None:
+        """After the ranks have ended: the first to fall silent, of those not in `but`, who have told why they ended."""
+        now = time.monotonic()
+        others = [rank for rank in self._look(now) if rank not in but]
+        return self._silent(min(others, key=lambda rank: self._changed[rank]), now) if others else None
+
+    def rank_on(self, host: str) -> int:
+        """The first rank of a node."""
+        return min((rank for rank, sign in self._signs.items() if sign["host"] == host), default=0)
+
+    def _silent(self, rank: int, now: float) -> Failure:
+        sign = self._signs[rank]
+        stage = f"stage {sign['stage']}" if sign["stage"] else "between stages"
+        return _dead(rank, f"no sign of life from {sign['host']} for {now - self._changed[rank]:.0f} s ({stage})")
 
     def _look(self, now: float) -> list[int]:
         found = []
@@ -53,3 +79,34 @@ class RankWatch:
 
 def _dead(rank: int, message: str) -> Failure:
     return Failure(rank, time.time(), "killed", "dead", message)
+
+
+def killed_tasks(srun_log: Path, watch: RankWatch, nodelist: str) -> list[Failure]:
+    """What srun says of ranks that left no note: a task killed, a node gone."""
+    return list(_killed(srun_log, watch, nodelist)) if srun_log.exists() else []
+
+
+def _killed(srun_log: Path, watch: RankWatch, nodelist: str) -> Iterator[Failure]:
+    for line in srun_log.read_text(errors="replace").splitlines():
+        if any(words in line for words in _ENDED_BY_SRUN):
+            return
+        if task := _TASK.search(line):
+            rank, text = int(re.split(r"[,\-]", task[2])[0]), f"on {task[1]}: {task[3]}"
+            if task[3].startswith("Exited"):
+                yield Failure(rank, time.time(), "silent", "ended", text)
+            else:
+                yield Failure(rank, time.time(), "killed", "killed", text)
+        elif gone := _NODE_INDEX.search(line):
+            yield _gone(_hosts(nodelist)[int(gone[1])], watch)
+        elif gone := _NODE_NAME.search(line):
+            yield _gone(gone[1], watch)
+
+
+def _gone(host: str, watch: RankWatch) -> Failure:
+    return _dead(watch.rank_on(host), f"Slurm has lost its node {host}")
+
+
+def _hosts(nodelist: str) -> list[str]:
+    return subprocess.run(
+        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+    ).stdout.split()

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -32,19 +32,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
-from megatron_papo.cluster.ranks import RankWatch
+from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
 from megatron_papo.observe.progress import RunProgress, read_progress
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
 """From the first note of a failure until ranks that have not ended by themselves are ended."""
-_STEP_WAIT_S = 60.0
+_STEP_WAIT_S = 30.0
 """For Slurm to clear a step away."""
 _ASK_AGAIN_S = 30.0
 """USR1 is sent again this often: a rank that was still importing did not listen."""
 _TAIL_LINES = 25
-_KILLED = re.compile(r"(?:srun|slurmstepd): error: (\S+): tasks? ([\d,\-]+): (.*)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Job:
     id: str
     nodes: str
     num_nodes: int
+    is_chained: bool
+    """Follows another job of the same run by itself; a job that a person submits starts counting failures anew."""
 
     @classmethod
     def here(cls) -> Job:
@@ -61,7 +62,8 @@ class Job:
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
-        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]))
+        is_chained = bool(os.environ.get("SLURM_JOB_DEPENDENCY"))
+        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]), is_chained)
 
 
 @dataclass(frozen=True)
@@ -80,28 +82,39 @@ class Supervisor:
         self._run_dir = Path(str(run["dir"]))
         self._max_failures = int(str(run["max_failures"]))
         self._beat_limit_s, self._start_limit_s = float(str(run["heartbeat_limit_s"])), float(str(run["stall_limit_s"]))
-        self._asked_to_save = self._told_to_end = False
+        self._asked_to_save = False
+        self._told_to_end_at = math.inf
 
     def main(self) -> int:
         """Attempts until the run is done or has to leave this job; the exit code of the job."""
         signal.signal(signal.SIGUSR1, self._hear_save)
         signal.signal(signal.SIGTERM, self._hear_end)
         attempts = close_lost(self._run_dir, read_attempts(self._run_dir), read_progress(self._run_dir).steps_done)
-        while True:
+        attempts = [attempt for attempt in attempts if self._job.is_chained or attempt.job == self._job.id]
+        leave: int | None = None
+        while leave is None:
             stop = reason_to_stop(attempts, self._max_failures)
             if stop:
                 say(f"stopped: {stop}")
                 return 1
             attempts = [*attempts, self._attempt(attempts)]
-            ending = attempts[-1]
-            if ending.end == "done":
-                return 0
-            if ending.end in ("refused", "told to end"):
-                return 2 if ending.end == "refused" else 143
-            if ending.end == "saved":
-                return self._queue_again("saved before the time limit")
-            if not reason_to_stop(attempts, self._max_failures) and not self._nodes_answer():
-                return self._queue_again("not all nodes answer")
+            leave = self._leave(attempts)
+        return leave
+
+    def _leave(self, attempts: list[Attempt]) -> int | None:
+        """The exit code of the job where no other attempt is to follow in it."""
+        end = attempts[-1].end
+        if end in ("done", "refused"):
+            return 0 if end == "done" else 2
+        if self._told_to_end_at < math.inf:
+            return 128 + signal.SIGTERM
+        if end == "saved":
+            return self._queue_again("saved before the time limit")
+        if reason_to_stop(attempts, self._max_failures):
+            return None
+        if self._asked_to_save:
+            return self._queue_again("failed before it had saved, at the time limit")
+        return None if self._nodes_answer() else self._queue_again("not all nodes answer")
 
     def _attempt(self, earlier: list[Attempt]) -> Attempt:
         """Runs one to its end, and writes down both."""
@@ -140,22 +153,22 @@ class Supervisor:
         with (logs / "rank_0.log").open("a+") as first:
             dead = self._watch(step, watch, first)
             print(first.read(), end="", flush=True)
-        return self._how_it_ended(step.returncode, logs, dead)
+        return self._how_it_ended(step.returncode, logs / "srun.log", watch, dead)
 
     def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: object) -> Failure | None:
         """Until the ranks have ended, by themselves or because one of them is dead: that one."""
-        noted_at = asked_at = float("-inf")
+        noted_at, asked_at = math.inf, -math.inf
         while step.poll() is None:
             time.sleep(_LOOK_S)
             print(first.read(), end="", flush=True)  # type: ignore[attr-defined]
             now = time.monotonic()
-            if self._asked_to_save and now - asked_at > _ASK_AGAIN_S:
+            dead = watch.dead_rank()
+            if self._asked_to_save and watch.all_started and now - asked_at > _ASK_AGAIN_S:
                 asked_at = now
                 step.send_signal(signal.SIGUSR1)  # srun passes it on to every rank
-            if noted_at < 0 and read_failures(self._run_dir / "failures"):
-                noted_at = now
-            dead = watch.dead_rank()
-            if dead or (noted_at > 0 and now - noted_at > _NOTE_WAIT_S) or self._told_to_end:
+            if read_failures(self._run_dir / "failures"):
+                noted_at = min(noted_at, now)
+            if dead or now - noted_at > _NOTE_WAIT_S or self._told_to_end_at < math.inf:
                 self._end_step(step)
                 return dead
         return None
@@ -166,23 +179,28 @@ class Supervisor:
         try:
             step.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            subprocess.run(["scancel", "--signal=KILL", self._job.id], check=False)  # its steps, not this script
+            for left in self._steps_left():  # by name: of the whole job, KILL would be a cancellation
+                subprocess.run(["scancel", "--signal=KILL", left], check=False)
             try:
                 step.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 step.kill()
                 step.wait()
 
-    def _how_it_ended(self, code: int, logs: Path, dead: Failure | None) -> Ending:
+    def _how_it_ended(self, code: int, srun_log: Path, watch: RankWatch, dead: Failure | None) -> Ending:
         notes = list(read_failures(self._run_dir / "failures").values())
-        notes += [dead] if dead else _killed_tasks(logs / "srun.log")
-        if self._told_to_end:
-            return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
-        if code == 0 and not dead:
+        if self._told_to_end_at < math.inf:
+            notes = [note for note in notes if note.time < self._told_to_end_at]  # later ones are of being ended
+            if not notes and not dead:
+                return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
+        elif code == 0 and not dead:
             return Ending("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
-        if not notes:
-            notes = [Failure(0, time.time(), "silent", "ended", f"srun ended with exit code {code}")]
-        cause = the_cause(notes)
+        else:
+            notes += killed_tasks(srun_log, watch, self._job.nodes)
+        if all(note.kind == "distributed" for note in notes):  # victims, all of them
+            dead = dead or watch.longest_silent(but={note.rank for note in notes})
+        notes += [dead] if dead else []
+        cause = the_cause(notes or [Failure(0, time.time(), "silent", "ended", f"srun: exit code {code}")])
         return Ending("refused" if cause.kind == "config" else "failed", cause.reason(), cause.rank)
 
     def _tell(self, attempt: Attempt, ending: Ending) -> None:
@@ -206,13 +224,13 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             return False
 
-    def _steps_left(self) -> bool:
+    def _steps_left(self) -> list[str]:
+        """Names, as `12.0`, of the job's steps beside the batch script."""
         found = subprocess.run(
             ["squeue", "--noheader", "--steps", f"--jobs={self._job.id}", "--format=%i"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        steps = [name.rpartition(".")[2] for name in found.stdout.split()]
-        return any(name.isdigit() for name in steps)
+        return [name for name in found.stdout.split() if name.rpartition(".")[2].isdigit()]
 
     def _queue_again(self, why: str) -> int:
         """Slurm ends this program when it takes the job back."""
@@ -233,7 +251,7 @@ class Supervisor:
         self._asked_to_save = True
 
     def _hear_end(self, *_: object) -> None:
-        self._told_to_end = True
+        self._told_to_end_at = min(time.time(), self._told_to_end_at)
 
 
 def _lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:
@@ -249,22 +267,9 @@ def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
     if lost:
         text += f", {lost}"
     if earlier:
-        text += (
-            f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {attempt.began - earlier[-1].ended:.0f} s"
-        )
+        stood_s = attempt.began - earlier[-1].ended
+        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {stood_s:.0f} s"
     return text
-
-
-def _killed_tasks(path: Path) -> list[Failure]:
-    """What srun says of ranks that left no note: `srun: error: node2: task 1: Killed`."""
-    found = []
-    for node, tasks, what in _KILLED.findall(path.read_text() if path.exists() else ""):
-        rank, text = int(re.split(r"[,\-]", tasks)[0]), f"on {node}: {what}"
-        if what.startswith("Exited"):
-            found.append(Failure(rank, time.time(), "silent", "ended", text))
-        else:
-            found.append(Failure(rank, time.time(), "killed", "killed", text))
-    return found
 
 
 def _last_lines(path: Path) -> list[str]:
