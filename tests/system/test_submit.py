@@ -27,6 +27,7 @@ TWO_NODES = {
     "cluster.memory": "null",
     "cluster.exclusive": False,
     "cluster.time": 10,
+    "cluster.signal_s": 60,
     "cluster.venv": Path(sys.prefix),
     "run.heartbeat_s": 1,
     "train.tokens_per_micro_batch": 5000,
@@ -140,7 +141,7 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
 def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
     """From a folder that is not the project's: the fake GPUs of the lab are asked for, and torch finds none."""
     run_dir = tool.folder / "hand"
-    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10"]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=60"]
     plain = ["parallel.tensor=1", "parallel.sequence=false", "parallel.distributed_optimizer=false"]
     plain += ["data.preset=none", "data.eval=null", "generation.engine=transformers", f"run.dir={run_dir}"]
     words = [word for word in tool.settings if not word.startswith("cluster.")]
@@ -188,10 +189,11 @@ def test_what_cannot_run_is_not_submitted(tool: Tool):
     done = tool(*tool.settings, "run.dir=runs/c", "parallel.tensor=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "submit: error: parallel: 2 ranks do not divide by parallel.tensor 3 x parallel.pipeline 1\n"
-    huge = tool(*tool.settings, "run.dir=runs/c", "cluster.nodes=3", "train.updates_per_step=1")
-    assert huge.returncode == 2
-    assert huge.stderr.splitlines()[-1] == (
-        "submit: error: sbatch: Batch job submission failed: Requested node configuration is not available"
+    nowhere = tool(*tool.settings, "run.dir=runs/c", "cluster.partition=nope")
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.splitlines()[-1] == (
+        "submit: error: sbatch: invalid partition specified: nope; "
+        "Batch job submission failed: Invalid partition name specified"
     )
     dry = tool(*tool.settings, "run.dir=runs/d", "--dry-run")
     assert dry.returncode == 0 and dry.stdout.startswith("#!/bin/bash\n# Made by: python ")

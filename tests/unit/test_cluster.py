@@ -12,6 +12,7 @@ from megatron_papo.cluster.finished import is_finished
 from megatron_papo.cluster.render import job_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.config.cluster import time_limit_s
 
 REPO = Path(__file__).parents[2]
 
@@ -114,6 +115,11 @@ def test_setup_lines_come_before_variables():
             ["cluster.ranks_per_node=4"],
             "cluster.ranks_per_node: 4 ranks for cluster.gpus_per_node=8: it is one rank a GPU",
         ),
+        (
+            ["cluster.time=10"],
+            "cluster.signal_s: 900 s before the end of cluster.time=10 is before its start: the run would save and "
+            "leave after its first step",
+        ),
     ],
 )
 def test_sections_that_cannot_be(words: list[str], fault: str):
@@ -134,6 +140,17 @@ def test_a_run_is_finished_with_its_last_checkpoint_and_its_export(tmp_path: Pat
     assert is_finished(settings)
     settings["train"]["steps"] = 5
     assert not is_finished(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("10", 600), ("10:30", 630), ("2:00:00", 7200), ("1-12", 129600), ("1-0:30", 88200), ("2-00:00:01", 172801),
+        ("UNLIMITED", None), ("1:2:3:4", None),
+    ],
+)  # fmt: skip
+def test_time_limits_as_slurm_reads_them(text: str, seconds: int | None):
+    assert time_limit_s(text) == seconds
 
 
 def test_without_slurm_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
