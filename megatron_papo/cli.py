@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.refuse import faults_of_inputs, faults_of_ranks
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor()
     try:
         config = load_config(options.config, [*_implied(options), *options.overrides])
+        if options.verb == "check":
+            from megatron_papo.check import check
+
+            return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
         num_ranks = _num_ranks(config, options.ranks)
         if not options.dry_run:
             _check_given(options, config)
@@ -65,6 +70,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in _VERBS.items():
         _add_verb(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG), name)
+    _add_check(verbs)
     text = "what this machine has, and what each absence costs"
     verbs.add_parser("doctor", help=text, description=text)
     options, rest = parser.parse_known_args(argv)
@@ -97,6 +103,17 @@ def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--data", type=Path, required=True, metavar="IN.jsonl", help=text)
         text = "the same rows with tokens, policy_logprobs, masked_logprobs, entropy, perception_kl"
         parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help=text)
+
+
+def _add_check(verbs: Any) -> None:
+    text = "what can be known before a rank starts: settings, inputs, layout, memory, packages, room on the disk"
+    parser = verbs.add_parser("check", help=text, description=text)
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
+    text = "ranks of the whole run; by default those of the section cluster"
+    parser.add_argument("--ranks", type=int, metavar="N", help=text)
+    parser.add_argument("--of", choices=("train", "sft", "eval"), default="train", help="the verb to check for")
+    parser.add_argument("--json", action="store_true", help="print the resolved settings as JSON when all is well")
+    parser.set_defaults(model=None)
 
 
 def _implied(options: argparse.Namespace) -> list[str]:

@@ -95,7 +95,7 @@ def _reward_function(name: str) -> Iterator[str]:
     if not (module and colon and function):
         yield f"reward.function: {name!r} is not written module:function"
         return
-    spec = _find(module)
+    spec = find_module(module)
     if spec is None:
         yield f"reward.function: there is no module {module}"
     elif spec.origin is not None and spec.origin.endswith(".py"):
@@ -105,7 +105,7 @@ def _reward_function(name: str) -> Iterator[str]:
             yield f"reward.function: there is no {function} in {spec.origin}"
 
 
-def _find(module: str) -> ModuleSpec | None:
+def find_module(module: str) -> ModuleSpec | None:
     """Where the module lies, the working directory included. Unlike `find_spec` it imports no package around it."""
     name, *inner = module.split(".")
     try:

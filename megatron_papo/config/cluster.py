@@ -29,7 +29,7 @@ class ClusterConfig(Section):
     memory: str | None = "0"
     """Slurm's --mem of a node; 0: all of it; null: the partition's default."""
     time: str = "24:00:00"
-    """Slurm's --time."""
+    """Slurm's --time: minutes, minutes:seconds, hours:minutes:seconds, or days-hours:minutes:seconds."""
     partition: str | None = None
     """Slurm's --partition."""
     account: str | None = None
@@ -49,10 +49,10 @@ class ClusterConfig(Section):
     """More options of sbatch, e.g. `--reservation=spring`."""
     environment: Literal["venv", "modules", "container"] = "venv"
     """What the ranks run in: a virtual environment, environment modules, or a container (pyxis)."""
-    venv: Path = Path(".venv")
-    """Of `environment: venv`; relative to the project's folder."""
+    venv: Path | None = Path(".venv")
+    """Of `environment: venv`, and of `modules` where it is not null; relative to the project's folder."""
     modules: list[str] = []
-    """Loaded on every node, before the virtual environment when there is one."""
+    """Loaded in the batch script, in whose environment the ranks start; before the virtual environment."""
     container: str | None = None
     """Of `environment: container`: image for srun's --container-image."""
     mounts: list[str] = []
@@ -68,11 +68,38 @@ class ClusterConfig(Section):
             raise ValueError("cluster.environment=container needs cluster.container, an image")
         if self.environment == "modules" and not self.modules:
             raise ValueError("cluster.environment=modules needs cluster.modules, a list of names")
+        if self.environment == "venv" and self.venv is None:
+            raise ValueError("cluster.environment=venv needs cluster.venv, a folder")
         if self.gpus_per_node == 0 and self.ranks_per_node is None:
             raise ValueError("cluster.gpus_per_node=0 needs cluster.ranks_per_node")
+        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"cluster.ranks_per_node: {self.ranks_per_node} ranks for cluster.gpus_per_node={self.gpus_per_node}: "
+                "it is one rank a GPU"
+            )
+        limit_s = time_limit_s(self.time)
+        if limit_s is not None and self.signal_s >= limit_s:
+            raise ValueError(
+                f"cluster.signal_s: {self.signal_s} s before the end of cluster.time={self.time} is before its start: "
+                "the run would save and leave after its first step"
+            )
         return self
 
     @property
     def num_ranks(self) -> int:
         """Of the whole job."""
         return self.nodes * (self.ranks_per_node or self.gpus_per_node)
+
+
+def time_limit_s(text: str) -> int | None:
+    """Slurm's --time in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for UNLIMITED and what is none of these."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
+    hours, minutes, seconds = [0] * (3 - len(numbers)) + numbers if len(numbers) > 1 else [0, numbers[0], 0]
+    return hours * 3600 + minutes * 60 + seconds

@@ -21,6 +21,7 @@ CURVES = Path(__file__).with_name("curves.json")
 RECIPES = sorted(path.stem for path in EXAMPLES.glob("*.yaml") if not path.stem.startswith("_"))
 SETTINGS = {
     "parallel__tensor": 1,
+    "parallel__pipeline": 1,
     "parallel__sequence": False,
     "parallel__distributed_optimizer": False,
     "data__preset": "none",

@@ -1,0 +1,38 @@
+"""Whether a run is finished, from its folder. Standard library only, for the batch host's Python (3.9 or later).
+
+`python3 -m megatron_papo.cluster.finished SETTINGS.json` says so and exits with 0 when it is, else with 1: the later
+jobs of a chain end at once on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_papo.observe.progress import read_progress
+
+
+def is_finished(settings: dict[str, Any]) -> bool:
+    """Whether the last step's checkpoint is there, and the exported folder where one is asked for.
+
+    `settings`: the whole tree, as `papo check --json` prints it.
+    """
+    run_dir, checkpoint = Path(settings["run"]["dir"]), settings["checkpoint"]
+    if not checkpoint["resume"]:
+        return False
+    exported = not checkpoint["export_at_end"] or (run_dir / "export").is_dir()
+    return exported and read_progress(run_dir).steps_saved >= settings["train"]["steps"]
+
+
+def main() -> int:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    if not is_finished(settings):
+        return 1
+    print(f"papo: {settings['run']['dir']}: finished already, {settings['train']['steps']} steps; nothing to do")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`papo check` as a user types it: all faults at once, the settings as JSON, one line when all is well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_papo.config import load_config
+from tests.tiny_run import make_inputs
+from tests.unit.test_memory import published
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def check(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_papo.cli", "check", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    return [f"model.path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}", f"run.dir={folder / 'run'}"]
+
+
+@pytest.fixture
+def big(tmp_path) -> list[str]:
+    """What the 72B recipe reads, as far as it can be known before a rank starts."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(published("72B")))
+    return [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
+
+
+def test_all_is_well_in_one_line(inputs):
+    done = check(*inputs, "--ranks", 2, "parallel.tensor=2", "train.tokens_per_micro_batch=16384")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("papo: check: 2 ranks (tensor 2 x pipeline 1 x data 1), 0.0 of 79.6 GiB a GPU (")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_settings_as_json_and_nothing_else_on_standard_output(inputs):
+    words = [*inputs, "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.nodes=2", "train.steps=7"]
+    done = check(*words, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads(load_config(None, words).model_dump_json())
+    assert done.stderr == "papo: check: 2 ranks (tensor 1 x pipeline 1 x data 2), a checkpoint of 2.5 MiB\n"
+
+
+def test_every_fault_is_told_at_once(big, tmp_path):
+    words = ["cluster.nodes=6", "parallel.pipeline=3", "data.eval=null", "generation.tensor=5"]
+    done = check(EXAMPLES / "papo_g_72b.yaml", *big, *words, "run.dir=/dev/null/run", "data.train=gone.jsonl", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "papo: error: generation.tensor: 5 does not divide the 48 ranks",
+        "papo: error: data.train: gone.jsonl: no such file or folder",
+        "papo: error: run.dir: /dev/null/run: /dev/null is no folder that can be written to",
+    ]
+
+
+def test_ranks_that_do_not_divide(big):
+    done = check(EXAMPLES / "papo_g_72b.yaml", *big, "cluster.nodes=5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == (
+        "papo: error: parallel: 40 ranks do not divide by parallel.tensor 8 x parallel.pipeline 4"
+    )
+
+
+def test_memory_heads_and_disk(big):
+    done = check(EXAMPLES / "papo_g_72b.yaml", *big, "parallel.pipeline=1", "data.eval=null")
+    assert done.returncode == 2
+    memory, disk = done.stderr.splitlines()
+    assert memory == (
+        "papo: error: cluster: stage 0 needs 100.0 GiB a GPU "
+        "(weights 17.1, gradients 34.2, optimizer 12.8, engine 35.8), H100 has 79.6"
+    )
+    assert disk.startswith("papo: error: run.dir: ") and ": one checkpoint takes 957.2 GiB, " in disk
+    done = check(EXAMPLES / "papo_g_72b.yaml", *big, "parallel.tensor=32", "parallel.pipeline=1")
+    assert "papo: error: parallel.tensor: 16 heads of the vision tower do not divide by 32" in done.stderr.splitlines()
+
+
+def test_a_package_that_is_not_there(inputs, tmp_path):
+    """An interpreter with nothing but what the command line itself needs."""
+    for name in ("pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection", "yaml"):
+        found = next(Path(entry) / name for entry in sys.path if entry and (Path(entry) / name).exists())
+        (tmp_path / name).symlink_to(found)
+    environ = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-S", "-m", "megatron_papo.cli", "check", *inputs]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    missing = [line.split(":")[2].split()[-1] for line in done.stderr.splitlines() if ": package " in line]
+    assert missing[:3] == ["torch", "megatron.core", "transformers"] and "pydantic" not in missing

@@ -1,0 +1,133 @@
+"""The count of parameters and bytes against the table of names, by hand, and what is refused with which numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_papo.checkpoint.names import parameter_table
+from megatron_papo.config import Config, load_config
+from megatron_papo.memory import (
+    GIB,
+    GPU_MEMORY_GIB,
+    activation_bytes,
+    checkpoint_bytes,
+    memory_faults,
+    memory_warnings,
+    num_parameters,
+    stage_memory,
+)
+from megatron_papo.model.shape import ModelShape
+from tests.unit.test_shape import PUBLISHED_3B
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def published(name: str) -> dict[str, Any]:
+    """The published config.json of Qwen2.5-VL, 3B, 7B, 32B or 72B, without what no one reads."""
+    tree = copy.deepcopy(PUBLISHED_3B)
+    if name == "3B":
+        return tree
+    hidden, ffn, layers, heads, groups = {
+        "7B": (3584, 18944, 28, 28, 4), "32B": (5120, 27648, 64, 40, 8), "72B": (8192, 29568, 80, 64, 8),
+    }[name]  # fmt: skip
+    tree |= {
+        "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "tie_word_embeddings": False, "vocab_size": 152064,
+    }  # fmt: skip
+    tree["vision_config"] |= {"out_hidden_size": hidden, "intermediate_size": 3420 if name == "7B" else 3456}
+    return tree
+
+
+def shape_of(name: str) -> ModelShape:
+    return ModelShape.from_dict(published(name))
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load_config(EXAMPLES / f"{name}.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "num"), [("3B", 3_754_622_976), ("7B", 8_292_166_656), ("32B", 33_452_718_336), ("72B", 73_410_777_344)]
+)
+def test_parameters_are_those_of_the_table(name: str, num: int):
+    shape = shape_of(name)
+    assert num_parameters(shape) == sum(math.prod(entry.shape) for entry in parameter_table(shape).values()) == num
+
+
+def test_bytes_of_the_3b_recipe_by_hand():
+    """Two tensor ranks, four data ranks, one stage; tied embeddings; FFN 3420 of the tower padded to 3424."""
+    (stage,) = stage_memory(recipe("papo_g_3b"), shape_of("3B"), 8)
+    layer = (2048 + 512) * 2049 + 2048 * 2048 + 3 * 11008 * 2048
+    tower = 3 * 1280 * 1281 + 1280 * 1280 + 2 * 3424 * 1281 + 3424 * 1280
+    split = 36 * layer + 151936 * 2048 + 32 * tower + 5120 * 5121 + 2048 * 5120
+    whole = 36 * 2 * 2048 + 2048 + 32 * 4 * 1280 + 1280 * 1176 + 1280 + 2048
+    held = split // 2 + whole
+    assert (stage.weights, stage.gradients, stage.optimizer) == (2 * held, 4 * held, 12 * held // 4)
+    assert stage.engine == int(GPU_MEMORY_GIB["H100"] / 2 * GIB)
+
+
+def test_frozen_parts_have_no_gradients_and_no_states():
+    config = recipe("papo_g_3b", "model.freeze.language=true", "model.freeze.projector=true")
+    (stage,) = stage_memory(config, shape_of("3B"), 8)
+    tower = 3 * 1280 * 1281 + 1280 * 1280 + 2 * 3424 * 1281 + 3424 * 1280
+    trained = 32 * tower // 2 + 32 * 4 * 1280 + 1280 * 1176
+    assert (stage.gradients, stage.optimizer) == (4 * trained, 3 * trained)
+
+
+def test_a_tied_matrix_lies_on_the_first_stage_and_on_the_last():
+    one = stage_memory(recipe("papo_g_3b"), shape_of("3B"), 8)
+    two = stage_memory(recipe("papo_g_3b", "parallel.pipeline=2"), shape_of("3B"), 8)
+    assert sum(stage.weights for stage in two) - one[0].weights == 2 * 151936 * 2048 // 2
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers():
+    config = recipe("papo_g_7b", "parallel.tensor=1", "parallel.sequence=false", "cluster.nodes=1")
+    assert memory_faults(config, shape_of("7B"), 8) == [
+        "cluster: stage 0 needs 97.7 GiB a GPU (weights 15.4, gradients 30.9, optimizer 11.6, engine 39.8), "
+        "H100 has 79.6"
+    ]
+    engine = recipe("papo_g_7b", "generation.tensor=1", "generation.gpu_memory_fraction=0.1")
+    assert memory_faults(engine, shape_of("7B"), 8) == [
+        "generation.gpu_memory_fraction: 0.1 of 79.6 GiB is 8.0, the engine's weights alone take 15.4 "
+        "(generation.tensor=1)"
+    ]
+    unknown = recipe("papo_g_7b", "cluster.gpu=MI300")
+    assert memory_faults(unknown, shape_of("7B"), 8) == [
+        "cluster.gpu: MI300 is none of A100-40GB, A100, H100, H200, B200; cluster.gpu_memory_gib says what it has"
+    ]
+    assert (
+        memory_faults(recipe("papo_g_7b", "cluster.gpu=MI300", "cluster.gpu_memory_gib=192"), shape_of("7B"), 8) == []
+    )
+
+
+def test_activations_that_may_not_fit_are_warned_of():
+    config = recipe("papo_g_7b", "model.recompute=none", "train.tokens_per_micro_batch=65536")
+    assert memory_faults(config, shape_of("7B"), 8) == []
+    (warning,) = memory_warnings(config, shape_of("7B"), 8)
+    assert warning.startswith("cluster: stage 0 needs about ") and "H100 has 79.6" in warning
+
+
+def test_recomputation_keeps_a_layers_input_alone():
+    """3B, one rank without tensor parallelism: 36 inputs of 2 x 2048 bytes a token, and one layer in full."""
+    words = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "train.tokens_per_micro_batch=1000")
+    config = recipe("papo_g_3b", *words, "model.recompute=full")
+    layer = 2 * 1000 * (6 * 2048 + 2 * (2048 + 512) + 2048 + 4 * 11008)
+    assert activation_bytes(config, shape_of("3B"), 1) == 18 * 2 * 1000 * 2048 + layer + 6 * 1000 * 2048
+
+
+def test_a_checkpoint_is_fourteen_bytes_a_parameter():
+    assert checkpoint_bytes(recipe("papo_g_3b"), shape_of("3B")) == 14 * 3754622976
+    assert checkpoint_bytes(recipe("papo_g_3b", "model.dtype=float32"), shape_of("3B")) == 12 * 3754622976
+
+
+def test_every_recipe_fits_the_nodes_it_names():
+    for file in sorted(EXAMPLES.glob("[a-z]*_*b.yaml")):
+        name = file.stem.rpartition("_")[2].upper()
+        config = load_config(file)
+        assert memory_faults(config, shape_of(name), config.cluster.num_ranks) == [], file.name
+        assert memory_warnings(config, shape_of(name), config.cluster.num_ranks) == [], file.name
