@@ -96,16 +96,19 @@ class Supervisor:
             say(f"error: run.dir: job {other} is training in {self._run_dir}; cancel it, or choose another folder")
             return 2
         attempts = close_lost(self._run_dir, attempts, read_progress(self._run_dir).steps_done)
-        attempts = [attempt for attempt in attempts if self._job.is_chained or attempt.job == self._job.id]
         leave: int | None = None
         while leave is None:
-            stop = reason_to_stop(attempts, self._max_failures)
+            stop = reason_to_stop(self._counted(attempts), self._max_failures)
             if stop:
                 say(f"stopped: {stop}")
                 return 1
             attempts = [*attempts, self._attempt(attempts)]
             leave = self._leave(attempts)
         return leave
+
+    def _counted(self, attempts: list[Attempt]) -> list[Attempt]:
+        """Those whose failures count: of this job, or of the chain that it belongs to."""
+        return [attempt for attempt in attempts if self._job.is_chained or attempt.job == self._job.id]
 
     def _leave(self, attempts: list[Attempt]) -> int | None:
         """The exit code of the job where no other attempt is to follow in it."""
@@ -116,7 +119,7 @@ class Supervisor:
             return 128 + signal.SIGTERM
         if end == "saved":
             return self._queue_again("saved before the time limit")
-        if reason_to_stop(attempts, self._max_failures):
+        if reason_to_stop(self._counted(attempts), self._max_failures):
             return None
         if self._asked_to_save:
             return self._queue_again("failed before it had saved, at the time limit")
