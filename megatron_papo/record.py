@@ -64,6 +64,7 @@ class Recorder:
         values |= {name: total for name, total in totals.items() if name.startswith("flops/")}
         values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
         values |= {f"eval/{name}": value for name, value in scores.items()}
+        values |= {name: float(count) for name, count in self._run.counts.items()}
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
@@ -51,6 +51,8 @@ class Run:
     meter: Meter
     policy: VisionLanguageModel
     """This pipeline stage's model; its weights change in place."""
+    counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0})
+    """What has gone wrong so far without ending the run; on the writer what it says holds for all ranks."""
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 
 from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint import atomic, state, store
+from megatron_papo.checkpoint import atomic, store
 from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
 from megatron_papo.checkpoint.state import TrainState, read_state, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
@@ -137,9 +137,9 @@ def _killed_while_saving(source: str, folder: str, phase: str) -> None:
     checkpoints.save(1, run)
     _train(run, range(1))
     if phase == "tensors":
-        state.SynchronousSave.save = _die
+        store.write_boxes = _die
     elif phase == "state file":
-        state.write_state_file = _die
+        store.write_state_file = _die
     elif phase == "published":
         store.publish = _die
     elif phase == "replacing":  # the old folder of this step has its other name already
