@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from PIL import Image
@@ -43,6 +44,7 @@ class Recorder:
             enabled=run.is_writer,
             start_step=first_step,
             num_steps=num_steps,
+            warn=partial(warn, run),
         )
 
     def __enter__(self) -> Recorder:

@@ -1,8 +1,8 @@
 """When a run saves, where it resumes, and the Hugging Face folder it leaves behind.
 
 With `checkpoint.asynchronous` a step waits for the copy of its state alone; at most one checkpoint is being written,
-and a save that finds one waits for it. A checkpoint that fails costs itself: one warning, counted as `checkpoints_failed`,
-and the run goes on. The last one, and one that is asked for because the run stops, end it.
+and a save that finds one waits for it. A checkpoint that fails costs itself: one warning, counted as
+`checkpoints_failed`, and the run goes on. The last one, and one that is asked for because the run stops, end it.
 """
 
 from __future__ import annotations
