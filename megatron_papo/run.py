@@ -6,6 +6,7 @@ schedule) belongs to the verbs that train.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,20 @@ def open_run(config: Config) -> Iterator[Run]:
             policy = build_policy(config, shape)
             if config.model.checkpoint is not None or not config.model.random_init:
                 load_weights(policy, shape, config.model.checkpoint or folder)
-        yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+        with _left_alone_by_the_collector():
+            yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+
+
+@contextmanager
+def _left_alone_by_the_collector() -> Iterator[None]:
+    """What is there as a run begins, libraries above all, is not looked through again: a pass over it holds every
+    thread up for a third of a second, and a save makes enough objects to cause one."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _quieten_megatron() -> None:
