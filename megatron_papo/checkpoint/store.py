@@ -52,8 +52,8 @@ class CheckpointStore:
     """Checkpoints under `folder`, all ranks calling together.
 
     `keep_last` newest ones stay and, with `keep_best`, the one of the highest metric. Files of the Hugging Face folder
-    `source` (config, tokenizer, processor) go into each, so that it can be used alone. `warn` is told of every
-    checkpoint that failed, at once, by the thread that wrote it.
+    `source` (config, tokenizer, processor) go into each, so that it can be used alone. `warn` is told at once
+    of a checkpoint that failed, and of what else goes wrong, by the thread that writes.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class CheckpointStore:
         self._group: dist.ProcessGroup | None = None
         self._writer = Background("checkpoint")
         self._failure: SaveFailed | None = None
+        self._is_tight = False
 
     def save(self, step: int, state: TrainState, metric: float | None = None) -> Path:
         """Writes `state` as `step_<step>` and returns that folder, which exists on return. `metric`: higher is better.
@@ -167,6 +168,17 @@ class CheckpointStore:
             self._retire()
         except OSError as error:
             self._warn(f"an older checkpoint could not be removed: {fault_of(0, error).reason}")
+        self._look_ahead(final)
+
+    def _look_ahead(self, last: Path) -> None:
+        """Says, once, that the next checkpoint will not fit: the room is the file system's, quotas may be tighter."""
+        size = sum(file.stat().st_size for file in last.iterdir())
+        free = shutil.disk_usage(last).free
+        if free < size and not self._is_tight:
+            self._warn(
+                f"{last} takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: too little for the next one"
+            )
+        self._is_tight = free < size
 
     def _final(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"

@@ -159,6 +159,20 @@ def test_a_full_disk_costs_the_checkpoints_that_found_no_room(source, tmp_path, 
             assert seen[4] == "step_00000004"
 
 
+def _too_large_for_two(source: str, folder: str) -> list[str]:
+    said: list[str] = []
+    run = start(source, ranks(1))
+    train(run, range(1))
+    CheckpointStore(Path(folder) / "saves", warn=said.append).save(1, run)
+    return said
+
+
+def test_that_the_next_checkpoint_will_not_fit_is_said_before(source, tmp_path):
+    with small_disk(tmp_path / "disk", 3) as disk:
+        ((warning,),) = run_ranks(_too_large_for_two, 1, str(source), str(disk))
+    assert warning.startswith(f"{tmp_path}/disk/saves/step_00000001 takes ") and "MB are free: too little" in warning
+
+
 def _mistake(source: str, folder: str) -> str:
     """A fault of the program, not of the disk: a name of no kind that can be written."""
     run = start(source, ranks(2, tensor=2))

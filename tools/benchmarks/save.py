@@ -79,32 +79,44 @@ def on_rank(folder: Path, scale: Scale, num_ranks: int, out: Path) -> None:
             side.warm_up()
         shown = run.layout.rank == 0
         what = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
-        seconds = measure(sides, scale.rounds, what if shown else None, time.perf_counter)
-        held = {name: statistics.median(side.held_s) for name, side in sides.items() if side.held_s}
+        clock = measure(sides, scale.rounds, what if shown else None, time.perf_counter)
         if shown:
             num_bytes = sides["waiting"].checkpoint_bytes() / num_ranks
-            out.write_text(json.dumps([asdict(row) for row in _rows(what, seconds.of, held, num_bytes, scale)]))
+            out.write_text(json.dumps([asdict(row) for row in _rows(what, clock.of, sides, num_bytes, scale)]))
 
 
-def _rows(what: str, of: dict[str, list[float]], held: dict[str, float], num_bytes: float, scale: Scale) -> list[Row]:
+def _rows(what: str, of: dict[str, list[float]], sides: dict[str, _Side], num_bytes: float, scale: Scale) -> list[Row]:
     """Holding up, bytes a second of the copy, and the whole cost of a save as a share of `INTERVAL_S`."""
-    own, waiting, copy = held["background"], held["waiting"], _copy_rate()
-    rate = num_bytes / 1e9 / own
+    own, waiting = (statistics.median(sides[side].held_s) for side in ("background", "waiting"))
+    rate, copy = num_bytes / 1e9 / own, _copy_rate()
     rows = [
         Row(f"{what}: a save of {num_bytes / 1e6:.0f} MB a rank holds up the step: background / waiting",
             own, waiting, own / waiting, "s"),
         Row(f"{what}: copy of the state / of one large tensor", rate, copy, rate / copy, "GB/s"),
     ]  # fmt: skip
+    updates = f"{scale.num_updates} updates and a save"
     for side in ("background", "waiting"):
-        extra = statistics.median(own - other for own, other in zip(of[side], of["no save"], strict=True))
-        seconds, alone = statistics.median(of[side]), statistics.median(of["no save"])
-        ratio = statistics.median(own / other for own, other in zip(of[side], of["no save"], strict=True))
+        extra = statistics.median(_differences(of, side))
         rows += [
-            Row(f"{what}: {scale.num_updates} updates and a save, {side} / without a save", seconds, alone, ratio, "s"),
+            _beside_none(f"{what}: {updates}, {side} / without a save, by the clock", of, side),
+            _beside_none(
+                f"{what}: {updates}, {side} / without a save, processor time of rank 0",
+                {name: each.processor_s for name, each in sides.items()},
+                side,
+            ),
             Row(f"{what}: training with a save every {INTERVAL_S:.0f} s, {side} / without",
                 INTERVAL_S + extra, INTERVAL_S, 1 + extra / INTERVAL_S, "s"),
         ]  # fmt: skip
     return rows
+
+
+def _beside_none(name: str, of: dict[str, list[float]], side: str) -> Row:
+    ratio = statistics.median(own / other for own, other in zip(of[side], of["no save"], strict=True))
+    return Row(name, statistics.median(of[side]), statistics.median(of["no save"]), ratio, "s")
+
+
+def _differences(of: dict[str, list[float]], side: str) -> list[float]:
+    return [own - other for own, other in zip(of[side], of["no save"], strict=True)]
 
 
 def _copy_rate() -> float:
@@ -137,6 +149,8 @@ class _Side:
         self._clock, self._num_updates, self._step = run.clock, scale.num_updates, 0
         self.held_s: list[float] = []
         """Of every save: for how long it kept the updates waiting."""
+        self.processor_s: list[float] = []
+        """Of every round."""
 
     def warm_up(self) -> None:
         self._update()
@@ -146,10 +160,12 @@ class _Side:
 
     def __call__(self) -> None:
         dist.barrier()
+        before = time.process_time()
         self._save()
         for _ in range(self._num_updates):
             self._update()
         self._finish()
+        self.processor_s.append(time.process_time() - before)
 
     def checkpoint_bytes(self) -> int:
         """Of the newest."""
