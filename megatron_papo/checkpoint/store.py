@@ -175,9 +175,7 @@ class CheckpointStore:
         size = sum(file.stat().st_size for file in last.iterdir())
         free = shutil.disk_usage(last).free
         if free < size and not self._is_tight:
-            self._warn(
-                f"{last} takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: too little for the next one"
-            )
+            self._warn(f"{last} takes {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: too little for the next one")
         self._is_tight = free < size
 
     def _final(self, step: int) -> Path:
