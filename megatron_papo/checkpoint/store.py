@@ -166,9 +166,9 @@ class CheckpointStore:
         publish(partial, final)
         try:
             self._retire()
+            self._look_ahead(final)
         except OSError as error:
-            self._warn(f"an older checkpoint could not be removed: {fault_of(0, error).reason}")
-        self._look_ahead(final)
+            self._warn(f"older checkpoints could not be removed: {fault_of(0, error).reason}")
 
     def _look_ahead(self, last: Path) -> None:
         """Says, once, that the next checkpoint will not fit: the room is the file system's, quotas may be tighter."""
