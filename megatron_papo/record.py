@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from PIL import Image
@@ -43,6 +44,7 @@ class Recorder:
             enabled=run.is_writer,
             start_step=first_step,
             num_steps=num_steps,
+            warn=partial(warn, run),
         )
 
     def __enter__(self) -> Recorder:
@@ -64,6 +66,7 @@ class Recorder:
         values |= {name: total for name, total in totals.items() if name.startswith("flops/")}
         values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
         values |= {f"eval/{name}": value for name, value in scores.items()}
+        values |= {name: float(count) for name, count in self._run.counts.items()}
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):

@@ -6,11 +6,12 @@ schedule) belongs to the verbs that train.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
@@ -52,6 +53,8 @@ class Run:
     meter: Meter
     policy: VisionLanguageModel
     """This pipeline stage's model; its weights change in place."""
+    counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0})
+    """What has gone wrong so far without ending the run; on the writer what it says holds for all ranks."""
 
     @property
     def folder(self) -> Path:
@@ -88,7 +91,20 @@ def open_run(config: Config) -> Iterator[Run]:
             policy = build_policy(config, shape)
             if config.model.checkpoint is not None or not config.model.random_init:
                 load_weights(policy, shape, config.model.checkpoint or folder)
-        yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+        with _left_alone_by_the_collector():
+            yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+
+
+@contextmanager
+def _left_alone_by_the_collector() -> Iterator[None]:
+    """What is there as a run begins, libraries above all, is not looked through again: a pass over it holds every
+    thread up for a third of a second, and a save makes enough objects to cause one."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _quieten_megatron() -> None:

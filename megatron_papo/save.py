@@ -1,10 +1,18 @@
-"""When a run saves, where it resumes, and the Hugging Face folder it leaves behind."""
+"""When a run saves, where it resumes, and the Hugging Face folder it leaves behind.
+
+With `checkpoint.asynchronous` a step waits for the copy of its state alone; at most one checkpoint is being written,
+and a save that finds one waits for it. A checkpoint that fails costs itself: one warning, counted as
+`checkpoints_failed`, and the run goes on. The last one, and one that is asked for because the run stops, end it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megatron_papo.checkpoint.huggingface import write_hf
@@ -14,12 +22,15 @@ from megatron_papo.config import Config
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.optim import Optimizer
-from megatron_papo.record import say
+from megatron_papo.record import say, warn
 from megatron_papo.run import Run, model_folder
 
 
 class Checkpoints:
-    """The checkpoints under RUN/checkpoints, named by the steps that are done; all ranks call together."""
+    """The checkpoints under RUN/checkpoints, named by the steps that are done; all ranks call together.
+
+    As a context it ends with `finish`, and when the block failed with the wait alone.
+    """
 
     def __init__(self, run: Run, optimizer: Optimizer, verb: str):
         settings = run.config.checkpoint
@@ -27,15 +38,27 @@ class Checkpoints:
         """The step to go on with: 0, or after what `resume` found."""
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
         self._best = -math.inf
+        self._said_wait = False
         self._store = CheckpointStore(
-            run.folder / "checkpoints", settings.keep_last, settings.keep_best, source=model_folder(run.config)
+            run.folder / "checkpoints", settings.keep_last, settings.keep_best, model_folder(run.config), self._warn
         )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        elif self._store.busy:  # what failed is no reason to lose the state before it
+            with self._run.clock.stage("save"), suppress(Exception):
+                self._store.wait()
 
     def resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
 
         Raises ValueError when it is another verb's, or of a model with other parts frozen.
         """
+        self._store.wait()
         if self._run.is_writer:
             (self._run.folder / SAVED_FILE).unlink(missing_ok=True)
         latest, best = (self._store.latest(), self._store.best()) if self._settings.resume else (None, None)
@@ -61,7 +84,10 @@ class Checkpoints:
         now: bool = False,
     ) -> None:
         """After step `step` (from 0): every `checkpoint.save_every` steps, after the last one, when the held-out
-        accuracy is the best so far and `checkpoint.keep_best`, and with `now`."""
+        accuracy is the best so far and `checkpoint.keep_best`, and with `now`.
+
+        After the last step and with `now` the checkpoint is on disk when this returns, or SaveFailed is raised.
+        """
         done, every = step + 1, self._settings.save_every
         accuracy = (scores or {}).get("accuracy")
         best = self._settings.keep_best and accuracy is not None and accuracy > self._best
@@ -70,7 +96,15 @@ class Checkpoints:
         if accuracy is not None:
             self._best = max(self._best, accuracy)
         with self._run.clock.stage("save"):
-            self._store.save(done, self._state(state), metric=accuracy)
+            self._wait_for_the_one_before(done)
+            self._store.start(done, self._state(state), accuracy, background=self._settings.asynchronous)
+        if now or done == num_steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written; raises SaveFailed (a ValueError) if the last one failed."""
+        with self._run.clock.stage("save"):
+            self._store.finish()
 
     def leave(self, step: int) -> int:
         """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved tells a supervisor."""
@@ -83,12 +117,31 @@ class Checkpoints:
         """The policy as a Hugging Face folder RUN/export, when `checkpoint.export_at_end`."""
         if not self._settings.export_at_end:
             return None
+        self.finish()
         folder = self._run.folder / "export"
         with self._run.clock.stage("export"):
             write_hf(self._run.policy, self._run.shape, folder, model_folder(self._run.config))
         say(self._run, f"checkpoint: {self._store.latest()}")
         say(self._run, f"Hugging Face folder: {folder}")
         return folder
+
+    def _wait_for_the_one_before(self, done: int) -> None:
+        if not self._store.busy:
+            self._store.wait()
+            return
+        start = time.monotonic()
+        self._store.wait()
+        if not self._said_wait:
+            self._said_wait = True
+            say(
+                self._run,
+                f"checkpoint of step {done} waited {time.monotonic() - start:.1f} s for the one before it to be "
+                "written: saves come faster than the disk takes them (said once)",
+            )
+
+    def _warn(self, text: str) -> None:
+        self._run.counts["checkpoints_failed"] = self._store.num_failed
+        warn(self._run, text)
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
         cursor = {"verb": self._verb, **cursor}

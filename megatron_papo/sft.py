@@ -6,6 +6,8 @@ learning-rate schedule spreads over `sft.steps`.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.data.draw import draw_prompts
@@ -25,13 +27,13 @@ from megatron_papo.types import Group, Metrics, Prompt
 
 def main(config: Config) -> int:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `sft.steps`; the exit code."""
-    with StopSignal() as stop, open_run(config) as run:
+    with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = PromptDataset(config.data, "train", run.processor, needs_answer=False)
             bad_rows = BadRows(config.data.on_bad_row)
             optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
         cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
-        checkpoints = Checkpoints(run, optimizer, "sft")
+        checkpoints = stack.enter_context(Checkpoints(run, optimizer, "sft"))
         state = checkpoints.resume()
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])

@@ -57,8 +57,12 @@ class Training:
 
 def main(config: Config) -> int:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code."""
-    with StopSignal() as stop, open_run(config) as run, open_training(run) as training:
-        checkpoints = Checkpoints(run, training.optimizer, "train")
+    with (
+        StopSignal() as stop,
+        open_run(config) as run,
+        open_training(run) as training,
+        Checkpoints(run, training.optimizer, "train") as checkpoints,
+    ):
         first_step = _resume(training, checkpoints)
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:

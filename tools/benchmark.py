@@ -4,8 +4,9 @@
     python tools/benchmark.py step       a whole step, against TRL's
     python tools/benchmark.py head       the language-model head, against logits that are made whole
     python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
+    python tools/benchmark.py save       training with checkpoints in the background, against training without
 
-`update` and `step` need TRL: `make bench` installs it. Everything runs on one thread without a GPU.
+`update` and `step` need TRL: `make bench` installs it. Everything runs on one thread a rank without a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("update", "step", "head", "growth"))
+    parser.add_argument("which", choices=("update", "step", "head", "growth", "save"))
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

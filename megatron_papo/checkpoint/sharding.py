@@ -10,14 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.distributed.checkpoint
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_papo.checkpoint.parameters import Held
@@ -73,22 +66,3 @@ def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Iterator[tuple[I
         values = flat[at - start : at - start + rows * width].view(rows, width)
         yield (slice(row, row + rows), slice(column, column + width)), values
         at += rows * width
-
-
-class SynchronousSave(TorchDistSaveShardedStrategy):
-    """Megatron's checkpoint format through torch's own writer, within this process.
-
-    The strategy it replaces starts a manager process for its asynchronous writers, which imports the main module
-    again, and needs psutil, even for a synchronous save. torch also checks that the boxes of all ranks cover every
-    tensor exactly once.
-    """
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str) -> None:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
-            ),
-        )

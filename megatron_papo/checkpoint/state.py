@@ -5,7 +5,8 @@
     config.json, tokenizer...            the Hugging Face folder's files beside its weights
 
 Tensors are stored whole and unpadded under their Megatron names (sharding.py): any layout loads what any other wrote.
-Random number states belong to ranks, so they come back on the same layout only. Leaves out asynchronous saving.
+Random number states belong to ranks, so they come back on the same layout only. Saving is in two parts: `snapshot`
+takes the state of this moment, and what it returns is written later, by whoever wants to (store.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import nn
 from megatron_papo.checkpoint import optimizer_state
 from megatron_papo.checkpoint.folders import MAX_SHOWN_FAULTS
 from megatron_papo.checkpoint.parameters import Held, held_parameters
-from megatron_papo.checkpoint.sharding import SynchronousSave, sharded_tensors
+from megatron_papo.checkpoint.sharding import sharded_tensors
+from megatron_papo.checkpoint.staging import Staging
+from megatron_papo.checkpoint.writing import Boxes, own_boxes, to_boxes, write_boxes, write_format
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optim import Optimizer
 from megatron_papo.parallel import gather_objects, layout
@@ -75,8 +78,18 @@ def read_state_file(folder: Path | str) -> dict[str, Any]:
     return tree
 
 
-def write_state(folder: Path, step: int, state: TrainState, **extra: Any) -> None:
-    """Writes tensors and state.json into the existing, empty `folder`; collective over all ranks."""
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's part of a checkpoint that is to be written."""
+
+    boxes: Boxes
+    facts: dict[str, Any]
+    """For state.json; what the store knows is yet to come."""
+
+
+def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
+    """The state as it is now, copied to `staging`; without it the boxes are the state's own tensors, for who writes
+    them before anything changes. Collective over all ranks."""
     held = held_parameters(state.model, state.shape, layout().tensor_size)
     tree = {**model_tensors(held), **_random_states()}
     counts = {"optimizer_step": 0, "schedule_steps": 0}
@@ -86,16 +99,17 @@ def write_state(folder: Path, step: int, state: TrainState, **extra: Any) -> Non
         counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
         if counts["optimizer_step"]:
             tree |= _optimizer_tensors(state.optimizer, held, None)
-    write_tensors(folder, tree)
-    if layout().rank == 0:
-        write_state_file(
-            folder, step=step, **counts, random_states=True, cursor=state.cursor, config=state.config, **extra
-        )
+    own = own_boxes(tree)
+    boxes = to_boxes(own if staging is None else staging.copy(own))
+    plain = json.loads(json.dumps({"cursor": state.cursor, "config": state.config}))  # a copy
+    return Snapshot(boxes, {"step": step, **counts, "random_states": True, **plain})
 
 
 def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
     """Writes the boxes of all ranks into the empty `folder`; collective."""
-    dist_checkpointing.save(tree, str(folder), sharded_strategy=SynchronousSave())
+    write_boxes(folder, to_boxes(own_boxes(tree)), _everyone())
+    if layout().rank == 0:
+        write_format(folder)
 
 
 def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:

@@ -5,6 +5,7 @@ Stages are named ranges of the trace. Leaves out who holds the memory: for that,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,10 @@ class StageMemory:
 
 @contextmanager
 def profiled(observe: ObserveConfig, run_dir: Path, rank: int, step: int) -> Iterator[None]:
-    """Writes a Chrome trace of the block to RUN/profile/rank_N.json.gz when `step` is `observe.profile_step`."""
+    """Writes a Chrome trace of the block to RUN/profile/rank_N.json.gz when `step` is `observe.profile_step`.
+
+    Where it cannot be written, a warning.
+    """
     if step != observe.profile_step:
         yield
         return
@@ -64,5 +68,8 @@ def profiled(observe: ObserveConfig, run_dir: Path, rank: int, step: int) -> Ite
     with torch.profiler.profile(activities=activities) as profile:
         yield
     path = run_dir / "profile" / f"rank_{rank}.json.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile.export_chrome_trace(str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(path))
+    except OSError as error:
+        print(f"papo: warning: rank {rank}: no trace of step {step}: {error}", file=sys.stderr, flush=True)

@@ -1,24 +1,26 @@
 """Where the numbers and samples of a run go: JSON lines, TensorBoard, wandb, pages of samples, the console.
 
 RUN/metrics.jsonl is the record, one line a step; the others show the same numbers. A run that resumes at step n
-drops what it had recorded at n and later, so that every step stands once. Leaves out averaging: values arrive as they
-are to be shown. Only the rank that is `enabled` writes anything.
+drops what it had recorded at n and later, so that every step stands once. A disk that is full ends nothing: what it
+does not take waits in memory (outbox.py). Leaves out averaging: values arrive as they are to be shown.
+Only the rank that is `enabled` writes anything.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
+from megatron_papo.observe.outbox import Outbox, write_whole
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 
 _HEADLINE = {
@@ -35,6 +37,10 @@ _HEADLINE = {
 """What the console's line of a step shows of the values, and how it calls them."""
 
 
+def _print_warning(text: str) -> None:
+    print(f"papo: warning: {text}", file=sys.stderr, flush=True)
+
+
 class Sinks:
     def __init__(
         self,
@@ -44,6 +50,7 @@ class Sinks:
         enabled: bool = True,
         start_step: int = 0,
         num_steps: int | None = None,
+        warn: Callable[[str], None] = _print_warning,
     ):
         """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log."""
         self._enabled, self._run_dir, self._num_steps = enabled, Path(run_dir), num_steps
@@ -53,16 +60,19 @@ class Sinks:
         self._wandb: Any = None
         if not enabled:
             return
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        (self._run_dir / "config.yaml").write_text(config_text)
-        self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step).open("a")
+        self._outbox = Outbox(warn)
+        self._outbox.put(self._run_dir / "config.yaml", config_text.encode())
+        self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step)
         if observe.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from megatron_papo.observe.board import Board
 
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step)
-            self._board.add_text("config", f"```yaml\n{config_text}\n```", start_step)
+            self._board = Board(self._run_dir / "tensorboard", self._outbox, start_step)
+            self._board.text("config", f"```yaml\n{config_text}\n```", start_step)
+        self._outbox.flush()
         if observe.wandb != "off":
-            self._wandb = _open_wandb(observe, self._run_dir, config_text)
+            from megatron_papo.observe.wandb_run import WandbRun
+
+            self._wandb = WandbRun(observe, self._run_dir, config_text, self._outbox, warn)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records the numbers of a step. Values that are not finite are kept, as the strings `nan` and `inf`."""
@@ -70,45 +80,40 @@ class Sinks:
             return
         record = {"step": step, "unix_time": round(time.time(), 3)}
         line = json.dumps({**record, **{name: _strict(value) for name, value in values.items()}}, allow_nan=False)
-        self._metrics.write(line + "\n")
-        self._metrics.flush()
+        self._outbox.append(self._metrics, f"{line}\n".encode())
         if self._board:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.number(name, value, step)
+        self._outbox.flush()
         if self._wandb:
-            self._wandb.log({"step": step, **values})
+            self._wandb.numbers(step, values)
         due = step % self._console_every == 0 or step + 1 == self._num_steps or "eval/accuracy" in values
         if self._console and due:
             self._console.print(console_line(step, values, self._num_steps), soft_wrap=True)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> Path | None:
-        """Shows some rollouts of a step; returns the page written, RUN/samples/step_NNNNNN.html."""
+        """Shows some rollouts of a step; returns the page, RUN/samples/step_NNNNNN.html."""
         if not self._enabled or not rows:
             return None
         page = self._run_dir / "samples" / f"step_{step:06d}.html"
-        page.parent.mkdir(exist_ok=True)
-        page.write_text(sample_page(step, rows))
+        self._outbox.put(page, sample_page(step, rows).encode())
         if self._board:
-            self._board.add_text("samples", _markdown(rows), step)
+            self._board.text("samples", _markdown(rows), step)
             for index, row in enumerate(rows):
                 if row.images:
                     picture = beside_each_other([*row.images, *row.masked_images])
-                    self._board.add_image(f"samples/{index}", _as_array(picture), step, dataformats="HWC")
+                    self._board.picture(f"samples/{index}", _as_array(picture), step)
+        self._outbox.flush()
         if self._wandb:
-            self._wandb.log({"step": step, "samples": _wandb_table(rows)})
+            self._wandb.samples(step, rows)
         return page
 
     def close(self) -> None:
         if not self._enabled:
             return
-        self._metrics.close()
-        if self._board:
-            self._board.close()
+        self._outbox.close()
         if self._wandb:
-            import wandb
-
-            self._wandb.finish()
-            wandb.teardown()  # waits for its writer process: finish() offline returns before the file is written
+            self._wandb.close()
 
     def __enter__(self) -> Sinks:
         return self
@@ -124,12 +129,14 @@ def keep_steps_before(path: Path, start_step: int) -> Path:
     """
     if not path.exists():
         return path
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) < start_step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) < start_step]
     if not kept:
         return path.rename(path.with_name(path.name + ".old")).with_name(path.name)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(line + "\n" for line in kept))
-    draft.replace(path)
+    if kept == lines[: len(kept)]:
+        os.truncate(path, sum(map(len, kept)))  # the usual case, and a full disk allows it
+    else:
+        write_whole(path, b"".join(kept))
     return path
 
 
@@ -147,47 +154,16 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
     return "  ".join(parts)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:  # not JSON, or not UTF-8
         return math.inf
 
 
 def _strict(value: float) -> float | str:
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _open_wandb(observe: ObserveConfig, run_dir: Path, config_text: str) -> Any:
-    import wandb
-
-    name_file = run_dir / "wandb_id.txt"  # the same run again after a resume
-    if not name_file.exists():
-        name_file.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=observe.wandb_project,
-        dir=str(run_dir),
-        mode="online" if observe.wandb == "online" else "offline",
-        id=name_file.read_text().strip(),
-        resume="allow",
-        config=yaml.safe_load(config_text),
-        settings=wandb.Settings(console="off", silent=observe.wandb == "offline"),
-    )
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def _wandb_table(rows: Sequence[SampleRow]) -> Any:
-    import wandb
-
-    parts = sorted({name for row in rows for name in row.reward_parts})
-    table = wandb.Table(columns=["image", "masked image", "problem", "response", "answer", "reward", *parts])
-    for row in rows:
-        views = [wandb.Image(beside_each_other(view)) if view else None for view in (row.images, row.masked_images)]
-        scores = [row.reward_parts.get(name) for name in parts]
-        table.add_data(*views, row.problem, row.response, row.answer, row.reward, *scores)
-    return table
 
 
 def _markdown(rows: Sequence[SampleRow]) -> str:

@@ -1,8 +1,4 @@
-"""Checkpoints of real Megatron models and optimizers: resumed on the same and on other layouts, killed while saving.
-
-Gradients are an elementwise function of weights and step instead of a loss, so that any layout has the same ones;
-they are clipped, so that layouts still differ by the rounding of the norm.
-"""
+"""Checkpoints of real Megatron models and optimizers: resumed on the same and on other layouts, killed while saving."""
 
 from __future__ import annotations
 
@@ -15,111 +11,65 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint import atomic, state, store
-from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
+from megatron_papo.checkpoint import atomic, store
 from megatron_papo.checkpoint.state import TrainState, read_state, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.checkpoint.weights import load_weights
-from megatron_papo.config import load_config
 from megatron_papo.model.shape import ModelShape
+from tests.parallel.checkpoint_cases import SHAPE, VISION, Setup, make_source, ranks, start, train, weights
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_folder
-
-SHAPE = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vision_depth": 2, "vocab": 275, "tie": True}
-VISION = {"vision_hidden": 32, "vision_heads": 4, "vision_intermediate": 42}
-OPTIM = ["optim.lr=0.01", "optim.lr_vision=0.003", "optim.schedule=cosine", "optim.warmup_steps=2"]
-Setup = dict[str, Any]
-
-
-def _setup(world: int, tensor: int = 1, pipeline: int = 1, dtype: str = "float32", distributed: bool = False) -> Setup:
-    return {"world": world, "tensor": tensor, "pipeline": pipeline, "dtype": dtype, "distributed": distributed}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return make_tiny_folder(tmp_path_factory.mktemp("hf"), **SHAPE, **VISION)
-
-
-def _start(source: str | Path, setup: Setup) -> TrainState:
-    """A fresh run: the model of `source`, its optimizer, nothing trained."""
-    from megatron_papo.accelerator import seed_all
-    from megatron_papo.model.policy import build_policy
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.parallel import initialize
-
-    adapt_megatron()
-    layout = [f"parallel.tensor={setup['tensor']}", f"parallel.pipeline={setup['pipeline']}"]
-    kind = [f"model.dtype={setup['dtype']}", f"parallel.distributed_optimizer={setup['distributed']}"]
-    config = load_config(None, [*layout, *kind, *OPTIM, "model.spec=local"])
-    initialize(config.parallel)
-    seed_all(7)
-    shape = ModelShape.from_folder(source)
-    model = build_policy(config, shape)
-    read_hf(model, shape, source)
-    policy = wrap_policy(model, config)
-    return TrainState(policy, shape, build_optimizer(policy, config, num_updates=10), {"row": 5}, {"run": "test"})
-
-
-def _train(run: TrainState, steps: range) -> list[float]:
-    """Updates, and what a run would log of them: gradient norm, learning rate and a draw of random numbers."""
-    assert run.optimizer is not None
-    logged = []
-    for step in steps:
-        run.model.zero_grad_buffer()
-        for parameter in run.model.parameters():
-            parameter.main_grad.copy_(parameter.detach().float() * torch.cos(40 * parameter.detach().float() + step))
-        values = run.optimizer.step()
-        logged += [values["grad_norm"], values["lr"], torch.rand(()).item()]
-    return logged
-
-
-def _weights(run: TrainState) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in hf_tensors(run.model, run.shape)}
+    return make_source(tmp_path_factory.mktemp("hf"))
 
 
 def _uninterrupted(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Two updates, a checkpoint, three more updates."""
-    run = _start(source, setup)
-    _train(run, range(2))
+    run = start(source, setup)
+    train(run, range(2))
     CheckpointStore(folder, source=source).save(2, run, metric=0.5)
-    return _train(run, range(2, 5)), _weights(run)
+    return train(run, range(2, 5)), weights(run)
 
 
 def _resumed(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    run = _start(source, setup)
+    run = start(source, setup)
     found = CheckpointStore(folder).latest()
     assert found is not None
     restored = read_state(found, run)
     assert (restored.step, restored.metric, restored.cursor, restored.config) == (2, 0.5, {"row": 5}, {"run": "test"})
-    return _train(run, range(2, 5)), _weights(run)
+    return train(run, range(2, 5)), weights(run)
 
 
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        (_setup(4, tensor=2, pipeline=2), [_setup(1), _setup(2, distributed=True)]),
-        (_setup(1), [_setup(4, tensor=4), _setup(2, pipeline=2)]),
-        (_setup(4, tensor=2, distributed=True), [_setup(2, pipeline=2)]),
-        (_setup(2, dtype="bfloat16", distributed=True), [_setup(2, tensor=2, dtype="bfloat16")]),
+        (ranks(4, tensor=2, pipeline=2), [ranks(1), ranks(2, distributed=True)]),
+        (ranks(1), [ranks(4, tensor=4), ranks(2, pipeline=2)]),
+        (ranks(4, tensor=2, distributed=True), [ranks(2, pipeline=2)]),
+        (ranks(2, dtype="bfloat16", distributed=True), [ranks(2, tensor=2, dtype="bfloat16")]),
+        (ranks(2, tensor=2), [ranks(2), ranks(3, distributed=True)]),
+        (ranks(2, distributed=True), [ranks(2, pipeline=2)]),
     ],
-    ids=["TP2xPP2", "one rank", "TP2xDP2 distributed optimizer", "DP2 bf16 distributed optimizer"],
+    ids=["TP2xPP2", "one rank", "TP2xDP2 split", "DP2 bf16 split", "TP2", "DP2 split"],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(source, tmp_path, written, read):
     expected = run_ranks(_uninterrupted, written["world"], str(source), written, str(tmp_path))
     same = run_ranks(_resumed, written["world"], str(source), written, str(tmp_path))
-    for (values, weights), (logged, resumed) in zip(expected, same, strict=True):
+    for (values, wanted), (logged, resumed) in zip(expected, same, strict=True):
         assert logged == values, "the same layout repeats every number"
-        assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+        assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
-    values, weights = expected[0]
+    values, wanted = expected[0]
     for other in read:
         logged, resumed = run_ranks(_resumed, other["world"], str(source), other, str(tmp_path))[0]
         # gradient norms and rates; random numbers belong to the layout. bf16 weights round the masters, which agree
         assert logged[::3] == pytest.approx(values[::3], rel=1e-6)
         assert logged[1::3] == values[1::3]
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if other["dtype"] == "float32" else {"rtol": 2**-8, "atol": 0.0}
-        for name, tensor in weights.items():
+        for name, tensor in wanted.items():
             torch.testing.assert_close(resumed[name], tensor, **tolerance, msg=f"{name} at {other}")
 
 
@@ -132,14 +82,14 @@ def _die(*_: object, **__: object) -> None:
 
 def _killed_while_saving(source: str, folder: str, phase: str) -> None:
     """Saves step 1, trains, and dies in the given phase of the next save."""
-    run = _start(source, _setup(2, tensor=2))
+    run = start(source, ranks(2, tensor=2))
     checkpoints = CheckpointStore(folder, keep_last=1, keep_best=False)
     checkpoints.save(1, run)
-    _train(run, range(1))
+    train(run, range(1))
     if phase == "tensors":
-        state.SynchronousSave.save = _die
+        store.write_boxes = _die
     elif phase == "state file":
-        state.write_state_file = _die
+        store.write_state_file = _die
     elif phase == "published":
         store.publish = _die
     elif phase == "replacing":  # the old folder of this step has its other name already
@@ -149,23 +99,24 @@ def _killed_while_saving(source: str, folder: str, phase: str) -> None:
     elif phase == "retiring":  # the older checkpoint has lost its name, its files are still there
         delete = atomic.shutil.rmtree
         atomic.shutil.rmtree = lambda path, **options: _die() if path.exists() else delete(path, **options)
-    checkpoints.save(1 if phase == "replacing" else 2, run)
+    checkpoints.start(1 if phase == "replacing" else 2, run)  # in the background
+    checkpoints.finish()
 
 
 def _after_the_kill(source: str, root: str) -> dict[str, tuple[int, bool, list[str]]]:
     """Of each phase: the step that a new run resumes from, whether its weights are right, and what a save leaves."""
-    before = _start(source, _setup(2, tensor=2))
-    start = _weights(before)
-    _train(before, range(1))
-    expected = {1: start, 2: _weights(before)}
+    before = start(source, ranks(2, tensor=2))
+    untrained = weights(before)
+    train(before, range(1))
+    expected = {1: untrained, 2: weights(before)}
     found = {}
     for phase in PHASES:
         checkpoints = CheckpointStore(Path(root) / phase, keep_last=1, keep_best=False)
         path = checkpoints.latest()
         assert path is not None
         restored = read_state(path, before)
-        weights = _weights(before)
-        right = all(torch.equal(weights[name], expected[restored.step][name]) for name in weights)
+        found_weights = weights(before)
+        right = all(torch.equal(found_weights[name], expected[restored.step][name]) for name in found_weights)
         checkpoints.save(3, before)
         found[phase] = restored.step, right, sorted(file.name for file in checkpoints.folder.iterdir())
     return found
@@ -183,7 +134,7 @@ def test_a_kill_at_any_moment_leaves_the_last_good_checkpoint(source, tmp_path):
 
 
 def _many(source: str, folder: str) -> dict[str, Any]:
-    run = _start(source, _setup(1))
+    run = start(source, ranks(1))
     checkpoints = CheckpointStore(folder, keep_last=2, keep_best=True, source=source)
     assert checkpoints.latest() is None
     for step, metric in enumerate((0.1, 0.7, 0.3, None, 0.2), start=1):
@@ -197,7 +148,7 @@ def _many(source: str, folder: str) -> dict[str, Any]:
     load_weights(run.model, run.shape, again)
     return {
         "names": names, "best": best.name, "latest": latest.name, "again": again.name,
-        "weights": _weights(run), "shape": ModelShape.from_folder(again) == run.shape,
+        "weights": weights(run), "shape": ModelShape.from_folder(again) == run.shape,
     }  # fmt: skip
 
 
@@ -212,12 +163,12 @@ def test_the_last_and_the_best_are_kept(source, tmp_path):
 
 
 def _save(source: str, folder: str) -> str:
-    run = _start(source, _setup(2, pipeline=2))
+    run = start(source, ranks(2, pipeline=2))
     return str(CheckpointStore(folder).save(1, TrainState(run.model, run.shape)))
 
 
 def _misfit(source: str, path: str) -> str:
-    run = _start(source, _setup(2, pipeline=2))
+    run = start(source, ranks(2, pipeline=2))
     with pytest.raises(ValueError) as error:
         read_state(path, run)
     return str(error.value)

@@ -94,6 +94,21 @@ def test_growth(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_save(tmp_path):
+    rows = run_benchmark("save", tmp_path)
+    assert len(rows) == 2 * 8
+    for ranks, found in (("1 rank: ", rows[:8]), ("2 ranks: ", rows[8:])):
+        assert all(row["name"].startswith(ranks) for row in found)
+        assert [row["unit"] for row in found] == ["s", "GB/s", *["s"] * 6]
+        for row in (found[0], found[2], found[3], found[5], found[6]):
+            check_ratio(row)
+        for clock, share in ((found[2], found[4]), (found[5], found[7])):  # one round: the median is the difference
+            assert share["value"] - share["baseline"] == pytest.approx(clock["value"] - clock["baseline"], abs=1e-6)
+            assert share["baseline"] == 60 and share["ratio"] == pytest.approx(share["value"] / 60)
+        megabytes = float(found[0]["name"].partition("a save of ")[2].partition(" MB")[0])
+        assert found[1]["value"] * found[0]["value"] * 1e3 == pytest.approx(megabytes, abs=0.5)
+
+
 @needs_trl
 @pytest.mark.parametrize("gap", [2e-4, math.nan])
 def test_sides_that_differ_are_refused(gap):

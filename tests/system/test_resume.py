@@ -1,4 +1,5 @@
-"""A run that is killed and resumed: the same numbers bit for bit on the same layout, within rounding on another."""
+"""A run that is killed while it writes a checkpoint, and resumed: the same numbers bit for bit on the same layout,
+within rounding on another: more or fewer ranks, another number of data-parallel, tensor or pipeline ranks."""
 
 from __future__ import annotations
 
@@ -17,31 +18,29 @@ import pytest
 from megatron_papo.config import Config, dump_config
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
-STEPS, KILLED_AFTER = 4, 2
+KILLED_AFTER = 2
 
 
-def _command(config: Config, file: Path) -> list[str]:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _command(config: Config, file: Path, ranks: int) -> list[str]:
     file.write_text(dump_config(config))
-    return [sys.executable, "-m", "megatron_papo.cli", "train", str(file)]
+    return [sys.executable, "-m", "megatron_papo.cli", "train", str(file), "--ranks", str(ranks)]
 
 
-def _start(config: Config, file: Path) -> subprocess.Popen:
+def _start(config: Config, file: Path, ranks: int = 2) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     log = file.with_suffix(".log").open("w")
     return subprocess.Popen(
-        _command(config, file), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        _command(config, file, ranks), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
 
 
-def _run(config: Config, file: Path) -> None:
-    process = _start(config, file)
+def _run(config: Config, file: Path, ranks: int = 2) -> None:
+    process = _start(config, file, ranks)
     assert process.wait(timeout=300) == 0, file.with_suffix(".log").read_text()
 
 
-def _steps_recorded(run_dir: Path) -> int:
-    record = run_dir / "metrics.jsonl"
-    return len(record.read_text().splitlines()) if record.exists() else 0
+def _whole_checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step_*[0-9]/state.json"))
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,16 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(inputs, tmp_path_factory):
-    """A run of four steps that saves after each and is killed, without a chance to clean up, in its third or later."""
+    """A run that saves after each step and is killed, without a chance to clean up, while it writes one of its first
+    checkpoints."""
     folder = tmp_path_factory.mktemp("killed")
     config = tiny_run(inputs, folder / "run", **SETTINGS)
     process = _start(config, folder / "first.yaml")
     deadline = time.monotonic() + 300
-    while _steps_recorded(folder / "run") < KILLED_AFTER + 1 and process.poll() is None:
-        assert time.monotonic() < deadline, (folder / "first.log").read_text()
-        time.sleep(0.02)
+    saves = folder / "run/checkpoints"
+    while max(_whole_checkpoints(folder / "run"), default=0) < KILLED_AFTER or not list(saves.glob("*.tmp")):
+        assert time.monotonic() < deadline and process.poll() is None, (folder / "first.log").read_text()
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return folder / "run"
@@ -80,11 +81,11 @@ def undisturbed(inputs, tmp_path_factory):
     return metrics(folder / "run")
 
 
-def _resume(killed: Path, inputs: Path, folder: Path, **settings) -> tuple[int, list[dict]]:
+def _resume(killed: Path, inputs: Path, folder: Path, ranks: int = 2, **settings) -> tuple[int, list[dict]]:
     shutil.copytree(killed, folder / "run")
-    first = max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*[0-9]"))
+    first = _whole_checkpoints(folder / "run")[-1]
     steps = {"train__steps": first + 2}
-    _run(tiny_run(inputs, folder / "run", **{**SETTINGS, **steps, **settings}), folder / "resumed.yaml")
+    _run(tiny_run(inputs, folder / "run", **{**SETTINGS, **steps, **settings}), folder / "resumed.yaml", ranks)
     return first, metrics(folder / "run")
 
 
@@ -95,14 +96,40 @@ def test_same_layout_bit_for_bit(killed, undisturbed, inputs, tmp_path):
     compared = min(len(found), len(undisturbed))
     assert compared > first, "no resumed step was compared"
     assert json.dumps(found[:compared]) == json.dumps(undisturbed[:compared])
+    assert _whole_checkpoints(tmp_path / "run")[-1] == first + 2
+    assert not list((tmp_path / "run/checkpoints").glob("*.tmp")), "what the killed run left is cleared away"
 
 
-def test_another_layout_within_rounding(killed, undisturbed, inputs, tmp_path):
-    first, found = _resume(killed, inputs, tmp_path, parallel__tensor=1, parallel__pipeline=2)
-    for want, got in list(zip(undisturbed, found, strict=False))[first:]:
+def _check_close(undisturbed: list[dict], found: list[dict], first: int) -> None:
+    compared = list(zip(undisturbed, found, strict=False))[first:]
+    assert compared, "no resumed step was compared"
+    for want, got in compared:
         wrong = {
             name: (want[name], got[name])
             for name in want
             if not math.isclose(want[name], got[name], rel_tol=2e-4, abs_tol=2e-5)
         }
         assert not wrong, f"step {want['step']}"
+
+
+OTHERS = {
+    "TP2 to PP2": (2, {"parallel__tensor": 1, "parallel__pipeline": 2}),
+    "TP2 to DP2": (2, {"parallel__tensor": 1, "parallel__distributed_optimizer": True}),
+    "TP2 to one rank": (1, {"parallel__tensor": 1}),
+    "TP2 to TP2 DP2": (4, {}),
+}
+
+
+@pytest.mark.parametrize(("ranks", "settings"), OTHERS.values(), ids=OTHERS)
+def test_another_layout_within_rounding(killed, undisturbed, inputs, tmp_path, ranks, settings):
+    first, found = _resume(killed, inputs, tmp_path, ranks, **settings)
+    _check_close(undisturbed, found, first)
+
+
+def test_data_parallel_ranks_become_pipeline_stages(undisturbed, inputs, tmp_path):
+    apart = {**SETTINGS, "train__steps": 2, "parallel__tensor": 1, "parallel__distributed_optimizer": True}
+    _run(tiny_run(inputs, tmp_path / "first", **apart), tmp_path / "first.yaml")
+    staged = {"parallel__tensor": 1, "parallel__pipeline": 2}
+    first, found = _resume(tmp_path / "first", inputs, tmp_path, **staged)
+    assert first == 2
+    _check_close(undisturbed, found, first)

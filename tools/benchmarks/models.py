@@ -45,11 +45,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """Writes weights, configuration, tokenizer and processor to `folder` and returns it."""
+def write_model(folder: Path, seed: int = 0, hidden: int = HIDDEN, layers: int = LAYERS) -> Path:
+    """Writes weights, configuration, tokenizer and processor to `folder` and returns it.
+
+    `hidden` and `layers` of the language model, for a larger one.
+    """
     tokenizer = _tokenizer()
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(_config()).float()
+    model = Qwen2_5_VLForConditionalGeneration(_config(hidden, layers)).float()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
@@ -83,15 +86,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _config() -> Qwen2_5_VLConfig:
+def _config(hidden: int, layers: int) -> Qwen2_5_VLConfig:
     ids = {name: NUM_PLAIN_WORDS + index for index, name in enumerate(SPECIAL)}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": NUM_WORDS,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 1024,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HIDDEN // HEAD_DIM,
+            "hidden_size": hidden,
+            "intermediate_size": 1024 * hidden // HIDDEN,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // HEAD_DIM,
             "num_key_value_heads": 2,
             "max_position_embeddings": 8192,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
@@ -104,7 +107,7 @@ def _config() -> Qwen2_5_VLConfig:
             "hidden_size": VISION_HIDDEN,
             "intermediate_size": 344,
             "num_heads": VISION_HIDDEN // HEAD_DIM,
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": hidden,
             "fullatt_block_indexes": [VISION_LAYERS - 1],
         },
         image_token_id=ids["<|image_pad|>"],

@@ -46,10 +46,11 @@ class Seconds:
 def measure(
     sides: Mapping[str, Callable[[], object]],
     rounds: int,
-    what: str = "",
+    what: str | None = "",
     clock: Callable[[], float] = time.process_time,
 ) -> Seconds:
-    """Runs every side once a round, in turns; the order is reversed every other round."""
+    """Runs every side once a round, in turns; the order is reversed every other round. `what`: said of each; None: no
+    word, as on ranks beside the first."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     console = Console(stderr=True)
     for index in range(rounds):
@@ -58,5 +59,6 @@ def measure(
             before = clock()
             sides[name]()
             seconds[name].append(clock() - before)
-            console.print(f"[dim]{what}: round {index + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s[/dim]")
+            if what is not None:
+                console.print(f"[dim]{what}: round {index + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s[/dim]")
     return Seconds(seconds)

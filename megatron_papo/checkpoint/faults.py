@@ -1,0 +1,57 @@
+"""What goes wrong on one rank while all of them save, learnt by every rank.
+
+A disk's fault (`OSError`: no room, quota, permission, a broken device) or a folder that is not as it should be
+(`ValueError`) costs the checkpoint; anything else is a mistake in the program and says where.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_papo.parallel import gather_objects
+
+_MAX_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    rank: int
+    reason: str
+    is_bug: bool = False
+
+
+class RanksFailed(Exception):
+    """Raised on every rank alike when some failed; the message names each of them and its reason."""
+
+    def __init__(self, faults: list[Fault]):
+        shown = "; ".join(f"rank {fault.rank}: {fault.reason}" for fault in faults[:_MAX_SHOWN])
+        more = f"; and {len(faults) - _MAX_SHOWN} more ranks" if len(faults) > _MAX_SHOWN else ""
+        super().__init__(shown + more)
+        self.is_bug = any(fault.is_bug for fault in faults)
+
+
+def fault_of(rank: int, error: BaseException) -> Fault:
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return Fault(rank, f"{error.strerror or error}{where}")
+    if isinstance(error, ValueError):
+        return Fault(rank, str(error))
+    return Fault(rank, "".join(traceback.format_exception(error)).strip(), is_bug=True)
+
+
+def together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> None:
+    """Calls `action`, where a rank has one, and waits for the other ranks of `group`; raises `RanksFailed` on all of
+    them when any failed."""
+    fault = None
+    try:
+        if action is not None:
+            action()
+    except Exception as error:
+        fault = fault_of(dist.get_rank(group), error)
+    faults = [fault for fault in gather_objects(fault, group) if fault is not None]
+    if faults:
+        raise RanksFailed(faults)
