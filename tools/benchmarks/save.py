@@ -33,7 +33,7 @@ from tools.benchmarks.rows import Row
 from tools.benchmarks.timing import measure
 
 INTERVAL_S = 60.0
-"""Of training between two saves. A 3B model's step takes about as long, and `checkpoint.save_every` is 50."""
+"""Of training between two saves: short, for the default is a save every 50 steps."""
 SIDES = ("no save", "background", "waiting")
 
 
