@@ -14,7 +14,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.observe.progress import read_progress
-from tests.slurm_lab import Slurm, slurm  # noqa: F401 - a fixture
+from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
 REPO = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ class Tool:
 
 
 @pytest.fixture
-def tool(slurm: Slurm, tmp_path: Path) -> Iterator[Tool]:  # noqa: F811
+def tool(slurm: Slurm, tmp_path: Path) -> Iterator[Tool]:
     yield Tool(slurm, tmp_path, make_inputs(tmp_path / "inputs"))
     for jobs in tmp_path.glob("**/cluster/jobs.jsonl"):
         slurm.call("scancel", *job_ids(jobs.parents[1]))
@@ -175,7 +175,7 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
         ({"PAPO_ENVIRONMENT": "conda"}, "papo: error: cluster.environment: conda is none of venv, modules, container"),
     ],
 )
-def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):  # noqa: F811
+def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):
     environ = slurm.environ | {"PAPO_VENV": sys.prefix} | variables
     options = ["--wait", "--nodes=1", "--time=2", f"--output={tmp_path}/log"]
     done = slurm.call("sbatch", *options, REPO / "slurm" / "papo_3b.sh", cwd=tmp_path, env=environ)
