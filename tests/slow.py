@@ -1,12 +1,34 @@
-"""A reward that takes a moment, so that a tiny run lasts long enough to be disturbed."""
+"""Rewards that disturb a tiny run: one takes a moment, one fails at the same step every time, one stalls once."""
 
 from __future__ import annotations
 
+import itertools
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from tests.tiny_run import share_of_even_bytes
+
+_calls = itertools.count(1)
+"""Of this process."""
 
 
 def slow_share(response: str, answer: str, problem: str) -> float:
     time.sleep(0.1)
+    return share_of_even_bytes(response, answer, problem)
+
+
+def fails_at_a_step(response: str, answer: str, problem: str) -> float:
+    """In the third step of every process that asks for six rewards a step."""
+    if next(_calls) > 12:
+        raise OSError("the verifier's host is down")
+    return share_of_even_bytes(response, answer, problem)
+
+
+def stalls_once(response: str, answer: str, problem: str) -> float:
+    """The first process that asks for its thirteenth reward, of all that work in this folder, never gets it."""
+    if next(_calls) == 13:
+        with suppress(FileExistsError):
+            Path("stalled").mkdir()
+            time.sleep(600)
     return share_of_even_bytes(response, answer, problem)

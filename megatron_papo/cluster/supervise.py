@@ -44,6 +44,8 @@ _STEP_WAIT_S = 30.0
 _ASK_AGAIN_S = 30.0
 """USR1 is sent again this often: a rank that was still importing did not listen."""
 _TAIL_LINES = 25
+_KEPT = ("failures", "stacks")
+"""Folders of an attempt, kept with its logs."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Supervisor:
         return attempt
 
     def _run_ranks(self, number: int) -> Ending:
-        for name in ("heartbeats", "failures", "stacks"):  # an earlier attempt's
+        for name in ("heartbeats", *_KEPT):  # of an attempt whose supervisor was taken away
             shutil.rmtree(self._run_dir / name, ignore_errors=True)
         with suppress(FileNotFoundError):
             (self._run_dir / SAVED_FILE).unlink()
@@ -160,7 +162,11 @@ class Supervisor:
         with (logs / "rank_0.log").open("a+") as first:
             dead = self._watch(step, watch, first)
             print(first.read(), end="", flush=True)
-        return self._how_it_ended(step.returncode, logs / "srun.log", watch, dead)
+        ending = self._how_it_ended(step.returncode, logs / "srun.log", watch, dead)
+        for name in _KEPT:
+            with suppress(FileNotFoundError):
+                (self._run_dir / name).rename(logs / name)
+        return ending
 
     def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: object) -> Failure | None:
         """Until the ranks have ended, by themselves or because one of them is dead: that one."""

@@ -1,0 +1,157 @@
+"""Runs on a real Slurm cluster that lose ranks, nodes and time, and still end with the curve of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_papo.cluster.attempts import read_attempts
+from megatron_papo.config import dump_config
+from megatron_papo.observe.progress import read_progress
+from tests.slurm_lab import Slurm, slurm  # noqa: F401 - a fixture
+from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them
+from tests.tiny_run import metrics, tiny_run
+
+STEPS = 32
+TWO_BY_TWO = {
+    "cluster.ranks_per_node": 2,
+    "parallel.tensor": 2,
+    "parallel.distributed_optimizer": True,
+    "train.steps": STEPS,
+    "checkpoint.save_every": 3,
+    "observe.console": True,
+    "run.heartbeat_s": 0.5,
+    "run.heartbeat_limit_s": 15,
+    "reward.function": "tests.slow:slow_share",
+}
+"""On two nodes: tensor 2 x data 2."""
+
+
+def undisturbed(tool: Tool) -> list[dict]:  # noqa: F811
+    """The same run in one go, without Slurm."""
+    folder = tool.folder / "undisturbed"
+    settings = {
+        "parallel__tensor": 2, "parallel__distributed_optimizer": True, "train__steps": STEPS,
+        "train__tokens_per_micro_batch": 5000,
+    }  # fmt: skip
+    config = tiny_run(tool.folder / "inputs", folder / "run", **settings)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "megatron_papo.cli", "train", "--ranks", "4", str(folder / "config.yaml")]
+    done = subprocess.run(
+        command, cwd=tool.folder, env=tool.cluster.environ, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return metrics(folder / "run")
+
+
+def kill_rank(run_dir: Path, rank: int) -> None:
+    """SIGKILL to a rank of the job, as the kernel does when memory runs out; found by what its process was given."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environ = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        ours = b"megatron_papo.cli\0train" in command and run_dir.name.encode() in command
+        if ours and f"\0SLURM_PROCID={rank}\0".encode() in environ:
+            os.kill(int(process.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"rank {rank} of {run_dir} is not there")
+
+
+def reached(run_dir: Path, steps: int, attempts: int) -> None:
+    """Waits until the run has done so many steps, in so many attempts."""
+    until(lambda: len(read_attempts(run_dir)) >= attempts and read_progress(run_dir).steps_done >= steps, 180)
+
+
+def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool):  # noqa: F811
+    """Asked to save before its limit, a rank killed, a node crashed that returns before Slurm has noticed, the first
+    node crashed, and the rest on another layout."""
+    expected, run_dir = undisturbed(tool), tool.folder / "runs" / "survivor"
+    settings = [*tool.settings, *(f"{key}={value}" for key, value in TWO_BY_TWO.items()), "run.dir=runs/survivor"]
+    assert tool(*settings).returncode == 0
+    (job,) = job_ids(run_dir)
+
+    reached(run_dir, 4, attempts=1)
+    tool.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: len(read_attempts(run_dir)) == 2)
+    saved, second = read_attempts(run_dir)
+    assert saved.end == "saved" and (second.lost_steps, second.steps_saved) == (0, saved.reached)
+
+    reached(run_dir, saved.reached + 4, attempts=2)
+    kill_rank(run_dir, 3)
+    reached(run_dir, 0, attempts=3)
+    killed = read_attempts(run_dir)[1]
+    assert killed.end == "failed" and killed.reason == "papo: rank 3 failed: killed: on node2: Killed"
+
+    reached(run_dir, killed.reached + 4, attempts=3)
+    tool.cluster.lab("crash-node", "node2")
+    tool.cluster.lab("start-node", "node2")
+    reached(run_dir, 0, attempts=4)
+    unseen = read_attempts(run_dir)[2]
+    assert unseen.end == "failed" and "node2" in unseen.reason
+
+    reached(run_dir, unseen.reached + 4, attempts=4)
+    tool.cluster.lab("crash-node", "node1")
+    tool.cluster.lab("start-node", "node1")
+    reached(run_dir, 0, attempts=5)
+    assert read_attempts(run_dir)[3].end == "lost"
+
+    reached(run_dir, read_attempts(run_dir)[3].reached + 2, attempts=5)
+    assert tool("cancel", "runs/survivor").returncode == 0
+    until(lambda: read_attempts(run_dir)[4].end == "told to end")
+    other = ["parallel.pipeline=2", "parallel.tensor=1", "cluster.nodes=1"]
+    done = tool("resume", "runs/survivor", *other, "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    attempts = read_attempts(run_dir)
+    assert [attempt.ranks for attempt in attempts] == [4, 4, 4, 4, 4, 2] and attempts[-1].end == "done"
+    assert all(attempt.lost_steps <= 3 for attempt in attempts), "checkpoints are three steps apart"
+    found = metrics(run_dir)
+    assert [line["step"] for line in found] == list(range(STEPS))
+    same_layout = attempts[-1].steps_saved
+    assert json.dumps(found[:same_layout]) == json.dumps(expected[:same_layout]), "bit for bit"
+    for want, got in zip(expected[same_layout:], found[same_layout:], strict=True):
+        wrong = {
+            name: (want[name], got[name])
+            for name in want
+            if not math.isclose(want[name], got[name], rel_tol=2e-4, abs_tol=2e-5)
+        }
+        assert not wrong, f"step {want['step']}"
+
+
+def test_three_failures_at_the_same_step_stop_the_run_with_the_reason(tool: Tool):  # noqa: F811
+    run_dir = tool.folder / "runs" / "stuck"
+    settings = [*tool.settings, "parallel.tensor=2", "train.steps=9", "reward.function=tests.slow:fails_at_a_step"]
+    done = tool(*settings, "run.dir=runs/stuck", "--follow")
+    assert done.returncode != 0
+    said = done.stdout.splitlines()
+    reason = "ValueError: reward.function: tests.slow:fails_at_a_step failed: OSError: the verifier's host is down"
+    attempts = read_attempts(run_dir)
+    assert [(attempt.end, attempt.reached) for attempt in attempts] == [("failed", 2)] * 3
+    assert said[-1].startswith("papo: stopped: failed 3 times in a row at step 2, without progress: papo: rank ")
+    assert said[-1].count(reason) in (1, 2), "once for each rank that came first"
+    first = next(index for index, line in enumerate(said) if line.startswith("papo: the last lines of rank"))
+    ended = next(index for index, line in enumerate(said) if line.startswith("papo: attempt 1: failed"))
+    assert any(reason in line for line in said[first:ended]), "the failing rank's own lines come first"
+    assert (run_dir / "logs" / "attempt_0003" / "rank_1.log").exists()
+
+
+def test_a_stall_leaves_the_stacks_of_all_ranks_and_the_run_goes_on(tool: Tool):  # noqa: F811
+    run_dir = tool.folder / "runs" / "stall"
+    settings = [*tool.settings, "parallel.tensor=2", "train.steps=4", "reward.function=tests.slow:stalls_once"]
+    limits = ["run.stage_limits_s={reward: 5}", "checkpoint.save_every=1"]
+    done = tool(*settings, *limits, "run.dir=runs/stall", "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stalled, second = read_attempts(run_dir)
+    assert stalled.end == "failed" and stalled.reached == 2
+    assert "stalled: stage reward made no progress for run.stage_limits_s.reward=5" in stalled.reason
+    assert (second.end, second.steps_saved, second.lost_steps) == ("done", 2, 0)
+    stacks = "".join(path.read_text() for path in sorted((run_dir / "logs" / "attempt_0001" / "stacks").iterdir()))
+    assert "in stalls_once" in stacks and "in gather_objects" in stacks
