@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import dump_config
 from megatron_papo.observe.progress import read_progress
@@ -17,12 +19,10 @@ from tests.slurm_lab import Slurm, slurm  # noqa: F401 - a fixture
 from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them
 from tests.tiny_run import metrics, tiny_run
 
-STEPS = 32
 TWO_BY_TWO = {
     "cluster.ranks_per_node": 2,
     "parallel.tensor": 2,
     "parallel.distributed_optimizer": True,
-    "train.steps": STEPS,
     "checkpoint.save_every": 3,
     "observe.console": True,
     "run.heartbeat_s": 0.5,
@@ -32,11 +32,11 @@ TWO_BY_TWO = {
 """On two nodes: tensor 2 x data 2."""
 
 
-def undisturbed(tool: Tool) -> list[dict]:  # noqa: F811
+def undisturbed(tool: Tool, steps: int) -> list[dict]:  # noqa: F811
     """The same run in one go, without Slurm."""
     folder = tool.folder / "undisturbed"
     settings = {
-        "parallel__tensor": 2, "parallel__distributed_optimizer": True, "train__steps": STEPS,
+        "parallel__tensor": 2, "parallel__distributed_optimizer": True, "train__steps": steps,
         "train__tokens_per_micro_batch": 5000,
     }  # fmt: skip
     config = tiny_run(tool.folder / "inputs", folder / "run", **settings)
@@ -70,52 +70,71 @@ def reached(run_dir: Path, steps: int, attempts: int) -> None:
     until(lambda: len(read_attempts(run_dir)) >= attempts and read_progress(run_dir).steps_done >= steps, 180)
 
 
-def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool):  # noqa: F811
-    """Asked to save before its limit, a rank killed, a node crashed that returns before Slurm has noticed, the first
-    node crashed, and the rest on another layout."""
-    expected, run_dir = undisturbed(tool), tool.folder / "runs" / "survivor"
-    settings = [*tool.settings, *(f"{key}={value}" for key, value in TWO_BY_TWO.items()), "run.dir=runs/survivor"]
-    assert tool(*settings).returncode == 0
-    (job,) = job_ids(run_dir)
+def ask_to_save(cluster: Slurm, run_dir: Path) -> None:
+    cluster.call("scancel", "--batch", "--signal=USR1", *job_ids(run_dir))
 
-    reached(run_dir, 4, attempts=1)
-    tool.cluster.call("scancel", "--batch", "--signal=USR1", job)
-    until(lambda: len(read_attempts(run_dir)) == 2)
-    saved, second = read_attempts(run_dir)
-    assert saved.end == "saved" and (second.lost_steps, second.steps_saved) == (0, saved.reached)
 
-    reached(run_dir, saved.reached + 4, attempts=2)
+def kill_a_rank(cluster: Slurm, run_dir: Path) -> None:
     kill_rank(run_dir, 3)
-    reached(run_dir, 0, attempts=3)
-    killed = read_attempts(run_dir)[1]
-    assert killed.end == "failed" and killed.reason == "papo: rank 3 failed: killed: on node2: Killed"
 
-    reached(run_dir, killed.reached + 4, attempts=3)
-    tool.cluster.lab("crash-node", "node2")
-    tool.cluster.lab("start-node", "node2")
-    reached(run_dir, 0, attempts=4)
-    unseen = read_attempts(run_dir)[2]
-    assert unseen.end == "failed" and "node2" in unseen.reason
 
-    reached(run_dir, unseen.reached + 4, attempts=4)
-    tool.cluster.lab("crash-node", "node1")
-    tool.cluster.lab("start-node", "node1")
-    reached(run_dir, 0, attempts=5)
-    assert read_attempts(run_dir)[3].end == "lost"
+def crash_unseen(cluster: Slurm, run_dir: Path) -> None:
+    """The node is back before Slurm has noticed: left to itself, the job would run on without it for ever."""
+    cluster.lab("crash-node", "node2")
+    cluster.lab("start-node", "node2")
 
-    reached(run_dir, read_attempts(run_dir)[3].reached + 2, attempts=5)
+
+def crash_the_first_node(cluster: Slurm, run_dir: Path) -> None:
+    """With the supervisor on it."""
+    cluster.lab("crash-node", "node1")
+    cluster.lab("start-node", "node1")
+
+
+ENDS = {
+    ask_to_save: ("saved", ""),
+    kill_a_rank: ("failed", "papo: rank 3 failed: killed: on node2: Killed"),
+    crash_unseen: ("failed", "node2"),
+    crash_the_first_node: ("lost", "ended without a word"),
+}
+"""How the attempt ends, and what its reason says."""
+
+
+@pytest.mark.parametrize(
+    "disturbances",
+    [
+        pytest.param([ask_to_save, crash_unseen], id="saved_and_crashed"),
+        pytest.param([kill_a_rank, crash_the_first_node, crash_unseen, ask_to_save], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # noqa: F811
+    """Each disturbance a few steps after the last; then the rest of the run on another layout, on one node."""
+    run_dir, steps = tool.folder / "runs" / "survivor", 8 + 8 * len(disturbances)
+    expected = undisturbed(tool, steps)
+    settings = [*tool.settings, *(f"{key}={value}" for key, value in TWO_BY_TWO.items()), f"train.steps={steps}"]
+    assert tool(*settings, "run.dir=runs/survivor").returncode == 0
+
+    for number, disturb in enumerate(disturbances, 1):
+        reached(run_dir, read_progress(run_dir).steps_done + 4, attempts=number)
+        disturb(tool.cluster, run_dir)
+        reached(run_dir, 0, attempts=number + 1)
+        ended = read_attempts(run_dir)[number - 1]
+        assert ended.end == ENDS[disturb][0] and ENDS[disturb][1] in ended.reason
+
+    reached(run_dir, read_progress(run_dir).steps_done + 1, attempts=len(disturbances) + 1)
     assert tool("cancel", "runs/survivor").returncode == 0
-    until(lambda: read_attempts(run_dir)[4].end == "told to end")
-    other = ["parallel.pipeline=2", "parallel.tensor=1", "cluster.nodes=1"]
+    until(lambda: read_attempts(run_dir)[-1].end == "told to end")
+    other = ["parallel.pipeline=2", "parallel.tensor=1", "parallel.distributed_optimizer=false", "cluster.nodes=1"]
     done = tool("resume", "runs/survivor", *other, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
 
     attempts = read_attempts(run_dir)
-    assert [attempt.ranks for attempt in attempts] == [4, 4, 4, 4, 4, 2] and attempts[-1].end == "done"
+    assert [attempt.ranks for attempt in attempts] == [4] * (len(disturbances) + 1) + [2]
     assert all(attempt.lost_steps <= 3 for attempt in attempts), "checkpoints are three steps apart"
-    found = metrics(run_dir)
-    assert [line["step"] for line in found] == list(range(STEPS))
-    same_layout = attempts[-1].steps_saved
+    assert [attempt.lost_seconds > 0 for attempt in attempts[1:-1]] == [
+        disturb is not ask_to_save for disturb in disturbances
+    ]
+    found, same_layout = metrics(run_dir), attempts[-1].steps_saved
+    assert attempts[-1].end == "done" and [line["step"] for line in found] == list(range(steps))
     assert json.dumps(found[:same_layout]) == json.dumps(expected[:same_layout]), "bit for bit"
     for want, got in zip(expected[same_layout:], found[same_layout:], strict=True):
         wrong = {
