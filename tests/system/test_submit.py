@@ -65,7 +65,7 @@ def job_ids(run_dir: Path) -> list[str]:
     return [json.loads(line)["job"] for line in (run_dir / "cluster" / "jobs.jsonl").read_text().splitlines()]
 
 
-def until(reached: Callable[[], object], limit_s: float = 90.0) -> None:
+def until(reached: Callable[[], object], limit_s: float = 240.0) -> None:
     deadline = time.monotonic() + limit_s
     while not reached():
         assert time.monotonic() < deadline, "took too long"
