@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.verb == "check":
             from megatron_papo.check import check
 
+            if options.ranks is not None and options.ranks < 1:
+                raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
         num_ranks = _num_ranks(config, options.ranks)
         if not options.dry_run:

@@ -155,10 +155,12 @@ def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[s
     fullest = max(stage_memory(config, shape, num_ranks), key=lambda stage: stage.total)
     if has is None or fullest.total <= has or fullest.counted > has:
         return []
+    remedies = [] if config.model.recompute == "full" else ["model.recompute=full"]
+    remedies += ["a smaller train.tokens_per_micro_batch", "more ranks"]
     return [
         f"cluster: stage {fullest.stage} needs about {fullest.total / GIB:.1f} GiB a GPU ({fullest.parts()}, "
-        f"activations about {fullest.activations / GIB:.1f}), {config.cluster.gpu} has {has / GIB:.1f}: "
-        "model.recompute=full or a smaller train.tokens_per_micro_batch lowers them"
+        f"activations about {fullest.activations / GIB:.1f}), {config.cluster.gpu} has {has / GIB:.1f}: what helps is "
+        + " or ".join(remedies)
     ]
 
 

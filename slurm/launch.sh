@@ -14,6 +14,7 @@
 #   PAPO_CONTAINER     image for srun --container-image, of pyxis (container)
 #   PAPO_MOUNTS        more folders for it, HOST:CONTAINER, by commas; project and working folder are there anyway
 #   PAPO_PYTHON        the interpreter of the ranks; by default the virtual environment's, else python3
+#   PAPO_HOST_PYTHON   the interpreter of the batch host, when its python3 is too old and ranks run in a container
 #   PAPO_HOME          the project's folder, which the job script has found
 #   papo_setup         a function with shell lines of this cluster, called after modules and environment
 #
@@ -89,9 +90,10 @@ esac
 . "$PAPO_HOME/slurm/fabric.sh"
 ! type papo_setup >/dev/null 2>&1 || papo_setup
 
-papo_host_python=$(command -v python3) || papo_refuse "there is no python3 on $(hostname)"
+papo_host_python=$(command -v "${PAPO_HOST_PYTHON:-python3}") ||
+  papo_refuse "there is no ${PAPO_HOST_PYTHON:-python3} on $(hostname)"
 "$papo_host_python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
-  papo_refuse "$papo_host_python on $(hostname) is older than 3.9"
+  papo_refuse "$papo_host_python on $(hostname) is older than 3.9; PAPO_HOST_PYTHON names another"
 
 # What Slurm really gave: --nodes and --gpus-per-node behind sbatch win over the settings.
 papo_tasks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}

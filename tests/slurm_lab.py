@@ -1,6 +1,6 @@
 """A real Slurm cluster of two nodes on this machine, for a whole test session: `tools/slurm_lab.sh`.
 
-A test module takes the fixture by `from tests.slurm_lab import slurm  # noqa: F401`. Where a cluster is there already
+The fixture `slurm` is every test's, by tests/conftest.py. Where a cluster is there already
 (SLURM_CONF is set, as `.ci/run` does), it is used and left alone; else one is started under a folder and ports of its
 own and stopped at the end. Tests are skipped, with the reason, where that is not possible.
 """
@@ -53,6 +53,7 @@ def slurm() -> Iterator[Slurm]:
     if os.geteuid() != 0:
         pytest.skip("tools/slurm_lab.sh starts its nodes as root")
     with tempfile.TemporaryDirectory(prefix="papo-slurm-") as folder:
+        Path(folder).chmod(0o755)  # munged wants its socket within reach of everyone
         lab = plain | {"SLURM_LAB": folder, "SLURM_LAB_PORT": str(_free_ports()), "SLURM_LAB_NODES": str(NUM_NODES)}
         try:
             _run(lab, "start")

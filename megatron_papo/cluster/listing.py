@@ -34,12 +34,13 @@ class Line:
 
 
 def listing() -> list[Line]:
-    """A line for every job of ours that is not over, and for each other run its newest job that Slurm remembers."""
+    """A line for every job of ours that is not over, and for each other run its newest job that Slurm remembers, as
+    long as its folder is there."""
     jobs = [job for job in my_jobs() if job.run_dir is not None]
     busy = {job.run_dir for job in jobs if not job.is_over}
-    newest = {job.run_dir: job for job in jobs}  # the later ones win
-    chosen = [job for job in jobs if not job.is_over or (job.run_dir not in busy and newest[job.run_dir] is job)]
-    return [_line(job) for job in chosen]
+    newest = {job.run_dir: job for job in jobs if Path(str(job.run_dir)).is_dir()}  # the later ones win
+    last = [job for job in newest.values() if job.run_dir not in busy]
+    return [_line(job) for job in jobs if not job.is_over or job in last]
 
 
 def print_listing(lines: list[Line]) -> None:

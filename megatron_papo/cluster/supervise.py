@@ -6,7 +6,8 @@ SETTINGS.json is what `papo check --json` printed. The batch script hands over t
 signals reach it. `srun COMMAND` is an attempt. When one ends:
 
     done                     the job ends
-    saved (USR1 came)        the job queues itself again, and goes on from the checkpoint
+    saved (USR1 came)        the job queues itself again, and goes on from the checkpoint; where Slurm does not let
+                             it, as in a chain of jobs, it ends, and all is well
     a rank failed or died    the failing rank's last lines are shown; the next attempt starts on the same nodes when
                              all of them answer, else the job queues itself again, and Slurm chooses others
     three failures at one step, or refused settings      the job ends with the reason
@@ -257,8 +258,8 @@ class Supervisor:
         say(f"{why}: queueing job {self._job.id} again")
         done = subprocess.run(["scontrol", "requeue", self._job.id], capture_output=True, text=True, check=False)
         if done.returncode:
-            say(f"Slurm does not queue it again: {done.stderr.strip()}; the same command goes on from the checkpoint")
-            return 1
+            say(f"it is not queued again ({done.stderr.strip()}): a chain's next job, or the same command, goes on")
+            return 0 if (self._run_dir / SAVED_FILE).exists() else 1
         time.sleep(_STEP_WAIT_S)
         return SAVED_EXIT
 

@@ -210,12 +210,14 @@ class StageClock:
                     self._stalled(name)
 
     def _stalled(self, name: str) -> None:
-        file = stack_file(self._run_dir, self._rank)
         key, limit = self._limit()
         reason = f"stage {name} made no progress for {key}={limit:g}"
-        print(reason, file=file, flush=True)
-        faulthandler.dump_traceback(file=file, all_threads=True)
-        text = Path(file.name).read_text()
+        text = reason
+        with suppress(OSError):  # of a full disk
+            file = stack_file(self._run_dir, self._rank)
+            print(reason, file=file, flush=True)
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            text = Path(file.name).read_text()
         # one write, so that the ranks' stacks do not mix on a shared terminal
         os.write(sys.__stderr__.fileno(), f"papo: rank {self._rank}: {text}\n".encode())  # type: ignore[union-attr]
         note = Failure(self._rank, time.time(), "stalled", "stalled", reason)

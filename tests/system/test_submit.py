@@ -14,7 +14,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.observe.progress import read_progress
-from tests.slurm_lab import Slurm, slurm  # noqa: F401 - a fixture
+from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
 REPO = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ class Tool:
 
 
 @pytest.fixture
-def tool(slurm: Slurm, tmp_path: Path) -> Iterator[Tool]:  # noqa: F811
+def tool(slurm: Slurm, tmp_path: Path) -> Iterator[Tool]:
     yield Tool(slurm, tmp_path, make_inputs(tmp_path / "inputs"))
     for jobs in tmp_path.glob("**/cluster/jobs.jsonl"):
         slurm.call("scancel", *job_ids(jobs.parents[1]))
@@ -65,7 +65,7 @@ def job_ids(run_dir: Path) -> list[str]:
     return [json.loads(line)["job"] for line in (run_dir / "cluster" / "jobs.jsonl").read_text().splitlines()]
 
 
-def until(reached: Callable[[], object], limit_s: float = 90.0) -> None:
+def until(reached: Callable[[], object], limit_s: float = 240.0) -> None:
     deadline = time.monotonic() + limit_s
     while not reached():
         assert time.monotonic() < deadline, "took too long"
@@ -132,6 +132,7 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     one, two = read_attempts(run_dir)
     assert (one.job, one.end, two.job) == (first, "saved", second)
     assert two.steps_saved == one.reached > 0
+    assert "JobState=COMPLETED" in tool.cluster.call("scontrol", "show", "job", first).stdout
     cancelled = tool("cancel", "runs/b")
     assert (cancelled.returncode, cancelled.stdout) == (0, f"submit: cancelled job {second}\n")
     until(lambda: tool.lines()[second]["state"] == "cancelled")
@@ -175,13 +176,64 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
         ({"PAPO_ENVIRONMENT": "conda"}, "papo: error: cluster.environment: conda is none of venv, modules, container"),
     ],
 )
-def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):  # noqa: F811
-    environ = slurm.environ | {"PAPO_VENV": sys.prefix} | variables
-    options = ["--wait", "--nodes=1", "--time=2", f"--output={tmp_path}/log"]
-    done = slurm.call("sbatch", *options, REPO / "slurm" / "papo_3b.sh", cwd=tmp_path, env=environ)
-    assert done.returncode == 2
-    lines = (tmp_path / "log").read_text().splitlines()
+def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):
+    lines = refused(slurm, tmp_path, {"PAPO_VENV": sys.prefix} | variables)
     assert lines[0] == reason and all("data." in line or "vLLM" in line for line in lines[1:])
+
+
+MODULE = '() { [ "$2" = good ] || { echo "ERROR: unable to locate $2" >&2; return 1; }; }'
+"""A shell function, exported as the ones of environment modules are."""
+
+
+def test_modules_are_loaded_in_their_order(slurm: Slurm, tmp_path):
+    modules = {"PAPO_ENVIRONMENT": "modules", "BASH_FUNC_module%%": MODULE}
+    log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good bad"})
+    assert log == ["papo: error: cluster.modules: module load bad: ERROR: unable to locate bad "]
+    log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good", "PAPO_VENV": sys.prefix})
+    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+
+
+PYXIS = """#!/bin/bash
+[ "$1" != --help ] || { echo "  --container-image=IMAGE"; exit; }
+for word; do case $word in *container-*) echo "$word" >>"$SAID" ;; *) words+=("$word") ;; esac; done
+exec /usr/bin/srun "${words[@]}"
+"""
+"""Stands before srun: writes the container's flags down and starts the step without them."""
+
+
+def test_a_container_gets_the_project_and_the_working_folder(slurm: Slurm, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(PYXIS)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    image = tmp_path / "papo.sqsh"
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{slurm.environ['PATH']}",
+        "SAID": str(tmp_path / "said"),
+        "PAPO_ENVIRONMENT": "container",
+        "PAPO_CONTAINER": str(image),
+        "PAPO_MOUNTS": "/data:/data",
+        "PAPO_PYTHON": sys.executable,
+    }
+    assert refused(slurm, tmp_path, variables) == [f"papo: error: cluster.container: {image}: no such image"]
+    image.touch()
+    log = refused(slurm, tmp_path, variables)
+    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+    assert (tmp_path / "said").read_text().splitlines() == [
+        f"--container-image={image}",
+        f"--container-workdir={tmp_path}",
+        "--no-container-mount-home",
+        f"--container-mounts={REPO}:{REPO},{tmp_path}:{tmp_path},/data:/data",
+        "--container-env=PYTHONPATH",
+    ]
+
+
+def refused(cluster: Slurm, folder: Path, variables: dict[str, str]) -> list[str]:
+    """The output of a job by `slurm/papo_3b.sh` that ended before its ranks."""
+    options = ["--wait", "--nodes=1", "--time=2", "--signal=B:USR1@0", f"--output={folder}/log", "--open-mode=truncate"]
+    script = REPO / "slurm" / "papo_3b.sh"
+    done = cluster.call("sbatch", *options, script, cwd=folder, env=cluster.environ | variables)
+    assert done.returncode == 2
+    return (folder / "log").read_text().splitlines()
 
 
 def test_what_cannot_run_is_not_submitted(tool: Tool):

@@ -15,7 +15,7 @@ import pytest
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import dump_config
 from megatron_papo.observe.progress import read_progress
-from tests.slurm_lab import Slurm, slurm  # noqa: F401 - a fixture
+from tests.slurm_lab import Slurm
 from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them
 from tests.tiny_run import metrics, tiny_run
 
@@ -78,6 +78,11 @@ def kill_a_rank(cluster: Slurm, run_dir: Path) -> None:
     kill_rank(run_dir, 3)
 
 
+def queue_again(cluster: Slurm, run_dir: Path) -> None:
+    """As an administrator does, and preemption."""
+    assert cluster.call("scontrol", "requeue", *job_ids(run_dir)).returncode == 0
+
+
 def crash_unseen(cluster: Slurm, run_dir: Path) -> None:
     """The node is back before Slurm has noticed: left to itself, the job would run on without it for ever."""
     cluster.lab("crash-node", "node2")
@@ -92,6 +97,7 @@ def crash_the_first_node(cluster: Slurm, run_dir: Path) -> None:
 
 ENDS = {
     ask_to_save: ("saved", ""),
+    queue_again: ("told to end", "queued again"),
     kill_a_rank: ("failed", "papo: rank 3 failed: killed: on node2: Killed"),
     crash_unseen: ("failed", "node2"),
     crash_the_first_node: ("lost", "ended without a word"),
@@ -103,7 +109,11 @@ ENDS = {
     "disturbances",
     [
         pytest.param([ask_to_save, crash_unseen], id="saved_and_crashed"),
-        pytest.param([kill_a_rank, crash_the_first_node, crash_unseen, ask_to_save], id="all", marks=pytest.mark.slow),
+        pytest.param(
+            [kill_a_rank, crash_the_first_node, queue_again, crash_unseen, ask_to_save],
+            id="all",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # noqa: F811
