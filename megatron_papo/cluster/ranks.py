@@ -36,10 +36,11 @@ class RankWatch:
         """Whether every rank has given a sign of life."""
         return len(self._changed) == self._num_ranks
 
-    def dead_rank(self) -> Failure | None:
-        """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well."""
+    def dead_rank(self, but: set[int]) -> Failure | None:
+        """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well, and one
+        in `but` has told why it ended."""
         now = time.monotonic()
-        present = self._look(now)
+        present = [rank for rank in self._look(now) if rank not in but]
         for rank in range(self._num_ranks):
             if rank not in self._changed and now - self._began > self._start_limit_s:
                 return _dead(rank, f"gave no sign of life for {self._start_limit_s:g} s after the start")

@@ -176,11 +176,12 @@ class Supervisor:
             time.sleep(_LOOK_S)
             print(first.read(), end="", flush=True)  # type: ignore[attr-defined]
             now = time.monotonic()
-            dead = watch.dead_rank()
+            notes = read_failures(self._run_dir / "failures")
+            dead = watch.dead_rank(but=set(notes))
             if self._asked_to_save and watch.all_started and now - asked_at > _ASK_AGAIN_S:
                 asked_at = now
                 step.send_signal(signal.SIGUSR1)  # srun passes it on to every rank
-            if read_failures(self._run_dir / "failures"):
+            if notes:
                 noted_at = min(noted_at, now)
             if dead or now - noted_at > _NOTE_WAIT_S or self._told_to_end_at < math.inf:
                 self._end_step(step)

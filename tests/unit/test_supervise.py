@@ -101,22 +101,23 @@ def test_a_rank_whose_sign_stands_still_is_dead_and_one_whose_file_is_gone_is_no
     watch = RankWatch(tmp_path, 3, limit_s=0.5, start_limit_s=60)
     for rank in range(3):
         beat(tmp_path, rank, 1, host=f"node{rank + 1}")
-    assert watch.dead_rank() is None and watch.all_started
+    assert watch.dead_rank(set()) is None and watch.all_started
     (tmp_path / "heartbeats" / "rank_0.json").unlink()  # ended well
     time.sleep(0.6)
     beat(tmp_path, 1, 2)
-    dead = watch.dead_rank()
+    dead = watch.dead_rank(set())
     assert dead is not None and dead.reason() == (
         "papo: rank 2 failed: dead: no sign of life from node3 for 1 s (stage update)"
     )
+    assert watch.dead_rank({2}) is None, "it has told why it ended"
 
 
 def test_a_rank_that_never_starts_is_dead_after_its_limit(tmp_path):
     watch = RankWatch(tmp_path, 2, limit_s=60, start_limit_s=0.2)
     beat(tmp_path, 0, 1)
-    assert watch.dead_rank() is None and not watch.all_started
+    assert watch.dead_rank(set()) is None and not watch.all_started
     time.sleep(0.3)
-    dead = watch.dead_rank()
+    dead = watch.dead_rank(set())
     assert dead is not None and (dead.rank, dead.message) == (1, "gave no sign of life for 0.2 s after the start")
 
 
@@ -126,7 +127,7 @@ def test_after_the_end_the_first_silent_rank_without_a_reason_is_the_cause(tmp_p
         for rank in range(3):
             if rank != 1 or count == 1:
                 beat(tmp_path, rank, count)
-        watch.dead_rank()
+        watch.dead_rank(set())
         time.sleep(0.05)
     found = watch.longest_silent(but={0})
     assert found is not None and found.rank == 1
@@ -150,7 +151,7 @@ def test_what_srun_says_of_tasks_before_it_ends_the_others(tmp_path, text, expec
     watch = RankWatch(tmp_path, 8, limit_s=60, start_limit_s=60)
     for rank in (4, 5):
         beat(tmp_path, rank, 1, host="node2")
-    watch.dead_rank()
+    watch.dead_rank(set())
     (tmp_path / "srun.log").write_text(text)
     found = killed_tasks(tmp_path / "srun.log", watch, "node[1-2]")
     assert [(failure.rank, failure.name, failure.message) for failure in found] == expected
