@@ -37,14 +37,19 @@ class Hasher:
         self._whole = hashlib.new(HASH)
         self._parts = [hashlib.new(HASH) for _ in entry.sources]
 
-    def update(self, start: int, stop: int, data: memoryview) -> None:
-        """Rows `start : stop`, in order and each once."""
+    def updates(self, start: int, stop: int, data: memoryview) -> list[Callable[[], None]]:
+        """Rows `start : stop`, in order and each once: what is to be called, on any threads."""
+        calls: list[Callable[[], None]] = []
         if self._wants_parameter or self._same:
-            self._whole.update(data)
+            calls.append(lambda: self._whole.update(data))
         if self._wants_sources and self._ordered and not self._same:
-            for span in spans(self._entry, start, stop):
-                first = (span.row - start) * self._row_bytes
-                self._parts[span.source].update(data[first : first + span.length * self._row_bytes])
+            calls.append(lambda: self._update_parts(start, stop, data))
+        return calls
+
+    def _update_parts(self, start: int, stop: int, data: memoryview) -> None:
+        for span in spans(self._entry, start, stop):
+            first = (span.row - start) * self._row_bytes
+            self._parts[span.source].update(data[first : first + span.length * self._row_bytes])
 
     def finish(self, read: Callable[[Span], memoryview], most_bytes: int) -> Forms:
         """`read` gives rows of the parameter again, at most `most_bytes` at once (but a row)."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_papo.checkpoint.conversion.spans import width
 from megatron_papo.checkpoint.slices import Entry
 
+_FORGET_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class Strip:
@@ -49,6 +51,7 @@ class Files:
     def __init__(self, folder: Path, flags: int = os.O_RDONLY):
         self.folder, self._flags = folder, flags
         self._open: dict[str, int] = {}
+        self._cached: dict[str, int] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -76,6 +79,19 @@ class Files:
             if not count:
                 raise ValueError(f"{self.folder / name}: {what}: truncated: the file ends at byte {offset + done}")
             done += count
+        self._forget_behind(name, offset, done)
+
+    def _forget_behind(self, name: str, offset: int, count: int) -> None:
+        """What was read is not read again soon: its pages are free for others, and for what is read next."""
+        self._cached[name] = self._cached.get(name, 0) + count
+        if self._cached[name] >= _FORGET_BYTES:
+            os.posix_fadvise(self.handle(name), 0, offset, os.POSIX_FADV_DONTNEED)
+            self._cached[name] = 0
+
+    def sync(self, name: str) -> None:
+        """Forces what was written to disk; its pages too are free for others then."""
+        os.fdatasync(self.handle(name))
+        os.posix_fadvise(self.handle(name), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         view, done = memoryview(data), 0

@@ -87,7 +87,7 @@ class Stream:
     def run(self, jobs: Sequence[Job]) -> None:
         for _ in range(_SLOTS):
             self._free.put(_Slot(self._chunk_bytes))
-        reader, writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        reader, writer, self._hashers = (ThreadPoolExecutor(1) for _ in range(3))
         with Files(self._store.folder) as files:
             try:
                 steps = self._steps(jobs)
@@ -97,7 +97,7 @@ class Stream:
                 for future in self._written:
                     future.result()
             finally:
-                for pool in (reader, writer):
+                for pool in (reader, writer, self._hashers):
                     pool.shutdown(cancel_futures=True)
 
     def _steps(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int, int]]:
@@ -130,9 +130,7 @@ class Stream:
             self._begin(job)
         if job.other != job.dtype:
             data = self._cast(job, raw, slot)
-        self._read_hash.update(start, stop, view(raw))
-        if self._cast_hash is not self._read_hash:
-            self._cast_hash.update(start, stop, view(data))
+        self._hash(start, stop, raw, data)
         self._written.append(writer.submit(self._put, job.entry, start, stop, data, slot))
         if stop == job.entry.shape[0]:
             self._written.append(writer.submit(self._done, self._finish(files, job)))
@@ -151,6 +149,17 @@ class Stream:
         self._cast_hash = self._read_hash
         if not same:
             self._cast_hash = Hasher(job.entry, job.other.itemsize, wants.cast_parameter, wants.cast_sources)
+
+    def _hash(self, start: int, stop: int, raw: Tensor, data: Tensor) -> None:
+        """Two forms are two hashes of the same bytes: half of them on another thread."""
+        calls = self._read_hash.updates(start, stop, view(raw))
+        if self._cast_hash is not self._read_hash:
+            calls += self._cast_hash.updates(start, stop, view(data))
+        others = [self._hashers.submit(call) for call in calls[1::2]]
+        for call in calls[::2]:
+            call()
+        for future in others:
+            future.result()
 
     def _cast(self, job: Job, raw: Tensor, slot: _Slot) -> Tensor:
         """To the nearest value, of two equally near ones the even one; the values that it changed are counted."""

@@ -120,5 +120,5 @@ class _Writer:
         self._journal.append(record_of(outcome, self._plan.direction))
 
     def _sync(self, num_records: int) -> None:
-        os.fdatasync(self._files.handle(self._file))
+        self._files.sync(self._file)
         self._journal.mark_synced(num_records)
