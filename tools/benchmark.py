@@ -5,6 +5,7 @@
     python tools/benchmark.py head       the language-model head, against logits that are made whole
     python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
     python tools/benchmark.py save       training with checkpoints in the background, against training without
+    python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
 
 `update` and `step` need TRL: `make bench` installs it. Everything runs on one thread a rank without a GPU.
 """
@@ -34,6 +35,8 @@ def main() -> int:
     options = {} if arguments.which == "head" else {"rounds": arguments.rounds}
     if arguments.which == "growth":
         options["plot"] = arguments.plot
+    if arguments.which == "convert":
+        options |= {"folder": arguments.folder, "sizes": arguments.sizes_gb}
     rows = module.run(arguments.quick, **options)
     print_rows(rows, f"{arguments.which}{' (quick)' if arguments.quick else ''}")
     if arguments.json:
@@ -43,11 +46,14 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("update", "step", "head", "growth", "save"))
+    parser.add_argument("which", choices=("update", "step", "head", "growth", "save", "convert"))
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="growth: draw the curves there, as PNG")
+    parser.add_argument("--folder", type=Path, help="convert: the disk to measure, by default that of /tmp")
+    parser.add_argument("--sizes-gb", type=float, nargs="+", metavar="GB", help="convert: these instead of 1, 2, 4, 8 "
+                        "and the whole 7B model")  # fmt: skip
     return parser
 
 

@@ -1,79 +1,101 @@
-"""Hugging Face folders to checkpoints and back, and their comparison, bit for bit.
+"""Hugging Face folders to checkpoints and back, tensor by tensor, and the proof of either.
 
-    python tools/convert_checkpoint.py hf-to-megatron HF_FOLDER CHECKPOINT
+    python tools/convert_checkpoint.py hf-to-megatron HF_FOLDER CHECKPOINT [--dtype bfloat16] [--workers 4]
     python tools/convert_checkpoint.py megatron-to-hf CHECKPOINT HF_FOLDER
-    python tools/convert_checkpoint.py verify HF_FOLDER CHECKPOINT
+    python tools/convert_checkpoint.py verify FOLDER [--source SOURCE]    a converted folder, from its manifest
+    python tools/convert_checkpoint.py verify HF_FOLDER CHECKPOINT        any two folders, bit for bit
 
-A checkpoint does not depend on a layout: any tensor and pipeline parallelism loads it. Runs in one process on the CPU.
-Exit status: 0 done, or the same weights; 1 different weights; 2 a folder that cannot be read.
+A checkpoint does not depend on a layout: any tensor and pipeline parallelism loads it. Runs on the CPU, with any
+number of workers here, or as one of those that srun or torchrun started over several machines. Interrupted, the same
+command goes on where it was. Exit status: 0 done, or the same weights; 1 different weights; 2 what cannot be read or
+written.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import warnings
+import tempfile
 from pathlib import Path
+from typing import Any
+
+GIB, GB = 2**30, 10**9
 
 
 def main() -> int:
     arguments = _parser().parse_args()
+    from megatron_papo.launch import outer_rank
+
     try:
-        return _run(arguments)
+        if arguments.workers == 1 and outer_rank(os.environ) is None:
+            return _alone(arguments)
+        return _together(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (1); under srun "
+                        "or torchrun their tasks are the workers")  # fmt: skip
+    shared.add_argument("--memory-gib", type=float, default=2.0, metavar="GIB",
+                        help="most memory that a worker takes, libraries included (2)")  # fmt: skip
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the target; by default the source's own. "
+                         "To float32 is exact, to bfloat16 rounds to nearest, ties to even")  # fmt: skip
+    writing.add_argument("--file-gb", type=float, default=2.0, metavar="GB",
+                         help="most that a file of the target holds, but one parameter at least (2)")  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    into = verbs.add_parser("hf-to-megatron", help="a Hugging Face folder as a checkpoint")
-    into.add_argument("source", type=Path, help="folder with config.json and *.safetensors")
-    into.add_argument("target", type=Path, help="checkpoint folder to write")
-    back = verbs.add_parser("megatron-to-hf", help="a checkpoint's weights as a Hugging Face folder")
-    back.add_argument("source", type=Path, help="checkpoint folder (a step_... folder of a run)")
-    back.add_argument("target", type=Path, help="folder to write")
+    into = verbs.add_parser("hf-to-megatron", parents=[shared, writing], help="a Hugging Face folder as a checkpoint")
+    into.add_argument("first", type=Path, metavar="source", help="folder with config.json and *.safetensors")
+    into.add_argument("second", type=Path, metavar="target", help="checkpoint folder to write")
+    back = verbs.add_parser("megatron-to-hf", parents=[shared, writing],
+                            help="a checkpoint's weights as a Hugging Face folder")  # fmt: skip
+    back.add_argument("first", type=Path, metavar="source", help="checkpoint folder (a step_... folder of a run)")
+    back.add_argument("second", type=Path, metavar="target", help="folder to write")
     back.add_argument("--source", dest="files", type=Path, help="where config, tokenizer and processor come from; "
                       "by default the checkpoint itself")  # fmt: skip
-    same = verbs.add_parser("verify", help="compare the weights of two folders, each of either kind")
-    same.add_argument("first", type=Path)
-    same.add_argument("second", type=Path)
+    same = verbs.add_parser("verify", parents=[shared], help="prove a converted folder, or compare two folders")
+    same.add_argument("first", type=Path, metavar="folder")
+    same.add_argument("second", type=Path, metavar="other", nargs="?", help="compare with this one, bit for bit")
+    same.add_argument("--source", dest="files", type=Path, help="hash what was converted, too")
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore", module="megatron")  # of what it would do on a GPU
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _request(arguments: argparse.Namespace) -> Any:
+    from megatron_papo.checkpoint.conversion.command import Request  # after the parser: --help does not wait for torch
 
-    from megatron_papo.accelerator import adapt_megatron  # after the parser: --help does not wait for torch
-    from megatron_papo.checkpoint.convert import checkpoint_to_hf, differences, hf_to_checkpoint
-    from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize, shutdown
+    if arguments.workers < 1:
+        raise ValueError(f"--workers: {arguments.workers} is not a number of processes")
+    given = {"dtype": arguments.dtype, "file_bytes": int(arguments.file_gb * GB)} if "dtype" in arguments else {}
+    memory_bytes = int(arguments.memory_gib * GIB)
+    files = getattr(arguments, "files", None)
+    return Request(arguments.verb, arguments.first, arguments.second, memory_bytes, files=files, **given)
 
-    adapt_megatron()
-    initialize(ParallelConfig())
-    try:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns) as bar:
-            task = bar.add_task(arguments.verb, total=None)
 
-            def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+def _alone(arguments: argparse.Namespace) -> int:
+    request = _request(arguments)
+    from megatron_papo.checkpoint.conversion.command import perform
+    from megatron_papo.checkpoint.conversion.crew import Crew
 
-            if arguments.verb == "verify":
-                found = differences(arguments.first, arguments.second, progress=progress)
-            elif arguments.verb == "hf-to-megatron":
-                hf_to_checkpoint(arguments.source, arguments.target, progress)
-            else:
-                checkpoint_to_hf(arguments.source, arguments.target, arguments.files, progress)
-    finally:
-        shutdown()
-    if arguments.verb != "verify":
-        print(f"wrote {arguments.target}")
-        return 0
-    print("\n".join(found) if found else "the same, bit for bit")
-    return 1 if found else 0
+    with Crew() as crew:
+        return perform(request, crew)
+
+
+def _together(arguments: argparse.Namespace) -> int:
+    from megatron_papo.launch import Work, launch
+
+    with tempfile.TemporaryDirectory(prefix="papo_convert_") as folder:
+        status = Path(folder, "status")
+        work = Work("megatron_papo.checkpoint.conversion.command:work", (_request(arguments), status), Path(folder))
+        code = launch(work, arguments.workers)
+        return code or int(status.read_text() if status.exists() else 0)
 
 
 if __name__ == "__main__":

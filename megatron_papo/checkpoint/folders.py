@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from megatron_papo.model.shape import ModelShape
 
 MAX_FILE_BYTES = 5 * 10**9
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json")
-"""The weights' own, and a checkpoint's own."""
+_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "manifest.json")
+"""The weights' own, a checkpoint's own, and what a conversion says of the folder it wrote."""
 MAX_SHOWN_FAULTS = 10
 
 
@@ -41,7 +42,7 @@ class HuggingFaceReader:
         self._places: dict[str, tuple[Path, Any]] = {}
 
     def __enter__(self) -> HuggingFaceReader:
-        for file in self._files():
+        for file in weight_files(self.folder).files:
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -54,19 +55,6 @@ class HuggingFaceReader:
     def __exit__(self, *_: object) -> None:
         self._places.clear()
         self._stack.close()
-
-    def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (self.folder / name).exists()]
-            if missing:
-                raise ValueError(f"{index}: names files that are not there: {', '.join(missing)}")
-            return [self.folder / name for name in names]
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{self.folder}: holds no *.safetensors")
-        return files
 
     def shapes(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
         """name -> (file, shape) of every tensor."""
@@ -81,18 +69,56 @@ class HuggingFaceReader:
 
     def check(self, shape: ModelShape) -> None:
         """Raises ValueError with a line for each missing, extra or misshapen tensor."""
-        found = self.shapes()
-        expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
-        faults = [f"{self.folder}: {name} {expected[name]}: missing" for name in expected if name not in found]
-        for name, (file, size) in sorted(found.items()):
-            if name in expected and size != expected[name]:
-                faults.append(f"{file}: {name}: expected shape {expected[name]}, found {size}")
-            # a tied head is the word embedding once more; transformers ignores it too
-            elif name not in expected and not (name == "lm_head.weight" and shape.tie_word_embeddings):
-                faults.append(f"{file}: {name} {size}: no such tensor in the model that config.json describes")
-        if faults:
-            more = [f"... and {len(faults) - MAX_SHOWN_FAULTS} more"] if len(faults) > MAX_SHOWN_FAULTS else []
-            raise ValueError("\n".join(faults[:MAX_SHOWN_FAULTS] + more))
+        check_tensors(self.folder, self.shapes(), shape, weight_files(self.folder).index)
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    files: list[Path]
+    index: dict[str, str]
+    """tensor -> file, as the index says; empty without one."""
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The safetensors files of a folder. Raises ValueError naming those that the index names and that are not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder}: holds no *.safetensors")
+        return WeightFiles(files, {})
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index}: not an index of safetensors files") from None
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{index}: names files that are not there: {', '.join(missing)}")
+    return WeightFiles([folder / name for name in names], weight_map)
+
+
+def check_tensors(
+    folder: Path, found: Mapping[str, tuple[Path, tuple[int, ...]]], shape: ModelShape, index: Mapping[str, str]
+) -> None:
+    """Raises ValueError with a line for each tensor of the model that is missing, extra or misshapen in `found`."""
+    expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
+    places = {published_name(name): folder / file for name, file in index.items()}
+    faults = [f"{places.get(name, folder)}: {name} {expected[name]}: missing" for name in expected if name not in found]
+    for name, (file, size) in sorted(found.items()):
+        if name in expected and size != expected[name]:
+            faults.append(f"{file}: {name}: expected shape {expected[name]}, found {size}")
+        # a tied head is the word embedding once more; transformers ignores it too
+        elif name not in expected and not (name == "lm_head.weight" and shape.tie_word_embeddings):
+            faults.append(f"{file}: {name} {size}: no such tensor in the model that config.json describes")
+    raise_faults(faults)
+
+
+def raise_faults(faults: list[str]) -> None:
+    """Raises ValueError with the first of `faults`, a line each, if there are any."""
+    if faults:
+        more = [f"... and {len(faults) - MAX_SHOWN_FAULTS} more"] if len(faults) > MAX_SHOWN_FAULTS else []
+        raise ValueError("\n".join(faults[:MAX_SHOWN_FAULTS] + more))
 
 
 def write_folder(
@@ -107,7 +133,7 @@ def write_folder(
     partial.mkdir(parents=True)
     dtype = _write_tensors(tensors, partial, max_file_bytes)
     copy_side_files(source, partial)
-    _set_dtype(partial / "config.json", dtype)
+    set_dtype(partial / "config.json", dtype)
     publish(partial, folder)
 
 
@@ -157,7 +183,7 @@ def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[s
     return list(tensors)
 
 
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+def set_dtype(config: Path, dtype: torch.dtype) -> None:
     """transformers loads in the dtype that the config names, so it must name the one that was written."""
     tree = json.loads(config.read_text())
     tree["dtype"] = str(dtype).removeprefix("torch.")

@@ -29,13 +29,12 @@ from megatron_papo.checkpoint.folders import MAX_SHOWN_FAULTS
 from megatron_papo.checkpoint.parameters import Held, held_parameters
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
+from megatron_papo.checkpoint.state_file import FORMAT, STATE_FILE, read_state_file
+from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
 from megatron_papo.checkpoint.writing import Boxes, own_boxes, to_boxes, write_boxes, write_format
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optim import Optimizer
 from megatron_papo.parallel import gather_objects, layout
-
-FORMAT = 1
-STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,6 @@ class Restored:
     metric: float | None
     cursor: dict[str, Any]
     config: dict[str, Any]
-
-
-def is_checkpoint(folder: Path | str) -> bool:
-    return (Path(folder) / STATE_FILE).is_file()
-
-
-def read_state_file(folder: Path | str) -> dict[str, Any]:
-    """The parsed state.json. Raises ValueError naming the file when it is missing, broken or of another format."""
-    file = Path(folder) / STATE_FILE
-    try:
-        tree = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file: not a checkpoint of this package") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if tree.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {tree.get('format')!r}, this version reads {FORMAT}")
-    return tree
 
 
 @dataclass(frozen=True)

@@ -2,100 +2,533 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
+import json
+import multiprocessing
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import run_ranks
+from megatron_papo.checkpoint.conversion import crew, stores
+from megatron_papo.checkpoint.conversion.journal import FOLDER, read_journal
+from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
+from megatron_papo.checkpoint.conversion.progress import memory
 from tests.tiny import make_tiny_folder
+from tools.benchmarks.convert import write_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+KEY = "model.layers.1.self_attn.k_proj.weight"
+SMALL = ("--file-gb", "0.0001")
+"""Nine files of the tiny model."""
 
 
-def _tool(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """As a user's shell: no rank's variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
-def _spoilt(source: Path, target: Path, name: str, change) -> Path:
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    tensors[name] = change(tensors[name])
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """bfloat16 in several files."""
+    root = tmp_path_factory.mktemp("hf")
+    folder = make_tiny_folder(root / "hf", vision_intermediate=42, vocab=275, max_shard_size="200KB")
+    for file in folder.glob("*.safetensors"):
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
 
 
-def _main(folder: str, *calls: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """On a rank, where torch is imported already: exit status, output and errors of each call of the tool."""
-    os.chdir(folder)
+def _load_tool():
     spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    found = []
-    for call in calls:
-        sys.argv = [str(TOOL), *call]
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-            status = tool.main()
-        found.append((status, out.getvalue(), errors.getvalue()))
-    return found
+    return tool
 
 
-def test_there_and_back_and_verified(tmp_path):
-    source = make_tiny_folder(tmp_path / "hf", vision_intermediate=42, vocab=275)
-    tensors = load_file(source / "model.safetensors")
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, source / "model.safetensors")
-
-    wrote = _tool("hf-to-megatron", "hf", "checkpoint", cwd=tmp_path)
-    assert (wrote.returncode, wrote.stdout.splitlines()[-1]) == (0, "wrote checkpoint"), wrote.stderr
-    assert "hf-to-megatron" in wrote.stdout and "43/43" in wrote.stdout, "progress is shown"
-
-    name = "model.layers.1.self_attn.k_proj.weight"
-    _spoilt(source, tmp_path / "other", name, lambda tensor: tensor.index_fill(0, torch.tensor([3]), 9.0))
-    ((back, same, differs),) = run_ranks(
-        _main, 1, str(tmp_path),
-        ("megatron-to-hf", "checkpoint", "again"), ("verify", "again", "checkpoint"), ("verify", "checkpoint", "other"),
-    )  # fmt: skip
-    assert back[0] == 0, back[2]
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    assert again.keys() == tensors.keys()
-    assert {f.name for f in (tmp_path / "again").iterdir()} == {f.name for f in source.iterdir()}
-    for name_, tensor in tensors.items():
-        assert again[name_].dtype == torch.bfloat16
-        assert torch.equal(again[name_], tensor.bfloat16()), name_
-    assert (same[0], same[1].splitlines()[-1]) == (0, "the same, bit for bit")
-    assert differs[0] == 1
-    assert differs[1].splitlines()[-1].startswith(f"{name}: 64 of 2048 values differ, by at most 9"), differs[1]
+def run(*arguments: str | Path) -> int:
+    """The tool's exit status; in this process, where torch is imported already."""
+    before = sys.argv
+    sys.argv = [str(TOOL), *map(str, arguments)]
+    try:
+        return _load_tool().main()
+    finally:
+        sys.argv = before
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
-    source = make_tiny_folder(tmp_path / "hf")
-    _spoilt(source, tmp_path / "bad", "visual.merger.ln_q.weight", lambda tensor: tensor[:-1].clone())
-    (found,) = run_ranks(
-        _main, 1, str(tmp_path),
-        ("hf-to-megatron", "bad", "out"), ("verify", "hf", "bad"), ("megatron-to-hf", "hf", "out"),
-        ("hf-to-megatron", "nowhere", "out"),
-    )  # fmt: skip
-    assert [status for status, _, _ in found] == [2, 2, 2, 2]
-    for _, _, errors in found[:2]:
-        assert "model.safetensors: visual.merger.ln_q.weight: expected shape (32,), found (31,)" in errors
-    assert "hf/state.json: no such file: not a checkpoint of this package" in found[2][2]
-    assert "nowhere/config.json: no such file" in found[3][2]
-    assert not (tmp_path / "out").exists()
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = tensors_of(folder)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def flip(file: Path, offset: int) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(offset)
+        byte = handle.read(1)[0]
+        handle.seek(offset)
+        handle.write(bytes([byte ^ 1]))
+
+
+def test_there_and_back_as_a_command(source, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    for verb, *folders in (("hf-to-megatron", source, "checkpoint"), ("megatron-to-hf", "checkpoint", "again")):
+        command = [sys.executable, str(TOOL), verb, *map(str, folders)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        lines = done.stdout.splitlines()
+        assert (done.returncode, lines[-1]) == (0, f"wrote {folders[-1]}"), done.stderr
+        assert lines[0].startswith(f"{verb}: 0.000 of 0.000 GB") and "peak memory of a worker" in lines[-2]
+    assert_same_weights(tmp_path / "again", tensors_of(source))
+    side = {file.name for file in source.iterdir() if file.suffix != ".safetensors"} - {"model.safetensors.index.json"}
+    assert {file.name for file in (tmp_path / "again").iterdir()} == side | {"model.safetensors", "manifest.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again", "checkpoint"], "nothing else is left"
 
 
 def test_help_does_not_wait_for_torch(tmp_path):
     began = os.times().children_user
-    shown = _tool("--help", cwd=tmp_path)
+    shown = subprocess.run([sys.executable, str(TOOL), "--help"], cwd=tmp_path, capture_output=True, text=True)
     spent = os.times().children_user - began
     assert shown.returncode == 0 and "megatron-to-hf" in shown.stdout
     assert spent < 1.0, f"{spent:.2f} s of processor time"
+
+
+def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
+    for workers in ("1", "3"):
+        assert run("hf-to-megatron", source, tmp_path / f"m{workers}", "--workers", workers, *SMALL) == 0
+        assert run("megatron-to-hf", tmp_path / "m1", tmp_path / f"h{workers}", "--workers", workers, *SMALL) == 0
+    assert len(list((tmp_path / "m3").glob("*.distcp"))) > 5
+    assert len(list((tmp_path / "h3").glob("*.safetensors"))) > 5
+    assert content(tmp_path / "m1") == content(tmp_path / "m3")
+    assert content(tmp_path / "h1") == content(tmp_path / "h3")
+    assert_same_weights(tmp_path / "h3", tensors_of(source))
+    assert run("verify", tmp_path / "h3", "--source", tmp_path / "m1", "--workers", "3") == 0
+
+
+def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
+    assert run("hf-to-megatron", source, tmp_path / "m") == 0
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    file = next(file for file in other.glob("*.safetensors") if KEY in load_file(file))
+    tensors = load_file(file)
+    tensors[KEY][3] = 9.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert run("verify", source, tmp_path / "m") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the same, bit for bit"
+    for workers in ("1", "2"):
+        capsys.readouterr()
+        assert run("verify", tmp_path / "m", other, "--workers", workers) == 1
+    # the last of two workers prints to the real standard output, so the line is read of one
+    assert run("verify", tmp_path / "m", other) == 1
+    assert f"{KEY}: 64 of 2048 values differ, by at most 9" in capsys.readouterr().out
+
+
+def test_casts_are_to_nearest_and_counted(source, tmp_path, capsys):
+    exact = tensors_of(source)
+    assert run("hf-to-megatron", source, tmp_path / "wide", "--dtype", "float32") == 0
+    assert run("megatron-to-hf", tmp_path / "wide", tmp_path / "back", "--dtype", "bfloat16") == 0
+    assert_same_weights(tmp_path / "back", exact)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    for folder in ("wide", "back"):
+        assert run("verify", tmp_path / folder) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3].endswith("from the target its source, bit for bit"), "float32 holds every bfloat16"
+    assert out[-1].endswith("from the target its source as it was cast; the cast rounded")
+    wide, back = (json.loads((tmp_path / name / "manifest.json").read_text())["casts"] for name in ("wide", "back"))
+    count = sum(tensor.numel() for tensor in exact.values())
+    assert wide == [{"from": "bfloat16", "to": "float32", "exact": True, "how": "every value kept",
+                     "values": count, "values_changed": 0}]  # fmt: skip
+    assert back[0]["values_changed"] == 0 and not back[0]["exact"]
+
+    full = make_tiny_folder(tmp_path / "full", vision_intermediate=42, vocab=275)
+    assert run("hf-to-megatron", full, tmp_path / "narrow", "--dtype", "bfloat16", "--workers", "2") == 0
+    assert run("megatron-to-hf", tmp_path / "narrow", tmp_path / "rounded") == 0
+    values = tensors_of(full)
+    assert_same_weights(tmp_path / "rounded", {name: tensor.bfloat16() for name, tensor in values.items()})
+    (cast,) = json.loads((tmp_path / "narrow" / "manifest.json").read_text())["casts"]
+    changed = sum(int((tensor.bfloat16().float() != tensor).sum()) for tensor in values.values())
+    assert cast["values_changed"] == changed > 0.9 * count
+    assert run("verify", tmp_path / "narrow", "--source", full) == 0
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(source, tmp_path, capsys):
+    copy = tmp_path / "hf"
+    shutil.copytree(source, copy)
+    assert run("hf-to-megatron", copy, tmp_path / "m", *SMALL) == 0
+    assert run("megatron-to-hf", tmp_path / "m", tmp_path / "back", *SMALL) == 0
+    plan = make_plan("hf-to-megatron", copy, tmp_path / "x", Settings(file_bytes=100_000), None)
+    entry = next(entry for entry in plan.table.values() if KEY in [source.name for source in entry.sources])
+    strip = next(plan.target.strips(entry, 0, entry.shape[0]))
+    at_home = plan.source.tensors[KEY]  # type: ignore[attr-defined]
+    flip(tmp_path / "m" / strip.file, strip.offset + 40)
+    flip(copy / at_home.file, at_home.offset + 5)
+    back = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())["weight_map"][KEY]
+    flip(tmp_path / "back" / back, (tmp_path / "back" / back).stat().st_size - 1)
+    capsys.readouterr()
+    for folder, name, file, more in (
+        ("m", entry.name, strip.file, ()), ("m", KEY, at_home.file, ("--source", copy)), ("back", "", back, ()),
+    ):  # fmt: skip
+        assert run("verify", tmp_path / folder, *more) == 1
+        printed = capsys.readouterr().out
+        assert f"{file}: {name}" in printed and "its hash differs from the manifest's" in printed
+    tree = json.loads((tmp_path / "back" / "manifest.json").read_text())
+    del tree["target"][KEY]
+    (tmp_path / "back" / "manifest.json").write_text(json.dumps(tree))
+    assert run("verify", tmp_path / "back") == 2
+    assert f"manifest.json: {KEY}: in the manifest or in the model" in capsys.readouterr().err
+
+
+def _without(folder: Path) -> None:
+    _change(folder, lambda tensors: tensors.pop(KEY))
+
+
+def _more(folder: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({"model.layers.7.input_layernorm.weight": torch.ones(3)}))
+
+
+def _misshapen(folder: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({KEY: tensors[KEY][:-1].clone()}))
+
+
+def _integers(folder: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int8)}))
+
+
+def _mixed(folder: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({KEY: tensors[KEY].float()}))
+
+
+def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = next(file for file in folder.glob("*.safetensors") if KEY in load_file(file))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _cut(folder: Path) -> None:
+    file = next(file for file in folder.glob("*.safetensors") if KEY in load_file(file))
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def _no_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def _other_config(folder: Path) -> None:
+    tree = json.loads((folder / "config.json").read_text())
+    tree["text_config"]["vocab_size"] = 280
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
+BAD_FOLDERS = {
+    "missing": (_without, rf"model-0000\d-of-0000\d.safetensors: {KEY} \(32, 64\): missing"),
+    "extra": (_more, r"model-\S+: model.layers.7.input_layernorm.weight \(3,\): no such tensor in the model"),
+    "misshapen": (_misshapen, rf"model-\S+: {KEY}: expected shape \(32, 64\), found \(31, 64\)"),
+    "integers": (_integers, rf"model-\S+: {KEY}: is I8; F32, BF16, F16 can be converted"),
+    "two dtypes": (_mixed, rf"model-\S+: {KEY}: is torch.float32, model.layers.1.self_attn.q_proj.weight is "),
+    "truncated": (_cut, r"model-\S+: \S+: truncated: not a whole safetensors file"),
+    "a file gone": (_no_shard, r"model.safetensors.index.json: names files that are not there: model-00002-of"),
+    "another config": (_other_config, r"model-\S+: lm_head.weight: expected shape \(280, 64\), found \(275, 64\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_folder_is_one_line_with_file_and_tensor(source, tmp_path, capsys, case):
+    spoil, told = BAD_FOLDERS[case]
+    shutil.copytree(source, tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    assert run("hf-to-megatron", tmp_path / "bad", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    import re
+
+    assert re.search(told, errors.splitlines()[0]), errors
+    assert len(errors.splitlines()) == (2 if case == "another config" else 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_bad_checkpoint_is_one_line_with_file_and_tensor(source, tmp_path, capsys):
+    good = tmp_path / "good"
+    assert run("hf-to-megatron", source, good, *SMALL) == 0
+    name = "language.decoder.layers.1.mlp.linear_fc2.weight"
+
+    def check(told: str, *arguments: str | Path) -> None:
+        capsys.readouterr()
+        assert run("megatron-to-hf", tmp_path / "bad", tmp_path / "out", *arguments) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1 and told in errors[0], errors
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "out.tmp", ignore_errors=True)
+        shutil.rmtree(tmp_path / "bad")
+        shutil.copytree(good, tmp_path / "bad")
+
+    (tmp_path / "bad").mkdir()
+    check("state.json: no such file: not a checkpoint of this package")
+    (tmp_path / "bad" / ".metadata").write_bytes(b"nothing")
+    check(".metadata: not the metadata of a checkpoint")
+    last = max((tmp_path / "bad").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    last.unlink()
+    check(f"{last.name}: No such file or directory")
+    os.truncate(last, last.stat().st_size - 200)
+    check(f"{last.name}: language.output_layer.weight: truncated")
+    with last.open("r+b") as file:
+        file.write(bytes(2000))
+    # a planned frame is not needed to read a box of this version, but another program's is
+    check(f"{last.name}: ")
+    tree = json.loads((good / "config.json").read_text())
+    tree["text_config"]["num_hidden_layers"] = 1
+    shutil.copytree(source, tmp_path / "files")
+    (tmp_path / "files" / "config.json").write_text(json.dumps(tree))
+    capsys.readouterr()
+    assert run("megatron-to-hf", good, tmp_path / "out", "--source", tmp_path / "files") == 2
+    assert f".metadata: {name} (64, 128): no such parameter in the model" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_is_said_before_the_first_byte(source, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        for workers in ("1", "2"):
+            assert run("hf-to-megatron", source, small / "out", "--workers", workers) == 2
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert f"{small}: 0.07 GB are needed there, 0.00 GB are free" in capsys.readouterr().err
+
+
+def test_what_is_there_already_is_not_overwritten(source, tmp_path, capsys):
+    assert run("hf-to-megatron", source, tmp_path / "out") == 0
+    before = content(tmp_path / "out")
+    assert run("hf-to-megatron", source, tmp_path / "out") == 0
+    assert "there already, from the same source with the same settings" in capsys.readouterr().out
+    assert run("hf-to-megatron", source, tmp_path / "out", "--dtype", "float32") == 2
+    assert f"{tmp_path / 'out'}: exists already" in capsys.readouterr().err
+    assert content(tmp_path / "out") == before
+
+
+# --- killed and resumed
+
+
+def _in_a_process(work: Callable[..., object], *arguments: object) -> int:
+    """Exit code of a forked process that calls `work`."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _dying(after: int, log: Path, arguments: tuple[str, ...]) -> None:
+    """Runs the tool with every write logged and SIGKILL before write number `after`; another file call may be it."""
+    calls = 0
+    pwrite, replace, write = os.pwrite, Path.rename, os.write
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def logged(handle: int, data: memoryview, offset: int) -> int:
+        count()
+        if len(data) > 1 and random.random() < 0.3:
+            data = data[: len(data) // 2]  # a disk may take a part
+        done = pwrite(handle, data, offset)
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        with log.open("a") as file:
+            file.write(f"{name} {offset} {done}\n")
+        return done
+
+    def renamed(self: Path, target: Path) -> Path:
+        count()
+        return replace(self, target)
+
+    def written(handle: int, data: bytes) -> int:
+        count()
+        return write(handle, data)
+
+    stores.os.pwrite, stores.os.write = logged, written  # type: ignore[attr-defined]
+    Path.rename = renamed  # type: ignore[method-assign,assignment]
+    os._exit(run(*arguments))
+
+
+def _finished(partial: Path) -> set[str]:
+    files = (partial / FOLDER).glob("*.jsonl") if partial.exists() else []
+    return {record.name for file in files for record in read_journal(file).records}
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_killed_at_any_moment_it_goes_on_without_redoing_a_tensor(source, tmp_path, direction):
+    first = source
+    if direction == "megatron-to-hf":
+        first = tmp_path / "m"
+        assert run("hf-to-megatron", source, first) == 0
+    assert run(direction, first, tmp_path / "whole", *SMALL) == 0
+    plan = make_plan(direction, first, tmp_path / "out.tmp", Settings(file_bytes=100_000), None)  # type: ignore[arg-type]
+    values = {
+        name: [(strip.file, strip.offset, strip.offset + strip.length * strip.width * 2)
+               for strip in plan.target.strips(entry, 0, entry.shape[0])]
+        for name, entry in plan.table.items()
+    }  # fmt: skip
+    moments, kills, code = random.Random(7), 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        before, log = _finished(tmp_path / "out.tmp"), tmp_path / "log"
+        log.write_text("")
+        after = moments.randrange(1, 60) if kills < 12 else 10**9
+        code = _in_a_process(_dying, after, log, (direction, str(first), str(tmp_path / "out"), *SMALL))
+        kills += 1
+        writes = [
+            (name, int(at), int(at) + int(size)) for name, at, size in map(str.split, log.read_text().splitlines())
+        ]
+        again = {
+            name
+            for name in before
+            for file, start, stop in values[name]
+            for written, at, end in writes
+            if written == file and at < stop and end > start
+        }
+        assert not again, "a finished tensor was written again"
+        assert (tmp_path / "out").exists() == (code == 0), "whole or not at all"
+        if code:
+            assert before <= _finished(tmp_path / "out.tmp") or not (tmp_path / "out.tmp" / FOLDER).exists()
+    assert code == 0 and kills > 5
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_any_other_number_of_workers_goes_on_and_doubtful_bytes_are_read_again(source, tmp_path, capfd):
+    assert run("hf-to-megatron", source, tmp_path / "whole", *SMALL) == 0
+    out = tmp_path / "out"
+    arguments = ("hf-to-megatron", str(source), str(out), *SMALL)
+    assert _in_a_process(_dying, 150, tmp_path / "log", arguments) == -signal.SIGKILL
+    partial = tmp_path / "out.tmp"
+    plan = make_plan("hf-to-megatron", source, partial, Settings(file_bytes=100_000), None)
+    journals = {unit.file: read_journal(partial / FOLDER / f"{unit.file}.jsonl") for unit in plan.units}
+    unit, journal = next((file, found) for file, found in journals.items() if len(found.records) > found.num_synced)
+    num_finished = sum(len(found.records) for found in journals.values())
+    doubtful = plan.table[journal.records[-1].name]
+    strip = next(plan.target.strips(doubtful, 0, doubtful.shape[0]))
+    flip(partial / unit, strip.offset)  # as if this page had not reached the disk when the machine went down
+    capfd.readouterr()
+    assert run(*arguments, "--workers", "3") == 0
+    printed = capfd.readouterr().out
+    assert f"{partial}: going on with it" in printed
+    assert f"{num_finished - 1} parameters were there already" in printed
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_another_source_or_setting_starts_anew_and_says_so(source, tmp_path, capsys):
+    copy = tmp_path / "hf"
+    shutil.copytree(source, copy)
+    arguments = ("hf-to-megatron", str(copy), str(tmp_path / "out"), *SMALL)
+    for change in (lambda: None, lambda: os.utime(next(copy.glob("*.safetensors")))):
+        assert _in_a_process(_dying, 120, tmp_path / "log", arguments) == -signal.SIGKILL
+        change()
+        more = () if change() is None and "begun" in str(change) else ("--dtype", "float32")
+        capsys.readouterr()
+        assert run(*arguments, *more) == 0
+        assert "was begun from another source or with other settings: starting anew" in capsys.readouterr().out
+        assert run("verify", tmp_path / "out", "--source", copy) == 0
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_two_conversions_of_one_target_are_refused(source, tmp_path, capsys):
+    import fcntl
+
+    arguments = ("hf-to-megatron", str(source), str(tmp_path / "out"), *SMALL)
+    assert _in_a_process(_dying, 50, tmp_path / "log", arguments) == -signal.SIGKILL
+    with (tmp_path / "out.tmp" / FOLDER / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run(*arguments) == 2
+    assert "out.tmp: another conversion is writing it" in capsys.readouterr().err
+    assert run(*arguments) == 0
+
+
+def test_a_worker_that_fails_ends_all_with_its_reason(source, tmp_path, capfd, monkeypatch):
+    read = stores.Files.read
+
+    def fails(self: stores.Files, name: str, offset: int, into: memoryview, what: str) -> None:
+        if os.environ["RANK"] == "1":
+            raise ValueError(f"{self.folder / name}: {what}: Input/output error")
+        read(self, name, offset, into, what)
+
+    monkeypatch.setattr(stores.Files, "read", fails)  # the workers are forked
+    assert run("hf-to-megatron", source, tmp_path / "out", "--workers", "3", *SMALL) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("papo: error: ") and last.endswith("Input/output error")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run("hf-to-megatron", source, tmp_path / "out", *SMALL) == 0, "and can be gone on with"
+
+
+# --- memory
+
+
+def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
+    """Converts within `budget` bytes beyond what this process holds now; writes what it took at most."""
+    from megatron_papo.checkpoint.conversion.convert import convert
+
+    before = memory("VmRSS"), memory("RssAnon")
+    Path("/proc/self/clear_refs").write_text("5")
+    report = convert("hf-to-megatron", source, target, Settings(), before[0] + budget, crew.Crew())
+    out.write_text(f"{report.peak_bytes - before[0]} {report.peak_anonymous_bytes - before[1]} {report.num_bytes}")
+    os._exit(0)
+
+
+def test_memory_stays_below_its_bound_whatever_the_size(tmp_path):
+    """Buffers of 14 x 256 KiB, and what libraries take while they work, for tensors of up to 20 MB, 130 in all."""
+    config = json.loads((make_tiny_folder(tmp_path / "tiny") / "config.json").read_text())
+    text = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 3,
+            "num_attention_heads": 16, "num_key_value_heads": 2}  # fmt: skip
+    config["text_config"] |= text | {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+    config["vision_config"]["out_hidden_size"] = 512
+    write_folder(tmp_path / "hf", config)
+    budget = 52 * 2**20
+    assert _in_a_process(_bounded, tmp_path / "hf", tmp_path / "m", budget, tmp_path / "took") == 0
+    resident, anonymous, num_bytes = map(int, (tmp_path / "took").read_text().split())
+    assert num_bytes > 2 * budget
+    assert resident < budget and anonymous < budget / 2
+    assert run("verify", tmp_path / "m") == 0
+
+
+# --- others load it
+
+
+def test_transformers_loads_an_export_with_the_same_logits(source, tmp_path):
+    from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    assert run("hf-to-megatron", source, tmp_path / "m") == 0
+    assert run("megatron-to-hf", tmp_path / "m", tmp_path / "out", *SMALL) == 0
+    ids = torch.arange(5, 40)[None]
+    logits = []
+    for folder in (source, tmp_path / "out"):
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype="auto", output_loading_info=True
+        )
+        assert not any(report.values())
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
+    for kind in (AutoProcessor, GenerationConfig):
+        before, after = (kind.from_pretrained(folder).to_dict() for folder in (source, tmp_path / "out"))
+        assert before == after
+    templates = {AutoProcessor.from_pretrained(folder).chat_template for folder in (source, tmp_path / "out")}
+    assert len(templates) == 1 and None not in templates

@@ -1,0 +1,213 @@
+"""The tensors of a checkpoint: where each box of a parameter lies, read from `.metadata` or planned.
+
+The format is torch.distributed.checkpoint's, as Megatron-Core's `torch_dist` strategy reads it: `.metadata` says which
+boxes there are, `*.distcp` hold them one after the other. A checkpoint of a run may have cut a parameter into boxes by
+rows or by columns; a planned one by rows alone, so that whoever loads it never holds more than a box beside its own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_papo.checkpoint.conversion.blobs import frame, values_offset
+from megatron_papo.checkpoint.conversion.spans import num_values, width
+from megatron_papo.checkpoint.conversion.stores import Strip
+from megatron_papo.checkpoint.folders import raise_faults
+from megatron_papo.checkpoint.slices import Entry
+from megatron_papo.checkpoint.state_file import FORMAT
+
+METADATA_FILE = ".metadata"
+_OTHER_KEYS = ("optimizer.", "rng/", "common_state/")
+"""What a checkpoint holds beside parameters."""
+_COMMON = "common_state/shard_0_1"
+"""Where Megatron-Core looks for what is no tensor; here there is nothing."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """Rows `row : row + length`, columns `column : column + width`, stored as `size` bytes from `offset` of `file`."""
+
+    file: str
+    offset: int
+    size: int
+    row: int
+    length: int
+    column: int
+    width: int
+    values: int | None
+    """Where the values begin in the file; None: yet to be looked up."""
+
+
+class CheckpointFiles:
+    """The parameters of a checkpoint by Megatron name."""
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, list[Box]]):
+        self.folder, self._dtypes, self.boxes = folder, dtypes, dict(boxes)
+
+    @classmethod
+    def read(cls, folder: Path, table: Mapping[str, Entry]) -> CheckpointFiles:
+        """From `.metadata`. Raises ValueError, a line a fault, naming file and tensor."""
+        file = folder / METADATA_FILE
+        try:
+            metadata: Metadata = pickle.loads(file.read_bytes())
+            stored = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, ImportError, IndexError) as error:
+            raise ValueError(f"{file}: not the metadata of a checkpoint: {error}") from None
+        _check(file, stored, table)
+        boxes = {name: _boxes(file, name, stored[name], metadata.storage_data) for name in table}
+        return cls(folder, {name: stored[name].properties.dtype for name in table}, boxes)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self._dtypes[entry.name]
+
+    def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
+        size = self._dtypes[entry.name].itemsize
+        for box in self._located(entry):
+            first, last = max(start, box.row), min(stop, box.row + box.length)
+            if last > first:
+                assert box.values is not None
+                offset = box.values + (first - box.row) * box.width * size
+                yield Strip(box.file, offset, first, last - first, box.column, box.width)
+
+    def _located(self, entry: Entry) -> list[Box]:
+        boxes = self.boxes[entry.name]
+        if any(box.values is None for box in boxes):
+            boxes = self.boxes[entry.name] = [self._locate(entry, box) for box in boxes]
+        return boxes
+
+    def _locate(self, entry: Entry, box: Box) -> Box:
+        path = self.folder / box.file
+        shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
+        try:
+            with open(path, "rb") as file, io.BufferedReader(_Part(file.fileno(), box.offset, box.size)) as blob:
+                if os.fstat(file.fileno()).st_size < box.offset + box.size:
+                    raise ValueError(f"truncated: the box ends at byte {box.offset + box.size}")
+                values = box.offset + values_offset(blob, shape, self._dtypes[entry.name])
+        except OSError as error:
+            raise ValueError(f"{path}: {entry.name}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {entry.name}: {error}") from None
+        return Box(box.file, box.offset, box.size, box.row, box.length, box.column, box.width, values)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, handle: int, offset: int, size: int):
+        self._handle, self._offset, self._size, self._at = handle, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._size - self._at))
+        count = os.preadv(self._handle, [memoryview(buffer)[:length]], self._offset + self._at)
+        self._at += count
+        return count
+
+
+def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mapping[str, Entry]) -> None:
+    faults = [f"{file}: {name} {entry.shape}: missing" for name, entry in table.items() if name not in stored]
+    for name, found in stored.items():
+        shape = tuple(found.size)
+        if name in table:
+            if shape != table[name].shape:
+                faults.append(f"{file}: {name}: expected shape {table[name].shape}, found {shape}")
+            elif sum(math.prod(chunk.sizes) for chunk in found.chunks) != num_values(table[name]):
+                faults.append(f"{file}: {name}: its boxes do not cover it once")
+        elif not name.startswith(_OTHER_KEYS):
+            faults.append(f"{file}: {name} {shape}: no such parameter in the model that config.json describes")
+    raise_faults(faults)
+
+
+def _boxes(file: Path, name: str, stored: TensorStorageMetadata, places: Mapping[MetadataIndex, Any]) -> list[Box]:
+    found = []
+    for chunk in stored.chunks:
+        place = places.get(MetadataIndex(name, chunk.offsets))
+        if place is None or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{file}: {name}: no plain box at {tuple(chunk.offsets)}")
+        (row, *column), (length, *columns) = chunk.offsets, chunk.sizes
+        found.append(
+            Box(place.relative_path, place.offset, place.length, row, length, sum(column), math.prod(columns), None)
+        )
+    return sorted(found, key=lambda box: (box.row, box.column))
+
+
+def plan_boxes(
+    name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype], box_bytes: int
+) -> tuple[dict[str, list[Box]], list[tuple[int, bytes]], int]:
+    """The boxes of `entries` in one file, one after the other, the bytes (offset, bytes) around their values, and the
+    file's size. A box is of rows, and of at most `box_bytes` but one row at least."""
+    boxes: dict[str, list[Box]] = {}
+    around, at = [], 0
+    for entry in entries:
+        dtype, columns = dtypes[entry.name], width(entry)
+        rows = max(1, box_bytes // (columns * dtype.itemsize))
+        for row in range(0, entry.shape[0], rows):
+            length = min(rows, entry.shape[0] - row)
+            parts = frame((length, *entry.shape[1:]), dtype)
+            values, num_bytes = at + len(parts.before), length * columns * dtype.itemsize
+            size = len(parts.before) + num_bytes + len(parts.behind)
+            around += [(at, parts.before), (values + num_bytes, parts.behind)]
+            boxes.setdefault(entry.name, []).append(Box(name, at, size, row, length, 0, columns, values))
+            at += size
+    return boxes, around, at
+
+
+def write_metadata(folder: Path, store: CheckpointFiles, table: Mapping[str, Entry], common_file: str) -> None:
+    """Writes what makes the boxes a checkpoint: `.metadata`, the empty common state, metadata.json."""
+    described: dict[str, Any] = {_COMMON: BytesStorageMetadata()}
+    common = io.BytesIO()
+    torch.save([{}], common)
+    (folder / common_file).write_bytes(common.getvalue())
+    places = {MetadataIndex(_COMMON): _StorageInfo(common_file, 0, len(common.getvalue()))}
+    for name, entry in table.items():
+        chunks = []
+        for index, box in enumerate(store.boxes[name]):
+            offsets, sizes = (box.row, box.column), (box.length, box.width)
+            rank = len(entry.shape)
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets[:rank]), torch.Size(sizes[:rank])))
+            places[MetadataIndex(name, chunks[-1].offsets, index)] = _StorageInfo(box.file, box.offset, box.size)
+        properties = TensorProperties(dtype=store.dtype(entry))
+        described[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+    metadata = Metadata(described, storage_data=places, version=CURRENT_DCP_VERSION)
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+
+
+def state_tree() -> dict[str, Any]:
+    """The state.json of weights alone, as a run of one rank would save them before its first step."""
+    return {
+        "format": FORMAT, "step": 0, "layout": {"tensor": 1, "pipeline": 1, "data": 1}, "optimizer_step": 0,
+        "schedule_steps": 0, "random_states": False, "cursor": {}, "config": {}, "serial": 0,
+    }  # fmt: skip

@@ -1,0 +1,126 @@
+"""The safetensors files of a Hugging Face folder: where each tensor lies, read from headers or planned.
+
+A file is eight bytes with the length of the header, the header (JSON: dtype, shape and range of every tensor), and
+the tensors one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_papo.checkpoint.conversion.spans import spans, width
+from megatron_papo.checkpoint.conversion.stores import Strip
+from megatron_papo.checkpoint.folders import check_tensors, weight_files
+from megatron_papo.checkpoint.names import published_name
+from megatron_papo.checkpoint.slices import Entry
+from megatron_papo.model.shape import ModelShape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100 * 2**20
+"""As the safetensors library has it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's bytes: from `offset` of `file` on."""
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HuggingFaceFiles:
+    """The tensors of a folder by published name."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Stored]):
+        self.folder, self.tensors = folder, tensors
+
+    @classmethod
+    def read(cls, folder: Path, shape: ModelShape) -> HuggingFaceFiles:
+        """From the headers. Raises ValueError, a line a fault, naming file and tensor."""
+        places = weight_files(folder)
+        found: dict[str, Stored] = {}
+        for file in sorted(set(places.files)):
+            found |= {published_name(name): stored for name, stored in read_header(file).items()}
+        shapes = {name: (folder / stored.file, stored.shape) for name, stored in found.items()}
+        check_tensors(folder, shapes, shape, places.index)
+        return cls(folder, found)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Raises ValueError where the tensors of one parameter differ in it."""
+        parts = [self.tensors[source.name] for source in entry.sources]
+        for source, part in zip(entry.sources, parts):
+            if part.dtype != parts[0].dtype:
+                raise ValueError(
+                    f"{self.folder / part.file}: {source.name}: is {part.dtype}, {entry.sources[0].name} is "
+                    f"{parts[0].dtype}: they are one parameter of the checkpoint and need one dtype"
+                )
+        return parts[0].dtype
+
+    def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
+        columns = width(entry)
+        for span in spans(entry, start, stop):
+            stored = self.tensors[entry.sources[span.source].name]
+            offset = stored.offset + span.start * columns * stored.dtype.itemsize
+            yield Strip(stored.file, offset, span.row, span.length, 0, columns)
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """name -> place of every tensor. Raises ValueError naming the file, and the tensor where one is at fault."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{file}: not a whole safetensors file: {size} bytes end within its header")
+        try:
+            header: dict[str, Any] = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            found = {name: _stored(file, name, facts, 8 + length) for name, facts in header.items()}
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: not a safetensors file: its header is not readable: {error}") from None
+    for name, stored in sorted(found.items(), key=lambda item: item[1].offset):
+        if stored.offset + stored.num_bytes > size:
+            raise ValueError(
+                f"{file}: {name}: truncated: not a whole safetensors file: the tensor ends at byte "
+                f"{stored.offset + stored.num_bytes}, the file at {size}"
+            )
+    return found
+
+
+def _stored(file: Path, name: str, facts: dict[str, Any], base: int) -> Stored:
+    if facts["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: {name}: is {facts['dtype']}; {', '.join(DTYPES)} can be converted")
+    start, stop = facts["data_offsets"]
+    stored = Stored(file.name, base + start, DTYPES[facts["dtype"]], tuple(facts["shape"]))
+    if stored.num_bytes != stop - start:
+        raise ValueError(f"{file}: {name}: {stop - start} bytes are not {facts['dtype']} {stored.shape}")
+    return stored
+
+
+def plan_file(name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Stored], bytes]:
+    """The places of the tensors of `entries` in one file, one after the other, and the bytes before them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at, places = 0, {}
+    for entry in entries:
+        for source in entry.sources:
+            stored = places[source.name] = Stored(name, at, dtypes[entry.name], source.shape)
+            facts = {"dtype": NAMES[stored.dtype], "shape": list(source.shape)}
+            header[source.name] = {**facts, "data_offsets": [at, at := at + stored.num_bytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    placed = {key: Stored(name, base + part.offset, part.dtype, part.shape) for key, part in places.items()}
+    return placed, len(text).to_bytes(8, "little") + text
