@@ -240,7 +240,15 @@ class Supervisor:
         deadline = time.monotonic() + _STEP_WAIT_S
         while self._steps_left() and time.monotonic() < deadline:
             time.sleep(1)
-        probe = ["srun", "--overlap", f"--nodes={self._job.num_nodes}", "--ntasks-per-node=1", "--cpus-per-task=1"]
+        nodes = self._job.num_nodes
+        probe = [
+            "srun",
+            "--overlap",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes}",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+        ]
         try:
             return not self._steps_left() and subprocess.run([*probe, "true"], timeout=30, check=False).returncode == 0
         except subprocess.TimeoutExpired:
