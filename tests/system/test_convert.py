@@ -28,7 +28,7 @@ from tools.benchmarks.convert import write_folder
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 KEY = "model.layers.1.self_attn.k_proj.weight"
 SMALL = ("--file-gb", "0.0001")
-"""Nine files of the tiny model."""
+"""Several files of the tiny model."""
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +114,8 @@ def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
     for workers in ("1", "3"):
         assert run("hf-to-megatron", source, tmp_path / f"m{workers}", "--workers", workers, *SMALL) == 0
         assert run("megatron-to-hf", tmp_path / "m1", tmp_path / f"h{workers}", "--workers", workers, *SMALL) == 0
-    assert len(list((tmp_path / "m3").glob("*.distcp"))) > 5
-    assert len(list((tmp_path / "h3").glob("*.safetensors"))) > 5
+    assert len(list((tmp_path / "m3").glob("*.distcp"))) > 3, "more files than workers"
+    assert len(list((tmp_path / "h3").glob("*.safetensors"))) > 3
     assert content(tmp_path / "m1") == content(tmp_path / "m3")
     assert content(tmp_path / "h1") == content(tmp_path / "h3")
     assert_same_weights(tmp_path / "h3", tensors_of(source))
@@ -286,7 +286,7 @@ def test_a_bad_checkpoint_is_one_line_with_file_and_tensor(source, tmp_path, cap
     last.unlink()
     check(f"{last.name}: No such file or directory")
     os.truncate(last, last.stat().st_size - 200)
-    check(f"{last.name}: language.output_layer.weight: truncated")
+    check(f"{last.name}: vision.decoder.layers.1.self_attention.linear_qkv.bias: truncated")
     with last.open("r+b") as file:
         file.write(bytes(2000))
     # a planned frame is not needed to read a box of this version, but another program's is
@@ -338,7 +338,7 @@ def _in_a_process(work: Callable[..., object], *arguments: object) -> int:
 
 def _dying(after: int, log: Path, arguments: tuple[str, ...]) -> None:
     """Runs the tool with every write logged and SIGKILL before write number `after`; another file call may be it."""
-    calls = 0
+    calls, chance = 0, random.Random(after)
     pwrite, replace, write = os.pwrite, Path.rename, os.write
 
     def count() -> None:
@@ -349,7 +349,7 @@ def _dying(after: int, log: Path, arguments: tuple[str, ...]) -> None:
 
     def logged(handle: int, data: memoryview, offset: int) -> int:
         count()
-        if len(data) > 1 and random.random() < 0.3:
+        if len(data) > 1 and chance.random() < 0.3:
             data = data[: len(data) // 2]  # a disk may take a part
         done = pwrite(handle, data, offset)
         name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
@@ -418,11 +418,16 @@ def test_any_other_number_of_workers_goes_on_and_doubtful_bytes_are_read_again(s
     assert run("hf-to-megatron", source, tmp_path / "whole", *SMALL) == 0
     out = tmp_path / "out"
     arguments = ("hf-to-megatron", str(source), str(out), *SMALL)
-    assert _in_a_process(_dying, 150, tmp_path / "log", arguments) == -signal.SIGKILL
     partial = tmp_path / "out.tmp"
-    plan = make_plan("hf-to-megatron", source, partial, Settings(file_bytes=100_000), None)
-    journals = {unit.file: read_journal(partial / FOLDER / f"{unit.file}.jsonl") for unit in plan.units}
-    unit, journal = next((file, found) for file, found in journals.items() if len(found.records) > found.num_synced)
+    for after in range(60, 200, 7):  # until one dies between a line of the journal and forcing its bytes to disk
+        shutil.rmtree(partial, ignore_errors=True)
+        assert _in_a_process(_dying, after, tmp_path / "log", arguments) == -signal.SIGKILL
+        plan = make_plan("hf-to-megatron", source, partial, Settings(file_bytes=100_000), None)
+        journals = {unit.file: read_journal(partial / FOLDER / f"{unit.file}.jsonl") for unit in plan.units}
+        doubts = [file for file, found in journals.items() if len(found.records) > found.num_synced]
+        if doubts:
+            break
+    unit, journal = doubts[0], journals[doubts[0]]
     num_finished = sum(len(found.records) for found in journals.values())
     doubtful = plan.table[journal.records[-1].name]
     strip = next(plan.target.strips(doubtful, 0, doubtful.shape[0]))
@@ -496,12 +501,12 @@ def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
 def test_memory_stays_below_its_bound_whatever_the_size(tmp_path):
     """Buffers of 14 x 256 KiB, and what libraries take while they work, for tensors of up to 20 MB, 130 in all."""
     config = json.loads((make_tiny_folder(tmp_path / "tiny") / "config.json").read_text())
-    text = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 3,
+    text = {"vocab_size": 26_000, "hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 3,
             "num_attention_heads": 16, "num_key_value_heads": 2}  # fmt: skip
     config["text_config"] |= text | {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
     config["vision_config"]["out_hidden_size"] = 512
     write_folder(tmp_path / "hf", config)
-    budget = 52 * 2**20
+    budget = 58 * 2**20
     assert _in_a_process(_bounded, tmp_path / "hf", tmp_path / "m", budget, tmp_path / "took") == 0
     resident, anonymous, num_bytes = map(int, (tmp_path / "took").read_text().split())
     assert num_bytes > 2 * budget
@@ -521,12 +526,13 @@ def test_transformers_loads_an_export_with_the_same_logits(source, tmp_path):
     logits = []
     for folder in (source, tmp_path / "out"):
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype="auto", output_loading_info=True
+            folder, dtype=torch.bfloat16, output_loading_info=True
         )
         assert not any(report.values())
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits)
-    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
+    assert torch.equal(*logits)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     for kind in (AutoProcessor, GenerationConfig):
         before, after = (kind.from_pretrained(folder).to_dict() for folder in (source, tmp_path / "out"))
         assert before == after
