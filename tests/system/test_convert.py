@@ -22,6 +22,7 @@ from megatron_papo.checkpoint.conversion import crew, stores
 from megatron_papo.checkpoint.conversion.journal import FOLDER, read_journal
 from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
 from megatron_papo.checkpoint.conversion.progress import memory
+from tests.parallel.generation_cases import make_folder
 from tests.tiny import make_tiny_folder
 from tools.benchmarks.convert import write_folder
 
@@ -538,3 +539,20 @@ def test_transformers_loads_an_export_with_the_same_logits(source, tmp_path):
         assert before == after
     templates = {AutoProcessor.from_pretrained(folder).chat_template for folder in (source, tmp_path / "out")}
     assert len(templates) == 1 and None not in templates
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_loads_an_export_with_its_own_loader_and_answers_as_transformers(tmp_path):
+    """Weights, processor, tokenizer, generation config and chat template, by a question about a picture."""
+    source = make_folder(tmp_path / "hf")
+    assert run("hf-to-megatron", source, tmp_path / "m") == 0
+    assert run("megatron-to-hf", tmp_path / "m", tmp_path / "out") == 0
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1]), "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.system.vllm_loads", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=TOOL.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(answers["vllm"])) > 3 and answers["vllm"] == answers["transformers"]
