@@ -123,6 +123,15 @@ def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
     assert run("verify", tmp_path / "h3", "--source", tmp_path / "m1", "--workers", "3") == 0
 
 
+def test_under_srun_the_tasks_of_two_nodes_are_the_workers(slurm, source, tmp_path):
+    assert run("hf-to-megatron", source, tmp_path / "alone", *SMALL) == 0
+    command = [sys.executable, TOOL, "hf-to-megatron", source, tmp_path / "m", *SMALL]
+    done = slurm.call("srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("peak memory of a worker") == 1 and f"wrote {tmp_path / 'm'}" in done.stdout
+    assert content(tmp_path / "m") == content(tmp_path / "alone")
+
+
 def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
     assert run("hf-to-megatron", source, tmp_path / "m") == 0
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""What vLLM and transformers answer, each with its own loader, to one question about one picture; for `test_convert.py`.
+"""What vLLM and transformers answer, each with its own loader, to one question about one picture.
 
 python -m tests.system.vllm_loads FOLDER      a line of JSON: the greedy tokens of either
 """
