@@ -105,6 +105,7 @@ ENDS = {
 """How the attempt ends, and what its reason says."""
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "disturbances",
     [
@@ -143,6 +144,12 @@ def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # n
     assert [attempt.lost_seconds > 0 for attempt in attempts[1:-1]] == [
         disturb is not ask_to_save for disturb in disturbances
     ]
+    for number, attempt in enumerate(attempts[1:], 1):  # shown by pytest -rP
+        stood = attempt.began - attempts[number - 1].ended
+        what = disturbances[number - 1].__name__ if number <= len(disturbances) else "cancel, another layout"
+        print(
+            f"{what}: {attempt.lost_steps} steps, {attempt.lost_seconds} s of work lost, stood still for {stood:.0f} s"
+        )
     found, same_layout = metrics(run_dir), attempts[-1].steps_saved
     assert attempts[-1].end == "done" and [line["step"] for line in found] == list(range(steps))
     assert json.dumps(found[:same_layout]) == json.dumps(expected[:same_layout]), "bit for bit"
