@@ -140,14 +140,21 @@ class Supervisor:
             lost_steps=progress.lost_steps,
             lost_seconds=_lost_seconds(earlier, progress),
         )
-        write_attempt(self._run_dir, attempt)
+        self._write(attempt)
         say(_opening(attempt, earlier, progress.lost()))
         ending = self._run_ranks(attempt.number)
         reached = read_progress(self._run_dir).steps_done
         attempt = replace(attempt, end=ending.end, ended=time.time(), reached=reached, reason=ending.reason)
-        write_attempt(self._run_dir, attempt)
+        self._write(attempt)
         self._tell(attempt, ending)
         return attempt
+
+    def _write(self, attempt: Attempt) -> None:
+        """A full disk costs the line, not the run; failures of this job are counted in memory."""
+        try:
+            write_attempt(self._run_dir, attempt)
+        except OSError as error:
+            say(f"warning: attempts.jsonl: {error}")
 
     def _run_ranks(self, number: int) -> Ending:
         for name in ("heartbeats", *_KEPT):  # of an attempt whose supervisor was taken away
