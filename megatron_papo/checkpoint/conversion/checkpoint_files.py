@@ -75,6 +75,7 @@ class CheckpointFiles:
             raise ValueError(f"{file}: not the metadata of a checkpoint: {error}") from None
         _check(file, stored, table)
         boxes = {name: _boxes(file, name, stored[name], metadata.storage_data) for name in table}
+        raise_faults(_cut_short(folder, boxes))
         return cls(folder, {name: stored[name].properties.dtype for name in table}, boxes)
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -100,8 +101,6 @@ class CheckpointFiles:
         shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
         try:
             with open(path, "rb") as file, io.BufferedReader(_Part(file.fileno(), box.offset, box.size)) as blob:
-                if os.fstat(file.fileno()).st_size < box.offset + box.size:
-                    raise ValueError(f"truncated: the box ends at byte {box.offset + box.size}")
                 values = box.offset + values_offset(blob, shape, self._dtypes[entry.name])
         except OSError as error:
             raise ValueError(f"{path}: {entry.name}: {error.strerror}") from None
@@ -161,6 +160,23 @@ def _boxes(file: Path, name: str, stored: TensorStorageMetadata, places: Mapping
             Box(place.relative_path, place.offset, place.length, row, length, sum(column), math.prod(columns), None)
         )
     return sorted(found, key=lambda box: (box.row, box.column))
+
+
+def _cut_short(folder: Path, boxes: Mapping[str, list[Box]]) -> list[str]:
+    """A line for each file that is not there or ends within a box, naming the first one that it lacks."""
+    sizes: dict[str, int] = {}
+    faults: dict[str, str] = {}
+    for name, several in boxes.items():
+        for box in several:
+            file = folder / box.file
+            if box.file not in sizes:
+                sizes[box.file] = file.stat().st_size if file.is_file() else -1
+            if sizes[box.file] < 0:
+                faults.setdefault(box.file, f"{file}: {name}: no such file")
+            elif sizes[box.file] < box.offset + box.size:
+                end = f"its box ends at byte {box.offset + box.size}, the file at {sizes[box.file]}"
+                faults.setdefault(box.file, f"{file}: {name}: truncated: {end}")
+    return list(faults.values())
 
 
 def plan_boxes(
