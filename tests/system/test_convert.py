@@ -499,7 +499,7 @@ def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
 
 
 def test_memory_stays_below_its_bound_whatever_the_size(tmp_path):
-    """14 buffers of some 700 KiB, and what libraries take while they work, for tensors of up to 20 MB."""
+    """22 buffers of some 400 KiB, and what libraries take while they work, for tensors of up to 20 MB."""
     config = json.loads((make_tiny_folder(tmp_path / "tiny") / "config.json").read_text())
     text = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 4,
             "num_attention_heads": 16, "num_key_value_heads": 2}  # fmt: skip
