@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.conversion import crew, stores
+from megatron_papo.checkpoint.conversion import crew, progress, stores
 from megatron_papo.checkpoint.conversion.journal import FOLDER, Written, read_journal
 from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
 from megatron_papo.checkpoint.conversion.progress import memory
@@ -467,21 +468,61 @@ def test_two_conversions_of_one_target_are_refused(source, tmp_path, capsys):
     assert run(*arguments) == 0
 
 
-def test_a_worker_that_fails_ends_all_with_its_reason(source, tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def rank_one_cannot_read(monkeypatch) -> None:
     read = stores.Files.read
 
     def fails(self: stores.Files, name: str, offset: int, into: memoryview, what: str) -> None:
-        if os.environ["RANK"] == "1":
+        if os.environ.get("RANK") == "1":
             raise ValueError(f"{self.folder / name}: {what}: Input/output error")
         read(self, name, offset, into, what)
 
     monkeypatch.setattr(stores.Files, "read", fails)  # the workers are forked
+
+
+def test_a_worker_that_fails_ends_all_with_its_reason(source, tmp_path, capfd, rank_one_cannot_read):
     assert run("hf-to-megatron", source, tmp_path / "out", "--workers", "3", *SMALL) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("papo: error: ") and last.endswith("Input/output error")
     assert not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    assert run("hf-to-megatron", source, tmp_path / "out", *SMALL) == 0, "and can be gone on with"
+    assert run("hf-to-megatron", source, tmp_path / "out", *SMALL) == 0, "one worker alone can go on with it"
+
+
+def _a_task(rank: int, port: int, arguments: tuple[str, ...]) -> None:
+    """As one of two tasks that srun started."""
+    os.environ |= {
+        "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if rank == 0:
+        progress._UPDATE_S = 0.0
+    os._exit(run(*arguments))
+
+
+def _two_tasks(*arguments: str) -> list[int | None]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    tasks = [context.Process(target=_a_task, args=(rank, port, arguments)) for rank in range(2)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(60)
+    return [task.exitcode for task in tasks]
+
+
+def test_tasks_that_srun_started_are_the_workers(source, tmp_path, capfd):
+    assert run("hf-to-megatron", source, tmp_path / "alone", *SMALL) == 0
+    assert _two_tasks("hf-to-megatron", str(source), str(tmp_path / "out"), *SMALL) == [0, 0]
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+    assert "starting" not in capfd.readouterr().err
+
+
+def test_tasks_of_srun_end_with_the_reason_of_the_one_that_fails(source, tmp_path, capfd, rank_one_cannot_read):
+    assert _two_tasks("hf-to-megatron", str(source), str(tmp_path / "out"), *SMALL) == [2, 2]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("papo: error")]
+    assert len(errors) == 2 and len(set(errors)) == 1 and errors[0].endswith("Input/output error")
 
 
 # --- memory

@@ -41,6 +41,7 @@ def work(request: Request, status_file: Path) -> None:
         try:
             status = perform(request, crew)
         except ValueError as error:
+            crew.fail(str(error))
             raise ConfigError(str(error)) from error  # a line, and exit status 2
         if crew.rank == 0:
             status_file.write_text(str(status))
