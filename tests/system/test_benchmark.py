@@ -109,6 +109,16 @@ def test_save(tmp_path):
         assert found[1]["value"] * found[0]["value"] * 1e3 == pytest.approx(megabytes, abs=0.5)
 
 
+def test_convert(tmp_path):
+    rows = run_benchmark("convert", tmp_path, "--folder", str(tmp_path))
+    assert [row["unit"] for row in rows] == ["GB/s", "GiB", "GiB"] * 8 + ["s", "s", "GB/s"] * 4
+    for row in rows[:24]:
+        check_ratio(row)
+    for rate, resident, anonymous in zip(rows[:24:3], rows[1:24:3], rows[2:24:3]):
+        assert 0 < anonymous["value"] < resident["value"] < 2.0, rate["name"]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"], "what was written is gone"
+
+
 @needs_trl
 @pytest.mark.parametrize("gap", [2e-4, math.nan])
 def test_sides_that_differ_are_refused(gap):

@@ -187,6 +187,6 @@ def test_plans_of_the_published_shapes(size):
         if isinstance(store, CheckpointFiles):
             sizes = [box.size for boxes in store.boxes.values() for box in boxes]
             assert max(sizes) <= 128 * 2**20 + 4096, "whoever loads it holds no more at once"
-    assert chunk_for(memory("VmRSS") + 2**30, table, store) == 4 * 2**20
+    assert chunk_for(memory("VmRSS") + 2**30, table, store) == 2 * 2**20
     with pytest.raises(ValueError, match=re.escape("--memory-gib: 0.010 GiB are too little")):
         chunk_for(int(0.01 * 2**30), table, store)

@@ -69,7 +69,7 @@ def run(
     """
     rounds = rounds or (1 if quick else 3)
     chosen: tuple[float | None, ...] = sizes or (QUICK_SIZES_GB if quick else SIZES_GB)
-    points: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    points: dict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
     rows = []
     for size in chosen:
         with tempfile.TemporaryDirectory(dir=folder, prefix="papo_convert_") as name:
@@ -77,8 +77,10 @@ def run(
             num_bytes = 2 * sum(num_values(entry) for entry in parameter_table(ModelShape.from_dict(shape)).values())
             for direction, found in _measure(Path(name), shape, rounds, num_bytes):
                 for workers in WORKERS:
-                    points[direction, workers].append((num_bytes, _median(found[workers])))
+                    points[direction, workers].append((num_bytes, _median(found[workers]), _median(found["cp"])))
                 rows += _rows(direction, num_bytes, found)
+    if len(chosen) == 1:
+        return rows
     return rows + [row for (direction, workers), some in points.items() for row in _line(direction, workers, some)]
 
 
@@ -149,10 +151,12 @@ def _rows(direction: str, num_bytes: int, found: Sides) -> list[Row]:
     return rows
 
 
-def _line(direction: str, workers: int, points: list[tuple[float, float]]) -> list[Row]:
-    """Seconds of the line: at no bytes, and at the 72B model's, beside those of a straight share of the largest."""
-    sizes, seconds = (np.array(column) for column in zip(*points))
+def _line(direction: str, workers: int, points: list[tuple[float, float, float]]) -> list[Row]:
+    """Seconds of the line at the 72B model's bytes, beside those of a straight share of the largest point; how straight
+    it is; and the rate of its slope, which leaves out what a command costs before its first byte, beside cp's."""
+    sizes, seconds, copying = (np.array(column) for column in zip(*points))
     slope, start = np.polyfit(sizes, seconds, 1)
+    other = np.polyfit(sizes, copying, 1)[0]
     worst = float(np.abs(start + slope * sizes - seconds).max() / seconds.max())
     large = 2 * NUM_PARAMETERS["72B"]
     expected, share = float(start + slope * large), float(seconds[-1] * large / sizes[-1])
@@ -160,6 +164,7 @@ def _line(direction: str, workers: int, points: list[tuple[float, float]]) -> li
     return [
         Row(f"{what}: 72B, {large / GB:.0f} GB / the largest point's share", expected, share, expected / share, "s"),
         Row(f"{what}: worst point off it / of the largest", worst * seconds.max(), seconds.max(), worst, "s"),
+        Row(f"{what}: beyond the start / cp", 1 / slope / GB, 1 / other / GB, other / slope, "GB/s"),
     ]
 
 

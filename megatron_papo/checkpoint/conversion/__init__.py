@@ -1,7 +1,8 @@
 """Hugging Face folder <-> checkpoint, tensor by tensor: planned from headers, streamed through a bounded memory.
 
     spans       which rows of which Hugging Face tensor are which rows of a parameter
-    stores      where rows lie in files; huggingface_files and checkpoint_files know the two formats, blobs one box
+    stores      where rows lie in files; huggingface_files and checkpoint_files (checkpoint_plan) know the
+                two formats, blobs one box
     plan        what is written where, in files that one worker writes each
     stream      rows through a few buffers: read, cast, hashed (hashing), written
     journal     what is written already, so that an interrupted conversion goes on

@@ -2,7 +2,7 @@
 
 The format is torch.distributed.checkpoint's, as Megatron-Core's `torch_dist` strategy reads it: `.metadata` says which
 boxes there are, `*.distcp` hold them one after the other. A checkpoint of a run may have cut a parameter into boxes by
-rows or by columns; a planned one by rows alone, so that whoever loads it never holds more than a box beside its own.
+rows or by columns; a planned one (checkpoint_plan.py) by rows alone.
 """
 
 from __future__ import annotations
@@ -17,28 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_papo.checkpoint.conversion.blobs import frame, values_offset
-from megatron_papo.checkpoint.conversion.spans import num_values, width
+from megatron_papo.checkpoint.conversion.blobs import values_offset
+from megatron_papo.checkpoint.conversion.spans import num_values
 from megatron_papo.checkpoint.conversion.stores import Strip
 from megatron_papo.checkpoint.folders import raise_faults
 from megatron_papo.checkpoint.slices import Entry
-from megatron_papo.checkpoint.state_file import FORMAT
 
 METADATA_FILE = ".metadata"
 _OTHER_KEYS = ("optimizer.", "rng/", "common_state/")
 """What a checkpoint holds beside parameters."""
-_COMMON = "common_state/shard_0_1"
-"""Where Megatron-Core looks for what is no tensor; here there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,7 @@ class CheckpointFiles:
             raise ValueError(f"{file}: not the metadata of a checkpoint: {error}") from None
         _check(file, stored, table)
         boxes = {name: _boxes(file, name, stored[name], metadata.storage_data) for name in table}
+        raise_faults(_cut_short(folder, boxes))
         return cls(folder, {name: stored[name].properties.dtype for name in table}, boxes)
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -100,8 +90,6 @@ class CheckpointFiles:
         shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
         try:
             with open(path, "rb") as file, io.BufferedReader(_Part(file.fileno(), box.offset, box.size)) as blob:
-                if os.fstat(file.fileno()).st_size < box.offset + box.size:
-                    raise ValueError(f"truncated: the box ends at byte {box.offset + box.size}")
                 values = box.offset + values_offset(blob, shape, self._dtypes[entry.name])
         except OSError as error:
             raise ValueError(f"{path}: {entry.name}: {error.strerror}") from None
@@ -163,51 +151,18 @@ def _boxes(file: Path, name: str, stored: TensorStorageMetadata, places: Mapping
     return sorted(found, key=lambda box: (box.row, box.column))
 
 
-def plan_boxes(
-    name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype], box_bytes: int
-) -> tuple[dict[str, list[Box]], list[tuple[int, bytes]], int]:
-    """The boxes of `entries` in one file, one after the other, the bytes (offset, bytes) around their values, and the
-    file's size. A box is of rows, and of at most `box_bytes` but one row at least."""
-    boxes: dict[str, list[Box]] = {}
-    around, at = [], 0
-    for entry in entries:
-        dtype, columns = dtypes[entry.name], width(entry)
-        rows = max(1, box_bytes // (columns * dtype.itemsize))
-        for row in range(0, entry.shape[0], rows):
-            length = min(rows, entry.shape[0] - row)
-            parts = frame((length, *entry.shape[1:]), dtype)
-            values, num_bytes = at + len(parts.before), length * columns * dtype.itemsize
-            size = len(parts.before) + num_bytes + len(parts.behind)
-            around += [(at, parts.before), (values + num_bytes, parts.behind)]
-            boxes.setdefault(entry.name, []).append(Box(name, at, size, row, length, 0, columns, values))
-            at += size
-    return boxes, around, at
-
-
-def write_metadata(folder: Path, store: CheckpointFiles, table: Mapping[str, Entry], common_file: str) -> None:
-    """Writes what makes the boxes a checkpoint: `.metadata`, the empty common state, metadata.json."""
-    described: dict[str, Any] = {_COMMON: BytesStorageMetadata()}
-    common = io.BytesIO()
-    torch.save([{}], common)
-    (folder / common_file).write_bytes(common.getvalue())
-    places = {MetadataIndex(_COMMON): _StorageInfo(common_file, 0, len(common.getvalue()))}
-    for name, entry in table.items():
-        chunks = []
-        for index, box in enumerate(store.boxes[name]):
-            offsets, sizes = (box.row, box.column), (box.length, box.width)
-            rank = len(entry.shape)
-            chunks.append(ChunkStorageMetadata(torch.Size(offsets[:rank]), torch.Size(sizes[:rank])))
-            places[MetadataIndex(name, chunks[-1].offsets, index)] = _StorageInfo(box.file, box.offset, box.size)
-        properties = TensorProperties(dtype=store.dtype(entry))
-        described[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-    metadata = Metadata(described, storage_data=places, version=CURRENT_DCP_VERSION)
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-
-
-def state_tree() -> dict[str, Any]:
-    """The state.json of weights alone, as a run of one rank would save them before its first step."""
-    return {
-        "format": FORMAT, "step": 0, "layout": {"tensor": 1, "pipeline": 1, "data": 1}, "optimizer_step": 0,
-        "schedule_steps": 0, "random_states": False, "cursor": {}, "config": {}, "serial": 0,
-    }  # fmt: skip
+def _cut_short(folder: Path, boxes: Mapping[str, list[Box]]) -> list[str]:
+    """A line for each file that is not there or ends within a box, naming the first one that it lacks."""
+    sizes: dict[str, int] = {}
+    faults: dict[str, str] = {}
+    for name, several in boxes.items():
+        for box in several:
+            file = folder / box.file
+            if box.file not in sizes:
+                sizes[box.file] = file.stat().st_size if file.is_file() else -1
+            if sizes[box.file] < 0:
+                faults.setdefault(box.file, f"{file}: {name}: no such file")
+            elif sizes[box.file] < box.offset + box.size:
+                end = f"its box ends at byte {box.offset + box.size}, the file at {sizes[box.file]}"
+                faults.setdefault(box.file, f"{file}: {name}: truncated: {end}")
+    return list(faults.values())

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.filesize import decimal
 
 from megatron_papo.checkpoint.conversion.compare import compare
 from megatron_papo.checkpoint.conversion.convert import convert
 from megatron_papo.checkpoint.conversion.crew import Crew
 from megatron_papo.checkpoint.conversion.plan import Direction, Settings
-from megatron_papo.checkpoint.conversion.progress import GB
 from megatron_papo.checkpoint.conversion.verify import verify
 from megatron_papo.config import ConfigError
 
@@ -41,6 +41,7 @@ def work(request: Request, status_file: Path) -> None:
         try:
             status = perform(request, crew)
         except ValueError as error:
+            crew.fail(str(error))
             raise ConfigError(str(error)) from error  # a line, and exit status 2
         if crew.rank == 0:
             status_file.write_text(str(status))
@@ -70,7 +71,7 @@ def _convert(direction: Direction, request: Request, crew: Crew) -> int:
         resumed = f", {report.num_kept} parameters were there already" if report.num_kept else ""
         _say(
             crew,
-            f"{report.num_bytes / GB:.3f} GB{resumed}; peak memory of a worker {report.peak_bytes / 2**30:.2f} GiB, "
+            f"{decimal(report.num_bytes)}{resumed}; peak memory of a worker {report.peak_bytes / 2**30:.2f} GiB, "
             f"{report.peak_anonymous_bytes / 2**30:.2f} of it beside mapped libraries\nwrote {target}",
         )
     return 0

@@ -19,7 +19,8 @@ from typing import IO
 import torch
 
 from megatron_papo.checkpoint.atomic import publish
-from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles, state_tree, write_metadata
+from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
+from megatron_papo.checkpoint.conversion.checkpoint_plan import state_tree, write_metadata
 from megatron_papo.checkpoint.conversion.crew import Crew
 from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles
 from megatron_papo.checkpoint.conversion.journal import FOLDER, Record, read_journal

@@ -63,9 +63,17 @@ class Crew:
             raise ValueError(fault)
         return value
 
-    def advance(self, num_bytes: int) -> int:
-        """Counts bytes that this worker has done; those of all."""
+    def fail(self, reason: str) -> None:
+        """Lets the others end with this worker's reason, at their next `advance`."""
         if self._store is not None:
+            self._store.set("reason", reason)
+            self._store.add("failed", 1)
+
+    def advance(self, num_bytes: int) -> int:
+        """Counts bytes that this worker has done; those of all. Raises ValueError once a worker has failed."""
+        if self._store is not None:
+            if self._store.add("failed", 0):
+                raise ValueError(self._store.get("reason").decode())
             return self._store.add("bytes", num_bytes)
         self._bytes += num_bytes
         return self._bytes

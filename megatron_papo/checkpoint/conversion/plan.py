@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_papo.checkpoint.conversion.checkpoint_files import Box, CheckpointFiles, plan_boxes
+from megatron_papo.checkpoint.conversion.checkpoint_files import Box, CheckpointFiles
+from megatron_papo.checkpoint.conversion.checkpoint_plan import plan_boxes
 from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.checkpoint.conversion.spans import num_values
 from megatron_papo.checkpoint.conversion.stores import Store

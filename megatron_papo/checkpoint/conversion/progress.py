@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
@@ -66,7 +67,7 @@ class Progress:
         speed = done / max(self._asked - self._began, 1e-6)
         so_far = self._before + done
         left = f", {(self._total - so_far) / speed:.0f} s left" if speed and so_far < self._total else ""
-        return f"{self._what}: {so_far / GB:.3f} of {self._total / GB:.3f} GB, {speed / GB:.2f} GB/s{left}"
+        return f"{self._what}: {decimal(so_far)} of {decimal(self._total)}, {decimal(int(speed))}/s{left}"
 
 
 def memory(key: str) -> int:

@@ -20,10 +20,10 @@ from megatron_papo.checkpoint.conversion.spans import Span, chunks, width
 from megatron_papo.checkpoint.conversion.stores import Files, Store, read_rows, view
 from megatron_papo.checkpoint.slices import Entry
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2 * 2**20
 """Of a buffer: large enough for the disk, small enough to be hashed and written while it is in the caches."""
-_SLOTS = 4
-_READ_AHEAD = 2
+_SLOTS = 8
+_READ_AHEAD = 3
 SHARES = 2 * _SLOTS + 6
 """Chunks that are held at most: a slot's two buffers; pieces of rows, and what counting and reading again need."""
 _BITS = {2: torch.int16, 4: torch.int32}
