@@ -31,8 +31,10 @@ def main() -> int:
         if arguments.workers == 1 and outer_rank(os.environ) is None:
             return _alone(arguments)
         return _together(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from megatron_papo.checkpoint.conversion.crew import reason_of
+
+        print(reason_of(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -464,6 +466,30 @@ def test_another_source_or_setting_starts_anew_and_says_so(source, tmp_path, cap
         assert "was begun from another source or with other settings: starting anew" in capsys.readouterr().out
         assert run("verify", tmp_path / "out", "--source", copy) == 0
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_target_that_cannot_be_made_is_one_line(source, tmp_path, capfd, workers):
+    (tmp_path / "file").write_text("no folder")
+    assert run("hf-to-megatron", source, tmp_path / "file" / "m", "--workers", workers) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "starting" not in line and "Warning" not in line]
+    assert len(lines) == 1 and f"{tmp_path / 'file'}" in lines[0] and "Not a directory" in lines[0], lines
+
+
+def test_bytes_that_the_disk_lost_in_the_background_end_the_conversion(source, tmp_path, capsys, monkeypatch):
+    """The kernel tells of them once: the sync at a file's end would succeed."""
+    told = []
+
+    def lossy(self: stores.Files, name: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            told.append(name)
+            raise OSError(errno.EIO, "Input/output error", name)
+
+    monkeypatch.setattr(units, "SYNC_BYTES", 60_000)  # once a file
+    monkeypatch.setattr(stores.Files, "sync", lossy)
+    assert run("hf-to-megatron", source, tmp_path / "m", *SMALL) == 2
+    assert told and "Input/output error" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 def test_two_conversions_of_one_target_are_refused(source, tmp_path, capsys):

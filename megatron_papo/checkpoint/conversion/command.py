@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from megatron_papo.checkpoint.conversion.compare import compare
 from megatron_papo.checkpoint.conversion.convert import convert
-from megatron_papo.checkpoint.conversion.crew import Crew
+from megatron_papo.checkpoint.conversion.crew import Crew, reason_of
 from megatron_papo.checkpoint.conversion.plan import Direction, Settings
 from megatron_papo.checkpoint.conversion.verify import verify
 from megatron_papo.config import ConfigError
@@ -40,9 +40,9 @@ def work(request: Request, status_file: Path) -> None:
     with Crew() as crew:
         try:
             status = perform(request, crew)
-        except ValueError as error:
-            crew.fail(str(error))
-            raise ConfigError(str(error)) from error  # a line, and exit status 2
+        except (ValueError, OSError) as error:
+            crew.fail(reason_of(error))
+            raise ConfigError(reason_of(error)) from error  # a line, and exit status 2
         if crew.rank == 0:
             status_file.write_text(str(status))
 

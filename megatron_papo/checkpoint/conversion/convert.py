@@ -136,8 +136,10 @@ def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:
     handle = (journals / "lock").open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{partial}: another conversion is writing it") from None
+    except OSError:
+        pass  # a disk without locks
     lock.append(handle)
 
 

@@ -20,6 +20,13 @@ _POLL_S = 0.2
 Found = TypeVar("Found")
 
 
+def reason_of(error: ValueError | OSError) -> str:
+    """In a line: of an OSError its file and what the system says."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 class Crew:
     """This worker among `size`. Use it as a context."""
 
@@ -51,13 +58,13 @@ class Crew:
         return values
 
     def first(self, work: Callable[[], Found]) -> Found:
-        """What rank 0 makes of `work`, for all; a ValueError of it is everyone's."""
+        """What rank 0 makes of `work`, for all; a ValueError or OSError of it is everyone's."""
         found: tuple[Any, str | None] = (None, None)
         if self.rank == 0:
             try:
                 found = (work(), None)
-            except ValueError as error:
-                found = (None, str(error))
+            except (ValueError, OSError) as error:
+                found = (None, reason_of(error))
         value, fault = self.gather(found)[0]
         if fault is not None:
             raise ValueError(fault)

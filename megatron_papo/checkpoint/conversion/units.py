@@ -103,6 +103,8 @@ class _Writer:
         self._thread.shutdown()
         try:
             if kind is None:
+                if self._syncing is not None:
+                    self._syncing.result()  # the kernel tells of bytes that it lost once, so another sync would not
                 self._sync(len(self._journal.records))
         finally:
             self._journal.close()
