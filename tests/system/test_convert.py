@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.conversion import crew, stores, units
+from megatron_papo.checkpoint.conversion import crew, progress, stores, units
 from megatron_papo.checkpoint.conversion.journal import FOLDER, read_journal
 from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
 from megatron_papo.checkpoint.conversion.progress import memory
