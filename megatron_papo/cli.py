@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_papo.doctor import main as doctor
 
         return doctor()
+    config = None
     try:
         config = load_config(options.config, [*_implied(options), *options.overrides])
         if options.verb == "check":
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_layout(config, num_ranks)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
     except ConfigError as error:
-        return _refuse(error)
+        return _refuse(error, config)
     return _run(options, config, num_ranks)
 
 
@@ -181,10 +183,16 @@ def _speaks() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _refuse(error: ConfigError) -> int:
-    from megatron_papo.observe.failures import tell_torchrun
+def _refuse(error: ConfigError, config: Config | None) -> int:
+    """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
+    from megatron_papo.launch import outer_rank
+    from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
 
     tell_torchrun(f"papo: error: {error}")
+    outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
+    if outer is not None and config is not None:
+        rank = int(outer.get("RANK") or os.environ["RANK"])
+        leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
     if _speaks():
         for line in str(error).splitlines():
             print(f"papo: error: {line}", file=sys.stderr)

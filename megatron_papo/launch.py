@@ -138,10 +138,11 @@ def _launch_local(work: Work, num_ranks: int) -> int:
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), Path(folder)))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
-        signal.signal(signal.SIGUSR1, lambda *_: _forward(ranks, signal.SIGUSR1))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by a rank until the verb listens
         try:
             for process in ranks:
                 process.start()
+            signal.signal(signal.SIGUSR1, lambda *_: _forward(ranks, signal.SIGUSR1))
             return _watch(ranks, work, Path(folder))
         except KeyboardInterrupt:
             print("papo: interrupted", file=sys.stderr)

@@ -21,7 +21,7 @@ import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 import transformers.models.qwen2_vl.image_processing_qwen2_vl
 import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 
-from megatron_papo.accelerator import adapt_megatron, seed_all
+from megatron_papo.accelerator import adapt_megatron, has_gpu, seed_all
 from megatron_papo.accounting import Meter, group_flops
 from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.checkpoint.weights import load_weights
@@ -71,6 +71,13 @@ class Run:
         return self.shape.unsayable_ids(len(self.processor.tokenizer))
 
 
+def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
+    """After a failure on a GPU the groups are left to the end of the process: NCCL may wait there for peers that wait
+    for this rank, and the note of its failure is written only afterwards."""
+    if kind is None or not has_gpu():
+        shutdown()
+
+
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
     """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards."""
@@ -82,7 +89,7 @@ def open_run(config: Config) -> Iterator[Run]:
         stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
         with clock.stage("join"):
             layout = initialize(config.parallel)
-        stack.callback(shutdown)
+        stack.push(_end_groups)
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)
         seed_all(config.run.seed)

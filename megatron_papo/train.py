@@ -26,6 +26,7 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.guard import CollapseGuard
 from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
+from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
@@ -76,7 +77,7 @@ def main(config: Config) -> int:
                 now = bool(stopped) or leaving
                 checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=now)
                 if stopped:
-                    raise ValueError(f"perception.guard: stopped the run after step {step}: {stopped}")
+                    raise RunStopped(f"perception.guard: stopped the run after step {step}: {stopped}")
                 if leaving:
                     return checkpoints.leave(step)
         checkpoints.export()

@@ -36,7 +36,7 @@ class Slurm:
         return subprocess.run(list(map(str, words)), check=False, **given)
 
     def lab(self, *words: object) -> None:
-        """`tools/slurm_lab.sh crash-node 2`, `start-node node2`."""
+        """`tools/slurm_lab.sh crash-node node2`, `start-node node2`."""
         subprocess.run(["bash", str(TOOL), *map(str, words)], env=self.lab_environ, check=True, timeout=60)
 
 

@@ -31,7 +31,8 @@ class Attempt:
     lost_seconds: float
     """What the attempt before had worked for beyond its checkpoint."""
     end: str = ""
-    """done, saved, told to end, refused, failed, or lost (its node crashed); empty while it runs."""
+    """done, saved, told to end, refused, stopped (by its own settings), failed, or lost (its node crashed); empty while
+    it runs."""
     ended: float = 0.0
     reached: int = 0
     """Steps recorded when it ended."""

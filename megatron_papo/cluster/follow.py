@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_papo.cluster import runs
-from megatron_papo.cluster.slurm import QueuedJob, find_job
+from megatron_papo.cluster.slurm import QueuedJob, SlurmError, find_job
 
 _LOOK_S = 1.0
+_BUSY_S = 5.0
 _LOST_LOOKS = 5
 """A job that Slurm does not know for so many looks in a row is over."""
 
@@ -20,7 +21,12 @@ def follow(job_id: str, run_dir: Path | None, from_start: bool = True) -> int:
     tail = _Tail(None if run_dir is None else runs.folder_of(run_dir) / f"job_{job_id}.log", from_start)
     shown, missing = "", 0
     while True:
-        job = find_job(job_id)
+        try:
+            job = find_job(job_id)
+        except SlurmError:  # a controller that is busy; the job goes on
+            tail.show()
+            time.sleep(_BUSY_S)
+            continue
         missing = 0 if job else missing + 1
         state = _state(job) if job else shown
         if state != shown:

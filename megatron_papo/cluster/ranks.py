@@ -64,9 +64,16 @@ class RankWatch:
         stage = f"stage {sign['stage']}" if sign["stage"] else "between stages"
         return _dead(rank, f"no sign of life from {sign['host']} for {now - self._changed[rank]:.0f} s ({stage})")
 
+    def _files(self) -> list[Path]:
+        """None when the folder goes while it is read: ranks that end well take it away."""
+        try:
+            return list(self._folder.glob("rank_*.json"))
+        except OSError:
+            return []
+
     def _look(self, now: float) -> list[int]:
         found = []
-        for path in self._folder.glob("rank_*.json"):
+        for path in self._files():
             try:
                 sign = json.loads(path.read_text())
             except (OSError, ValueError):  # just gone, or a disk that hiccups
@@ -93,7 +100,9 @@ def _killed(srun_log: Path, watch: RankWatch, nodelist: str) -> Iterator[Failure
             return
         if task := _TASK.search(line):
             rank, text = int(re.split(r"[,\-]", task[2])[0]), f"on {task[1]}: {task[3]}"
-            if task[3].startswith("Exited"):
+            if task[3] == "Exited with exit code 2":
+                yield Failure(rank, time.time(), "config", "refused", text)
+            elif task[3].startswith("Exited"):
                 yield Failure(rank, time.time(), "silent", "ended", text)
             else:
                 yield Failure(rank, time.time(), "killed", "killed", text)

@@ -47,7 +47,7 @@ def job_script(config: Config, *, home: Path, work_dir: Path, folder: Path, made
     ]
     lines = [
         "#!/bin/bash",
-        f"# Made by: {made_from}",
+        f"# Made by: {' '.join(made_from.splitlines())}",
         *(f"#SBATCH {_quoted(option)}" for option in [*sbatch_options(config), *where]),
         "",
         f"PAPO_HOME={shlex.quote(str(home))}",

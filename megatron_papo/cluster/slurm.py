@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ def sbatch(script: str, options: Sequence[str] = ()) -> str:
 def my_jobs() -> list[QueuedJob]:
     """This user's jobs, oldest first."""
     lines = _call("squeue", "--me", "--states=all", "--noheader", f"--format={_FIELDS}").splitlines()
-    return sorted((_job(line) for line in lines if line.count("|") >= 6), key=lambda job: int(job.id.split("_")[0]))
+    return sorted(
+        (_job(line) for line in lines if line.count("|") >= 6), key=lambda job: int(re.split(r"[_+]", job.id)[0])
+    )
 
 
 def find_job(job_id: str) -> QueuedJob | None:

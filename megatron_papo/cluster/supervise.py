@@ -31,6 +31,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
@@ -45,6 +46,8 @@ _STEP_WAIT_S = 30.0
 _ASK_AGAIN_S = 30.0
 """USR1 is sent again this often: a rank that was still importing did not listen."""
 _TAIL_LINES = 25
+_FINAL = {"done": 0, "refused": 2, "stopped": 1}
+"""Ends that no other attempt follows, with the job's exit code."""
 _KEPT = ("failures", "stacks")
 """Folders of an attempt, kept with its logs."""
 
@@ -56,8 +59,6 @@ class Job:
     id: str
     nodes: str
     num_nodes: int
-    is_chained: bool
-    """Follows another job of the same run by itself; a job that a person submits starts counting failures anew."""
 
     @classmethod
     def here(cls) -> Job:
@@ -65,8 +66,7 @@ class Job:
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
-        is_chained = bool(os.environ.get("SLURM_JOB_DEPENDENCY"))
-        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]), is_chained)
+        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]))
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,13 @@ class Ending:
 
 
 class Supervisor:
-    def __init__(self, job: Job, run: dict[str, object], num_ranks: int, srun: list[str], command: list[str]):
-        """`run`: the section of that name."""
+    def __init__(
+        self, job: Job, settings: dict[str, dict[str, object]], num_ranks: int, srun: list[str], command: list[str]
+    ):
+        """`settings`: the whole tree."""
+        run = settings["run"]
         self._job, self._num_ranks, self._srun, self._command = job, num_ranks, srun, command
+        self._resumes = bool(settings["checkpoint"]["resume"])
         self._run_dir = Path(str(run["dir"]))
         self._max_failures = int(str(run["max_failures"]))
         self._beat_limit_s, self._start_limit_s = float(str(run["heartbeat_limit_s"])), float(str(run["stall_limit_s"]))
@@ -109,13 +113,14 @@ class Supervisor:
 
     def _counted(self, attempts: list[Attempt]) -> list[Attempt]:
         """Those whose failures count: of this job, or of the chain that it belongs to."""
-        return [attempt for attempt in attempts if self._job.is_chained or attempt.job == self._job.id]
+        chained = _is_chained(self._run_dir, self._job.id)
+        return [attempt for attempt in attempts if chained or attempt.job == self._job.id]
 
     def _leave(self, attempts: list[Attempt]) -> int | None:
         """The exit code of the job where no other attempt is to follow in it."""
         end = attempts[-1].end
-        if end in ("done", "refused"):
-            return 0 if end == "done" else 2
+        if end in _FINAL:
+            return _FINAL[end]
         if self._told_to_end_at < math.inf:
             return 128 + signal.SIGTERM
         if end == "saved":
@@ -142,7 +147,7 @@ class Supervisor:
         )
         self._write(attempt)
         say(_opening(attempt, earlier, progress.lost()))
-        ending = self._run_ranks(attempt.number)
+        ending = self._run_ranks(attempt.number, self._goes_on(earlier, progress))
         reached = read_progress(self._run_dir).steps_done
         attempt = replace(attempt, end=ending.end, ended=time.time(), reached=reached, reason=ending.reason)
         self._write(attempt)
@@ -156,7 +161,14 @@ class Supervisor:
         except OSError as error:
             say(f"warning: attempts.jsonl: {error}")
 
-    def _run_ranks(self, number: int) -> Ending:
+    def _goes_on(self, earlier: list[Attempt], progress: RunProgress) -> list[str]:
+        """`checkpoint.resume=false` is for the beginning: what this job, or its chain, has saved, it goes on with."""
+        own = self._counted(earlier)
+        if self._resumes or not own or progress.written_at < own[0].began:
+            return []
+        return ["checkpoint.resume=true"]
+
+    def _run_ranks(self, number: int, overrides: list[str]) -> Ending:
         for name in ("heartbeats", *_KEPT):  # of an attempt whose supervisor was taken away
             shutil.rmtree(self._run_dir / name, ignore_errors=True)
         with suppress(FileNotFoundError):
@@ -165,25 +177,29 @@ class Supervisor:
         logs.mkdir(parents=True, exist_ok=True)
         srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/rank_%t.log", *self._srun]
         with (logs / "srun.log").open("w") as said:
-            step = subprocess.Popen([*srun, *self._command], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            step = subprocess.Popen(
+                [*srun, *self._command, *overrides], stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
         watch = RankWatch(self._run_dir, self._num_ranks, self._beat_limit_s, self._start_limit_s)
-        with (logs / "rank_0.log").open("a+") as first:
+        with (logs / "rank_0.log").open("a+", errors="replace") as first:
             dead = self._watch(step, watch, first)
-            print(first.read(), end="", flush=True)
+            _show(first.read())
         ending = self._how_it_ended(step.returncode, logs / "srun.log", watch, dead)
         for name in _KEPT:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 (self._run_dir / name).rename(logs / name)
         return ending
 
-    def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: object) -> Failure | None:
+    def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: TextIO) -> Failure | None:
         """Until the ranks have ended, by themselves or because one of them is dead: that one."""
+        notes: dict[int, Failure] = {}
         noted_at, asked_at = math.inf, -math.inf
         while step.poll() is None:
             time.sleep(_LOOK_S)
-            print(first.read(), end="", flush=True)  # type: ignore[attr-defined]
+            _show(first.read())
             now = time.monotonic()
-            notes = read_failures(self._run_dir / "failures")
+            with suppress(OSError, ValueError):  # a shared disk that hiccups: the next look is a second away
+                notes = read_failures(self._run_dir / "failures")
             dead = watch.dead_rank(but=set(notes))
             if self._asked_to_save and watch.all_started and now - asked_at > _ASK_AGAIN_S:
                 asked_at = now
@@ -215,7 +231,7 @@ class Supervisor:
             notes = [note for note in notes if note.time < self._told_to_end_at]  # later ones are of being ended
             if not notes and not dead:
                 return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
-        elif code == 0 and not dead:
+        elif code in (0, SAVED_EXIT) and not dead:  # a job of one rank ends with the latter
             return Ending("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
         else:
             notes += killed_tasks(srun_log, watch, self._job.nodes)
@@ -223,14 +239,15 @@ class Supervisor:
             dead = dead or watch.longest_silent(but={note.rank for note in notes})
         notes += [dead] if dead else []
         cause = the_cause(notes or [Failure(0, time.time(), "silent", "ended", f"srun: exit code {code}")])
-        return Ending("refused" if cause.kind == "config" else "failed", cause.reason(), cause.rank)
+        end = {"config": "refused", "stopped": "stopped"}.get(cause.kind, "failed")
+        return Ending(end, cause.reason(), cause.rank)
 
     def _tell(self, attempt: Attempt, ending: Ending) -> None:
         """How it ended; of a failure the failing rank's last lines first."""
         logs = self._logs(attempt.number)
         if ending.rank is not None:
             lines = _last_lines(logs / f"rank_{ending.rank}.log") or _last_lines(logs / "srun.log")
-            print(f"papo: the last lines of rank {ending.rank}:", *lines, sep="\n  ", flush=True)
+            _show("\n  ".join([f"papo: the last lines of rank {ending.rank}:", *lines]) + "\n")
         text = f"attempt {attempt.number}: {attempt.end} after {attempt.ended - attempt.began:.0f} s, "
         text += f"{attempt.reached} steps done" + (f": {ending.reason.removeprefix('papo: ')}" if ending.reason else "")
         say(text + ("" if attempt.end == "done" else f" (logs: {logs})"))
@@ -313,8 +330,24 @@ def _last_lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if path.exists() else []
 
 
+def _is_chained(run_dir: Path, job: str) -> bool:
+    """Whether `job` follows another one of the run by itself; one that a person submits counts failures anew."""
+    path = run_dir / "cluster" / "jobs.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return False
+    return any(line["job"] == job and line["chain_position"] > 1 for line in lines)
+
+
 def say(text: str) -> None:
-    print(f"papo: {text}", flush=True)
+    _show(f"papo: {text}\n")
+
+
+def _show(text: str) -> None:
+    """The job's log may be on the disk that is full: that is no reason to end."""
+    with suppress(OSError):
+        print(text, end="", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -327,7 +360,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", nargs="+", help="what every rank runs")
     options = parser.parse_args(argv)
     settings = json.loads(options.settings.read_text())
-    return Supervisor(Job.here(), settings["run"], options.ranks, shlex.split(options.srun), options.command).main()
+    return Supervisor(Job.here(), settings, options.ranks, shlex.split(options.srun), options.command).main()
 
 
 if __name__ == "__main__":

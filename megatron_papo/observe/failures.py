@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["error", "value", "config", "killed", "stalled", "distributed", "silent"]
+Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
 
 SAVED_EXIT = 85
 """Exit code of a run that was asked to end (SIGUSR1), saved and is to go on later."""
@@ -28,7 +28,7 @@ SAVED_FILE = "saved"
 """Under RUN, says the same: srun would take such an exit code of one rank for a failure and end the others."""
 
 _ORDER: tuple[tuple[Kind, ...], ...] = (
-    ("config", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
+    ("config", "stopped", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
 )  # fmt: skip
 """What explains a run, best first; within one row the earliest."""
 
@@ -60,6 +60,10 @@ class Failure:
         return 2 if self.kind == "config" else 1
 
 
+class RunStopped(ValueError):
+    """A run ends itself, by a setting of the user: beginning it again would undo that."""
+
+
 def is_peers_fault(error: BaseException) -> bool:
     """True for what torch.distributed raises when another rank is gone or does not answer."""
     text = str(error).lower()
@@ -73,6 +77,8 @@ def describe(rank: int, error: BaseException) -> Failure:
         kind = "config"
     elif is_peers_fault(error):
         kind = "distributed"
+    elif isinstance(error, RunStopped):
+        kind = "stopped"
     elif isinstance(error, ValueError):
         kind = "value"
     text = "".join(traceback.format_exception(error))
@@ -117,7 +123,7 @@ def print_failure(failure: Failure, run_dir: Path) -> None:
     """
     if failure.kind == "config":
         text = "\n".join(f"papo: error: {line}" for line in failure.message.splitlines())
-    elif failure.kind == "value":
+    elif failure.kind in ("value", "stopped"):
         text = _set_aside(failure, run_dir) + failure.reason()
     else:
         text = failure.traceback + failure.reason()

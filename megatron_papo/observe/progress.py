@@ -6,6 +6,7 @@ Standard library alone: the supervisor of a cluster job reads this outside the e
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class RunProgress:
     """The step that a resumed run goes on with; 0: from the beginning."""
     saved_at: float
     """Unix time at which the last step in the checkpoint was done; 0: none, or not recorded."""
+    written_at: float
+    """Unix time of the checkpoint itself; 0: none."""
 
     @property
     def lost_steps(self) -> int:
@@ -36,9 +39,9 @@ def read_progress(run_dir: Path) -> RunProgress:
     """Of a run folder in any state, an empty one too."""
     records = list(_records(run_dir / "metrics.jsonl"))
     done = records[-1]["step"] + 1 if records else 0
-    saved = _steps_saved(run_dir / "checkpoints")
+    saved, written_at = _newest_checkpoint(run_dir / "checkpoints")
     saved_at = [record["unix_time"] for record in records if record["step"] == saved - 1]
-    return RunProgress(done, saved, saved_at[-1] if saved_at else 0.0)
+    return RunProgress(done, saved, saved_at[-1] if saved_at else 0.0, written_at)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -54,11 +57,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _steps_saved(folder: Path) -> int:
-    """Of the checkpoint written last: as the store chooses it."""
-    newest = (0, 0)
-    for path in folder.glob("step_*/state.json"):
-        if path.parent.suffix == "":
-            state = json.loads(path.read_text())
-            newest = max(newest, (state["serial"], state["step"]))
-    return newest[1]
+def _newest_checkpoint(folder: Path) -> tuple[int, float]:
+    """Steps and time of the one written last, as the store chooses it; one that is being removed is passed over."""
+    newest = (0, 0, 0.0)
+    for path in sorted(folder.glob("step_*")):
+        if path.suffix == "":
+            with suppress(OSError, ValueError, KeyError):
+                state = json.loads((path / "state.json").read_text())
+                newest = max(newest, (state["serial"], state["step"], (path / "state.json").stat().st_mtime))
+    return newest[1], newest[2]

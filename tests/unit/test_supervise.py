@@ -15,6 +15,8 @@ import pytest
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
+from megatron_papo.cluster.supervise import Job, Supervisor
+from megatron_papo.observe.failures import SAVED_EXIT, RunStopped, describe, write_failure
 from megatron_papo.observe.progress import read_progress
 
 REPO = Path(__file__).parents[2]
@@ -138,6 +140,7 @@ SRUN_LOGS = {
     "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\n"
     "srun: error: node1: task 0: Terminated\n": [(1, "killed", "on node2: Killed")],
     "srun: error: node1: tasks 0-3: Exited with exit code 1\n": [(0, "ended", "on node1: Exited with exit code 1")],
+    "srun: error: node2: task 3: Exited with exit code 2\n": [(3, "refused", "on node2: Exited with exit code 2")],
     "srun: error: node2: task 5,7: Out Of Memory\n": [(5, "killed", "on node2: Out Of Memory")],
     "srun: error: Node failure on node2\nsrun: error: node1: task 0: Killed\n": [
         (4, "dead", "Slurm has lost its node node2"), (0, "killed", "on node1: Killed")
@@ -155,6 +158,40 @@ def test_what_srun_says_of_tasks_before_it_ends_the_others(tmp_path, text, expec
     (tmp_path / "srun.log").write_text(text)
     found = killed_tasks(tmp_path / "srun.log", watch, "node[1-2]")
     assert [(failure.rank, failure.name, failure.message) for failure in found] == expected
+
+
+def test_resume_false_is_for_the_beginning_alone(tmp_path):
+    """Else a run would start afresh after every time limit."""
+    settings = {
+        "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
+        "checkpoint": {"resume": False},
+    }
+    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    record(tmp_path, 8, {5: 1})
+    (state,) = tmp_path.glob("checkpoints/*/state.json")
+    os.utime(state, (900.0, 900.0))  # of an earlier run in this folder
+    assert supervisor._goes_on([FIRST], read_progress(tmp_path)) == []
+    os.utime(state, (1100.0, 1100.0))
+    assert supervisor._goes_on([], read_progress(tmp_path)) == []
+    assert supervisor._goes_on([FIRST], read_progress(tmp_path)) == ["checkpoint.resume=true"]
+    assert supervisor._goes_on([replace(FIRST, job="6")], read_progress(tmp_path)) == []
+
+
+def test_a_run_that_stops_itself_is_not_begun_again(tmp_path):
+    (tmp_path / "failures").mkdir()
+    write_failure(tmp_path / "failures", describe(1, RunStopped("perception.guard: stopped the run after step 4")))
+    settings = {
+        "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
+        "checkpoint": {"resume": True},
+    }
+    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    watch = RankWatch(tmp_path, 2, limit_s=60, start_limit_s=60)
+    ending = supervisor._how_it_ended(1, tmp_path / "srun.log", watch, None)
+    assert (ending.end, ending.rank) == ("stopped", 1)
+    assert supervisor._leave([replace(FIRST, end="stopped")]) == 1
+    (tmp_path / "failures" / "rank_1.json").unlink()
+    (tmp_path / "saved").write_text("4")
+    assert supervisor._how_it_ended(SAVED_EXIT, tmp_path / "srun.log", watch, None).end == "saved"
 
 
 def test_the_supervisor_needs_the_standard_library_alone():
