@@ -134,6 +134,8 @@ def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # n
     reached(run_dir, read_progress(run_dir).steps_done + 1, attempts=len(disturbances) + 1)
     assert tool("cancel", "runs/survivor").returncode == 0
     until(lambda: read_attempts(run_dir)[-1].end == "told to end")
+    (job,) = job_ids(run_dir)
+    until(lambda: tool.lines()[job]["state"] == "cancelled")  # it completes for a moment yet, and holds its folder
     other = ["parallel.pipeline=2", "parallel.tensor=1", "parallel.distributed_optimizer=false", "cluster.nodes=1"]
     done = tool("resume", "runs/survivor", *other, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
