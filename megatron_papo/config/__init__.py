@@ -3,7 +3,11 @@
 Nothing here imports torch, so that the command line can refuse a bad setting before any rank starts.
 """
 
+from megatron_papo.config.certify import CertifyConfig as CertifyConfig
+from megatron_papo.config.certify import LimitsConfig as LimitsConfig
 from megatron_papo.config.cluster import ClusterConfig as ClusterConfig
+from megatron_papo.config.fp8 import Fp8Config as Fp8Config
+from megatron_papo.config.generation import GenerationConfig as GenerationConfig
 from megatron_papo.config.load import ConfigError as ConfigError
 from megatron_papo.config.load import dump_config as dump_config
 from megatron_papo.config.load import load_config as load_config

@@ -12,7 +12,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_papo.config.basics import Count, Fraction, NoAsOff, NonNegative, Positive, Section
+from megatron_papo.config.certify import CertifyConfig
 from megatron_papo.config.cluster import ClusterConfig
+from megatron_papo.config.fp8 import Fp8Config
+from megatron_papo.config.generation import GenerationConfig
 
 
 class RunConfig(Section):
@@ -55,6 +58,8 @@ class ModelConfig(Section):
     freeze: FreezeConfig = FreezeConfig()
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, those of attention, or whole layers."""
+    cuda_graphs: bool = False
+    """Capture each layer's MLP as a CUDA graph. Needs a GPU, the spec transformer_engine and train.fixed_rows."""
     random_init: bool = False
     """Start from random weights of the shape in `path`/config.json."""
 
@@ -70,6 +75,11 @@ class ParallelConfig(Section):
     """Language-model layers of each pipeline stage; by default as even as possible, first stages smaller."""
     distributed_optimizer: bool = False
     """Optimizer states split over the data-parallel ranks."""
+    overlap_data: bool = False
+    """Reduce gradients, and with the distributed optimizer gather weights, while the rest is computed."""
+    overlap_tensor: bool = False
+    """Exchange between tensor ranks while linear layers compute (Transformer Engine's userbuffers). Needs a GPU,
+    parallel.sequence and train.fixed_rows."""
     timeout_s: Positive = 1800.0
     """A collective that takes longer fails."""
 
@@ -218,11 +228,25 @@ class LossConfig(Section):
     """eta 1: weight of the entropy with the image, which is minimised."""
     masked_entropy_coef: NonNegative = 0.0
     """eta 2: weight of the entropy with the image masked, which is minimised."""
+    old_logprobs: Literal["recomputed", "rollout"] = "recomputed"
+    """What the ratio is taken against: the trainer's own log-probs of the weights before the updates, or the engine's
+    as it sampled."""
+    correction: Literal["none", "truncated", "masked"] = "none"
+    """Importance sampling for what the engine's log-probs differ from the recomputed ones: the policy term times their
+    ratio, cut at correction_cap; or times the ratio, and zero where it lies outside correction_floor to the cap."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """Whether that ratio is a token's, or a whole response's: the geometric mean of its tokens'."""
+    correction_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """Largest ratio."""
+    correction_floor: Fraction = 0.5
+    """Smallest ratio of `masked`."""
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         if (self.averaging == "fixed") != (self.fixed_denominator is not None):
             raise ValueError("loss.averaging=fixed and loss.fixed_denominator go together")
+        if self.correction != "none" and self.old_logprobs == "rollout":
+            raise ValueError("loss.correction needs loss.old_logprobs=recomputed: it corrects for the engine's")
         return self
 
 
@@ -266,31 +290,6 @@ class RewardConfig(Section):
     overlong: OverlongConfig = OverlongConfig()
 
 
-class GenerationConfig(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """vLLM, or transformers: the default for machines without a GPU."""
-    temperature: Positive = 1.0
-    """Logits are divided by it, in the engine and in the trainer's log-probs."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
-    """Sampled from the smallest set of tokens with this probability."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit."""
-    max_response_tokens: Count = 2048
-    """Longer responses are cut off."""
-    batch_size: Count = 64
-    """Rows that the transformers engine decodes together."""
-    tensor: Count = 1
-    """vLLM's tensor parallelism; must divide the ranks of the world."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the engine; `auto` is the trainer's."""
-    kv_cache_gib: Positive | None = None
-    """Of vLLM; null: what gpu_memory_fraction leaves (1/4 GiB without a GPU)."""
-    gpu_memory_fraction: Fraction = 0.5
-    """Of the GPU, for vLLM with its weights."""
-    enforce_eager: bool = False
-    """vLLM without CUDA graphs."""
-
-
 class TrainConfig(Section):
     steps: Count = 202
     """Rollout batches of the whole run."""
@@ -303,6 +302,11 @@ class TrainConfig(Section):
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     tokens_per_micro_batch: Count = 16_384
     """Budget of a packed row: each prompt once with its responses, and once more for the masked view of a joint row."""
+    ahead: bool = False
+    """Generate the rollouts of the next step while this one trains, with weights one update old. Needs
+    generation.placement=separate."""
+    fixed_rows: bool = False
+    """Pad every row to tokens_per_micro_batch: what CUDA graphs and overlapped tensor-parallel exchanges need."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """0: only after the last step, when data.eval is set."""
 
@@ -359,6 +363,15 @@ class OptimConfig(Section):
     """Adam's."""
     clip_grad: NonNegative = 1.0
     """0: no clipping."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """An update whose gradient norm exceeds this many times the median of the last 32 is skipped; one that is not
+    finite always is."""
+    max_skipped: Count = 8
+    """Skipped updates in a row that stop the run."""
+    precision_aware: bool = False
+    """Adam's moments in bfloat16. Needs a GPU, Transformer Engine and parallel.distributed_optimizer."""
+    offload_fraction: Fraction = 0.0
+    """Share of the optimizer's state and work that lies on the host's CPU. Needs parallel.distributed_optimizer."""
 
 
 class CheckpointConfig(Section):
@@ -411,6 +424,8 @@ class Config(Section):
     perception: PerceptionConfig = PerceptionConfig()
     entropy: EntropyConfig = EntropyConfig()
     optim: OptimConfig = OptimConfig()
+    fp8: Fp8Config = Fp8Config()
+    certify: CertifyConfig = CertifyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     sft: SftConfig = SftConfig()
@@ -454,9 +469,20 @@ class Config(Section):
     def _check(self) -> Config:
         if self.perception.kl == "full" and self.perception.masked_branch == "frozen":
             raise ValueError("perception.kl=full needs perception.masked_branch=joint: a frozen branch keeps no logits")
+        self._check_ahead()
         overlong, limit = self.reward.overlong, self.generation.max_response_tokens
         if overlong.enabled and overlong.buffer > limit:
             raise ValueError(
                 f"reward.overlong.buffer: {overlong.buffer} exceeds generation.max_response_tokens={limit}"
             )
         return self
+
+    def _check_ahead(self) -> None:
+        if not self.train.ahead:
+            return
+        if self.generation.placement != "separate":
+            raise ValueError(
+                "train.ahead needs generation.placement=separate: a colocated engine waits for the trainer"
+            )
+        if self.train.dynamic_sampling.enabled:
+            raise ValueError("train.ahead: train.dynamic_sampling does not know beforehand how much it will ask for")
