@@ -4,8 +4,8 @@ Every term is a weighted sum: `weights_R` and `perception_weights_R` already hol
 mean, so micro-batches and data-parallel ranks add up and no layout changes the gradient.
 Departs from the paper: by default no gradient flows through the masked branch, as in the paper's reference code
 (`perception.masked_branch: joint` is the paper's formula), and the ratio within k3 is pi_masked / pi, the unbiased
-form. Departs from that code: never a mean of micro-batch means. Leaves out importance weights between the engine's
-log-probs and the trainer's.
+form. Departs from that code: never a mean of micro-batch means. Importance weights between the engine's log-probs and
+the trainer's are in `correction.py`.
 Source: Perception-Aware Policy Optimization, arXiv 2507.06448; dual clip, arXiv 1912.09729.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import Config, EntropyConfig, LossConfig, PerceptionConfig
+from megatron_papo.correction import correction_weights
 from megatron_papo.types import HeadOutputs, Metrics, MicroBatch
 
 
@@ -64,6 +65,8 @@ def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> 
         sums = {f"loss/{name}": _summand(part) for name, part in (parts | {"total": total}).items()}
         for name, values_R, over_R in _means(seen, row, settings.loss):
             sums[name] = (values_R * over_R).sum(), over_R.sum()
+        gap_R = (seen.trainer_R - row.rollout_logprobs_R).abs() * row.loss_mask_R
+        sums["rollout_gap_max"] = gap_R.max(), gap_R.new_ones(())
     return total, _metrics(sums)
 
 
@@ -128,7 +131,11 @@ class _Measured:
 
     policy_R: Tensor
     old_R: Tensor
+    """What the ratio is taken against."""
+    trainer_R: Tensor
+    """The old policy's log-probs as the trainer computes them, what the engine's are compared with."""
     entropy_R: Tensor
+    correction_R: Tensor | None = None
     ref_kl_R: Tensor | None = None
     perception_kl_R: Tensor | None = None
     masked_entropy_R: Tensor | None = None
@@ -137,9 +144,12 @@ class _Measured:
 def _measure(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> _Measured:
     policy_R, loss = outputs.policy_logprobs_R, settings.loss
     assert loss.reference_coef == 0 or row.ref_logprobs_R is not None, "the reference was not scored"
+    trainer_R = policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R
     seen = _Measured(
         policy_R=policy_R,
-        old_R=policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R,
+        old_R=row.rollout_logprobs_R if loss.old_logprobs == "rollout" else trainer_R,
+        trainer_R=trainer_R,
+        correction_R=correction_weights(trainer_R, row, loss),
         entropy_R=_entropy(settings.entropy.kind, policy_R, outputs.entropy_R, loss.entropy_coef),
         ref_kl_R=None if row.ref_logprobs_R is None else kl_k3(policy_R, row.ref_logprobs_R),
     )
@@ -172,7 +182,8 @@ _Term = tuple[str, float, Tensor, Tensor]
 
 def _terms(seen: _Measured, row: MicroBatch, settings: LossSettings) -> Iterator[_Term]:
     loss, weights_R, image_weights_R = settings.loss, row.weights_R, row.perception_weights_R
-    yield "policy", 1.0, weights_R, policy_term(seen.policy_R, seen.old_R, row.advantages_R, loss)
+    term_R = policy_term(seen.policy_R, seen.old_R, row.advantages_R, loss)
+    yield "policy", 1.0, weights_R, term_R if seen.correction_R is None else term_R * seen.correction_R
     yield "entropy", loss.entropy_coef, weights_R, seen.entropy_R
     if seen.ref_kl_R is not None:
         yield "reference", loss.reference_coef, weights_R, seen.ref_kl_R
@@ -194,7 +205,12 @@ def _means(seen: _Measured, row: MicroBatch, loss: LossConfig) -> Iterator[tuple
     yield "clip_low", worse_R & (ratio_R < 1 - loss.clip_low), tokens_R
     yield "clip_high", (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high), tokens_R
     yield "clip_dual", worse_R & (ratio_R > (loss.dual_clip or torch.inf)), tokens_R
-    yield "rollout_gap", (seen.old_R - row.rollout_logprobs_R).abs(), tokens_R
+    yield "rollout_gap", (seen.trainer_R - row.rollout_logprobs_R).abs(), tokens_R
+    yield "rollout_kl", kl_k3(row.rollout_logprobs_R, seen.trainer_R), tokens_R  # KL(engine || trainer)
+    if seen.correction_R is not None:
+        yield "correction", seen.correction_R, tokens_R
+        lost_R = seen.correction_R == (0 if loss.correction == "masked" else loss.correction_cap)
+        yield "correction_cut", lost_R, tokens_R
     if seen.ref_kl_R is not None:
         yield "ref_kl", seen.ref_kl_R, tokens_R
     if seen.perception_kl_R is not None:

@@ -11,7 +11,6 @@ import datetime
 import math
 import os
 import socket
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,16 +166,25 @@ def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], grou
     return [*kept.values(), *received]
 
 
+def joined(name: str, one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
+    """Two parts of a metric as one: sums, and of a name that ends in `_max` the larger."""
+    if one is None:
+        return other
+    if name.endswith("_max"):
+        return max(one, other)
+    return one[0] + other[0], one[1] + other[1]
+
+
 def sum_metrics(metrics: Metrics) -> Metrics:
-    """Numerators and counts summed over the data-parallel ranks, as the last pipeline stage has them.
+    """Numerators and counts summed over the data-parallel ranks, as the last pipeline stage has them; maxima stay so.
 
     Every rank of the world gets the same result, whatever it passed itself; a name may be missing on some ranks.
     """
     here = layout()
-    totals: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    totals: Metrics = {}
     for part in gather_objects(metrics, here.data_group):
         for name, (numerator, count) in part.items():
-            totals[name] = (totals[name][0] + float(numerator), totals[name][1] + float(count))
+            totals[name] = joined(name, totals.get(name), (float(numerator), float(count)))
     summed: list[Any] = [dict(sorted(totals.items()))]
     if here.pipeline_size > 1:
         source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)

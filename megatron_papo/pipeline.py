@@ -21,7 +21,7 @@ from megatron_papo.config import Config
 from megatron_papo.model.policy import HeadRequest, VisionLanguageModel
 from megatron_papo.optim import Optimizer
 from megatron_papo.packing import masked_row
-from megatron_papo.parallel import broadcast_from_last_stage, sum_metrics
+from megatron_papo.parallel import broadcast_from_last_stage, joined, sum_metrics
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
 
@@ -39,7 +39,8 @@ def score_logprobs(
 ) -> list[Batch]:
     """The batches with the log-probs that the loss compares against, and no others.
 
-    `old_logprobs_R` from the second update of a rollout batch on: in the first the policy is the old policy.
+    `old_logprobs_R` from the second update of a rollout batch on: in the first the policy is the old policy. Not where
+    the engine's log-probs stand for them.
     `masked_logprobs_R` for a frozen masked branch, in rows with an image; `ref_logprobs_R` when there is a reference.
     All that the policy is asked for goes through the pipeline in one forward-only pass, the reference in another, or in
     the same as long as it has the policy's weights (`reference_is_policy`). Of what `head` asks for the log-probs alone
@@ -49,7 +50,8 @@ def score_logprobs(
     rows = [row for batch in batches for row in batch]
     asked: list[tuple[int, MicroBatch, tuple[str, ...]]] = []
     for place, row in enumerate(rows):
-        as_is = [] if place < len(batches[0]) else ["old_logprobs_R"]
+        of_first_update = place < len(batches[0])
+        as_is = [] if of_first_update or config.loss.old_logprobs == "rollout" else ["old_logprobs_R"]
         if reference_is_policy and reference is not None:
             as_is.append("ref_logprobs_R")
         if as_is:
@@ -128,10 +130,9 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
 
 
 def add_metrics(total: Metrics, more: Metrics) -> None:
-    """Adds numerators and counts of `more` into `total`."""
+    """Adds numerators and counts of `more` into `total`; of a maximum the larger stays."""
     for name, (numerator, count) in more.items():
-        so_far = total.get(name, (0.0, 0.0))
-        total[name] = (so_far[0] + float(numerator), so_far[1] + float(count))
+        total[name] = joined(name, total.get(name), (float(numerator), float(count)))
 
 
 def _run_schedule(

@@ -168,7 +168,8 @@ Metrics = dict[str, tuple[float, float]]
 """name -> (numerator, count): summed over micro-batches and ranks, divided once, at the end of the step.
 
 The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline.update_policy`, which knows when one
-is whole, gives them a count of 1 each time.
+is whole, gives them a count of 1 each time. Of a name that ends in `_max` the largest numerator stays, with a count
+of 1.
 """
 
 __all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout", "Segment"]

@@ -27,6 +27,7 @@ LAYERS = (
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
     ("advantages", "guard", "losses", "packing", "data", "rewards"),
+    ("correction",),
     ("types",),
     ("config", "accelerator"),
 )

@@ -149,6 +149,7 @@ def test_whole_objective_by_hand():
     expected = {
         "policy_logprobs": -1.0, "entropy": 1.0, "ratio": 1.0, "clip_low": 0.25, "clip_high": 0.25, "clip_dual": 0.0,
         "policy_kl": (1.5 - log(1.5) - 1 + 0.5 + log(2) - 1) / 4, "rollout_gap": (log(1.5) + log(2)) / 4,
+        "rollout_gap_max": log(2), "rollout_kl": (1 / 1.5 + log(1.5) - 1 + 2 - log(2) - 1) / 4,
         "ref_kl": (1 - log(2)) / 4, "perception_kl": 0.5 / 3,
         "perception_kl_squared": (kl[0] ** 2 + kl[2] ** 2) / 3, "masked_entropy": 1.0,
     }  # fmt: skip
