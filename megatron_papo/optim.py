@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
@@ -19,6 +20,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config, OptimConfig
+from megatron_papo.update_guard import UpdateGuard
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,26 @@ class Optimizer:
     """The model with its gradient buffers: forward through it to accumulate gradients."""
     megatron: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    guard: UpdateGuard
 
     def zero_grad(self) -> None:
         self.policy.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def step(self) -> dict[str, float]:
-        """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`."""
-        succeeded, grad_norm, _ = self.megatron.step()
+        """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`.
+
+        An update that the guard leaves out changes neither weights nor moments; the schedule moves on all the same.
+        """
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm() or 0.0)  # the same on all ranks
+        skipped = self.guard.skips(grad_norm)
+        if not skipped:
+            self.megatron.step()
         values = {
-            "grad_norm": float(grad_norm or 0.0),
+            "grad_norm": grad_norm,
             "lr": float(get_canonical_lr_for_logging(self.megatron.param_groups) or 0.0),
-            "skipped": 0.0 if succeeded else 1.0,
+            "skipped": float(skipped),
         }
         self.schedule.step(increment=1)
         return values
@@ -51,13 +61,15 @@ def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParalle
     transformer = get_model_config(model)
     transformer.calculate_per_token_loss = True  # Megatron's switch for "sum, do not average"
     transformer.finalize_model_grads_func = _finalize_summed_grads
+    overlap = config.parallel.overlap_data
     return DistributedDataParallel(
         transformer,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_grad_reduce=False,
-            check_for_nan_in_grad=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and config.parallel.distributed_optimizer,
+            check_for_nan_in_grad=False,  # `UpdateGuard` skips such an update; here it would end the run
         ),
         model,
     )
@@ -84,6 +96,8 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_data and config.parallel.distributed_optimizer,
+        **_where_states_lie(optim),
     )
     megatron = get_megatron_optimizer(settings, [policy], config_overrides=_overrides(optim))
     schedule = OptimizerParamScheduler(
@@ -101,7 +115,18 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
     )
     if optim.warmup_steps:
         schedule.step(increment=1)  # Megatron's warm-up begins at a rate of zero: the first update would do nothing
-    return Optimizer(policy, megatron, schedule)
+    return Optimizer(policy, megatron, schedule, UpdateGuard(optim))
+
+
+def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:
+    """Moments in bfloat16 beside fp32 master weights; a share of both, and of the update, on the host."""
+    settings: dict[str, Any] = {}
+    if optim.precision_aware:
+        settings |= {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+    if optim.offload_fraction:
+        settings |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": optim.offload_fraction}
+        settings |= {"overlap_cpu_optimizer_d2h_h2d": True, "use_torch_optimizer_for_cpu_offload": not HAVE_TE}
+    return settings | ({"use_precision_aware_optimizer": True} if settings else {})
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:

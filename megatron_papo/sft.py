@@ -14,6 +14,7 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.order import DataCursor
 from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
+from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
@@ -37,6 +38,7 @@ def main(config: Config) -> int:
         state = checkpoints.resume()
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])
+            optimizer.guard.load(state.get("updates", {}))
         run.clock.take()  # what came before is no step's time
         with Recorder(run, checkpoints.next_step, config.sft.steps) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
@@ -44,8 +46,11 @@ def main(config: Config) -> int:
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                     metrics = _update(run, optimizer, groups)
                 recorder.record(step, groups, metrics, {})
-                leaving = stop.asked()
-                checkpoints.save_when_due(step, config.sft.steps, {"cursor": cursor.state_dict()}, now=leaving)
+                leaving, stopped = stop.asked(), optimizer.guard.reason_to_stop
+                state = {"cursor": cursor.state_dict(), "updates": optimizer.guard.state()}
+                checkpoints.save_when_due(step, config.sft.steps, state, now=leaving or bool(stopped))
+                if stopped:
+                    raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
                     return checkpoints.leave(step)
         checkpoints.export()

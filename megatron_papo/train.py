@@ -72,12 +72,12 @@ def main(config: Config) -> int:
                     groups, metrics = train_step(training, step)
                 scores = _evaluate_when_due(training, step)
                 recorder.record(step, groups, metrics, scores)
-                stopped = _watch_for_collapse(training, metrics)
+                stopped = _watch_for_collapse(training, metrics) or training.optimizer.guard.reason_to_stop
                 leaving = stop.asked()
                 now = bool(stopped) or leaving
                 checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=now)
                 if stopped:
-                    raise RunStopped(f"perception.guard: stopped the run after step {step}: {stopped}")
+                    raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
                     return checkpoints.leave(step)
         checkpoints.export()
@@ -221,7 +221,7 @@ def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
     )
     if decision.action == "lower":
         warn(training.run, f"perception.guard lowered the coefficient: {decision.reason}")
-    return decision.reason if decision.action == "stop" else ""
+    return f"perception.guard: {decision.reason}" if decision.action == "stop" else ""
 
 
 def _evaluate_when_due(training: Training, step: int) -> dict[str, float]:
@@ -234,7 +234,11 @@ def _evaluate_when_due(training: Training, step: int) -> dict[str, float]:
 
 
 def _state(training: Training) -> dict[str, Any]:
-    return {"cursor": training.cursor.state_dict(), "guard": training.guard.state()}
+    return {
+        "cursor": training.cursor.state_dict(),
+        "guard": training.guard.state(),
+        "updates": training.optimizer.guard.state(),
+    }
 
 
 def _resume(training: Training, checkpoints: Checkpoints) -> int:
@@ -243,6 +247,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> int:
     if state is not None:
         training.cursor = training.cursor.load_state_dict(state["cursor"])
         training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
+        training.optimizer.guard.load(state.get("updates", {}))
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
     return checkpoints.next_step

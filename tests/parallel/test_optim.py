@@ -37,6 +37,42 @@ def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, 
     return found, rates
 
 
+def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool], str]:
+    """`skipped` of five updates, whether each moved the weights, and the reason to stop. Rank 0's gradient is not
+    finite in the third and fourth, in one element of one weight."""
+    import torch
+
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.optim import build_optimizer, wrap_policy
+    from megatron_papo.parallel import initialize, layout
+
+    config = load_config(None, [f"model.path={folder}", "model.dtype=float32", "model.random_init=true", *overrides])
+    adapt_megatron()
+    initialize(config.parallel)
+    policy = wrap_policy(build_policy(config, ModelShape.from_folder(folder)), config)
+    optimizer = build_optimizer(policy, config, num_updates=10)
+    skipped, moved = [], []
+    for update in range(5):
+        optimizer.zero_grad()
+        for parameter in policy.parameters():
+            parameter.main_grad.fill_(0.1)
+        if update in (2, 3) and layout().rank == 0:
+            next(policy.parameters()).main_grad.view(-1)[3] = (torch.nan, torch.inf)[update - 2]
+        policy.finish_grad_sync()
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        skipped.append(optimizer.step()["skipped"])
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, policy.parameters())))
+    return skipped, moved, optimizer.guard.reason_to_stop
+
+
+@pytest.mark.parametrize("layout", [["parallel.tensor=2"], ["parallel.distributed_optimizer=true"]])
+def test_an_update_that_is_not_finite_on_one_rank_is_made_on_none(folder, layout):
+    for skipped, moved, reason in run_ranks(_skipped, 2, folder, [*layout, "optim.max_skipped=3"]):
+        assert skipped == [0, 0, 1, 1, 0] and moved == [True, True, False, False, True] and reason == ""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("model"))

@@ -26,7 +26,7 @@ LAYERS = (
     ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
-    ("advantages", "guard", "losses", "packing", "data", "rewards"),
+    ("advantages", "guard", "update_guard", "losses", "packing", "data", "rewards"),
     ("correction",),
     ("types",),
     ("config", "accelerator"),
