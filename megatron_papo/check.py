@@ -123,8 +123,6 @@ def _packages(verb: str, config: Config) -> Iterator[str]:
     if verb in ("train", "sft"):
         wanted += ["tensorboard"] if config.observe.tensorboard else []
         wanted += ["wandb"] if config.observe.wandb != "off" else []
-    if config.model.spec == "transformer_engine":
-        wanted.append("transformer_engine")
     if verb in ("train", "eval") and config.reward.function is None and config.reward.accuracy == "math":
         wanted.append("math_verify")
     for name in wanted:

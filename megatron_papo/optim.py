@@ -18,8 +18,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
-from megatron_papo.accelerator import parameter_dtype
-from megatron_papo.config import Config, OptimConfig
+from megatron_papo.accelerator import has_gpu, parameter_dtype
+from megatron_papo.config import Config, ConfigError, OptimConfig
 from megatron_papo.update_guard import UpdateGuard
 
 
@@ -121,8 +121,11 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
 def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:
     """Moments in bfloat16 beside fp32 master weights; a share of both, and of the update, on the host."""
     settings: dict[str, Any] = {}
+    if (optim.precision_aware or optim.offload_fraction) and not has_gpu():
+        raise ConfigError("optim.precision_aware and optim.offload_fraction need a GPU: there is none on this rank")
     if optim.precision_aware:
         settings |= {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+        settings |= {"store_param_remainders": False}  # master copies whole, as a checkpoint holds them
     if optim.offload_fraction:
         settings |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": optim.offload_fraction}
         settings |= {"overlap_cpu_optimizer_d2h_h2d": True, "use_torch_optimizer_for_cpu_offload": not HAVE_TE}

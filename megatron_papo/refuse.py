@@ -25,7 +25,8 @@ _READS = {"sft": ("train",), "train": ("train", "eval"), "eval": ("eval",), "sco
 
 def faults_of_inputs(verb: str, config: Config) -> list[str]:
     """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
-    return [*_models(verb, config), *_data(verb, config), *_engine_and_reward(verb, config)]
+    parts = (_models, _data, _engine_and_reward, _transformer_engine)
+    return [fault for part in parts for fault in part(verb, config)]
 
 
 def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
@@ -88,6 +89,19 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
     if config.reward.function is not None:
         yield from _reward_function(config.reward.function)
+
+
+def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
+    """What asks for it, where it is not installed."""
+    asked = {
+        "model.spec": config.model.spec == "transformer_engine",
+        "optim.precision_aware": verb in ("train", "sft") and config.optim.precision_aware,
+        "parallel.overlap_tensor": config.parallel.overlap_tensor,
+        "model.cuda_graphs": config.model.cuda_graphs,
+    }
+    if importlib.util.find_spec("transformer_engine") is None:
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            yield f"{key}: needs Transformer Engine, which is not installed"
 
 
 def _reward_function(name: str) -> Iterator[str]:

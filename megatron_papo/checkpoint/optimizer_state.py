@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
@@ -42,11 +43,14 @@ class Slot:
 def slots(optimizer: MegatronOptimizer, held: Mapping[str, Held]) -> list[Slot]:
     """Every slot of this rank; their states are empty before the first step."""
     names = {id(part.tensor): name for name, part in held.items()}
-    return [
-        Slot(name := names[id(parameter)], held[name], main, inner.optimizer.state[main], flat_start)
-        for inner in _inner(optimizer)
-        for parameter, main, flat_start in _mains(inner)
-    ]
+    found = []
+    for inner in _inner(optimizer):
+        for parameter, updated, flat_start in _mains(inner):
+            name, state = names[id(parameter)], inner.optimizer.state[updated]
+            # the precision-aware and the offloading Adam keep the master copy as state of the weight itself
+            main = state.get("master_param", updated)
+            found.append(Slot(name, held[name], main, state, flat_start))
+    return found
 
 
 def step_count(optimizer: MegatronOptimizer) -> int:
@@ -61,11 +65,15 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 def allocate(optimizer: MegatronOptimizer, step: int) -> None:
     """Gives every parameter zero moments and the step count, as if `step` updates had been made."""
     for inner in _inner(optimizer):
-        inner.init_state_fn(inner.optimizer, inner.config)
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):
+            inner.optimizer.dummy_step()  # moves weights too; the caller loads them afterwards
+        else:
+            inner.init_state_fn(inner.optimizer, inner.config)
         for state in inner.optimizer.state.values():
             for moment in MOMENTS:
                 state[moment].zero_()
-            if isinstance(inner.optimizer, torch.optim.Adam):  # its AdamW too; the fused Adams count in the group
+            # of torch's Adam and AdamW, of the latter on the host too; the fused Adams count in the group
+            if isinstance(inner.optimizer, torch.optim.Adam) or "step" in state:
                 state["step"] = torch.tensor(float(step))
         if not isinstance(inner.optimizer, torch.optim.Adam):
             for group in inner.optimizer.param_groups:

@@ -470,6 +470,7 @@ class Config(Section):
         if self.perception.kl == "full" and self.perception.masked_branch == "frozen":
             raise ValueError("perception.kl=full needs perception.masked_branch=joint: a frozen branch keeps no logits")
         self._check_ahead()
+        self._check_gpu_path()
         overlong, limit = self.reward.overlong, self.generation.max_response_tokens
         if overlong.enabled and overlong.buffer > limit:
             raise ValueError(
@@ -486,3 +487,17 @@ class Config(Section):
             )
         if self.train.dynamic_sampling.enabled:
             raise ValueError("train.ahead: train.dynamic_sampling does not know beforehand how much it will ask for")
+
+    def _check_gpu_path(self) -> None:
+        parallel, model = self.parallel, self.model
+        for key in ("precision_aware", "offload_fraction"):
+            if getattr(self.optim, key) and not parallel.distributed_optimizer:
+                raise ValueError(f"optim.{key} needs parallel.distributed_optimizer=true")
+        fixed = {"parallel.overlap_tensor": parallel.overlap_tensor, "model.cuda_graphs": model.cuda_graphs}
+        for key, asked in fixed.items():
+            if asked and not self.train.fixed_rows:
+                raise ValueError(f"{key} needs train.fixed_rows=true: its buffers have one size")
+            if asked and model.spec == "local":
+                raise ValueError(f"{key} needs model.spec=transformer_engine")
+        if parallel.overlap_tensor and not parallel.sequence:
+            raise ValueError("parallel.overlap_tensor needs parallel.sequence=true")

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_papo.model.attention_layout import build_segments
+from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.rotary import mrope
 from megatron_papo.model.shape import ModelShape, padded
 from megatron_papo.model.specs import block_spec
@@ -57,7 +58,7 @@ class LanguageModel(LanguageModule):
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
-                config=config,
+                config=of_plain_linears(config),
                 init_method=config.init_method,
                 bias=False,
                 skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,

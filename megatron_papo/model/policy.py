@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.logprobs import vocab_parallel_head
+from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
@@ -118,8 +119,9 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     """
     here = layout()
     check_layout(config, shape, here.world_size)
-    if not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
-        model_parallel_cuda_manual_seed(config.run.seed)
+    graphs = config.model.cuda_graphs
+    if graphs or not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
+        model_parallel_cuda_manual_seed(config.run.seed, use_cudagraphable_rng=graphs, force_reset_rng=graphs)
     spec = choose_spec(config.model)
     layers = stage_layers(config.parallel, shape)
     language = LanguageModel(
@@ -131,6 +133,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         post_process=here.is_last_stage,
     )
     vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec) if here.is_first_stage else None
+    start_overlap(config, language.config)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(

@@ -1,6 +1,6 @@
 """Megatron-Core's TransformerConfig for the language model and for the vision tower, from our settings and the shape.
 
-Fusions that only CUDA has stay off; gradients are sums that the loss has already weighted
+What only a GPU has is in `fusions.py`; gradients are sums that the loss has already weighted
 (`calculate_per_token_loss`); weights are written by the loader or by `initialize.py`, never by Megatron-Core.
 """
 
@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config
+from megatron_papo.model.fusions import fusions
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(config, shape),
         **_common(config, spec),
+        **fusions(config, spec, language=True),
     )
 
 
@@ -55,6 +57,7 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         add_bias_linear=True,
         add_qkv_bias=True,
         **_common(config, spec),
+        **fusions(config, spec, language=False),
     )
 
 
@@ -75,9 +78,6 @@ def _common(config: Config, spec: str) -> dict[str, Any]:
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # no experts here, but variable lengths are refused without it
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,

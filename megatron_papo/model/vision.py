@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.patches import plan_patches
 from megatron_papo.model.shape import VisionShape
 from megatron_papo.model.specs import RMSNorm, block_spec, replicated_parameter
@@ -32,7 +33,7 @@ class VisionTower(MegatronModule):
         self.decoder = TransformerBlock(
             config, block_spec(spec, shape.num_layers, causal=False), post_layer_norm=False, post_process=False
         )
-        self.merger = PatchMerger(config, shape)
+        self.merger = PatchMerger(of_plain_linears(config), shape)
 
     def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
         """Patches in the processor's order to [M, out_hidden_size] image tokens in reading order, on every rank."""

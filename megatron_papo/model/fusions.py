@@ -1,0 +1,69 @@
+"""What a GPU adds to the layers: fused kernels, overlapped exchanges, CUDA graphs. Without one all of it is off.
+
+Fused where Megatron-Core or Transformer Engine have a kernel: bias with activation, bias with dropout and residual,
+gradient accumulation in fp32 (in Transformer Engine's linears; in Megatron's own with NVIDIA's Apex built from source).
+Norms are fused into Transformer Engine's linears, the head's and attention's kernels are ours. Overlap and graphs need
+rows of one length (`train.fixed_rows`); of a layer only the MLP is captured, since attention follows each row's plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+
+from megatron_papo.accelerator import has_gpu
+from megatron_papo.config import Config
+
+
+def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:
+    """Fields of the TransformerConfig; `language`: of the language model, whose rows may have one length."""
+    if not has_gpu():
+        return {"gradient_accumulation_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False}
+    fields: dict[str, Any] = {
+        "gradient_accumulation_fusion": spec == "transformer_engine" or has_apex(),
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+    }
+    if language and config.parallel.overlap_tensor:
+        fields["tp_comm_overlap"] = True
+    if language and config.model.cuda_graphs:
+        fields |= {"cuda_graph_impl": "local", "cuda_graph_modules": ["mlp"]}
+    return fields
+
+
+def has_apex() -> bool:
+    """Whether the extension of NVIDIA's Apex for gradient accumulation is there."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def of_plain_linears(config: TransformerConfig) -> TransformerConfig:
+    """For Megatron's own linears beside Transformer Engine's: without Apex they accumulate gradients unfused."""
+    if not config.gradient_accumulation_fusion or has_apex():
+        return config
+    plain = copy.copy(config)
+    plain.gradient_accumulation_fusion = False
+    return plain
+
+
+def start_overlap(config: Config, transformer: TransformerConfig) -> None:
+    """Allocates Transformer Engine's user buffers, which its linears exchange through while they compute.
+
+    One size for all rows: [tokens of a row, hidden size]. A collective of all ranks.
+    """
+    if not transformer.tp_comm_overlap:
+        return
+    from transformer_engine.pytorch.module import base
+
+    modes = base.UserBufferQuantizationMode
+    wanted = [modes.NONE]
+    if config.fp8.enabled:
+        wanted = [modes.FP8, modes.NONE]  # the first and last layers stay in bf16
+    base.initialize_ub(
+        shape=[config.train.tokens_per_micro_batch, transformer.hidden_size],
+        tp_size=transformer.tensor_model_parallel_size,
+        quantization_modes=wanted,
+        bootstrap_backend="nccl",
+    )
