@@ -153,7 +153,9 @@ def starting_reference(run: Run) -> ReferencePolicy:
 
 def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
     """Gives the generator the policy's weights as they are now."""
-    generator.load_weights(hf_tensors(run.policy, run.shape, module_names=True), policy_version)
+    bucket_bytes = run.config.generation.bucket_mib * 2**20
+    tensors = hf_tensors(run.policy, run.shape, module_names=True, bucket_bytes=bucket_bytes)
+    generator.load_weights(tensors, policy_version)
 
 
 def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:

@@ -1,8 +1,7 @@
-"""A model's weights from and to Hugging Face folders, and to the engine, one parameter at a time.
+"""A model's weights from and to Hugging Face folders, and to the engine, a few parameters at a time.
 
 Reading takes only the bytes that a rank holds. Writing and the hand-over walk the same order on all ranks of a
-model-parallel group: the tensor ranks of the stage that holds a parameter gather it, then the pipeline hears it. No
-rank ever holds a second copy of the model.
+model-parallel group (`buckets.py`). No rank ever holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -14,15 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_papo.checkpoint.buckets import gather_bucket, make_buckets
 from megatron_papo.checkpoint.folders import HuggingFaceReader, write_folder
 from megatron_papo.checkpoint.names import module_name, parameter_table
 from megatron_papo.checkpoint.parameters import Held, held_parameters
-from megatron_papo.checkpoint.slices import assemble, fill_shard
+from megatron_papo.checkpoint.slices import fill_shard
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import Layout, gather_objects, layout
+from megatron_papo.parallel import gather_objects, layout
 
 Progress = Callable[[int, int], None]
 """(parameters done, parameters in all)."""
+
+BUCKET_BYTES = 64 * 2**20
 
 
 def read_hf(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:
@@ -46,54 +48,36 @@ def fill_held(
                 progress(done + 1, len(held))
 
 
+@torch.no_grad()
 def hf_tensors(
-    model: nn.Module, shape: ModelShape, *, module_names: bool = False, progress: Progress | None = None
+    model: nn.Module,
+    shape: ModelShape,
+    *,
+    module_names: bool = False,
+    bucket_bytes: int = BUCKET_BYTES,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of the whole model, in one order on every rank of the model-parallel group.
 
     Collective: every rank of the group walks it to its end. Names are those of the published files; with
-    `module_names` those of transformers' `state_dict`. No tensor shares the model's memory.
+    `module_names` those of transformers' `state_dict`. No tensor shares the model's memory. `bucket_bytes`: about as
+    much is exchanged at a time.
     """
-    here = layout()
+    here, like = layout(), next(model.parameters())
     held = held_parameters(model, shape, here.tensor_size)
     owned = {name for name, part in held.items() if not part.copy}
     owner = {name: stage for stage, names in enumerate(gather_objects(owned, here.pipeline_group)) for name in names}
     table = parameter_table(shape)
-    for done, (name, entry) in enumerate(table.items()):
-        if name not in owner:
-            raise ValueError(f"{name}: no pipeline stage holds this parameter")
-        tensors = None
-        if owner[name] == here.pipeline_rank:
-            tensors = assemble(entry, _gather_shards(held[name], here))
-        tensors = _from_stage(owner[name], tensors, [source.shape for source in entry.sources], model, here)
-        for source, tensor in zip(entry.sources, tensors, strict=True):
-            yield (module_name(source.name) if module_names else source.name), tensor
+    if homeless := next((name for name in table if name not in owner), None):
+        raise ValueError(f"{homeless}: no pipeline stage holds this parameter")
+    done = 0
+    for bucket in make_buckets(table, owner, most_values=bucket_bytes // like.element_size()):
+        names = [source.name for entry in bucket.entries for source in entry.sources]
+        for name, tensor in zip(names, gather_bucket(bucket, held, like, here), strict=True):
+            yield (module_name(name) if module_names else name), tensor
+        done += len(bucket.entries)
         if progress:
-            progress(done + 1, len(table))
-
-
-@torch.no_grad()
-def _gather_shards(part: Held, here: Layout) -> list[Tensor]:
-    shard = part.tensor.detach().contiguous()
-    if part.entry.axis is None or here.tensor_size == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(here.tensor_size)]
-    dist.all_gather(shards, shard, group=here.tensor_group)
-    return shards
-
-
-def _from_stage(
-    stage: int, tensors: list[Tensor] | None, shapes: list[tuple[int, ...]], model: nn.Module, here: Layout
-) -> list[Tensor]:
-    """The tensors of pipeline stage `stage`, on every stage."""
-    if tensors is None:
-        like = next(model.parameters())
-        tensors = [torch.empty(size, dtype=like.dtype, device=like.device) for size in shapes]
-    if here.pipeline_size > 1:
-        source = dist.get_global_rank(here.pipeline_group, stage)
-        for tensor in tensors:
-            dist.broadcast(tensor, src=source, group=here.pipeline_group)
-    return tensors
+            progress(done, len(table))
 
 
 def write_hf(

@@ -58,8 +58,12 @@ def _round_trip(source: str, layout: tuple[int, int], dtype: str, target: str) -
     model, shape = _model(Path(source), layout, dtype)
     read_hf(model, shape, source)
     write_hf(model, shape, target, source)
-    heard = [(name, tensor.double().sum().item()) for name, tensor in hf_tensors(model, shape, module_names=True)]
-    return [f"{name} {total}" for name, total in heard]
+    heard = []
+    for bucket_bytes in (64 * 2**20, 1, 30_000):  # all of a stage, one parameter, several
+        named = hf_tensors(model, shape, module_names=True, bucket_bytes=bucket_bytes)
+        heard.append([f"{name} {tensor.double().sum().item()} {tuple(tensor.shape)}" for name, tensor in named])
+    assert heard[0] == heard[1] == heard[2]
+    return heard[0]
 
 
 @pytest.mark.parametrize(
@@ -152,12 +156,14 @@ def test_planted_faults_are_named_on_every_rank(folders, tmp_path, plant, told):
 
 
 def _most_bytes_alive(source: str, layout: tuple[int, int]) -> tuple[int, int, int]:
-    """Of all tensors handed out so far, at any moment; of the largest parameter; of the whole model."""
+    """Of all tensors handed out so far, at any moment, in buckets of a third of the largest; of the largest parameter;
+    of the whole model."""
     model, shape = _model(Path(source), layout, "float32")
     read_hf(model, shape, source)
     handed_out: list[weakref.ref[torch.Tensor]] = []
     sizes, alive = [], 0
-    for _, tensor in hf_tensors(model, shape):
+    largest = max(tensor.nbytes for _, tensor in hf_tensors(model, shape))
+    for _, tensor in hf_tensors(model, shape, bucket_bytes=largest // 3):
         handed_out.append(weakref.ref(tensor))
         sizes.append(tensor.nbytes)
         alive = max(alive, sum(left.nbytes for held in handed_out if (left := held()) is not None))
@@ -169,4 +175,4 @@ def test_weights_are_handed_over_without_a_second_copy_of_the_model(layout, fold
     tensor, pipeline = LAYOUTS[layout]
     results = run_ranks(_most_bytes_alive, tensor * pipeline, str(folders["float32"]), LAYOUTS[layout])
     for alive, largest, whole in results:
-        assert alive <= 3 * largest and alive < whole / 3  # one parameter, and the one before it
+        assert alive <= 3 * largest and alive < whole / 3  # one bucket, and the one before it
