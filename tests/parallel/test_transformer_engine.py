@@ -1,0 +1,107 @@
+"""The Transformer Engine spec, built of the real modules without a GPU: names, shapes and weights as the local spec's.
+
+Skipped where Transformer Engine is not installed (`make transformer-engine` builds it beside the project's own
+environment and runs this file there). It builds its layers only where torch says that CUDA is there, so that one
+answer is changed while they are built; nothing here computes with them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import make_tiny_folder
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these layers"),
+]
+
+
+def _build(folder: Path, spec: str, *overrides: str) -> tuple[Any, Any]:
+    from megatron.core import parallel_state
+
+    from megatron_papo.accelerator import adapt_megatron, seed_all
+    from megatron_papo.checkpoint.weights import load_weights
+    from megatron_papo.config import load_config
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.parallel import initialize
+
+    config = load_config(None, [f"model.path={folder}", f"model.spec={spec}", "model.dtype=bfloat16", *overrides])
+    adapt_megatron()
+    if not parallel_state.model_parallel_is_initialized():
+        initialize(config.parallel)
+    seed_all(0)
+    shape = ModelShape.from_folder(folder)
+    available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: spec == "transformer_engine"
+    try:
+        model = build_policy(config, shape)
+    finally:
+        torch.cuda.is_available = available
+    load_weights(model, shape, folder)
+    return model, shape
+
+
+def _both(folder: Path, *overrides: str) -> dict[str, Any]:
+    from megatron_papo.checkpoint.huggingface import hf_tensors
+    from megatron_papo.checkpoint.parameters import global_parameters, held_parameters
+    from megatron_papo.parallel import layout
+
+    found: dict[str, Any] = {}
+    for spec in ("local", "transformer_engine"):
+        model, shape = _build(folder, spec, *overrides)
+        parameters = global_parameters(model)
+        found[spec] = {
+            "shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            "marks": {
+                name: (
+                    getattr(parameter, "tensor_model_parallel", False),
+                    getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", 0) else -1,
+                    getattr(parameter, "sequence_parallel", False),
+                )
+                for name, parameter in parameters.items()
+            },
+            "held": sorted(held_parameters(model, shape, layout().tensor_size)),
+            "checkpoint": _checkpoint_names(model),
+            "weights": {name: tensor.clone() for name, tensor in hf_tensors(model, shape)},
+            "layer": type(model.language.decoder.layers[0].self_attention.linear_qkv).__name__,
+        }
+    return found
+
+
+def _checkpoint_names(model: Any) -> dict[str, tuple[int, ...]]:
+    """Stored names of the decoder's own sharded state, which both specs must share; biases of FP8 states left out."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    state = model.language.decoder.sharded_state_dict(prefix="decoder.")
+    return {part.key: part.global_shape for part in state.values() if isinstance(part, ShardedTensor)}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.tensor=2"],
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2"],
+    ],
+    ids=["TP1", "TP2", "TP2+SP", "PP2"],
+)
+def test_names_shapes_marks_and_weights_equal_the_local_specs(tmp_path, overrides):
+    folder = make_tiny_folder(tmp_path / "model")
+    for found in run_ranks(_both, 1 if not overrides else 2, folder, *overrides):
+        local, engine = found["local"], found["transformer_engine"]
+        assert local.pop("layer") == "ColumnParallelLinear"
+        assert engine.pop("layer") == "TELayerNormColumnParallelLinear"
+        ours, theirs = local.pop("weights"), engine.pop("weights")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for part in ("shapes", "held", "checkpoint", "marks"):
+            assert local[part] == engine[part], part
