@@ -24,6 +24,7 @@ from megatron_papo.parallel import gather_objects, sum_metrics
 from megatron_papo.pipeline import add_metrics, score_views
 from megatron_papo.record import name_bad_rows, print_scores
 from megatron_papo.rewards import Rewarder
+from megatron_papo.rollouts import generate
 from megatron_papo.run import Run, hand_over, open_run, pack_rows, reward_groups
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -101,7 +102,7 @@ def _answer(
         masked=masked,
     )
     with run.clock.stage("answer"):
-        return reward_groups(rewarder, generator.generate(prompts, sampling), run.layout)
+        return reward_groups(rewarder, generate(run, generator, prompts, sampling), run.layout)
 
 
 def _means(groups: Sequence[Group], prefix: str) -> Metrics:

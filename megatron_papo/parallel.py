@@ -140,6 +140,13 @@ def gather_objects(obj: Any, group: dist.ProcessGroup) -> list[Any]:
     return gathered
 
 
+def everyone() -> dist.ProcessGroup:
+    """All ranks of the world."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def any_rank(value: bool) -> bool:
     """Whether `value` holds on any rank of the world; every rank calls it and hears the same."""
     found = torch.tensor(int(value), device=_device())

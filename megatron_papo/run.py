@@ -53,7 +53,7 @@ class Run:
     meter: Meter
     policy: VisionLanguageModel
     """This pipeline stage's model; its weights change in place."""
-    counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0})
+    counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0, "engine_restarts": 0})
     """What has gone wrong so far without ending the run; on the writer what it says holds for all ranks."""
 
     @property

@@ -31,10 +31,12 @@ from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
+from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
 from megatron_papo.record import Recorder, name_bad_rows, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
+from megatron_papo.rollouts import generate
 from megatron_papo.run import Run, hand_over, open_run, pack_update, reward_groups, starting_reference
 from megatron_papo.save import Checkpoints
 from megatron_papo.types import Batch, Group, Metrics
@@ -92,7 +94,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         with clock.stage("draw"):
             draw = _draw_prompts(training, step)
         with clock.stage("generate"):
-            groups = training.generator.generate(draw.prompts, _sampling(config, step, chosen.rounds))
+            groups = generate(run, training.generator, draw.prompts, _sampling(config, step, chosen.rounds))
         with clock.stage("reward"):
             groups = reward_groups(training.rewarder, groups, run.layout)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
@@ -116,7 +118,8 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
             progress.advance()
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
-    return [group for groups in updates for group in groups], metrics | chosen.metrics
+    metrics |= chosen.metrics | sum_metrics(training.generator.take_metrics())
+    return [group for groups in updates for group in groups], metrics
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -34,7 +33,7 @@ from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
 from megatron_papo.checkpoint.writing import Boxes, own_boxes, to_boxes, write_boxes, write_format
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optim import Optimizer
-from megatron_papo.parallel import gather_objects, layout
+from megatron_papo.parallel import everyone, gather_objects, layout
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
     counts = {"optimizer_step": 0, "schedule_steps": 0}
     if state.optimizer is not None:
         megatron = state.optimizer.megatron
-        steps = gather_objects(optimizer_state.step_count(megatron), _everyone())
+        steps = gather_objects(optimizer_state.step_count(megatron), everyone())
         counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
         if counts["optimizer_step"]:
             tree |= _optimizer_tensors(state.optimizer, held, None)
@@ -88,7 +87,7 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
 
 def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
     """Writes the boxes of all ranks into the empty `folder`; collective."""
-    write_boxes(folder, to_boxes(own_boxes(tree)), _everyone())
+    write_boxes(folder, to_boxes(own_boxes(tree)), everyone())
     if layout().rank == 0:
         write_format(folder)
 
@@ -140,7 +139,7 @@ def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[st
         elif tuple(stored[part.key].global_shape) != part.global_shape:
             found = tuple(stored[part.key].global_shape)
             faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {found}")
-    everywhere = sorted(set().union(*gather_objects(faults, _everyone())))
+    everywhere = sorted(set().union(*gather_objects(faults, everyone())))
     if everywhere:
         raise ValueError("\n".join(everywhere[:MAX_SHOWN_FAULTS]))
 
@@ -177,12 +176,6 @@ def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         return
     optimizer.schedule.num_steps = saved["schedule_steps"]
     optimizer.schedule.step(increment=0)  # rates of these settings at that step
-
-
-def _everyone() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _layout_sizes() -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_papo.config import Config
-from megatron_papo.generation.base import Generator, Report, Sampling
+from megatron_papo.generation.base import EngineLost, Generator, Report, Sampling
 from megatron_papo.parallel import Layout
 
 if TYPE_CHECKING:
@@ -27,4 +27,4 @@ def build_generator(config: Config, processor: Processor, layout: Layout, report
     return TransformersGenerator(config, processor, layout, reporter)
 
 
-__all__ = ["Generator", "Report", "Sampling", "build_generator"]
+__all__ = ["EngineLost", "Generator", "Report", "Sampling", "build_generator"]

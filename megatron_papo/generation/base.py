@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_papo.types import Group, Prompt
+from megatron_papo.types import Group, Metrics, Prompt
 
 Report = Callable[[int, int], None]
 """Called while generating, with the rollouts done so far and the total, of this rank."""
@@ -42,14 +42,22 @@ class Sampling:
             raise ValueError(f"top_k, group_size or max_response_tokens out of range: {self}")
 
 
+class EngineLost(RuntimeError):
+    """An engine died while it generated; raised on every rank of the world alike. `restart` makes a new one."""
+
+
 class Generator(Protocol):
     """An engine on every rank. The ranks of a model-parallel group call each method together."""
+
+    policy_version: int | None
+    """Of the weights it has; None before the first hand-over and after a restart."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.
 
         All ranks of a model-parallel group pass the same prompts and get the same groups. A rollout depends on
         (seed, step, prompt id, its index in the group) and the weights alone, not on what else is generated.
+        Raises EngineLost when the engine died.
         """
         ...
 
@@ -61,6 +69,14 @@ class Generator(Protocol):
         Every rank consumes the iterator to its end and in order: drawing from it may be a collective. Raises
         ValueError naming tensors that are missing, unknown or misshapen.
         """
+        ...
+
+    def restart(self) -> None:
+        """Starts the engine anew after EngineLost; it has no weights until the next `load_weights`. All ranks call."""
+        ...
+
+    def take_metrics(self) -> Metrics:
+        """What this rank's engine measured since it was last asked, to be summed over ranks."""
         ...
 
     def close(self) -> None:

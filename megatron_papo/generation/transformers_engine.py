@@ -22,7 +22,7 @@ from megatron_papo.generation.handover import checked
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parallel import Layout
-from megatron_papo.types import Group, Prompt
+from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
     from megatron_papo.data.processor import Processor
@@ -78,6 +78,12 @@ class TransformersGenerator:
             for name, tensor in checked(named_tensors, self.expected):
                 wanted[name].copy_(tensor)
         self.policy_version = policy_version
+
+    def restart(self) -> None:
+        raise AssertionError("the transformers engine is part of this process and never lost")
+
+    def take_metrics(self) -> Metrics:
+        return {}
 
     def close(self) -> None:
         self.model.to("meta")

@@ -2,11 +2,12 @@
 
 An engine spans `generation.tensor` consecutive ranks (vLLM's external launcher: each rank runs the same scheduler over
 the same requests); with 1, every rank has an engine of its own. Of the model's folder only config, tokenizer and
-processor files are read; weights come from the trainer. Left out: sleep mode, pipeline parallelism of the engine.
+processor files are read; weights come from the trainer. Left out: pipeline parallelism of the engine.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +18,23 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
 from megatron_papo.config import Config
-from megatron_papo.generation.base import Report, Sampling
+from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.pictures import pictures
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares
+from megatron_papo.generation.vllm_sleep import Sleeper
 from megatron_papo.generation.vllm_start import (
     check,
     engine_group_of,
     remove_leftovers,
     shm_name_of,
+    sleeps,
     start,
     trainer_state_kept,
 )
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import Layout, gather_objects
-from megatron_papo.types import Group, Prompt
+from megatron_papo.parallel import Layout, everyone, gather_objects
+from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -58,14 +61,27 @@ class VllmGenerator:
             config.data.max_prompt_tokens + config.generation.max_response_tokens,
             model_config.text_config.max_position_embeddings,
         )
+        self.config = config
         self.engine_group = engine_group_of(layout, config.generation.tensor)
+        self.metrics: Metrics = {}
+        self._start()
+
+    def _start(self) -> None:
+        self.policy_version: int | None = None
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
-        self.llm = start(config, processor.folder, layout, self.shm_name, self.max_model_len)
-        self.policy_version: int | None = None
+        self.llm = start(self.config, self.processor.folder, self.layout, self.shm_name, self.max_model_len)
+        self.sleeper = Sleeper(self.llm, sleeps(self.config))
+        self.sleeper.sleep()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         self._check_prompts(prompts, sampling)
+        self.sleeper.wake()
+        groups = self._generate(prompts, sampling)
+        self.sleeper.sleep()
+        return groups
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return generate_in_shares(
             prompts,
             sampling,
@@ -112,20 +128,42 @@ class VllmGenerator:
         return request
 
     def _run(self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling) -> list[Answer]:
-        prompts = [{key: value for key, value in request.items() if key != "full"} for request in requests]
-        with trainer_state_kept():
-            self.llm.enqueue(prompts, [self._params(job, sampling) for job in jobs], use_tqdm=False)
-            done: list[RequestOutput] = []
-            while self.llm.llm_engine.has_unfinished_requests():
-                done += [output for output in self.llm.llm_engine.step() if output.finished]
-                if self.report is not None:
-                    self.report(len(done), len(jobs))
+        done: list[RequestOutput] = []
+        fault = None
+        try:
+            with trainer_state_kept():
+                self._serve(jobs, requests, sampling, done)
+        except Exception as error:  # whatever it is: the engine's state is unknown now
+            fault = f"{type(error).__name__}: {error}"
+        self._raise_where_lost(fault)
         done.sort(key=lambda output: int(output.request_id))  # numbered as they were enqueued
         assert len(done) == len(jobs)
         for job, request, output in zip(jobs, requests, done):
             if list(output.prompt_token_ids or ()) != request["full"]:
                 raise RuntimeError(f"rollout {job}: vLLM expanded the prompt to other tokens than the processor's")
         return [self._answer_of(job, output) for job, output in zip(jobs, done)]
+
+    def _serve(
+        self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling, done: list[RequestOutput]
+    ) -> None:
+        """All requests together, each joining and leaving the batch as there is room; the finished into `done`."""
+        prompts = [{key: value for key, value in request.items() if key != "full"} for request in requests]
+        self.llm.enqueue(prompts, [self._params(job, sampling) for job in jobs], use_tqdm=False)
+        while self.llm.llm_engine.has_unfinished_requests():
+            done += [output for output in self.llm.llm_engine.step() if output.finished]
+            if self.report is not None:
+                self.report(len(done), len(jobs))
+        read = sum(len(output.prompt_token_ids or ()) for output in done)
+        cached = sum(output.num_cached_tokens or 0 for output in done)
+        before = self.metrics.get("engine/prefix_cached", (0.0, 0.0))
+        self.metrics["engine/prefix_cached"] = before[0] + cached, before[1] + read
+
+    def _raise_where_lost(self, fault: str | None) -> None:
+        """On every rank of the world when any rank's engine died, with its reason: they restart together."""
+        faults = gather_objects(fault, everyone())
+        lost = next((rank for rank, found in enumerate(faults) if found is not None), None)
+        if lost is not None:
+            raise EngineLost(f"the engine of rank {lost} died: {faults[lost]}")
 
     def _params(self, job: Job, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -153,6 +191,7 @@ class VllmGenerator:
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         self.policy_version = None
+        self.sleeper.wake_weights()
         with trainer_state_kept(), torch.no_grad():
             self.llm.start_weight_update()
             for name, tensor in checked(named_tensors, self.expected):
@@ -167,10 +206,22 @@ class VllmGenerator:
                 raise RuntimeError("vLLM kept its prefix cache: requests are still running")
         self.policy_version = policy_version
 
+    def restart(self) -> None:
+        self.close()
+        gc.collect()  # the old engine's weights and cache go before the new one's come
+        self._start()
+
+    def take_metrics(self) -> Metrics:
+        metrics, self.metrics = self.metrics, {}
+        if self.sleeper.freed_bytes:
+            metrics["engine/freed_gib_max"] = self.sleeper.freed_bytes / 2**30, 1.0
+        return metrics
+
     def close(self) -> None:
         from vllm.distributed import destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.sleeper
         destroy_model_parallel()  # vLLM's groups alone; the trainer's live on
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):
             file.unlink(missing_ok=True)  # every rank of the engine has it mapped; vLLM leaves the name behind

@@ -39,6 +39,8 @@ def check(config: Config, layout: Layout) -> None:
         raise ValueError("generation.engine=vllm: vLLM is not installed; install the package's [vllm] extra")
     if layout.world_size % config.generation.tensor:
         raise ValueError(f"generation.tensor={config.generation.tensor} does not divide the {layout.world_size} ranks")
+    if config.generation.quantization != "none" and not accelerator.has_gpu():
+        raise ValueError(f"generation.quantization={config.generation.quantization}: vLLM needs a GPU for it")
     for key, value in (("generation", config.generation.temperature), ("eval", config.eval.temperature)):
         if value > _MAX_TEMPERATURE:
             raise ValueError(f"{key}.temperature={value}: vLLM takes 0 to {_MAX_TEMPERATURE}")
@@ -68,6 +70,9 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
             gpu_memory_utilization=generation.gpu_memory_fraction,
             enforce_eager=generation.enforce_eager or not on_gpu,
+            enable_prefix_caching=generation.prefix_caching,
+            enable_sleep_mode=sleeps(config),
+            quantization=None if generation.quantization == "none" else generation.quantization,
             limit_mm_per_prompt={"image": _MAX_IMAGES, "video": 0},
             mm_processor_kwargs={
                 "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
@@ -78,6 +83,12 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             disable_log_stats=True,
             seed=0,  # every request has its own
         )
+
+
+def sleeps(config: Config) -> bool:
+    """Whether the engine gives its memory back between rollouts: where it shares a GPU with the trainer."""
+    generation = config.generation
+    return generation.sleep and generation.placement == "colocated" and accelerator.has_gpu()
 
 
 def _executor(layout: Layout, shm_name: str) -> type:

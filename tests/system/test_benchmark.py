@@ -88,7 +88,9 @@ def test_growth(tmp_path):
     for row in rows:
         check_ratio(row)
     assert [row["unit"] for row in rows] == ["s"] * 8
-    assert [row["ratio"] for row in rows[::2]] == pytest.approx([1.0] * 4)  # the smallest point is where each line begins
+    assert [row["ratio"] for row in rows[::2]] == pytest.approx(
+        [1.0] * 4
+    )  # the smallest point is where each line begins
     for first, second in zip(rows[::2], rows[1::2]):
         assert second["baseline"] > first["baseline"]
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
