@@ -27,6 +27,16 @@ CASES = {
         },
         {"tie": True},
     ),
+    "vllm, PP 2, engine TP 2": (
+        {
+            "parallel__pipeline": 2,
+            "generation__engine": "vllm",
+            "generation__tensor": 2,
+            "generation__kv_cache_gib": 0.05,
+            "generation__bucket_mib": 1,
+        },
+        {},
+    ),
 }
 
 
