@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_papo.model.attention_layout import build_segments
-from megatron_papo.model.fp8.padding import row_padding, token_multiple
+from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.padding import row_padding
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.rotary import mrope
 from megatron_papo.model.shape import ModelShape, padded

@@ -124,7 +124,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     if not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
         model_parallel_cuda_manual_seed(config.run.seed)
     spec = choose_spec(config.model)
-    check_hardware(config.fp8.recipe, spec)
+    check_hardware(config, spec)
     fp8 = Fp8Switch(config.fp8)
     layers = stage_layers(config.parallel, shape)
     language = LanguageModel(

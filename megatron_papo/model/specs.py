@@ -1,7 +1,8 @@
 """Layer specs: which modules a Megatron-Core transformer layer is built of.
 
-`local`: Megatron-Core's own linears, which can emulate FP8, and our norm; runs anywhere. `transformer_engine`: Transformer Engine's linears
-with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row means the same to both.
+`local`: Megatron-Core's own linears, which can emulate FP8, and our norm; runs anywhere. `transformer_engine`:
+Transformer Engine's linears with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row
+means the same to both.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_papo.model.fp8.padding import token_multiple
+from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.patches import plan_patches
 from megatron_papo.model.shape import VisionShape

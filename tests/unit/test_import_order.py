@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
     # the verbs, and what they share
-    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "record", "run", "save"),
+    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "precision", "record", "run", "save"),
     ("cluster",),
     ("check",),
     ("refuse",),

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from megatron_papo.config import ConfigError
+from megatron_papo.config import Config, ConfigError
 
 
-def check_hardware(recipe: str, spec: str) -> None:
-    """Raises ConfigError for a recipe that this rank's GPU cannot compute; emulation (spec `local`) needs none."""
-    if recipe == "off" or spec != "transformer_engine":
+def check_hardware(config: Config, spec: str) -> None:
+    """Raises ConfigError for a recipe that this rank's GPU cannot compute, or that `local`, the emulation, does not."""
+    recipe = config.fp8.recipe
+    if recipe == "delayed" and spec == "local" and config.model.recompute == "full":
+        raise ConfigError(
+            "model.recompute: full computes a layer again after the scales of an emulated fp8.recipe=delayed have "
+            "moved on; take selective"
+        )
+    if recipe == "off" or spec == "local":
         return
     major, minor = torch.cuda.get_device_capability()
     fault = fault_of_device(recipe, major, minor, torch.version.cuda or "0.0")

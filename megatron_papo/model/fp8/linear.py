@@ -1,4 +1,4 @@
-"""Megatron-Core's parallel linears whose products are rounded to FP8 and back: what Transformer Engine computes, anywhere.
+"""Megatron-Core's parallel linears with operands rounded to FP8: what Transformer Engine computes, anywhere.
 
 For proofs and for measuring what FP8 does to a model: it is slower than not rounding. Inputs, weights and gradients
 are rounded as `operands.py` says, the products taken in float32. Communication is Megatron's own: what it exchanges is

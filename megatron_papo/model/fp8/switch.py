@@ -7,7 +7,7 @@ flag of the rounded linears. All ranks turn it alike. Left out: parameters kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,14 +39,14 @@ class Fp8Switch:
         """Of the pass that is under way."""
         return self.settings.recipe if self.on else "off"
 
-    def take(self, name: str, layers: nn.ModuleList, config: TransformerConfig, *, skip: frozenset[int]) -> None:
+    def take(self, name: str, layers: Iterable[Any], config: TransformerConfig, *, skip: frozenset[int]) -> None:
         """Puts the linears of these layers (Megatron's, of this stage) under the switch, those of `skip` left out."""
         if not self.settings.enabled:
             return
         self._configs.append((config, config.fp8))
         config.fp8 = None
         for layer in layers:
-            place = layer.layer_number - 1
+            place = layer.layer_number - 1  # Megatron counts from 1, over all stages
             if place in skip:
                 continue
             attention, mlp = layer.self_attention, layer.mlp
