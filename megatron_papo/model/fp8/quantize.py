@@ -44,7 +44,8 @@ def power_of_two_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
 def e8m0_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """What MXFP8 scales by: 2 ** -e of the least e with amax / 2 ** e within the format; e in 8 bits, -127 to 127."""
     mantissa, exponent = torch.frexp(amax.float() / torch.finfo(dtype).max)
-    least = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-127, 127)
+    least = torch.where(mantissa > 0.5, exponent, exponent - 1)
+    least = torch.where(mantissa > 0, least, -127).clamp(-127, 127)  # of a quotient that float32 cannot hold
     scale = torch.ldexp(torch.ones_like(mantissa), -least)
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
