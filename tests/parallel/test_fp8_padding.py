@@ -5,7 +5,7 @@ Run as training runs, on gloo ranks, FP8 emulated in all layers and in the visio
 (only what sequence parallelism needs), with what the recipe asks for, and to a fixed length.
 
 Everything is compared for equality. Float32 sums differ in their last bit with the number of rows that a library's
-kernel is given, and such a bit can turn a value to the next 8-bit float: so products and sums are taken in float64 here.
+kernel is given, and such a bit can turn a value to the next 8-bit float: products and sums are taken in float64 here.
 """
 
 from __future__ import annotations
