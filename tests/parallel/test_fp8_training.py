@@ -129,3 +129,76 @@ def test_every_recipe_trains_near_the_run_without(inputs, tmp_path):
             assert got != want  # FP8 it was
             assert abs(got - want) <= forward + (2**-3 + 2**-4) * (plain[0] - want), recipe
         print(recipe, forward, [round(got - want, 4) for want, got in zip(plain, found)])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+        (2, {"parallel__pipeline": 2}),
+        (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__fixed_rows": True}),
+    ],
+)
+def test_every_layout_measures_the_same(ranks, layout, inputs, tmp_path):
+    """The gap, and what is counted of all layers on all ranks; mxfp8 has the same scales in every layout. One prompt
+    is one row in all of them."""
+    wanted = {
+        "fp8__recipe": "mxfp8",
+        "train__steps": 1,
+        "train__prompts_per_step": 1,
+        "train__updates_per_step": 1,
+        "train__tokens_per_micro_batch": 512,
+        "data__shuffle": False,
+    }
+    run_ranks(_train, 1, tiny_run(inputs, tmp_path / "one", **wanted))
+    run_ranks(_train, ranks, tiny_run(inputs, tmp_path / "many", **wanted, **layout))
+    (expected,), (found,) = metrics(tmp_path / "one"), metrics(tmp_path / "many")
+    for name in sorted(MEASURED):
+        # sums over ranks differ in their last bit, which can turn single values of thousands to the next 8-bit float
+        assert found[name] == pytest.approx(expected[name], rel=0.02), name
+    assert expected["fp8/gap_mean"] > 1e-4 and expected["fp8/flushed"] > 0
+
+
+def test_bfloat16_parameters_and_unequal_data_parallel_ranks(inputs, tmp_path):
+    """Delayed scales among them: ranks with unequal numbers of rows must not wait for one another."""
+    wanted = {"train__steps": 2, "model__dtype": "bfloat16", "fp8__recipe": "delayed", **RECIPES["delayed"]}
+    wanted |= {
+        "fp8__vision": True,
+        "fp8__gap_limit": 9,
+        "train__prompts_per_step": 6,
+        "train__tokens_per_micro_batch": 120,
+    }
+    run_ranks(_train, 2, tiny_run(inputs, tmp_path, **wanted))
+    steps = metrics(tmp_path)
+    assert [step["fp8/on"] for step in steps] == [1.0, 1.0]
+    assert all(math.isfinite(step["optim/grad_norm"]) and step["optim/grad_norm"] > 0 for step in steps)
+
+
+def _measure_with_noise_in_the_padding(config: Config) -> None:
+    from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.precision import measure, over_ranks
+    from megatron_papo.run import open_run
+    from tests.parallel.test_pipeline import _rows
+
+    with open_run(config) as run:
+        row = max(_rows(run, (0, 1)), key=lambda row: -row.num_tokens % 16)
+        assert row.num_tokens % 16
+
+        def disturb(_, inputs):
+            hidden = inputs[0].clone()
+            hidden[-1] += 1e-3
+            return (hidden, *inputs[1:])
+
+        run.policy.language.decoder.layers[1].mlp.linear_fc2.register_forward_pre_hook(disturb)
+        over_ranks(measure(run.policy, [row], HeadRequest()))
+
+
+def test_padding_that_is_not_zero_is_found(inputs, tmp_path):
+    with pytest.raises(Exception, match=r"an FP8 layer reads \d\S+ in a place of padding"):
+        run_ranks(_measure_with_noise_in_the_padding, 1, tiny_run(inputs, tmp_path, fp8__recipe="tensorwise"))
+
+
+def test_a_row_longer_than_the_fixed_length_is_refused(inputs, tmp_path):
+    config = tiny_run(inputs, tmp_path, train__fixed_rows=True, train__tokens_per_micro_batch=20)
+    with pytest.raises(Exception, match=r"train\.tokens_per_micro_batch=20"):
+        run_ranks(_train, 1, config)

@@ -42,6 +42,9 @@ def counted(policy: VisionLanguageModel, num_tokens: int) -> Iterator[Counters]:
     counters = Counters()
     with ExitStack() as stack:
         for name, linear in policy.fp8.linears.items():
+            column = name.endswith(("qkv", "fc1"))
+            if column and not policy.config.sequence_parallel and layout().tensor_rank:
+                continue  # it reads what the first tensor rank reads
             places = policy.language.num_padding, num_tokens if name.startswith("language") else None
             hook = partial(_count, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
             stack.callback(linear.register_forward_pre_hook(hook).remove)
