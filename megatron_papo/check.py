@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_papo.config import Config, ConfigError
 from megatron_papo.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
 from megatron_papo.model.shape import ModelShape, check_layout
-from megatron_papo.refuse import faults_of_inputs, faults_of_ranks, find_module
+from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, find_module
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
@@ -72,6 +72,7 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
         check_layout(config, shape, num_ranks)
     except ConfigError as error:
         return [*str(error).splitlines(), *faults]
+    faults += faults_of_fp8(config, shape)
     return faults + (memory_faults(config, shape, num_ranks) if config.cluster.gpus_per_node else [])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.refuse import faults_of_inputs, faults_of_ranks
+from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
@@ -176,6 +176,7 @@ def _check_layout(config: Config, num_ranks: int) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
     check_layout(config, shape, num_ranks)
+    _raise_any(faults_of_fp8(config, shape))
 
 
 def _speaks() -> bool:

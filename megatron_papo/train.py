@@ -33,6 +33,7 @@ from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
+from megatron_papo.precision import PrecisionGuard, watch_precision
 from megatron_papo.record import Recorder, name_bad_rows, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
@@ -56,6 +57,7 @@ class Training:
     bad_rows: BadRows
     cursor: DataCursor
     guard: CollapseGuard
+    precision: PrecisionGuard
 
 
 def main(config: Config) -> int:
@@ -103,6 +105,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     with clock.stage("pack"):
         batches = [pack_update(run, groups, chosen.spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
+        metrics = _watch_precision(training, batches[0], step)
         untouched = step == 0 and config.checkpoint.reference is None
         batches = score_logprobs(
             run.policy, batches, config, _head(run), training.reference, reference_is_policy=untouched
@@ -110,7 +113,6 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         run.meter.scored(batches)
     with clock.stage("update", total=len(batches)) as progress:
         loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
-        metrics: Metrics = {}
         for batch in batches:
             rows = _views(batch, config)
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
@@ -149,6 +151,7 @@ def open_training(run: Run) -> Iterator[Training]:
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
             guard=CollapseGuard(config.perception.guard),
+            precision=PrecisionGuard.of(config.fp8),
         )
 
 
@@ -214,6 +217,15 @@ def _views(batch: Batch, config: Config) -> Batch:
     return batch
 
 
+def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
+    """Moves the guard of FP8 on, before the step scores and updates; what it measured."""
+    run = training.run
+    training.precision, metrics, reason = watch_precision(training.precision, run.policy, rows, _head(run), step)
+    if reason:
+        warn(run, reason)
+    return metrics
+
+
 def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
     """Moves the guard on; the reason to stop, or nothing."""
     means = {name: total / count for name, (total, count) in metrics.items() if count}
@@ -241,6 +253,7 @@ def _state(training: Training) -> dict[str, Any]:
         "cursor": training.cursor.state_dict(),
         "guard": training.guard.state(),
         "updates": training.optimizer.guard.state(),
+        "precision": training.precision.state(),
     }
 
 
@@ -251,6 +264,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> int:
         training.cursor = training.cursor.load_state_dict(state["cursor"])
         training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
         training.optimizer.guard.load(state.get("updates", {}))
+        training.precision = PrecisionGuard.from_state(training.precision.config, state.get("precision"))
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
     return checkpoints.next_step

@@ -7,6 +7,7 @@
     python tools/benchmark.py handover   weights from shards to whole tensors, in buckets
     python tools/benchmark.py save       training with checkpoints in the background, against training without
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
+    python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
 
 `update` and `step` need TRL: `make bench` installs it. Everything runs on one thread a rank without a GPU.
 """
@@ -38,6 +39,8 @@ def main() -> int:
         options["plot"] = arguments.plot
     if arguments.which == "convert":
         options |= {"folder": arguments.folder, "sizes": arguments.sizes_gb}
+    if arguments.which == "fp8":
+        options["model"] = arguments.model
     rows = module.run(arguments.quick, **options)
     print_rows(rows, f"{arguments.which}{' (quick)' if arguments.quick else ''}")
     if arguments.json:
@@ -47,7 +50,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("update", "step", "head", "growth", "handover", "save", "convert"))
+    parser.add_argument("which", choices=("update", "step", "head", "growth", "handover", "save", "convert", "fp8"))
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="convert: the disk to measure, by default that of /tmp")
     parser.add_argument("--sizes-gb", type=float, nargs="+", metavar="GB", help="convert: these instead of 1, 2, 4, 8 "
                         "and the whole 7B model")  # fmt: skip
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="fp8: measure this Hugging Face folder")
     return parser
 
 

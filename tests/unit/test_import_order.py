@@ -19,7 +19,10 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
     # the verbs, and what they share
-    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "record", "rollouts", "run", "save"),
+    (
+        "cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "precision", "record", "rollouts",
+        "run", "save",
+    ),  # fmt: skip
     ("cluster",),
     ("check",),
     ("refuse",),
