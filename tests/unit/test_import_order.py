@@ -20,9 +20,20 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 LAYERS = (
     # the verbs, and what they share
     (
-        "cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "precision", "record", "rollouts",
-        "run", "save",
-    ),  # fmt: skip
+        "cli",
+        "train",
+        "sft",
+        "evaluate",
+        "score",
+        "doctor",
+        "launch",
+        "choose",
+        "precision",
+        "record",
+        "rollouts",
+        "run",
+        "save",
+    ),
     ("cluster",),
     ("check",),
     ("refuse",),
