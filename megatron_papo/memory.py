@@ -56,9 +56,11 @@ class StageMemory:
     gradients: int
     """In fp32, whole on every data-parallel rank."""
     optimizer: int
-    """Adam's two moments and, beside bfloat16 weights, the fp32 master copy."""
+    """Adam's two moments and, beside bfloat16 weights, the fp32 master copy; what is offloaded left out."""
     engine: int
-    """Generation's share, which stays while the policy trains."""
+    """Generation's share, beside the three above."""
+    engine_sleeps: bool
+    """Whether it is given back while the policy trains."""
     activations: int
     """Estimated, of one pipeline's rows in flight."""
 
@@ -68,6 +70,8 @@ class StageMemory:
 
     @property
     def total(self) -> int:
+        if self.engine_sleeps:
+            return self.weights + self.gradients + self.optimizer + max(self.engine, self.activations)
         return self.counted + self.activations
 
     def parts(self) -> str:
@@ -101,13 +105,13 @@ def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[Sta
     parallel = config.parallel
     data = num_ranks // (parallel.tensor * parallel.pipeline)
     found = blocks(shape, stage_layers(parallel, shape), lambda width: padded(width, parallel.tensor))
-    master = 0 if config.model.dtype == "float32" else 4
+    stays = 1.0 - config.optim.offload_fraction
     stages = []
     for stage in range(parallel.pipeline):
         here = [block for block in found if block.stage == stage]
         held = sum(block.on_a_rank(parallel.tensor) for block in here)
         trained = sum(block.on_a_rank(parallel.tensor) for block in here if not frozen(block.part, config.model.freeze))
-        states = trained * (8 + master)
+        states = int(trained * state_bytes(config) * stays)
         stages.append(
             StageMemory(
                 stage=stage,
@@ -115,6 +119,7 @@ def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[Sta
                 gradients=trained * 4,
                 optimizer=states // data if parallel.distributed_optimizer else states,
                 engine=_engine(config, shape),
+                engine_sleeps=config.generation.engine == "vllm" and config.generation.sleep,
                 activations=activation_bytes(config, shape, stage),
             )
         )
@@ -166,8 +171,7 @@ def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[s
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
     """One checkpoint on disk: weights, Adam's moments and, beside bfloat16 weights, their fp32 master copy."""
-    master = 0 if config.model.dtype == "float32" else 4
-    return num_parameters(shape) * (weight_bytes(config) + 8 + master)
+    return num_parameters(shape) * (weight_bytes(config) + state_bytes(config))
 
 
 def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
@@ -202,18 +206,14 @@ def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
     return (parallel.pipeline - stage) * one_row + again
 
 
-def host_bytes(config: Config, shape: ModelShape) -> int:
-    """Of one node, for the reference policy: a copy of its ranks' weights; 0 without one. Data and pictures come on
-    top of it."""
-    if config.loss.reference_coef == 0:
-        return 0
-    ranks = config.cluster.num_ranks // config.cluster.nodes
-    return ranks * max(stage.weights for stage in stage_memory(config, shape, config.cluster.num_ranks))
-
-
 def weight_bytes(config: Config) -> int:
     """Of one parameter; `auto` is bfloat16 where there is a GPU."""
     return 4 if config.model.dtype == "float32" else 2
+
+
+def state_bytes(config: Config) -> int:
+    """Of one parameter's moments and, beside bfloat16 weights, its master copy."""
+    return (4 if config.optim.precision_aware else 8) + (0 if config.model.dtype == "float32" else 4)
 
 
 def frozen(part: Part, freeze: FreezeConfig) -> bool:
@@ -221,8 +221,11 @@ def frozen(part: Part, freeze: FreezeConfig) -> bool:
 
 
 def _engine(config: Config, shape: ModelShape) -> int:
-    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers."""
+    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers; none
+    where engines have GPUs of their own."""
     generation = config.generation
+    if generation.placement == "separate":
+        return 0
     if generation.engine == "transformers":
         return _engine_weights(config, shape)
     if generation.kv_cache_gib is not None:
@@ -234,7 +237,8 @@ def _engine_weights(config: Config, shape: ModelShape) -> int:
     generation = config.generation
     dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
     ranks = generation.tensor if generation.engine == "vllm" else 1
-    return num_parameters(shape) * (4 if dtype == "float32" else 2) // ranks
+    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
+    return num_parameters(shape) * each // ranks
 
 
 def _language_layer(shape: LanguageShape, width: Callable[[int], int]) -> tuple[int, int]:

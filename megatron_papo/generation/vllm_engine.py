@@ -25,6 +25,7 @@ from megatron_papo.generation.vllm_requests import Requests, bare
 from megatron_papo.generation.vllm_sleep import Sleeper
 from megatron_papo.generation.vllm_start import (
     check,
+    end,
     engine_group_of,
     remove_leftovers,
     shm_name_of,
@@ -161,10 +162,7 @@ class VllmGenerator:
         return metrics
 
     def close(self) -> None:
-        from vllm.distributed import destroy_model_parallel
-
-        self.llm.llm_engine.engine_core.shutdown()
+        end(self.llm)
         del self.llm, self.sleeper
-        destroy_model_parallel()  # vLLM's groups alone; the trainer's live on
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):
             file.unlink(missing_ok=True)  # every rank of the engine has it mapped; vLLM leaves the name behind

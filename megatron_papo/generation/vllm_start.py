@@ -1,5 +1,5 @@
-"""Starting a vLLM engine inside a rank of the trainer: its settings, its ranks, its shared memory, and the trainer's
-own state kept out of its way. vLLM itself is imported only once `start` is called.
+"""Starting and ending a vLLM engine inside a rank of the trainer: its settings, its ranks, its shared memory, and the
+trainer's own state kept out of its way. vLLM itself is imported only once `start` is called.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 0.5
+_CPU_BATCHED_TOKENS = 4096
+"""Of a forward pass; vLLM's own default."""
 _MAX_IMAGES = 64
 """Of a prompt; vLLM wants a bound."""
 _MAX_TEMPERATURE = 2
@@ -72,6 +74,7 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             distributed_executor_backend=_executor(layout, shm_name),
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             max_model_len=max_model_len,
+            **({} if on_gpu else _whole_prompts(max_model_len)),
             kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
             gpu_memory_utilization=generation.gpu_memory_fraction,
             enforce_eager=generation.enforce_eager or not on_gpu,
@@ -88,6 +91,33 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             disable_log_stats=True,
             seed=0,  # every request has its own
         )
+
+
+def _whole_prompts(max_model_len: int) -> dict[str, Any]:
+    """Without a GPU a prompt is read in one piece: after a piece, vLLM turns the request's random generator back, which
+    torch's generator on the CPU cannot do (`RuntimeError: CPU Generator does not use offset`)."""
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, max_model_len)}
+
+
+def end(llm: LLM) -> None:
+    """Ends an engine and vLLM's own process groups. Left to itself it would end the trainer's world too."""
+    from vllm.distributed import parallel_state
+
+    theirs = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = _forget_world
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment = theirs
+
+
+def _forget_world() -> None:
+    """vLLM's subgroups over all ranks, and that it has them."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
 
 def sleeps(config: Config) -> bool:

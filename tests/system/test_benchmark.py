@@ -96,6 +96,13 @@ def test_growth(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_handover(tmp_path):
+    rows = run_benchmark("handover", tmp_path)
+    assert [row["name"].partition(":")[0] for row in rows] == ["TP 2"] * 3 + ["PP 2"] * 3
+    for row in rows:
+        assert row["unit"] == "GB/s" and row["ratio"] == pytest.approx(row["value"] / row["baseline"])  # one round
+
+
 def test_save(tmp_path):
     rows = run_benchmark("save", tmp_path)
     assert len(rows) == 2 * 8

@@ -1,5 +1,7 @@
 """The command line as a user types it: help, refusals before any rank starts, the resolved settings."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import resource
@@ -192,6 +194,29 @@ def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
     (line,) = faults_of_inputs("train", config)
     assert line.startswith("generation.engine: vLLM is not installed")
     assert faults_of_inputs("sft", config) == []
+
+
+def test_an_engine_that_is_too_old_is_refused(model, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.1")
+    config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # installed
+    assert faults_of_inputs("train", config) == ["generation.engine: vLLM 0.31.1 is too old: at least 0.32 is needed"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.spec=transformer_engine"],
+        ["model.cuda_graphs=true", "train.fixed_rows=true"],
+        ["optim.precision_aware=true", "parallel.distributed_optimizer=true"],
+        ["parallel.overlap_tensor=true", "train.fixed_rows=true", "parallel.sequence=true", "parallel.tensor=2"],
+    ],
+)
+def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkeypatch, settings):
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # as if it were not
+    config = load_config(None, [f"model.path={model}", "data.train=org/name", *settings])
+    key = settings[0].partition("=")[0]
+    assert faults_of_inputs("train", config) == [f"{key}: needs Transformer Engine, which is not installed"]
 
 
 def test_the_kinds_of_files_are_those_that_can_be_opened():

@@ -92,6 +92,20 @@ def test_every_fault_has_its_line():
             ["data.preset=virl39k", "data.columns.answer=label"],
             "data.columns: data.preset=virl39k names the columns; give one of the two",
         ),
+        (["generation.engines=2"], "generation.engines: colocated engines are as many as the ranks make"),
+        (["generation.quantization=fp8"], "generation.quantization=fp8 needs generation.engine=vllm"),
+        (["train.ahead=true"], "train.ahead needs generation.placement=separate"),
+        (["optim.precision_aware=true"], "optim.precision_aware needs parallel.distributed_optimizer=true"),
+        (["optim.offload_fraction=0.5"], "optim.offload_fraction needs parallel.distributed_optimizer=true"),
+        (["model.cuda_graphs=true"], "model.cuda_graphs needs train.fixed_rows=true"),
+        (
+            ["model.cuda_graphs=true", "train.fixed_rows=true", "model.spec=local"],
+            "model.cuda_graphs needs model.spec=transformer_engine",
+        ),
+        (
+            ["parallel.overlap_tensor=true", "train.fixed_rows=true", "parallel.tensor=2"],
+            "parallel.overlap_tensor needs parallel.sequence=true",
+        ),
         (
             ["reward.overlong.enabled=true", "generation.max_response_tokens=100"],
             "reward.overlong.buffer: 512 exceeds generation.max_response_tokens=100",

@@ -105,6 +105,20 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
     )
 
 
+def test_where_states_and_engines_lie_changes_what_a_gpu_holds():
+    (plain,) = stage_memory(recipe("papo_g_3b"), shape_of("3B"), 8)
+    (aware,) = stage_memory(recipe("papo_g_3b", "optim.precision_aware=true"), shape_of("3B"), 8)
+    assert aware.optimizer == plain.optimizer * 8 // 12  # 2 + 2 + 4 bytes for 4 + 4 + 4
+    (half,) = stage_memory(recipe("papo_g_3b", "optim.offload_fraction=0.5"), shape_of("3B"), 8)
+    assert half.optimizer == plain.optimizer // 2
+    held = plain.weights + plain.gradients + plain.optimizer
+    assert plain.engine_sleeps and plain.total == held + max(plain.engine, plain.activations)
+    (awake,) = stage_memory(recipe("papo_g_3b", "generation.sleep=false"), shape_of("3B"), 8)
+    assert awake.total == held + plain.engine + plain.activations
+    (separate,) = stage_memory(recipe("papo_g_3b", "generation.placement=separate"), shape_of("3B"), 8)
+    assert separate.engine == 0 and separate.total == held + plain.activations
+
+
 def test_activations_that_may_not_fit_are_warned_of():
     config = recipe("papo_g_7b", "model.recompute=none", "train.tokens_per_micro_batch=65536")
     assert memory_faults(config, shape_of("7B"), 8) == []
