@@ -19,7 +19,23 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
     # the verbs, and what they share
-    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "record", "rollouts", "run", "save"),
+    (
+        "cli",
+        "train",
+        "train_ahead",
+        "sft",
+        "evaluate",
+        "score",
+        "doctor",
+        "launch",
+        "choose",
+        "record",
+        "rollouts",
+        "in_flight",
+        "run",
+        "save",
+        "serving",
+    ),
     ("cluster",),
     ("check",),
     ("refuse",),
