@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from megatron_papo import accelerator
 from megatron_papo.generation.separate_line import Bucket
+
+_POLL_S = 0.0005
 
 
 class BridgeBroken(RuntimeError):
@@ -30,6 +33,7 @@ class Bridge:
     def __init__(self, name: str, store: dist.Store, rank: int, size: int, timeout_s: float):
         """Waits for the others where the backend does. Raises BridgeBroken."""
         self.name = name
+        self._aborted = threading.Event()
         kind: Any = dist.ProcessGroupNCCL if accelerator.has_gpu() else dist.ProcessGroupGloo
         own = dist.PrefixStore(name, store)
         try:
@@ -38,8 +42,10 @@ class Bridge:
             raise BridgeBroken(f"bridge {name}: {error}") from error
 
     def abort(self) -> None:
-        """From any thread: whoever waits in a broadcast stops waiting, with BridgeBroken."""
-        self._group.abort()
+        """From any thread: whoever waits in a broadcast stops waiting, with BridgeBroken. Of no more use then."""
+        self._aborted.set()
+        if accelerator.has_gpu():
+            self._group.abort()  # what waits on the GPU; gloo's broadcast is left to end with the process
 
     def send(
         self,
@@ -61,14 +67,14 @@ class Bridge:
             try:
                 flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
                 work = self._broadcast(flat)
-                _finish(pending)
+                self._finish(pending)
                 pending = work, flat
             except RuntimeError as error:
                 broken = BridgeBroken(str(error))
         if broken is not None:
             raise broken
         try:
-            _finish(pending)
+            self._finish(pending)
         except RuntimeError as error:
             raise BridgeBroken(str(error)) from error
 
@@ -77,7 +83,7 @@ class Bridge:
         sizes = [math.prod(shape) for shape in bucket.shapes]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=accelerator.device())
         try:
-            self._broadcast(flat).wait()
+            self._finish((self._broadcast(flat), flat))
         except RuntimeError as error:
             raise BridgeBroken(str(error)) from error
         for name, shape, part in zip(bucket.names, bucket.shapes, flat.split(sizes)):
@@ -86,9 +92,13 @@ class Bridge:
     def _broadcast(self, flat: Tensor) -> dist.Work:
         return self._group.broadcast(flat.view(torch.uint8), 0)  # bytes: every backend knows them
 
-
-def _finish(pending: tuple[dist.Work, Tensor] | None) -> None:
-    if pending is not None:
+    def _finish(self, pending: tuple[dist.Work, Tensor] | None) -> None:
+        """Asks rather than waits, for gloo's waiting cannot be ended from outside."""
+        if pending is None:
+            return
+        while not pending[0].is_completed():
+            if self._aborted.wait(_POLL_S):
+                raise BridgeBroken(f"{self.name}: the other end hung up")
         pending[0].wait()
 
 
