@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -20,8 +21,8 @@ from megatron_papo.generation.serve_engine import Ending, Seat, run_engine
 from megatron_papo.parallel import world_store
 
 _POLL_S = 0.25
-_END_S = 20.0
-"""From the trainer's goodbye to the end of the engine."""
+_END_S = 10.0
+"""From the trainer's goodbye to the end of the engine; one that is still starting does not hear it."""
 
 
 def keep_engine(config: Config, place: int) -> None:
@@ -36,7 +37,8 @@ def keep_engine(config: Config, place: int) -> None:
         with _Child(config, seat) as child:
             reason = _watch(child, store)
         if reason is None:
-            store.note_end()
+            with suppress(RuntimeError):  # of a store that has not waited for us
+                store.note_end()
             return
         started = store.address(engine, incarnation) is not None
         store.note_death(engine, incarnation, reason)
@@ -90,7 +92,8 @@ def _watch(child: _Child, store: EngineStore) -> str | None:
         if elsewhere is not None:
             return elsewhere
         if stopping:
-            wait([process.sentinel], timeout=_END_S)
+            started = store.address(child.seat.engine, child.seat.incarnation) is not None
+            wait([process.sentinel], timeout=_END_S if started else 0)
             return None
     reason = child.reason()
     return None if reason is not None and store.stopping else reason
