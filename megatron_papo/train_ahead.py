@@ -60,7 +60,7 @@ def main(config: Config) -> int:
                     groups, metrics, flight = train_step(training, flight)
                 scores: dict[str, float] = {}
                 if evaluation_is_due(training, step):
-                    flight = _landed(training, flight) if flight else None
+                    flight = landed(training, flight) if flight else None
                     _hand_over(training, policy_version=step + 1)
                     scores = evaluate_heldout(training)
                 recorder.record(step, groups, metrics, scores)
@@ -68,7 +68,7 @@ def main(config: Config) -> int:
                 leaving = stop.asked()
                 now = bool(stopped) or leaving
                 if checkpoints.is_due(step, num_steps, scores, now=now):
-                    flight = _landed(training, flight) if flight else None
+                    flight = landed(training, flight) if flight else None
                     checkpoints.save_when_due(step, num_steps, _state(training, flight), scores, now=now)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
@@ -82,11 +82,11 @@ def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics
     """Collects the rollouts of a step, sends off those of the next, and trains; what `train.train_step` gives, and the
     rollouts that are now under way: none after the last step."""
     run, config, step = training.run, training.run.config, flight.step
-    flight = _landed(training, flight)
+    flight = landed(training, flight)
     assert flight.groups is not None
     measured = flight.metrics | {"rollout_age": age(flight.groups, step)}
     _hand_over(training, policy_version=step)
-    following = _take_off(training, step + 1) if step + 1 < config.train.steps else None
+    following = take_off(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
         groups = reward_groups(training.rewarder, flight.groups, run.layout)
     chosen = ChosenGroups(config.train).add(flight.draw.places, groups, run.layout.data_group)
@@ -94,7 +94,7 @@ def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics
     return groups, metrics | sum_metrics(measured), following
 
 
-def _take_off(training: Training, step: int) -> Flight:
+def take_off(training: Training, step: int) -> Flight:
     """Draws the prompts of `step` and asks for their rollouts, of the weights that the engines have."""
     cursor = training.cursor
     with training.run.clock.stage("draw"):
@@ -103,7 +103,7 @@ def _take_off(training: Training, step: int) -> Flight:
     return Flight(step, cursor, draw)
 
 
-def _landed(training: Training, flight: Flight) -> Flight:
+def landed(training: Training, flight: Flight) -> Flight:
     """With its rollouts, waited for."""
     if flight.groups is not None:
         return flight
@@ -150,4 +150,4 @@ def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
             return Flight(step, cursor, draw, groups)
         training.cursor = cursor
     _hand_over(training, policy_version=step)
-    return _take_off(training, step)
+    return take_off(training, step)
