@@ -99,7 +99,8 @@ def take_off(training: Training, step: int) -> Flight:
     cursor = training.cursor
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
-    _engines(training).submit(draw.prompts, sampling_of(training.run.config, step, 0))
+    with training.run.clock.stage("generate"):
+        _engines(training).submit(draw.prompts, sampling_of(training.run.config, step, 0))
     return Flight(step, cursor, draw)
 
 

@@ -82,27 +82,41 @@ class SeparateGenerator:
         """
         asked, self._asked = self._asked, None
         assert asked is not None, "submit comes first"
-        box = [self._wait_for_answers(asked) if self._own is not None else None]
+        answers = self._hear(asked)
         self._raise_where_lost(f"while it made the rollouts of step {asked.sampling.step}")
-        if self._layout.model_group.size() > 1:
-            dist.broadcast_object_list(box, group=self._layout.model_group, group_src=0)
-        answers = box[0]
         assert answers is not None
         self._metrics = {"engine/seconds": (answers.seconds, 1.0), "engine/prefix_cached": answers.prefix_cached}
         decode = self.requests.processor.decode
         return groups_of(asked.prompts, asked.sampling, answers.answers, decode, answers.policy_version)
 
-    def _wait_for_answers(self, asked: _Asked) -> Answers | None:
-        """None when the engine is gone."""
+    def _hear(self, asked: _Asked) -> Answers | None:
+        """The answers on every rank of the model-parallel group; None when the engine is gone.
+
+        Progress goes to all of them as well, or their watchdogs would take the wait for a stall.
+        """
+        messages = self._said(asked) if self._own is not None else itertools.repeat(None)
+        for message in messages:
+            box = [message]
+            if self._layout.model_group.size() > 1:
+                dist.broadcast_object_list(box, group=self._layout.model_group, group_src=0)
+            if not isinstance(box[0], Progress):
+                return box[0]
+            if self._report is not None:
+                self._report(box[0].done, box[0].total)
+        raise AssertionError("the last message is no progress")
+
+    def _said(self, asked: _Asked) -> Iterator[Progress | Answers | None]:
+        """What the engine says of the call, to the leader: its last is the answers, or None."""
         assert self._own is not None and self.policy_version is not None
         if not asked.prompts:
-            return Answers(asked.call, (), self.policy_version, 0.0, (0.0, 0.0))
+            yield Answers(asked.call, (), self.policy_version, 0.0, (0.0, 0.0))
+            return
         for message in self._links[self._own].messages():
-            if isinstance(message, Answers) and message.call == asked.call:
-                return message
-            if isinstance(message, Progress) and message.call == asked.call and self._report is not None:
-                self._report(message.done, message.total)
-        return None
+            if isinstance(message, Progress | Answers) and message.call == asked.call:
+                yield message
+                if isinstance(message, Answers):
+                    return
+        yield None
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """See `Generator`. Raises EngineLost, on all ranks alike, when an engine died of it or before."""

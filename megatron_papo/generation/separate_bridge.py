@@ -64,8 +64,8 @@ class Bridge:
             if broken is not None:
                 continue
             announce(Bucket(tuple(names), tuple(tuple(tensor.shape) for tensor in tensors), dtype))
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             try:
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
                 work = self._broadcast(flat)
                 self._finish(pending)
                 pending = work, flat

@@ -107,13 +107,13 @@ class Line:
             end.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
-        while True:
-            try:
-                message = self._connection.recv()
-            except (OSError, EOFError):
-                break
-            self._inbox.put((self, message))
-        self._connection.close()
-        if self._on_end is not None:
-            self._on_end()
-        self._inbox.put((self, None))
+        try:
+            while True:
+                self._inbox.put((self, self._connection.recv()))
+        except (OSError, EOFError):
+            pass
+        finally:  # a message that cannot be read ends the line too
+            self._connection.close()
+            if self._on_end is not None:
+                self._on_end()
+            self._inbox.put((self, None))

@@ -91,9 +91,8 @@ def test_a_killed_trainer_goes_on_as_if_it_had_not_been_killed(inputs, tmp_path)
 
 def test_an_engine_that_does_not_start_ends_the_run_with_its_reason(inputs, tmp_path):
     config = tiny_run(inputs, tmp_path / "run", **AHEAD | {"generation__kv_cache_gib": 1e-7})
-    start = time.monotonic()
     code, printed = _run(config, tmp_path / "run.yaml")
-    assert code == 1 and time.monotonic() - start < 60
+    assert code == 1
     assert printed[-1].startswith("papo: rank 1 failed: ValueError: engine 0 did not start: ValueError: "), printed[-1]
 
 
