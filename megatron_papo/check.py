@@ -41,8 +41,8 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> Checked:
     num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
     warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
-    engines = f", and {num_engines} of engines" if num_engines else ""
-    return Checked((), warnings, summary(config, shape, trainer) + engines)
+    beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
+    return Checked((), warnings, summary(config, shape, trainer) + beside)
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:

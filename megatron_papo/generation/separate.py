@@ -22,7 +22,7 @@ from megatron_papo import accelerator
 from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.separate_bridge import Bridge, BridgeBroken
-from megatron_papo.generation.separate_line import Answers, Generate, Line, Load, Loaded, Progress, Stop
+from megatron_papo.generation.separate_line import Answers, Bye, Generate, Line, Load, Loaded, Progress, Stop
 from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.shares import groups_of, make_jobs
 from megatron_papo.generation.vllm_requests import Requests
@@ -165,7 +165,7 @@ class SeparateGenerator:
     def _open_bridge(self, name: str) -> Bridge:
         if self._bridge is None or self._bridge.name != name:
             size = 1 + self._config.generation.num_engine_ranks
-            self._bridge = Bridge(name, self._world_store, 0, size, self._config.parallel.timeout_s)
+            self._bridge = Bridge(name, self._world_store, 0, size)
             for link in self._links.values():
                 link.bridge = self._bridge
         return self._bridge
@@ -210,6 +210,7 @@ class SeparateGenerator:
             if self._asked is None:
                 self._store.wait_for_ends(self._config.generation.num_engine_ranks, _END_S)
         for link in self._links.values():
+            link.line.send(Bye())
             link.hang_up()
 
 

@@ -21,6 +21,8 @@ from megatron_papo import accelerator
 from megatron_papo.generation.separate_line import Bucket
 
 _POLL_S = 0.0005
+_TIMEOUT = datetime.timedelta(minutes=5)
+"""For its ranks to find each other, and for one broadcast: who is gone is usually known at once."""
 
 
 class BridgeBroken(RuntimeError):
@@ -30,14 +32,14 @@ class BridgeBroken(RuntimeError):
 class Bridge:
     """Rank 0 sends; all others receive."""
 
-    def __init__(self, name: str, store: dist.Store, rank: int, size: int, timeout_s: float):
+    def __init__(self, name: str, store: dist.Store, rank: int, size: int):
         """Waits for the others where the backend does. Raises BridgeBroken."""
         self.name = name
         self._aborted = threading.Event()
         kind: Any = dist.ProcessGroupNCCL if accelerator.has_gpu() else dist.ProcessGroupGloo
         own = dist.PrefixStore(name, store)
         try:
-            self._group: Any = kind(own, rank, size, datetime.timedelta(seconds=timeout_s))
+            self._group: Any = kind(own, rank, size, _TIMEOUT)
         except RuntimeError as error:
             raise BridgeBroken(f"bridge {name}: {error}") from error
 

@@ -80,6 +80,11 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Bye:
+    """To the engine: this rank hangs up and nothing is wrong."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """To the engine, from rank 0 alone: nobody will ask any more."""
 

@@ -29,7 +29,7 @@ from megatron_papo import accelerator
 from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
 from megatron_papo.generation.separate_bridge import Bridge
-from megatron_papo.generation.separate_line import Answers, Bucket, Generate, Line, Load, Loaded, Progress, Stop
+from megatron_papo.generation.separate_line import Answers, Bucket, Bye, Generate, Line, Load, Loaded, Progress, Stop
 from megatron_papo.generation.separate_store import Address, EngineStore, new_key, own_host
 from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.generation.vllm_engine import VllmGenerator
@@ -156,6 +156,7 @@ class _Server:
         """By vLLM's number of the request."""
         self._pending: deque[tuple[Line | None, Any]] = deque()
         self._bridge: Bridge | None = None
+        self._left: set[Line | None] = set()
         self._num_steps = 0
 
     def serve(self) -> None:
@@ -192,8 +193,13 @@ class _Server:
             self._begin(_Call(line, message))
         elif isinstance(message, Load):
             self._load(line, message)
+        elif isinstance(message, Bye):
+            self._left.add(line)
         else:
-            assert message is None, message  # a rank of the trainer hung up: whatever it asked for is not waited for
+            assert message is None, message
+            if line not in self._left and line is not None:
+                # it takes this engine for lost and waits for the next
+                raise RuntimeError("a rank of the trainer hung up")
 
     def _begin(self, call: _Call) -> None:
         asked, requests = call.asked, self._generator.requests
@@ -245,7 +251,7 @@ class _Server:
         generation, seat = self._config.generation, self._seat
         rank = 1 + seat.engine * generation.tensor + seat.rank
         size = 1 + generation.num_engine_ranks
-        bridge = Bridge(name, self._store, rank, size, self._config.parallel.timeout_s)
+        bridge = Bridge(name, self._store, rank, size)
         if self._desk is not None:
             self._desk.bridge = bridge
         return bridge

@@ -36,7 +36,7 @@ def store() -> dist.Store:
 
 def _bridges(store: dist.Store, size: int) -> list[Bridge]:
     with ThreadPoolExecutor(size) as pool:  # each waits for the others
-        return list(pool.map(lambda rank: Bridge("bridge", store, rank, size, 20.0), range(size)))
+        return list(pool.map(lambda rank: Bridge("bridge", store, rank, size), range(size)))
 
 
 def test_weights_cross_the_bridge_in_buckets(store):
