@@ -34,13 +34,26 @@ def faults_of_inputs(verb: str, config: Config) -> list[str]:
     return [fault for part in parts for fault in part(verb, config)]
 
 
+def num_engine_ranks(verb: str, config: Config) -> int:
+    """Of the ranks of the whole run: those of separate engines, which only a verb that generates has."""
+    return config.generation.num_engine_ranks if verb in ("train", "eval") else 0
+
+
 def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
     """One line a fault, beginning with the key's path: what `num_ranks` ranks of the whole run cannot share."""
-    parallel, train, tensor = config.parallel, config.train, config.generation.tensor
-    data_ranks = num_ranks // (parallel.tensor * parallel.pipeline)
+    parallel, train, generation = config.parallel, config.train, config.generation
+    model_size, num_engines = parallel.tensor * parallel.pipeline, num_engine_ranks(verb, config)
+    trainer = num_ranks - num_engines
+    if num_engines and (trainer < 1 or trainer % model_size):
+        return [
+            f"generation.engines: {num_ranks} ranks less {generation.engines} engines of "
+            f"generation.tensor={generation.tensor} leave {max(trainer, 0)}, which is no multiple of "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+        ]
+    data_ranks = trainer // model_size
     ranks = (
         f"fewer than the {data_ranks} data-parallel ranks "
-        f"({num_ranks} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
+        f"({trainer} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
     )
     faults = []
     prompts = train.prompts_per_step // train.updates_per_step
@@ -51,8 +64,14 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
         )
     if verb == "sft" and config.sft.batch_size < data_ranks:
         faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
-    if verb in ("train", "eval") and config.generation.engine == "vllm" and num_ranks % tensor:
-        faults.append(f"generation.tensor: {tensor} does not divide the {num_ranks} ranks")
+    colocated = verb in ("train", "eval") and generation.engine == "vllm" and not num_engines
+    if colocated and num_ranks % generation.tensor:
+        faults.append(f"generation.tensor: {generation.tensor} does not divide the {num_ranks} ranks")
+    if num_engines and data_ranks < generation.engines:
+        faults.append(
+            f"generation.engines: {generation.engines} engines for {data_ranks} data-parallel ranks: "
+            f"each of these asks one engine, so {generation.engines - data_ranks} would be idle"
+        )
     return faults
 
 

@@ -5,6 +5,7 @@
     python tools/benchmark.py head       the language-model head, against logits that are made whole
     python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
     python tools/benchmark.py handover   weights from shards to whole tensors, in buckets
+    python tools/benchmark.py ahead      a step whose rollouts are made while the step before trains; needs vLLM
     python tools/benchmark.py save       training with checkpoints in the background, against training without
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
     python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
@@ -50,7 +51,8 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("update", "step", "head", "growth", "handover", "save", "convert", "fp8"))
+    sides = ("update", "step", "head", "growth", "handover", "ahead", "save", "convert", "fp8")
+    parser.add_argument("which", choices=sides)
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

@@ -454,6 +454,11 @@ class Config(Section):
             )
         if self.perception.guard.action != "off" and not self.reads_masked_view:
             found.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
+        if self.train.ahead and self.loss.correction == "none" and self.loss.old_logprobs == "recomputed":
+            found.append(
+                "train.ahead: rollouts are one step old, which no term of the loss sees with loss.correction=none; "
+                "use truncated"
+            )
         longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
         needed = longest * (2 if self.reads_joint_rows else 1)
         if self.train.tokens_per_micro_batch < needed:

@@ -150,3 +150,13 @@ def test_sides_that_differ_are_refused(gap):
     with pytest.raises(SidesDiffer, match=r"loss: .*allowed 1e-04"):
         _checked("loss", gap, "nats")
     assert _checked("loss", 5e-5, "nats").ratio == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_ahead(tmp_path):
+    rows = run_benchmark("ahead", tmp_path)
+    assert [row["unit"] for row in rows] == ["s", "s", "s", "share"]
+    for row in rows:
+        check_ratio(row)
+    assert rows[1]["value"] < rows[0]["value"] and rows[3]["value"] <= 1

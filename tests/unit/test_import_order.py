@@ -22,6 +22,7 @@ LAYERS = (
     (
         "cli",
         "train",
+        "train_ahead",
         "sft",
         "evaluate",
         "score",
@@ -31,8 +32,10 @@ LAYERS = (
         "precision",
         "record",
         "rollouts",
+        "in_flight",
         "run",
         "save",
+        "serving",
     ),
     ("cluster",),
     ("check",),
