@@ -20,6 +20,7 @@ from megatron_papo.refuse import faults_of_inputs, faults_of_ranks
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
     "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
+    "certify": "what Hugging Face, trainer and engine make of the same prompts, part by part, without training",
     "eval": "avg@k on data.eval, with the images and with them masked",
     "score": "log-probs, entropy and perception KL of given responses, token by token",
 }
@@ -63,7 +64,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     from megatron_papo.launch import Work, launch
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
-    module = {"eval": "evaluate"}.get(options.verb, options.verb)
+    module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
     return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
 
 

@@ -18,9 +18,15 @@ def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling
         try:
             return generator.generate(prompts, sampling)
         except EngineLost as lost:
-            if run.counts["engine_restarts"] == run.config.generation.restarts or version is None:
-                raise
-            run.counts["engine_restarts"] += 1
-            warn(run, f"{lost}; it is started again and asked the same")
-        generator.restart()
-        hand_over(run, generator, version)
+            recover(run, generator, lost, version)
+
+
+def recover(run: Run, generator: Generator, lost: EngineLost, policy_version: int | None) -> None:
+    """After a loss: engines as they were, with the policy's weights of now, which `policy_version` numbers. Raises
+    `lost` when there were enough restarts."""
+    if run.counts["engine_restarts"] == run.config.generation.restarts or policy_version is None:
+        raise lost
+    run.counts["engine_restarts"] += 1
+    warn(run, f"{lost}; it is started again and asked the same")
+    generator.restart()
+    hand_over(run, generator, policy_version)

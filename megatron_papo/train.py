@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from megatron_papo.advantages import with_advantages
+from megatron_papo.certify import Certifier
 from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
@@ -50,6 +51,7 @@ class Training:
     optimizer: Optimizer
     reference: ReferencePolicy | None
     generator: Generator
+    certifier: Certifier
     rewarder: Rewarder
     prompts: Prefetch
     heldout: PromptDataset | None
@@ -67,6 +69,8 @@ def main(config: Config) -> int:
         Checkpoints(run, training.optimizer, "train") as checkpoints,
     ):
         first_step = _resume(training, checkpoints)
+        if first_step < config.train.steps:
+            training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
@@ -74,7 +78,7 @@ def main(config: Config) -> int:
                     groups, metrics = train_step(training, step)
                 scores = _evaluate_when_due(training, step)
                 recorder.record(step, groups, metrics, scores)
-                stopped = _watch_for_collapse(training, metrics) or training.optimizer.guard.reason_to_stop
+                stopped = _reason_to_stop(training, metrics)
                 leaving = stop.asked()
                 now = bool(stopped) or leaving
                 checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=now)
@@ -118,6 +122,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
             progress.advance()
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
+    metrics |= training.certifier.after_hand_over(step + 1)
     metrics |= chosen.metrics | sum_metrics(training.generator.take_metrics())
     return [group for groups in updates for group in groups], metrics
 
@@ -141,6 +146,7 @@ def open_training(run: Run) -> Iterator[Training]:
             optimizer=optimizer,
             reference=reference,
             generator=generator,
+            certifier=Certifier(run, generator),
             rewarder=stack.enter_context(
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
@@ -212,6 +218,12 @@ def _views(batch: Batch, config: Config) -> Batch:
     if config.reads_joint_rows:
         return tuple(joint_row(row) for row in batch)
     return batch
+
+
+def _reason_to_stop(training: Training, metrics: Metrics) -> str:
+    """Why the run ends itself after this step, or nothing."""
+    collapse = _watch_for_collapse(training, metrics)
+    return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
 
 
 def _watch_for_collapse(training: Training, metrics: Metrics) -> str:

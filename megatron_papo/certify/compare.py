@@ -15,8 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_papo.certify.limits import Limits, Precision, coarser
-from megatron_papo.generation.inspection import ANGLES, KINDS, LOGPROBS, PIXELS, POSITION_IDS, TOKEN_IDS, Reading
+from megatron_papo.certify.limits import Limits, coarser
+from megatron_papo.generation.reading import (
+    ANGLES,
+    KINDS,
+    LOGPROBS,
+    PIXELS,
+    POSITION_IDS,
+    TOKEN_IDS,
+    Precision,
+    Reading,
+)
 
 HUGGINGFACE, TRAINER, ENGINE = "Hugging Face", "trainer", "engine"
 PAIRS = ((TRAINER, HUGGINGFACE), (ENGINE, HUGGINGFACE), (ENGINE, TRAINER))
@@ -51,10 +60,10 @@ class Finding:
         return self.difference <= self.limit  # false for NaN
 
     def line(self) -> str:
-        return (
-            f"{self.part}: {self.party} departs from {self.other} by {self.difference:.2g}{self.unit} "
-            f"(limit {self.limit:g})"
-        )
+        size, limit = f"{self.difference:.2g}{self.unit}", f"limit {self.limit:g}"
+        if self.passed:
+            return f"{self.part}: {self.party} and {self.other} are {size} apart ({limit})"
+        return f"{self.part}: {self.party} departs from {self.other} by {size} ({limit})"
 
 
 def compare(cases: Sequence[Case], precisions: Mapping[str, Precision], limits: Limits, rank: int) -> list[Finding]:

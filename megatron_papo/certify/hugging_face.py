@@ -2,8 +2,8 @@
 
 Nothing of this package is between the folder and the numbers but the hooks: chat template, images, token ids, pixels
 and positions are transformers' own. Its weights are read by transformers from `model.path`, so that our loader is
-tested too; where the policy is not what lies there (random weights, a checkpoint, a resumed run) they are the trainer's.
-fp32 where the host's memory holds that, else bfloat16.
+tested too; where the policy is not what lies there (random weights, a checkpoint, a resumed run) the
+trainer's. fp32 where the host's memory holds that, else bfloat16.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from megatron_papo.certify.limits import Precision
 from megatron_papo.config import DataConfig
 from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
 from megatron_papo.generation.handover import checked, expected_shapes
-from megatron_papo.generation.inspection import (
+from megatron_papo.generation.inspection import tape_transformers
+from megatron_papo.generation.reading import (
     ANGLES,
     LANGUAGE_LAYER,
     LOGPROBS,
     POSITION_IDS,
     TOKEN_IDS,
+    Precision,
     Reading,
-    tape_transformers,
 )
 from megatron_papo.types import Prompt
 

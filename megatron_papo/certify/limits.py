@@ -6,15 +6,13 @@ Where the defaults come from stands in docs/certificate.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_papo.config import Config
-from megatron_papo.generation.inspection import ANGLES, PIXELS
+from megatron_papo.generation.reading import ANGLES, PIXELS, Precision
 
-Precision = Literal["float32", "bfloat16", "fp8"]
 _ORDER: tuple[Precision, ...] = ("float32", "bfloat16", "fp8")
 
 _VALUES = {"float32": 1e-3, "bfloat16": 1e-2}

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_papo.certify.limits import Precision
 from megatron_papo.accelerator import parameter_dtype
 from megatron_papo.config import Config
-from megatron_papo.generation.inspection import (
+from megatron_papo.generation.reading import (
     ANGLES,
     FEATURES,
     LANGUAGE_LAYER,
@@ -25,6 +24,7 @@ from megatron_papo.generation.inspection import (
     TOKEN_IDS,
     VISION_LAYER,
     Places,
+    Precision,
     Reading,
     Tape,
     patches_of,

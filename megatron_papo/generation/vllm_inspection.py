@@ -1,4 +1,4 @@
-"""What a vLLM engine of this process computes for one prompt: see `inspection`.
+"""What a vLLM engine of this process computes for one prompt.
 
 Positions and angles are what its attention gets: the rotary module is asked to turn unit vectors by the positions that
 its first layer was given. A layer's output is the sum of two, since vLLM adds the residual in the next layer.
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_papo.generation.base import Sampling
-from megatron_papo.generation.inspection import (
+from megatron_papo.generation.reading import (
     ANGLES,
-    FEATURES,
     LANGUAGE_LAYER,
-    PIXELS,
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
     Places,
     Tape,
+    note_layer,
+    note_vision,
     places_of,
 )
 from megatron_papo.generation.shares import Answer
@@ -40,7 +40,7 @@ def inspect_vllm(
     eager = generator.llm.llm_engine.vllm_config.model_config.enforce_eager
     places = places_of(prompt, prompt.inputs.token_ids_S.numel() + sampling.max_response_tokens + 1)
     with Tape() as tape:
-        tape.after(model.visual, lambda args, _, out: _note_vision(tape, args[0], out))
+        tape.after(model.visual, lambda args, _, out: note_vision(tape, args[0], out))
         if eager:
             _tape_language(tape, model.language_model.model, places)
         answer = generator.answer_alone(prompt, sampling)
@@ -63,13 +63,7 @@ def _tape_language(tape: Tape, language: Any, places: Places) -> None:
     tape.after(language.embed_tokens, lambda args, _, __: tape.note(TOKEN_IDS, args[0].long()))
     tape.after(language.layers[0], lambda args, _, __: tape.note(POSITION_IDS, args[0].T))
     for number, layer in enumerate(language.layers):
-        name = f"{LANGUAGE_LAYER} {number}"
-        tape.after(layer, lambda _, __, out, name=name: tape.note(name, out[0] + out[1], places))
-
-
-def _note_vision(tape: Tape, pixel_values_PD: Tensor, features_MH: Tensor) -> None:
-    tape.note(PIXELS, pixel_values_PD)
-    tape.note(FEATURES, features_MH)
+        note_layer(tape, layer, f"{LANGUAGE_LAYER} {number}", places, lambda out: out[0] + out[1])
 
 
 @torch.inference_mode()

@@ -19,7 +19,21 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
     # the verbs, and what they share
-    ("cli", "train", "sft", "evaluate", "score", "doctor", "launch", "choose", "record", "rollouts", "run", "save"),
+    (
+        "cli",
+        "train",
+        "sft",
+        "evaluate",
+        "certify",
+        "score",
+        "doctor",
+        "launch",
+        "choose",
+        "record",
+        "rollouts",
+        "run",
+        "save",
+    ),
     ("cluster",),
     ("check",),
     ("refuse",),
