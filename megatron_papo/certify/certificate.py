@@ -1,21 +1,14 @@
-"""What was found, as one value and as files: RUN/certificate/step_N.json and the page beside it.
-
-The certificate of a run's start stays, and every one that failed; of the others the last two.
-"""
+"""What was found on all ranks, as one value: the verdict, a summary in lines, and the whole as JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_papo.certify.compare import ENGINE, HUGGINGFACE, PAIRS, TRAINER, Case, Finding, first_departure, kind_of
 from megatron_papo.generation.reading import KINDS, LOGPROBS, Precision
-
-_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -125,16 +118,17 @@ class Certificate:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        tree = {
             "step": self.step,
             "at_start": self.at_start,
             "passed": self.departure is None,
             "verdict": self.verdict,
             "sides": asdict(self.sides),
-            "findings": [_plain(asdict(finding) | {"passed": finding.passed}) for finding in self.findings],
+            "findings": [asdict(finding) | {"passed": finding.passed} for finding in self.findings],
             "not_looked_at": {kind: dict(why) for kind, why in self.not_looked_at.items()},
             "responses": [asdict(tokens) for tokens in self.responses],
         }
+        return _plain(tree)
 
 
 def _not_looked_at(cases: Sequence[Case], sides: Sides) -> dict[str, dict[str, str]]:
@@ -153,42 +147,10 @@ def _share(finding: Finding) -> float:
     return finding.difference / finding.limit if finding.limit else finding.difference
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has no numbers for becomes text."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-
-
-class Folder:
-    """RUN/certificate."""
-
-    def __init__(self, path: Path, warn: Callable[[str], None]):
-        self.path, self._warn = path, warn
-
-    def page_of(self, step: int) -> Path:
-        return self.path / f"step_{step:08d}.html"
-
-    def write(self, certificate: Certificate) -> None:
-        """Both files, each whole or not at all, and away with the oldest. A full disk costs the files, not the run."""
-        from megatron_papo.certify.page import certificate_page
-
-        page = self.page_of(certificate.step)
-        text = json.dumps(certificate.as_json(), indent=1, allow_nan=False)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for path, content in ((page, certificate_page(certificate)), (page.with_suffix(".json"), text)):
-                draft = path.with_name(path.name + ".tmp")
-                draft.write_text(content)
-                draft.replace(path)
-            self._remove_old()
-        except OSError as error:
-            self._warn(f"{error.strerror}: {error.filename}: the certificate of step {certificate.step} is not written")
-
-    def _remove_old(self) -> None:
-        found = {path: json.loads(path.read_text()) for path in sorted(self.path.glob("step_*.json"))}
-        plain = [path for path, tree in found.items() if tree["passed"] and not tree["at_start"]]
-        for path in plain[:-_KEPT]:
-            path.unlink()
-            path.with_suffix(".html").unlink(missing_ok=True)
+def _plain(value: Any) -> Any:
+    """With text for what JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -7,6 +7,7 @@ gathered over all ranks, so that all of them stop, or none. No random number tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 
 from megatron_papo.accelerator import has_gpu
-from megatron_papo.certify.certificate import Certificate, Folder, Sides
+from megatron_papo.certify.certificate import Certificate, Sides
 from megatron_papo.certify.compare import ENGINE, HUGGINGFACE, TRAINER, Case, compare
+from megatron_papo.certify.files import Folder
 from megatron_papo.certify.hugging_face import HuggingFace, model_of, precision_that_fits, read_model
 from megatron_papo.certify.limits import Limits
 from megatron_papo.certify.prompts import prompts_to_certify
 from megatron_papo.certify.trainer import read_trainer, trainer_precision
 from megatron_papo.checkpoint.huggingface import hf_tensors
+from megatron_papo.checkpoint.state import is_checkpoint
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.inspection import inspect, precision_of
 from megatron_papo.generation.reading import Precision, Reading
@@ -126,7 +129,7 @@ class Certifier:
         while True:
             version = self._generator.policy_version
             try:
-                answer, reading = inspect(self._generator, prompt, sampling)
+                answer, reading = _together(lambda: inspect(self._generator, prompt, sampling))
                 return answer.response_ids, reading
             except EngineLost as lost:
                 recover(self._run, self._generator, lost, version)
@@ -138,7 +141,7 @@ class Certifier:
 
     def _sides(self, weights_moved: bool) -> Sides:
         config, model = self._run.config, self._run.config.model
-        own = not weights_moved and model.checkpoint is None and not model.random_init
+        own = not weights_moved and not model.random_init and not is_checkpoint(model.checkpoint or model.path or "")
         return Sides(
             precisions={TRAINER: trainer_precision(config), ENGINE: precision_of(config), HUGGINGFACE: "float32"},
             engine=f"{config.generation.engine}, {config.generation.placement}",
@@ -152,20 +155,21 @@ class Certifier:
         """What transformers reads, on the ranks of the first model-parallel group; elsewhere nothing."""
         run = self._run
         folder = model_folder(run.config)
-        precision = gather_objects(precision_that_fits(folder) if run.is_writer else None, everyone())[0]
+        found = _together(lambda: precision_that_fits(folder) if run.is_writer else None)
+        precision = gather_objects(found, everyone())[0]
         if precision is None:
             return {}, sides.without_huggingface("the host's memory does not hold another copy of the model")
         sides = sides.with_huggingface(precision)
         if sides.huggingface_weights == "model.path":
             model = _together(lambda: read_model(folder, precision) if run.is_writer else None)
         else:
-            model = self._with_own_weights(precision)
+            model = _together(lambda: self._with_own_weights(precision))
 
         def read() -> dict[Asked, Reading]:
             if not run.is_writer:
                 return {}
             if has_gpu():
-                torch.set_num_threads(torch.get_num_threads() * 8)
+                torch.set_num_threads(os.cpu_count() or 1)  # this once: the other ranks wait
             theirs = HuggingFace(model, folder, run.config.data, run.banned_ids)
             return {each: theirs.read(prompts[each[0]], each[1]) for each in asked}
 
@@ -188,11 +192,13 @@ def _present(readings: dict[str, Reading | None]) -> dict[str, Reading]:
 
 
 def _together[Value](work: Callable[[], Value]) -> Value:
-    """The value of `work`, which exchanges nothing; when it fails on any rank, a ValueError with the first reason on
-    all, so that none goes on to wait for one that is gone."""
+    """The value of `work`; when it fails on any rank, a ValueError with the first reason on all, so that none goes on
+    to wait for one that is gone. What it exchanges itself it must exchange before it can fail."""
     value, fault = None, None
     try:
         value = work()
+    except EngineLost:  # on all ranks alike
+        raise
     except Exception as error:
         fault = error
     reasons = gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}", everyone())
