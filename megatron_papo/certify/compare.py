@@ -1,9 +1,9 @@
 """Readings against each other: one finding a part and pair of parties, the worst over the prompts. Pure torch.
 
 Token ids and position ids are counted where they differ. Pixels and angles: the largest difference. Image features and
-hidden states: of every token the root mean square of the difference over that of the values, the largest; the scale is
-each token's own, since a few tokens of a trained model have values a thousand times those of others. Log-probs: the
-mean over all response tokens of all prompts, and the largest.
+hidden states: of every token the root mean square of the difference over that of the values, their mean and the
+largest; the scale is each token's own, since a few tokens of a trained model have values a thousand times those of
+others. Log-probs: the mean over all response tokens of all prompts, and the largest.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ Side = tuple[str, Tensor, Tensor]
 """(prompt, one party's values, the other's)."""
 Worst = tuple[float, str, int]
 """(difference, prompt, place)."""
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Of two parties' values: a number a token."""
 
 
 def _measure(
@@ -123,12 +125,20 @@ def _measure(
         limit = min(limits.of_values(part, one, other) for _, one, other in sides)
         yield "", limit, _largest(sides, lambda one, other: (one - other).abs().amax(-1))
     elif part == LOGPROBS:
-        mean, largest = limits.of_logprobs(precision)
-        worst = _largest(sides, lambda one, other: (one - other).abs())
-        yield " nats on average", mean, (_mean(sides), *worst[1:])
-        yield " nats at most", largest, worst
+        yield from _mean_and_largest(
+            sides, lambda one, other: (one - other).abs(), " nats", limits.of_logprobs(precision)
+        )
     else:
-        yield " of its rms", limits.of_layers(precision), _largest(sides, _relative)
+        yield from _mean_and_largest(sides, _relative, " of its rms", limits.of_layers(precision))
+
+
+def _mean_and_largest(
+    sides: Sequence[Side], measure: Measure, unit: str, limits: tuple[float, float]
+) -> Iterator[tuple[str, float, Worst]]:
+    mean = float(torch.cat([measure(one.float(), other.float()) for _, one, other in sides]).mean())
+    worst = _largest(sides, measure)
+    yield f"{unit} on average", limits[0], (mean, *worst[1:])
+    yield f"{unit} at most", limits[1], worst
 
 
 def _counted(sides: Sequence[Side]) -> Worst:
@@ -142,7 +152,7 @@ def _counted(sides: Sequence[Side]) -> Worst:
     return float(total), *where
 
 
-def _largest(sides: Sequence[Side], measure: Callable[[Tensor, Tensor], Tensor]) -> Worst:
+def _largest(sides: Sequence[Side], measure: Measure) -> Worst:
     worst: Worst = (-1.0, "", -1)
     for prompt_id, one, other in sides:
         values_T = measure(one.float(), other.float())
@@ -151,10 +161,6 @@ def _largest(sides: Sequence[Side], measure: Callable[[Tensor, Tensor], Tensor])
         if values_T[place] > worst[0]:
             worst = float(values_T[place]), prompt_id, place
     return worst
-
-
-def _mean(sides: Sequence[Side]) -> float:
-    return float(torch.cat([(one - other).abs() for _, one, other in sides]).mean())
 
 
 def _relative(one_TH: Tensor, other_TH: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def model_of(folder: Path, precision: Precision, named_tensors: Iterator[tuple[s
     with no_init_weights():
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     model.tie_weights()
-    model = model.to(config.dtype).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     wanted = dict(model.named_parameters())
     for name, tensor in checked(named_tensors, {name: tuple(values.shape) for name, values in wanted.items()}):
         wanted[name].copy_(tensor)

@@ -41,7 +41,8 @@ class TransformersGenerator:
             model_config.dtype = dtype
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")
         model.tie_weights()  # building without initial weights leaves a tied head untied
-        self.model = model.to(dtype).eval().requires_grad_(False)
+        # built in `dtype`: `.to(dtype)` would round the rotary frequencies too, which transformers keeps in fp32
+        self.model = model.eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
         banned_ids = shape.unsayable_ids(len(processor.tokenizer))

@@ -2,7 +2,7 @@
 
 All are mistakes that others have made. Each damages the real trainer or the real engine and is taken back afterwards.
 The model is `tests.tiny`'s at a standard deviation of 0.12, biases included: at the usual 0.02 with biases of zero, a
-missing bias is no fault and the two halves of a rotation hardly matter. A healthy run is 300 times inside the limits.
+missing bias is no fault and the two halves of a rotation hardly matter.
 """
 
 from __future__ import annotations
