@@ -147,3 +147,42 @@ def _at_start(config: Config) -> str:
         verdict = Certifier(run, generator).at_start(0, weights_moved=False).verdict
         generator.close()
     return verdict
+
+
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=NEEDS_VLLM if name == "vllm" else ()) for name in ENGINES])
+def test_a_healthy_run_in_bfloat16_keeps_its_limits_and_is_no_further_off_than_rounding(engine, inputs, tmp_path):
+    settings = {"model__dtype": "bfloat16", "generation__max_response_tokens": 12, **ENGINES[engine]}
+    (verdict,) = run_ranks(_at_start, 1, tiny_run(inputs, tmp_path, **settings))
+    assert verdict == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+    for each in _written(tmp_path, 0)["findings"]:
+        rounded = each["part"] not in ("token ids", "position ids") and each["difference"] > 1e-4
+        assert rounded or each["difference"] == 0
+        if each["part"] == "rotary angles":  # half a step of bfloat16 below 1: positions and frequencies are exact
+            assert each["difference"] <= 2**-9
+
+
+def test_what_fails_on_one_rank_is_raised_on_all():
+    assert run_ranks(_failing_on_the_second, 2) == ["certificate: rank 1: OSError: no room"] * 2
+
+
+def _failing_on_the_second() -> str:
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.certify.certifier import _together
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.parallel import initialize, shutdown
+
+    adapt_megatron()
+    layout = initialize(ParallelConfig())
+
+    def work() -> int:
+        if layout.rank == 1:
+            raise OSError("no room")
+        return 3
+
+    try:
+        _together(work)
+    except ValueError as error:
+        return str(error)
+    finally:
+        shutdown()
+    return "went on"
