@@ -27,8 +27,9 @@ CASES = {
         },
         {"tie": True},
     ),
-    "vllm, PP 2, engine TP 2": (
+    "vllm, TP 2 PP 2, two engines TP 2": (
         {
+            "parallel__tensor": 2,
             "parallel__pipeline": 2,
             "generation__engine": "vllm",
             "generation__tensor": 2,
@@ -45,7 +46,8 @@ def test_sampling_and_training_agree_on_every_token(case, tmp_path):
     settings, model = CASES[case]
     inputs = make_inputs(tmp_path / "inputs", hidden=128, heads=4, kv_heads=2, std=0.12, **model)
     config = tiny_run(inputs, tmp_path / "run", **settings, generation__temperature=1.3)
-    for gap, num_tokens, change in run_ranks(_largest_gap, 2, config):
+    num_ranks = config.parallel.tensor * config.parallel.pipeline
+    for gap, num_tokens, change in run_ranks(_largest_gap, num_ranks, config):
         assert gap < TOLERANCE and num_tokens > 100
         assert change > 0.1  # the hand-over mattered
 

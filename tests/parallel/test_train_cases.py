@@ -18,6 +18,15 @@ def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:
     return share_of_even_bytes(response, answer, problem) if problem.endswith(("0?", "1?")) else 0.0
 
 
+def _stopped(config: Config) -> str:
+    from megatron_papo.observe.failures import RunStopped
+    from megatron_papo.train import main
+
+    with pytest.raises(RunStopped) as caught:
+        main(config)
+    return str(caught.value)
+
+
 def _train(*configs: Config) -> None:
     from megatron_papo.train import main
 
@@ -173,3 +182,36 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
 
 def _records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_updates_that_are_not_finite_change_nothing_and_end_the_run_when_too_many(inputs, tmp_path):
+    overflow = {"loss__entropy_coef": 1e39, "train__steps": 4, "optim__max_skipped": 3, "checkpoint__save_every": 1}
+    reason = "stopped the run after step 1: optim.max_skipped: 4 updates in a row were skipped; the gradient norm is "
+    for told in run_ranks(_stopped, 2, tiny_run(inputs, tmp_path, **overflow)):
+        assert told.startswith(reason), told
+    for step in metrics(tmp_path):
+        assert step["optim/skipped"] == 1 and step["ref_kl"] == 0, "the policy is still the one that it started as"
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir(), "saved before it stopped"
+
+
+def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
+    """In one precision the weights are 1: nothing moves but by rounding. With top-p they are not."""
+    config = {"train__steps": 1}
+    for name, more in {
+        "none": {},
+        "truncated": {"loss__correction": "truncated"},
+        "cut": {"loss__correction": "truncated", "generation__top_p": 0.7},
+        "engine": {"loss__old_logprobs": "rollout"},
+    }.items():
+        run_ranks(_train, 1, tiny_run(inputs, tmp_path / name, **config, **more))
+    ((none,), (truncated,), (cut,), (engine,)) = (
+        metrics(tmp_path / name) for name in ("none", "truncated", "cut", "engine")
+    )
+    assert truncated.pop("correction") == pytest.approx(1, abs=1e-5) and truncated.pop("correction_cut") == 0
+    assert truncated == pytest.approx(none, rel=2e-4, abs=2e-5)
+    for name in ("rollout_gap", "rollout_gap_max", "rollout_kl"):  # in the second update to the policy as it is by then
+        assert engine.pop(name) > none.pop(name)
+    assert engine == pytest.approx(none, rel=2e-4, abs=2e-5)
+    # the engine drew from fewer tokens, each likelier there than in the trainer: every weight is below 1
+    assert 0.3 < cut["correction"] < 0.95 and cut["rollout_gap"] > 0.05
+    assert cut["rollout_gap_max"] >= cut["rollout_gap"] and cut["rollout_kl"] > 0

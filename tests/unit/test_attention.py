@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -198,3 +200,52 @@ def test_variable_length_kernels_are_called_as_torch_declares_them():
         grads = varlen_attend_backward(torch.empty(47, 6, 16), q, k, v, out, lse, plan, 0.25)
     assert (out.shape, lse.shape) == (q.shape, (6, 47))
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """What the variable-length kernel is defined to do, sequence by sequence."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+    for own, seen in zip(_spans(queries), _spans(keys), strict=True):
+        found = attention_kernels.plain_attend(*_rows((q, own), (k, seen), (v, seen)), causal=causal, scale=scale)
+        out[own], lse[:, own] = found[0][0].transpose(0, 1), found[1][0]
+    return out, lse
+
+
+def _kernel_backward(grad, q, k, v, out, lse, queries, keys, causal: bool, scale: float) -> tuple[Tensor, ...]:
+    grads = tuple(torch.zeros_like(tensor) for tensor in (q, k, v))
+    for own, seen in zip(_spans(queries), _spans(keys), strict=True):
+        sides = _rows((grad, own), (q, own), (k, seen), (v, seen), (out, own))
+        parts = attention_kernels.plain_attend_backward(*sides, lse[None, :, own], causal=causal, scale=scale)
+        for whole, part, places in zip(grads, parts, (own, seen, seen)):
+            whole[places] += part[0].transpose(0, 1)
+    return grads
+
+
+def _spans(lengths) -> list[slice]:
+    starts = lengths.starts.tolist()
+    return [slice(*span) for span in pairwise(starts)]
+
+
+def _rows(*parts: tuple[Tensor, slice]) -> list[Tensor]:
+    return [tensor[places].transpose(0, 1)[None] for tensor, places in parts]
+
+
+def test_the_path_of_variable_length_kernels_equals_that_of_blocks(monkeypatch):
+    """With the kernel, which is CUDA's alone, replaced by its definition: plan, gathering and merging are the real."""
+    from megatron_papo.model import attention_varlen as varlen
+    from megatron_papo.model.attention import _attend_blocks, _attend_blocks_backward
+
+    monkeypatch.setattr(varlen, "_forward", _kernel)
+    monkeypatch.setattr(varlen, "_backward", _kernel_backward)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(47, heads, 16, generator=generator) for heads in (6, 2, 2, 6))
+    layout = build_segments(SHARED, causal=True, device=CPU)
+    plan = varlen.VarlenPlan.of([s.length for s in SHARED], layout.prefixes, True, CPU)
+    out, lse = varlen.varlen_attend(q, k, v, plan, 0.25)
+    expected, expected_lse = _attend_blocks(q, k, v, layout, 0.25)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse.T, expected_lse)
+    grads = varlen.varlen_attend_backward(grad, q, k, v, out, lse, plan, 0.25)
+    torch.testing.assert_close(
+        grads, _attend_blocks_backward(grad, q, k, v, expected, expected_lse, layout, 0.25), rtol=1e-4, atol=1e-5
+    )
