@@ -72,7 +72,7 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
         ]
     if shape is None:
         return faults
-    faults += faults_of_engine(config, shape) if verb in ("train", "eval") else []
+    faults += faults_of_engine(config, shape) if verb in ("train", "certify", "eval") else []
     try:
         check_layout(config, shape, trainer)
     except ConfigError as error:

@@ -20,6 +20,7 @@ from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_rank
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
     "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
+    "certify": "what Hugging Face, trainer and engine make of the same prompts, part by part, without training",
     "eval": "avg@k on data.eval, with the images and with them masked",
     "score": "log-probs, entropy and perception KL of given responses, token by token",
 }
@@ -63,7 +64,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     from megatron_papo.launch import Work, launch
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
-    module = {"eval": "evaluate"}.get(options.verb, options.verb)
+    module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
     return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
@@ -184,7 +185,7 @@ def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
         raise ConfigError(f"model.path: {error}") from None
     check_layout(config, shape, num_ranks)
     _raise_any(faults_of_fp8(config, shape))
-    if verb in ("train", "eval"):
+    if verb in ("train", "certify", "eval"):
         _raise_any(faults_of_engine(config, shape))
 
 

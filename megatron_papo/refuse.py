@@ -23,9 +23,9 @@ DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 OLDEST_VLLM = (0, 32)
 """With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_NEEDED = {"sft": "train", "train": "train", "eval": "eval"}
+_NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-_READS = {"sft": ("train",), "train": ("train", "eval"), "eval": ("eval",), "score": ()}
+_READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
 
 
 def faults_of_inputs(verb: str, config: Config) -> list[str]:
@@ -36,7 +36,7 @@ def faults_of_inputs(verb: str, config: Config) -> list[str]:
 
 def num_engine_ranks(verb: str, config: Config) -> int:
     """Of the ranks of the whole run: those of separate engines, which only a verb that generates has."""
-    return config.generation.num_engine_ranks if verb in ("train", "eval") else 0
+    return config.generation.num_engine_ranks if verb in ("train", "certify", "eval") else 0
 
 
 def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
@@ -64,7 +64,7 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
         )
     if verb == "sft" and config.sft.batch_size < data_ranks:
         faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
-    colocated = verb in ("train", "eval") and generation.engine == "vllm" and not num_engines
+    colocated = verb in ("train", "certify", "eval") and generation.engine == "vllm" and not num_engines
     if colocated and num_ranks % generation.tensor:
         faults.append(f"generation.tensor: {generation.tensor} does not divide the {num_ranks} ranks")
     if num_engines and data_ranks < generation.engines:
@@ -161,11 +161,11 @@ def _is_gone(name: str) -> bool:
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
-    if verb not in ("train", "eval"):
+    if verb not in ("train", "certify", "eval"):
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
-    if config.reward.function is not None:
+    if config.reward.function is not None and verb != "certify":
         yield from _reward_function(config.reward.function)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from megatron_papo.advantages import with_advantages
+from megatron_papo.certify import Certifier
 from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
@@ -53,6 +54,7 @@ class Training:
     optimizer: Optimizer
     reference: ReferencePolicy | None
     generator: Generator
+    certifier: Certifier
     rewarder: Rewarder
     prompts: Prefetch
     heldout: PromptDataset | None
@@ -73,6 +75,8 @@ def main(config: Config) -> int:
         Checkpoints(run, training.optimizer, "train") as checkpoints,
     ):
         first_step = _resume(training, checkpoints)
+        if first_step < config.train.steps:
+            training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
@@ -107,6 +111,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     groups, metrics = learn(training, chosen, step)
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
+    metrics |= training.certifier.after_hand_over(step + 1)
     return groups, metrics | sum_metrics(training.generator.take_metrics())
 
 
@@ -153,6 +158,7 @@ def open_training(run: Run) -> Iterator[Training]:
             optimizer=optimizer,
             reference=reference,
             generator=generator,
+            certifier=Certifier(run, generator),
             rewarder=stack.enter_context(
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
@@ -238,7 +244,8 @@ def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
 
 def reason_to_stop(training: Training, metrics: Metrics) -> str:
     """Why the run stops itself after this step, or nothing: the guards' reasons."""
-    return _watch_for_collapse(training, metrics) or training.optimizer.guard.reason_to_stop
+    collapse = _watch_for_collapse(training, metrics)
+    return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
 
 
 def _watch_for_collapse(training: Training, metrics: Metrics) -> str:

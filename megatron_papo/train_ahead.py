@@ -85,13 +85,13 @@ def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics
     flight = landed(training, flight)
     assert flight.groups is not None
     measured = flight.metrics | {"rollout_age": age(flight.groups, step)}
-    _hand_over(training, policy_version=step)
+    certified = _hand_over(training, policy_version=step)
     following = take_off(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
         groups = reward_groups(training.rewarder, flight.groups, run.layout)
     chosen = ChosenGroups(config.train).add(flight.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
-    return groups, metrics | sum_metrics(measured), following
+    return groups, metrics | sum_metrics(measured) | certified, following
 
 
 def take_off(training: Training, step: int) -> Flight:
@@ -114,11 +114,13 @@ def landed(training: Training, flight: Flight) -> Flight:
     return replace(flight, groups=tuple(groups), metrics=training.generator.take_metrics())
 
 
-def _hand_over(training: Training, policy_version: int) -> None:
-    """Unless the engines have these weights."""
-    if training.generator.policy_version != policy_version:
-        with training.run.clock.stage("hand over"):
-            hand_over(training.run, training.generator, policy_version)
+def _hand_over(training: Training, policy_version: int) -> Metrics:
+    """Unless the engines have these weights; what their certificate measured."""
+    if training.generator.policy_version == policy_version:
+        return {}
+    with training.run.clock.stage("hand over"):
+        hand_over(training.run, training.generator, policy_version)
+    return training.certifier.after_hand_over(policy_version)
 
 
 def _engines(training: Training) -> SeparateGenerator:
@@ -150,5 +152,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
         if groups is not None:
             return Flight(step, cursor, draw, groups)
         training.cursor = cursor
-    _hand_over(training, policy_version=step)
+    with training.run.clock.stage("hand over"):
+        hand_over(training.run, training.generator, policy_version=step)
+    training.certifier.start_or_stop(step)
     return take_off(training, step)

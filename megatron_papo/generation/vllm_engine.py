@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig
 from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
-from megatron_papo.generation.shares import Answer, Job, generate_in_shares
+from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.generation.vllm_requests import Requests, bare
 from megatron_papo.generation.vllm_sleep import Sleeper
 from megatron_papo.generation.vllm_start import (
@@ -72,6 +72,19 @@ class VllmGenerator:
         groups = self._generate(prompts, sampling)
         self.sleeper.sleep()
         return groups
+
+    def answer_alone(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        """The first rollout of the prompt, by this rank's own engine and with nothing that it keeps of others; it keeps
+        nothing of this one either. All ranks call it, those of an engine with the same prompt."""
+        self.requests.check([prompt], sampling)
+        self.sleeper.wake()
+        self._forget_prompts()
+        metrics, jobs = dict(self.metrics), make_jobs([prompt], sampling)[:1]
+        (answer,) = self._run(jobs, [self.requests.request(prompt, sampling)], sampling)
+        self.metrics = metrics
+        self._forget_prompts()
+        self.sleeper.sleep()
+        return answer
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return generate_in_shares(
@@ -142,13 +155,16 @@ class VllmGenerator:
                 for own_name in (name, _HEAD) if name == _EMBEDDING and tied else (name,):
                     self.llm.update_weights({"update_info": {"name": own_name, "tensor": tensor}})
             self.llm.finish_weight_update()
-            # everything computed with the old weights: keys and values, and image features
-            engine = self.llm.llm_engine
-            engine.reset_mm_cache()
-            engine.reset_encoder_cache()
-            if not engine.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+            self._forget_prompts()
         self.policy_version = policy_version
+
+    def _forget_prompts(self) -> None:
+        """Everything computed so far, with weights that may be old: keys and values, and image features."""
+        engine = self.llm.llm_engine
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
+        if not engine.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
 
     def restart(self) -> None:
         self.close()

@@ -25,6 +25,7 @@ LAYERS = (
         "train_ahead",
         "sft",
         "evaluate",
+        "certify",
         "score",
         "doctor",
         "launch",
