@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.separate import SeparateGenerator
 from megatron_papo.record import warn
-from megatron_papo.run import Run
-from megatron_papo.run import hand_over as give_weights
+from megatron_papo.run import Run, give_weights
 from megatron_papo.types import Group, Prompt
 
 

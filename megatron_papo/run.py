@@ -154,7 +154,7 @@ def starting_reference(run: Run) -> ReferencePolicy:
     return reference
 
 
-def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
+def give_weights(run: Run, generator: Generator, policy_version: int) -> None:
     """Gives the generator the policy's weights as they are now."""
     bucket_bytes = run.config.generation.bucket_mib * 2**20
     tensors = hf_tensors(run.policy, run.shape, module_names=True, bucket_bytes=bucket_bytes)

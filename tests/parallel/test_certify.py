@@ -88,7 +88,8 @@ def _certificates(config: Config) -> dict[str, Any]:
     from megatron_papo.certify import Certifier
     from megatron_papo.certify.certificate import Certificate
     from megatron_papo.generation import build_generator
-    from megatron_papo.run import hand_over, open_run
+    from megatron_papo.rollouts import hand_over
+    from megatron_papo.run import open_run
 
     found: dict[str, Any] = {"verdicts": {}, "findings": {}}
 
@@ -139,7 +140,8 @@ def test_an_engine_over_two_data_parallel_ranks_and_over_a_tensor_group(inputs, 
 def _at_start(config: Config) -> str:
     from megatron_papo.certify import Certifier
     from megatron_papo.generation import build_generator
-    from megatron_papo.run import hand_over, open_run
+    from megatron_papo.rollouts import hand_over
+    from megatron_papo.run import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)

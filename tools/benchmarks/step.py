@@ -25,7 +25,8 @@ from PIL import Image
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.processor import PLACEHOLDER, Processor, load_processor
-from megatron_papo.run import hand_over, open_run
+from megatron_papo.rollouts import hand_over
+from megatron_papo.run import open_run
 from megatron_papo.train import Training, open_training, prefetch_prompts, train_step
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, settings
