@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from tools.benchmarks.gpu.rows import GpuRow, Options, not_measured
 
 ROOT = Path(__file__).resolve().parents[3]
+FAILED_TESTS = "pytest tests/gpu: failed"
 _LIMIT_S = 510.0
 
 
@@ -27,8 +28,7 @@ def run(options: Options) -> Iterator[GpuRow]:
         done = subprocess.run(command, cwd=ROOT, timeout=_LIMIT_S, capture_output=True, text=True)
         if not report.exists():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
-            yield not_measured("pytest tests/gpu", f"ended with {done.returncode}: {last[0]}")
-            return
+            raise RuntimeError(f"pytest ended with {done.returncode}: {last[0]}")
         yield from rows_of(ElementTree.parse(report).getroot())
 
 
@@ -38,12 +38,9 @@ def rows_of(report: ElementTree.Element) -> Iterator[GpuRow]:
     failures = [(case, found) for case in cases for found in case if found.tag in ("failure", "error")]
     num_failed = len({id(case) for case, _ in failures})
     num_skipped = sum(any(found.tag == "skipped" for found in case) for case in cases)
-    for name, number in (
-        ("passed", len(cases) - num_failed - num_skipped),
-        ("failed", num_failed),
-        ("skipped", num_skipped),
-    ):
-        yield GpuRow(f"pytest tests/gpu: {name}", float(number), "tests")
+    yield GpuRow("pytest tests/gpu: passed", float(len(cases) - num_failed - num_skipped), "tests")
+    yield GpuRow(FAILED_TESTS, float(num_failed), "tests")
+    yield GpuRow("pytest tests/gpu: skipped", float(num_skipped), "tests")
     for case, found in failures:
         lines = (found.get("message") or "").strip().splitlines() or ["no message"]
         yield not_measured(f"{case.get('classname')}::{case.get('name')}", f"{found.tag}: {lines[0]}"[:200])

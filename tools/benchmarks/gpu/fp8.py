@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor
 
 from megatron_papo.config import Fp8Config
@@ -74,6 +75,7 @@ def _one_recipe(folder: Path, options: Options, recompute: str, recipe: str, pla
 
 
 def _measure(folder: Path, options: Options, recompute: str, recipe: str) -> Side:
+    _forget_scales()
     work, more = workload(options), optimizer_settings() | RECIPES.get(recipe, {})
     with open_ours(folder, work, model__recompute=recompute, fp8__recipe=recipe, **more) as ours:
         groups = make_groups(work, ours.run.processor)
@@ -84,3 +86,11 @@ def _measure(folder: Path, options: Options, recompute: str, recipe: str) -> Sid
         seconds = in_turns(sides, options.rounds, f"update, fp8.recipe={recipe}")
         flops = {kind: update_flops(groups, kind, ours.run.shape) for kind in PERCEPTION}
         return Side(logprobs, seconds.of, most, num_tokens(groups), flops)
+
+
+def _forget_scales() -> None:
+    """Transformer Engine's, of the policy before: it keeps them for the process."""
+    if HAVE_TE:
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()

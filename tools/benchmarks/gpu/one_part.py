@@ -32,6 +32,8 @@ PARTS = {
 """By the name of the module, in the order in which they run."""
 LIMIT_S = 540.0
 """Of a part: some machines end a command after ten minutes."""
+UNFINISHED = "the rest of"
+"""Begins the name of a part's last row when its process did not come to its end."""
 _PRELOAD = ["torch", "megatron_papo.run"]
 
 
@@ -49,7 +51,7 @@ def run_part(name: str, options: Options, limit_s: float = LIMIT_S) -> list[GpuR
         process.join(limit_s)
         reason = _why_it_ended(process, limit_s)
         rows = [GpuRow(**json.loads(line)) for line in out.read_text().splitlines()]
-    return rows + ([not_measured(f"the rest of {name}", reason)] if reason else [])
+    return rows + ([not_measured(f"{UNFINISHED} {name}", reason)] if reason else [])
 
 
 def _why_it_ended(process: multiprocessing.process.BaseProcess, limit_s: float) -> str:
@@ -77,4 +79,4 @@ def _rows(name: str, options: Options) -> Iterator[GpuRow]:
     try:
         yield from importlib.import_module(f"tools.benchmarks.gpu.{name}").run(options)
     except Exception as error:
-        yield not_measured(f"the rest of {name}", reason_of(error))
+        yield not_measured(f"{UNFINISHED} {name}", reason_of(error))
