@@ -34,7 +34,8 @@ LIMIT_S = 540.0
 """Of a part: some machines end a command after ten minutes."""
 UNFINISHED = "the rest of"
 """Begins the name of a part's last row when its process did not come to its end."""
-_PRELOAD = ["torch", "megatron_papo.run"]
+_PRELOAD = ["torch", *(f"tools.benchmarks.gpu.{name}" for name in PARTS)]
+"""Imported once for all parts where they are forked."""
 
 
 def run_part(name: str, options: Options, limit_s: float = LIMIT_S) -> list[GpuRow]:
