@@ -34,7 +34,7 @@ SITE := lib/python3.12/site-packages
 NVIDIA := $(abspath $(VENV)/$(SITE)/nvidia)
 CUDA_HOME ?= /usr/local/cuda
 
-.PHONY: help venv vllm transformer-engine quickstart test test-slow bench check clean
+.PHONY: help venv vllm transformer-engine quickstart test test-slow bench gpu-check check clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,13 @@ test-slow: $(BASE) $(VLLM) $(PRETRAINED) $(BENCH) ## the tests that take minutes
 bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (QUICK=1: to see that it runs)
 	@for which in update step head growth; do \
 		$(RUN) tools/benchmark.py $$which $(if $(QUICK),--quick) || exit 1; done
+
+# Installs nothing: takes the environment with Transformer Engine where there is one.
+gpu-check: ## on a GPU: its tests, and every figure that needs one, into docs/benchmarks.md (30 minutes; PART=update: one)
+	@$(HAS_GPU) || { echo "make gpu-check: no GPU on this machine (neither /dev/nvidia0 nor /dev/dxg)" >&2; exit 1; }
+	@python=$(VENV)/bin/python; [ ! -e $(TE)/.installed ] || python=$(TE)/bin/python; \
+	[ -x $$python ] || { echo "make gpu-check: no $$python: run make vllm first" >&2; exit 1; }; \
+	OMP_NUM_THREADS=1 $$python tools/benchmark.py gpu --write $(if $(PART),--part $(PART))
 
 check: $(BASE) ## formatting, lint, types, import order
 	$(VENV)/bin/ruff check .

@@ -9,8 +9,9 @@
     python tools/benchmark.py save       training with checkpoints in the background, against training without
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
     python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
+    python tools/benchmark.py gpu        all that a GPU is for, part by part; --write: into docs/benchmarks.md
 
-`update` and `step` need TRL: `make bench` installs it. Everything runs on one thread a rank without a GPU.
+`update` and `step` need TRL: `make bench` installs it. All but `gpu` runs on one thread a rank without a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> int:
     from tools.benchmarks.table import print_rows, write_rows
 
     quieten()
+    if arguments.which == "gpu":
+        return _gpu(parser, arguments)
     module = importlib.import_module(f"tools.benchmarks.{arguments.which}")
     options = {} if arguments.which == "head" else {"rounds": arguments.rounds}
     if arguments.which == "growth":
@@ -49,9 +52,30 @@ def main() -> int:
     return 0
 
 
+def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from tools.benchmarks.gpu.command import DOCUMENT, Targets, run
+    from tools.benchmarks.gpu.one_part import PARTS
+    from tools.benchmarks.gpu.rows import Options
+
+    on_gpu = torch.cuda.is_available()
+    shape = arguments.shape or ("3b" if on_gpu else "tiny")
+    for part in arguments.part or ():
+        if part not in PARTS:
+            parser.error(f"--part {part}: there are {', '.join(PARTS)}")
+    if arguments.write and not on_gpu:
+        parser.error(f"--write needs a GPU: {DOCUMENT.name} holds what a GPU measured, and there is none here")
+    if shape == "3b" and not on_gpu:
+        parser.error("--shape 3b needs a GPU: take tiny")
+    options = Options(shape, arguments.quick, arguments.rounds or (1 if arguments.quick else 5))
+    targets = Targets(arguments.json, DOCUMENT if arguments.write else None)
+    return run(arguments.part or list(PARTS), options, targets)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sides = ("update", "step", "head", "growth", "handover", "ahead", "save", "convert", "fp8")
+    sides = ("update", "step", "head", "growth", "handover", "ahead", "save", "convert", "fp8", "gpu")
     parser.add_argument("which", choices=sides)
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
@@ -61,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes-gb", type=float, nargs="+", metavar="GB", help="convert: these instead of 1, 2, 4, 8 "
                         "and the whole 7B model")  # fmt: skip
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="fp8: measure this Hugging Face folder")
+    parser.add_argument("--part", action="append", metavar="NAME", help="gpu: this part alone; may be given again")
+    parser.add_argument("--shape", choices=("3b", "tiny"), help="gpu: of the model; 3b with a GPU, else tiny")
+    parser.add_argument("--write", action="store_true", help="gpu: write the parts' tables into docs/benchmarks.md")
     return parser
 
 

@@ -28,17 +28,26 @@ Sample = tuple[Prompt, Rollout, float]
 
 
 class PlainPapo:
-    def __init__(self, folder: Path, sequences: int = 8):
-        """`sequences`: rollouts of a forward. `folder`/model is the Hugging Face folder."""
-        load = Qwen2_5_VLForConditionalGeneration.from_pretrained
-        self.model = load(folder / "model", dtype=torch.float32, attn_implementation="sdpa").train()
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, sequences: int = 8):
+        """`sequences`: rollouts of a forward."""
+        self.model, self.device = model.train(), model.device
         self.sequences = sequences
-        self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=LEARNING_RATE
+            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+            lr=LEARNING_RATE,
+            fused=self.device.type == "cuda",
         )
+        self.start: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path, sequences: int = 8) -> PlainPapo:
+        """In fp32; `folder`/model is the Hugging Face folder, whose weights `reset` brings back."""
+        load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+        plain = cls(load(folder / "model", dtype=torch.float32, attn_implementation="sdpa"), sequences)
+        plain.start = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
+        return plain
 
     def update(self, kind: str, groups: Sequence[Group], old: dict[Key, Tensor] | None = None) -> tuple[float, float]:
         """One optimizer step; `kind` as in `ours.KINDS`. The loss and the norm of the gradient before clipping."""
@@ -79,8 +88,9 @@ class PlainPapo:
             masked_logprobs, _ = self._response_logprobs(samples, masked=True)
         old_logprobs = logprobs.detach()
         if old is not None:
-            old_logprobs, _ = pad_right([old[prompt.id, rollout.index] for prompt, rollout, _ in samples], 0)
-        advantages = torch.tensor([advantage for _, _, advantage in samples])[:, None]
+            values, _ = pad_right([old[prompt.id, rollout.index] for prompt, rollout, _ in samples], 0)
+            old_logprobs = values.to(self.device)
+        advantages = torch.tensor([advantage for _, _, advantage in samples], device=self.device)[:, None]
         loss = policy_loss(logprobs, old_logprobs, advantages)
         if masked_logprobs is not None:
             loss = loss - PERCEPTION_COEF * k3(logprobs, masked_logprobs)
@@ -94,16 +104,17 @@ class PlainPapo:
         response_ids, mask = pad_right([torch.tensor(rollout.response_ids) for _, rollout, _ in samples], pad_id)
         input_ids = torch.cat([prompt_ids, response_ids], dim=1)
         pixel_values, image_grid_thw = image_inputs(prompts, masked)
+        input_ids, response_ids, mask = (tensor.to(self.device) for tensor in (input_ids, response_ids, mask))
         logits = self.model(
             input_ids=input_ids,
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
+            attention_mask=torch.cat([prompt_mask.to(self.device), mask], dim=1),
+            pixel_values=pixel_values.to(self.device),
+            image_grid_thw=image_grid_thw.to(self.device),
             mm_token_type_ids=(input_ids == config.image_token_id).long(),
             logits_to_keep=response_ids.shape[1] + 1,
             use_cache=False,
         ).logits[:, :-1]
-        return logits.log_softmax(-1).gather(-1, response_ids[..., None])[..., 0], mask
+        return logits.float().log_softmax(-1).gather(-1, response_ids[..., None])[..., 0], mask
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
         folder = Path(name)
         write_model(folder / "model")
         with open_ours(folder) as ours:
-            plain = PlainPapo(folder, PLAIN_SEQUENCES)
+            plain = PlainPapo.from_folder(folder, PLAIN_SEQUENCES)
             rows = _check(ours, plain, folder)
             for workload in QUICK_WORKLOADS if quick else WORKLOADS:
                 rows += _workload(ours, plain, folder, workload, rounds)

@@ -1,0 +1,86 @@
+"""What a part of the GPU check reports: a figure beside what it is compared with, or why there is none."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from megatron_papo.accelerator import has_gpu
+
+GIB = 2**30
+NEEDS_GPU = "needs a GPU"
+_MOST_LETTERS = 200
+"""Of a reason."""
+
+
+@dataclass(frozen=True)
+class Options:
+    shape: Literal["3b", "tiny"]
+    quick: bool = False
+    """Small and few: to see that it runs."""
+    rounds: int = 5
+    """Times that every side is measured, in turns."""
+
+
+@dataclass(frozen=True)
+class GpuRow:
+    name: str
+    value: float | None
+    """In `unit`; None: not measured, `note` says why."""
+    unit: str = ""
+    baseline: float | None = None
+    """What it is compared with, in `unit`."""
+    ratio: float | None = None
+    """value / baseline; where both were measured in rounds, the median of the rounds' own ratios."""
+    note: str = ""
+
+
+def compared(name: str, value: float, baseline: float, unit: str, note: str = "") -> GpuRow:
+    return GpuRow(name, value, unit, baseline, value / baseline if baseline else None, note)
+
+
+def not_measured(name: str, reason: str) -> GpuRow:
+    return GpuRow(name, None, note=reason)
+
+
+def attempt(name: str, measure: Callable[[], Iterable[GpuRow]]) -> Iterator[GpuRow]:
+    """The rows that `measure` makes; where it raises, those before and one with the reason. Memory is given back."""
+    try:
+        yield from measure()
+    except Exception as error:  # whatever it is, the other rows are still worth having
+        yield not_measured(name, reason_of(error))
+    release()
+
+
+def reason_of(error: BaseException) -> str:
+    """One line; the frames of the failure, with the tensors that they hold, are let go of."""
+    error.__traceback__ = None
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:_MOST_LETTERS]
+
+
+def release() -> None:
+    """Memory of what is no longer referred to."""
+    gc.collect()
+    if has_gpu():
+        torch.cuda.empty_cache()
+
+
+def least_recompute(measure: Callable[[str], Any]) -> tuple[str, Any]:
+    """`measure` under the first of model.recompute=none, selective, full that fits the memory; which, and the result.
+
+    Raises torch.OutOfMemoryError when none does.
+    """
+    for recompute in ("none", "selective"):
+        try:
+            return recompute, measure(recompute)
+        except torch.OutOfMemoryError as error:
+            reason_of(error)
+        release()
+    return "full", measure("full")
