@@ -20,9 +20,20 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 LAYERS = (
     # the verbs, and what they share
     (
-        "cli", "train", "sft", "certify", "evaluate", "score", "doctor", "launch", "choose", "record", "rollouts", "run",
+        "cli",
+        "train",
+        "sft",
+        "certify",
+        "evaluate",
+        "score",
+        "doctor",
+        "launch",
+        "choose",
+        "record",
+        "rollouts",
+        "run",
         "save",
-    ),  # fmt: skip
+    ),
     ("cluster",),
     ("check",),
     ("refuse",),
