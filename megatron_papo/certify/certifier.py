@@ -83,31 +83,41 @@ class Certifier:
         return {f"certify/logprobs_{name}": (value, 1.0) for name, value in certificate.logprobs_gap().items()}
 
     def _certify(self, step: int, *, at_start: bool, weights_moved: bool) -> Certificate:
-        prompts = self._prompts_together()
+        run, prompts = self._run, self._prompts_together()
         answers = [self._ask_engine(prompt) for prompt in prompts]
-        asked = self._asked([ids for ids, _ in answers])
-        trainer = {each: read_trainer(self._run, prompts[each[0]], each[1]) for each in asked}
-        sides = self._sides(weights_moved)
-        other: dict[Asked, Reading] = {}
-        if at_start and self._run.config.certify.huggingface:
-            other, sides = self._ask_hugging_face(prompts, asked, sides)
-        cases = [
-            Case(prompts[index].id, _present({HUGGINGFACE: other.get(each), TRAINER: trainer[each], ENGINE: reading}))
-            for index, (ids, reading) in enumerate(answers)
-            for each in [(index, ids)]
-        ]
-        findings = compare(cases, sides.precisions, self._limits, self._run.layout.rank)
+        cases, sides = self._read(prompts, answers, self._sides(weights_moved), at_start)
+        findings = compare(cases, sides.precisions, self._limits, run.layout.rank)
         certificate = Certificate.of(
             step=step,
             at_start=at_start,
             findings=[each for share in gather_objects(findings, everyone()) for each in share],
             cases=cases,
-            responses=[self._run.processor.tokenizer.convert_ids_to_tokens(list(ids)) for ids, _ in answers],
+            responses=[run.processor.tokenizer.convert_ids_to_tokens(list(ids)) for ids, _ in answers],
             sides=sides,
         )
-        if self._run.is_writer:
+        if run.is_writer:
             self._folder.write(certificate)
         return certificate
+
+    def _read(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[tuple[tuple[int, ...], Reading]],
+        sides: Sides,
+        at_start: bool,
+    ) -> tuple[list[Case], Sides]:
+        """What all parties make of this rank's answers."""
+        asked = self._asked([ids for ids, _ in answers])
+        trainer = {each: read_trainer(self._run, prompts[each[0]], each[1]) for each in asked}
+        other: dict[Asked, Reading] = {}
+        if at_start and self._run.config.certify.huggingface:
+            other, sides = self._ask_hugging_face(prompts, asked, sides)
+        cases = []
+        for index, (ids, engine) in enumerate(answers):
+            each = index, ids
+            readings = {HUGGINGFACE: other.get(each), TRAINER: trainer[each], ENGINE: engine}
+            cases.append(Case(prompts[index].id, _present(readings)))
+        return cases, sides
 
     def _prompts_together(self) -> Sequence[Prompt]:
         if self._prompts is None:

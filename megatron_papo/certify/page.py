@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from html import escape
 
 from megatron_papo.certify.certificate import Certificate, Tokens
-from megatron_papo.certify.compare import Finding
+from megatron_papo.certify.compare import HUGGINGFACE, Finding
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d9dce1; --soft: #6b7280; --page: #fff; --ink: #1f2430; --bad: #d0453e;
@@ -47,7 +47,8 @@ def _sides(certificate: Certificate) -> str:
     sides = certificate.sides
     how = ", ".join(f"{party} in {sides.precisions[party]}" for party in certificate.parties)
     layout = ", ".join(f"{name} {value}" for name, value in sides.layout.items() if name in _LAYOUT)
-    return f"{how}; weights of Hugging Face from {sides.huggingface_weights}; engine {sides.engine}; {layout}."
+    weights = f"weights of Hugging Face: {sides.huggingface_weights}; " if HUGGINGFACE in certificate.parties else ""
+    return f"{how}; {weights}engine {sides.engine}; {layout}."
 
 
 _LAYOUT = ("ranks", "tensor", "pipeline", "sequence")

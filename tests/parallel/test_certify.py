@@ -188,3 +188,33 @@ def _failing_on_the_second() -> str:
     finally:
         shutdown()
     return "went on"
+
+
+class _Elsewhere:
+    """A real engine of which, as of one in other processes, only the answers are seen."""
+
+    def __init__(self, engine: Any):
+        self.generate, self.policy_version = engine.generate, engine.policy_version
+
+
+def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
+    config = tiny_run(inputs, tmp_path, parallel__tensor=2)
+    first, second = run_ranks(_of_an_engine_elsewhere, 2, config)
+    assert first == second == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+    tree = _written(tmp_path, 0)
+    compared = {each["part"] for each in tree["findings"] if each["party"] == "engine"}
+    assert compared == {"log-probs"}
+    assert set(tree["not_looked_at"]) == {*KINDS, "vision layer", "language layer"} - {"log-probs"}
+    assert tree["not_looked_at"]["pixel values"] == {"engine": "the engine runs in other processes"}
+
+
+def _of_an_engine_elsewhere(config: Config) -> str:
+    from megatron_papo.certify import Certifier
+    from megatron_papo.generation import build_generator
+    from megatron_papo.run import hand_over, open_run
+
+    with open_run(config) as run:
+        generator = build_generator(config, run.processor, run.layout)
+        hand_over(run, generator, policy_version=0)
+        engine: Any = _Elsewhere(generator)
+        return Certifier(run, engine).at_start(0, weights_moved=False).verdict
