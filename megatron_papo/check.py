@@ -21,6 +21,8 @@ from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_rank
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
 
+_HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -78,7 +80,17 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
     except ConfigError as error:
         return [*str(error).splitlines(), *faults]
     faults += faults_of_fp8(config, shape)
-    return faults + (memory_faults(config, shape, trainer) if config.cluster.gpus_per_node else [])
+    if not config.cluster.gpus_per_node:
+        return faults
+    return [*faults, *_fp8_of_gpus(config), *memory_faults(config, shape, trainer)]
+
+
+def _fp8_of_gpus(config: Config) -> Iterator[str]:
+    """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
+    recipe, gpu = config.fp8.recipe, config.cluster.gpu
+    known = {"A100-40GB": (), "A100": (), "H100": _HOPPER_RECIPES, "H200": _HOPPER_RECIPES}.get(gpu)
+    if config.fp8.enabled and known is not None and recipe not in known:
+        yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
 
 
 def warnings_of_layout(config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
