@@ -139,20 +139,24 @@ def _state(training: Training, flight: Flight | None) -> dict[str, Any]:
 
 def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
     """The first step's rollouts: those the checkpoint holds, else asked for; None when no step is left."""
-    config = training.run.config
     ahead = restore(training, checkpoints).get("ahead", {})
-    step, cursor = checkpoints.next_step, training.cursor
-    if step >= config.train.steps:
+    step = checkpoints.next_step
+    if step >= training.run.config.train.steps:
         return None
-    if ahead:
-        with training.run.clock.stage("draw"):
-            draw = draw_prompts_of(training, step)
-        decode = training.run.processor.decode
-        groups = from_state(ahead, step, draw, config.train.group_size, decode)
-        if groups is not None:
-            return Flight(step, cursor, draw, groups)
-        training.cursor = cursor
+    kept = _kept(training, ahead, step) if ahead else None
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)
-    return take_off(training, step)
+    return kept or take_off(training, step)
+
+
+def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None:
+    """Of a checkpoint; None, and nothing drawn, where other rollouts are wanted now."""
+    cursor, config = training.cursor, training.run.config
+    with training.run.clock.stage("draw"):
+        draw = draw_prompts_of(training, step)
+    groups = from_state(ahead, step, draw, config.train.group_size, training.run.processor.decode)
+    if groups is None:
+        training.cursor = cursor
+        return None
+    return Flight(step, cursor, draw, groups)
