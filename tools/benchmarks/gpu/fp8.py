@@ -39,7 +39,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Side:
     """What one policy made of the batch, by kind."""
 
+    fresh: dict[Key, Tensor]
+    """Log-probs of the first group, from the drawn weights."""
     logprobs: dict[Key, Tensor]
+    """The same after an update, which scales of `delayed` follow; it moves no weight by more than 1e-6."""
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
     tokens: int
@@ -60,7 +63,7 @@ def _all_recipes(folder: Path, options: Options) -> Iterator[GpuRow]:
 def _one_recipe(folder: Path, options: Options, recompute: str, recipe: str, plain: Side) -> Iterator[GpuRow]:
     found = _measure(folder, options, recompute, recipe)
     gap = mean_gap(found.logprobs, plain.logprobs)
-    if gap == 0:
+    if mean_gap(found.fresh, plain.fresh) == 0:
         yield not_measured(recipe, "its log-probs are those without FP8: it has no effect")
         return
     limit = Fp8Config().gap_limit
@@ -79,13 +82,14 @@ def _measure(folder: Path, options: Options, recompute: str, recipe: str) -> Sid
     work, more = workload(options), optimizer_settings() | RECIPES.get(recipe, {})
     with open_ours(folder, work, model__recompute=recompute, fp8__recipe=recipe, **more) as ours:
         groups = make_groups(work, ours.run.processor)
-        ours.logprobs(groups[:1])  # scales of `delayed` follow what a pass before saw
+        fresh = ours.logprobs(groups[:1])
+        ours.update(PERCEPTION[0], groups)
         logprobs = ours.logprobs(groups[:1])
         sides = {kind: partial(ours.update, kind, groups) for kind in PERCEPTION}
         most = peaks(sides)
         seconds = in_turns(sides, options.rounds, f"update, fp8.recipe={recipe}")
         flops = {kind: update_flops(groups, kind, ours.run.shape) for kind in PERCEPTION}
-        return Side(logprobs, seconds.of, most, num_tokens(groups), flops)
+        return Side(fresh, logprobs, seconds.of, most, num_tokens(groups), flops)
 
 
 def _forget_scales() -> None:

@@ -1,8 +1,7 @@
-"""The two sides of an update on one device: the package's own, and PAPO in plain PyTorch on a transformers model."""
+"""Our side of an update on one device: a policy with weights drawn there, its optimizer, and the batch."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accelerator import adapt_megatron, device, has_gpu, parameter_dtype, seed_all
+from megatron_papo.accelerator import adapt_megatron, seed_all
 from megatron_papo.accounting import Meter
 from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
@@ -23,21 +21,12 @@ from megatron_papo.observe.watchdog import StageClock
 from megatron_papo.optim import build_optimizer, wrap_policy
 from megatron_papo.parallel import initialize, own_rank, shutdown
 from megatron_papo.run import Run
-from tools.benchmarks.gpu.folder import draw_into, drawn_tensors
+from tools.benchmarks.gpu.folder import draw_into
 from tools.benchmarks.gpu.rows import Options
 from tools.benchmarks.ours import Key, Ours, settings
-from tools.benchmarks.plain_papo import PlainPapo
 from tools.benchmarks.rollouts import Workload
 
 PERCEPTION = ("PAPO frozen", "PAPO joint")
-_PLAIN_SEQUENCES = {"3b": 4, "tiny": 2}
-"""Rollouts of a forward: at 151,936 words four times 512 logits in fp32 and their gradients take 4 GB."""
-_PLAIN_BYTES = 8
-"""A parameter, with gradient and two moments, all in bfloat16."""
-_OUR_BYTES = 18
-"""A parameter in bfloat16, its gradient, master copy and two moments in fp32."""
-_ROOM = 0.7
-"""Of a GPU, for states; the rest is for activations."""
 
 
 def workload(options: Options) -> Workload:
@@ -85,33 +74,6 @@ def open_ours(folder: Path, work: Workload, **more: Any) -> Iterator[Ours]:
     with open_policy(configs["PAPO frozen"]) as run:
         optimizer = build_optimizer(wrap_policy(run.policy, run.config), run.config, num_updates=1000)
         yield Ours(run, optimizer, configs)
-
-
-def open_plain(folder: Path, options: Options) -> PlainPapo:
-    """The transformers model with the same weights, its attention the fastest that is installed; Adam in its dtype."""
-    shape, dtype = ModelShape.from_folder(folder / "model"), parameter_dtype("auto")
-    config = Qwen2_5_VLConfig.from_pretrained(folder / "model", local_files_only=True)
-    with torch.device(device()):
-        make = Qwen2_5_VLForConditionalGeneration._from_config
-        model = make(config, dtype=dtype, attn_implementation=plain_attention())
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in drawn_tensors(shape, dtype):
-            own[name].copy_(tensor)
-    return PlainPapo(model, _PLAIN_SEQUENCES[options.shape])
-
-
-def plain_attention() -> str:
-    flash = has_gpu() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
-
-
-def fits_both(ours: Ours) -> bool:
-    """Whether the device holds both sides' states at a time."""
-    if not has_gpu():
-        return True
-    num_parameters = sum(parameter.numel() for parameter in ours.run.policy.parameters())
-    return num_parameters * (_OUR_BYTES + _PLAIN_BYTES) < _ROOM * torch.cuda.mem_get_info()[1]
 
 
 def mean_gap(ours: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]) -> float:
