@@ -24,6 +24,7 @@ LAYERS = (
     ("check",),
     ("refuse",),
     ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
+    ("activations",),
     ("model", "optim", "reference"),
     ("parallel", "logprobs"),
     ("advantages", "guard", "update_guard", "losses", "packing", "data", "rewards"),
