@@ -105,6 +105,6 @@ def _must_hold(shape: ModelShape, cluster: Cluster) -> None:
     needed, has = num_parameters(shape) * 2 / GIB, cluster.num_gpus * cluster.gpu.memory_gib
     if needed > has:
         raise ConfigError(
-            f"cluster: {cluster.num_gpus} x {cluster.gpu.name} have {has:.0f} GiB, the weights alone take {needed:.0f}: "
-            "no layout can hold the model"
+            f"cluster: {cluster.num_gpus} x {cluster.gpu.name} have {has:.0f} GiB, the weights alone take "
+            f"{needed:.0f}: no layout can hold the model"
         )
