@@ -146,8 +146,9 @@ def _reason(
     if room < _LEAST_SEQUENCES * longest:
         held = max(stage.weights + stage.gradients + stage.optimizer for stage in stages)
         return (
-            f"beside {held / GIB:.1f} GiB of the policy and {stages[0].engine / GIB:.1f} of an engine of {has / GIB:.1f} "
-            f"there is no room for {_LEAST_SEQUENCES} of the longest sequences ({longest / GIB:.2f} each)"
+            f"beside {held / GIB:.1f} GiB of the policy and {stages[0].engine / GIB:.1f} of an engine, "
+            f"of {has / GIB:.1f}, there is no room for {_LEAST_SEQUENCES} of the longest sequences "
+            f"({longest / GIB:.2f} each)"
         )
     return ""
 

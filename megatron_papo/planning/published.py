@@ -35,7 +35,7 @@ NAMES = tuple(_LANGUAGE)
 
 
 def shape_named(name: str) -> ModelShape:
-    """Of a published model, with or without `-Instruct`, or of a Hugging Face folder. Raises ConfigError for neither."""
+    """Of a published model, with or without `-Instruct`, or of a Hugging Face folder. Raises ConfigError else."""
     known = name.removesuffix("-Instruct")
     if known in _LANGUAGE:
         return ModelShape.from_dict(published_config(known), source=name)

@@ -23,6 +23,7 @@ LAYERS = (
     ("cluster",),
     ("check",),
     ("refuse",),
+    ("planning",),
     ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
     ("activations",),
     ("model", "optim", "reference"),
