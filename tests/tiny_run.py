@@ -74,5 +74,16 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """What every step recorded, without the clock's readings and what is divided by them, memory, and how much of the
     work the layout made."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("time/", "unix_time", "tokens_", "tflops_per_gpu", "mfu", "memory/", "flops/", "checkpoints_")
+    left_out = (
+        "time/",
+        "unix_time",
+        "tokens_",
+        "tflops_per_gpu",
+        "mfu",
+        "memory/",
+        "flops/",
+        "checkpoints_",
+        "planned/",
+        "ranks",
+    )
     return [{name: value for name, value in line.items() if not name.startswith(left_out)} for line in lines]

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="what `papo train` would read")
     parser.add_argument("--model", required=True, help="Qwen2.5-VL-3B, -7B, -32B, -72B, or a Hugging Face folder")
     parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpu", default="H100", help="A100-40GB, A100, H100, H200 or B200")
+    parser.add_argument("--gpu", default="H100", help="A100-40GB, A100, H100, H200, B200 or CPU")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--text-tokens", type=int, default=150, help="of a prompt, beside its images")
     parser.add_argument("--image-tokens", type=int, default=600, help="of a prompt")
@@ -70,7 +70,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.calibrate is not None:
         from megatron_papo.planning.calibrate import calibrated
 
-        assumed = calibrated(options.calibrate)
+        assumed = calibrated(options.calibrate, GPUS[options.gpu])
         if options.calibration is not None:
             assumed.save(options.calibration)
     else:

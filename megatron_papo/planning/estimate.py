@@ -79,7 +79,13 @@ def estimate(
     candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload
 ) -> Estimate:
     """`config` with the candidate's settings or without them."""
-    config = candidate.applied(config)
+    return estimate_applied(candidate, candidate.applied(config), shape, cluster, assumed, work)
+
+
+def estimate_applied(
+    candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload
+) -> Estimate:
+    """Of settings that are the candidate's already."""
     rows = work.rows(shape, candidate.data)
     counted = stage_memory(config, shape, cluster.num_gpus)
     stages, room = _memory(candidate, config, shape, cluster, rows, counted)

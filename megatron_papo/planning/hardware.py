@@ -27,22 +27,33 @@ class Gpu:
     """Of its share of the node's network, one direction."""
     host_gb_s: float
     """PCIe, one direction."""
+    memory_gib: float
 
-    @property
-    def memory_gib(self) -> float:
-        return GPU_MEMORY_GIB[self.name]
 
+CPU = Gpu("CPU", 0.05, None, 8.0, 1.5, 1.5, 8.0, 8.0)
+"""One core of a server and gloo over loopback, about: for the figures of runs without GPUs, which are there to be
+calibrated. float32 stands where the others have bfloat16."""
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100-40GB", 312.0, None, 1555.0, 300.0, 25.0, 32.0),
-        Gpu("A100", 312.0, None, 2039.0, 300.0, 25.0, 32.0),
-        Gpu("H100", 989.5, 1979.0, 3350.0, 450.0, 50.0, 64.0),
-        Gpu("H200", 989.5, 1979.0, 4800.0, 450.0, 50.0, 64.0),
-        Gpu("B200", 2250.0, 4500.0, 8000.0, 900.0, 50.0, 64.0),
+        CPU,
+        Gpu("A100-40GB", 312.0, None, 1555.0, 300.0, 25.0, 32.0, GPU_MEMORY_GIB["A100-40GB"]),
+        Gpu("A100", 312.0, None, 2039.0, 300.0, 25.0, 32.0, GPU_MEMORY_GIB["A100"]),
+        Gpu("H100", 989.5, 1979.0, 3350.0, 450.0, 50.0, 64.0, GPU_MEMORY_GIB["H100"]),
+        Gpu("H200", 989.5, 1979.0, 4800.0, 450.0, 50.0, 64.0, GPU_MEMORY_GIB["H200"]),
+        Gpu("B200", 2250.0, 4500.0, 8000.0, 900.0, 50.0, 64.0, GPU_MEMORY_GIB["B200"]),
     )
 }
+
+
+def gpu_of(device_name: str | None) -> Gpu | None:
+    """By the name that CUDA gives it; without one a core; None for a GPU that the table does not have."""
+    if device_name is None:
+        return CPU
+    return next(
+        (gpu for name, gpu in GPUS.items() if gpu is not CPU and device_name.startswith(f"NVIDIA {name}")), None
+    )
 
 
 @dataclass(frozen=True)
