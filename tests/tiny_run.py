@@ -84,5 +84,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         "flops/",
         "checkpoints_",
         "certify/",
+        "planned/",
+        "ranks",
     )
     return [{name: value for name, value in line.items() if not name.startswith(left_out)} for line in lines]

@@ -408,6 +408,8 @@ class ObserveConfig(Section):
     """Rollouts on a page."""
     profile_step: Annotated[int, Field(ge=0)] | None = None
     """Step (from 0) of which every rank writes a torch profiler trace under run.dir/profile; that step is slower."""
+    calibration: Path | None = None
+    """Assumptions of `tools/plan.py --calibrate`, for the figures `planned/...` beside the measured."""
     peak_tflops: Positive | None = None
     """Dense TFLOPS of one GPU in model.dtype, for `mfu`; null: known by the GPU's name, or no `mfu`."""
 
