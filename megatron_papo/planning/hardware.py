@@ -37,12 +37,12 @@ calibrated. float32 stands where the others have bfloat16."""
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        CPU,
         Gpu("A100-40GB", 312.0, None, 1555.0, 300.0, 25.0, 32.0, GPU_MEMORY_GIB["A100-40GB"]),
         Gpu("A100", 312.0, None, 2039.0, 300.0, 25.0, 32.0, GPU_MEMORY_GIB["A100"]),
         Gpu("H100", 989.5, 1979.0, 3350.0, 450.0, 50.0, 64.0, GPU_MEMORY_GIB["H100"]),
         Gpu("H200", 989.5, 1979.0, 4800.0, 450.0, 50.0, 64.0, GPU_MEMORY_GIB["H200"]),
         Gpu("B200", 2250.0, 4500.0, 8000.0, 900.0, 50.0, 64.0, GPU_MEMORY_GIB["B200"]),
+        CPU,
     )
 }
 

@@ -56,8 +56,8 @@ def planned_values(found: Estimate) -> dict[str, float]:
 
 
 def calibrated(run: Path, gpu: Gpu) -> Assumptions:
-    """Assumptions with factors such that the plan of RUN's steps, on `gpu`s, takes what they took. The first step, which
-    warms up, is left out where there are others. Raises ConfigError naming the file at fault."""
+    """Assumptions with factors such that the plan of RUN's steps, on `gpu`s, takes what they took. The first step,
+    which warms up, is left out where there are others. Raises ConfigError naming the file at fault."""
     config, records = _read(run)
     folder = config.model.path or config.model.checkpoint
     if folder is None:
