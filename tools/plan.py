@@ -2,6 +2,7 @@
 
     python tools/plan.py --model Qwen2.5-VL-72B --nodes 8 [--gpu H100] [CONFIG.yaml] [key=value ...]
     python tools/plan.py --model Qwen2.5-VL-7B --nodes 1 --explain --out layout.yaml
+    python tools/plan.py --model Qwen2.5-VL-72B --nodes 8 --scale 8 64 512 --published
     python tools/plan.py ... --calibrate RUN_DIR --calibration this_cluster.json
 
 Every way to lay the model out is estimated: memory of each GPU by part, seconds of each stage of a step. Printed are
@@ -15,6 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_papo.config import Config
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.planning.assumptions import Assumptions
 
 
 def main() -> int:
@@ -42,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--choose", metavar="NAME", help="another layout than the fastest, as the table names it")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the chosen layout as settings")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table there too")
+    text = "the best layout of each of these numbers of nodes, with the same batch and with one that grows"
+    parser.add_argument("--scale", type=int, nargs="+", metavar="NODES", help=text)
+    parser.add_argument("--published", action="store_true", help="published Megatron runs beside the prediction, first")
     parser.add_argument("--calibration", type=Path, metavar="FILE.json", help="assumptions to use, or to write")
     parser.add_argument("--calibrate", type=Path, metavar="RUN_DIR", help="fit the assumptions to a run first")
     return parser
@@ -51,7 +61,7 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_papo.config import ConfigError, load_config  # not before --help
     from megatron_papo.planning.assumptions import Assumptions
     from megatron_papo.planning.hardware import GPUS, Cluster
-    from megatron_papo.planning.page import markdown, markdown_reasons, overrides_yaml, print_plan
+    from megatron_papo.planning.page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
     from megatron_papo.planning.plan import plan
     from megatron_papo.planning.published import shape_named
     from megatron_papo.planning.workload import Workload
@@ -79,6 +89,10 @@ def _plan(options: argparse.Namespace) -> int:
         config, shape, text_tokens=options.text_tokens, image_tokens=options.image_tokens,
         response_tokens=options.response_tokens,
     )  # fmt: skip
+    if options.published:
+        print_published(assumed)
+    if options.scale:
+        return _scale(options, config, shape, assumed)
     found = plan(config, shape, cluster, assumed, work)
     if not found.fitting:
         reasons = [f"{each.name}: {each.reason}" for each in found.reasons()]
@@ -98,6 +112,22 @@ def _plan(options: argparse.Namespace) -> int:
     if options.out is not None:
         options.out.write_text(overrides_yaml(chosen, cluster.gpu.memory_gib))
         print(f"plan: {chosen.candidate.name}: {options.out}")
+    return 0
+
+
+def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assumed: Assumptions) -> int:
+    from megatron_papo.planning.hardware import GPUS
+    from megatron_papo.planning.page import print_scale, scale_markdown
+    from megatron_papo.planning.scale import scale
+
+    lengths = {name: getattr(options, name) for name in ("text_tokens", "image_tokens", "response_tokens")}
+    text = ""
+    for weak, title in ((False, "the same batch on more GPUs"), (True, "a batch that grows with the GPUs")):
+        points = scale(config, shape, GPUS[options.gpu], options.scale, assumed, lengths, weak=weak)
+        print_scale(points, title)
+        text += f"{title}:\n\n{scale_markdown(points)}\n"
+    if options.markdown is not None:
+        options.markdown.write_text(text)
     return 0
 
 

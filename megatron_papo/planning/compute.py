@@ -47,7 +47,7 @@ def stage_seconds(
     attention = flops.attention / num_layers / tensor / rates.attention
     moved = 2 * _layer_bytes(config, shape, size) / rates.memory
     own = max(product + attention + moved, assumed.layer_launch_s)
-    exchange = _exchange_s(size.tokens * shape.language.hidden_size * 2, tensor, cluster, assumed)
+    exchange = _exchange_s(size.tokens * shape.language.hidden_size * 2, config, cluster, assumed)
     vision, vision_exchange = _vision_s(config, shape, cluster, assumed, flops, size, rates)
     head = flops.head / tensor / rates.head
     forward, backward = [], []
@@ -77,13 +77,18 @@ def _vision_s(
         return 0.0, 0.0
     tensor, vision = config.parallel.tensor, shape.vision
     own = flops.vision / tensor / rates.products
-    exchange = vision.num_layers * _exchange_s(size.patches * vision.hidden_size * 2, tensor, cluster, assumed)
+    exchange = vision.num_layers * _exchange_s(size.patches * vision.hidden_size * 2, config, cluster, assumed)
     return max(own, vision.num_layers * assumed.layer_launch_s), exchange
 
 
-def _exchange_s(num_bytes: float, tensor: int, cluster: Cluster, assumed: Assumptions) -> float:
+def _exchange_s(num_bytes: float, config: Config, cluster: Cluster, assumed: Assumptions) -> float:
     """Of a layer's forward: two sums over the tensor ranks, or as much as gathers and scattered sums."""
-    return 2 * all_reduce_s(num_bytes, tensor, cluster, assumed) * (1 - assumed.hidden_tensor)
+    return 2 * all_reduce_s(num_bytes, config.parallel.tensor, cluster, assumed) * _in_sight(config, assumed)
+
+
+def _in_sight(config: Config, assumed: Assumptions) -> float:
+    """Share of tensor exchanges that computation does not hide."""
+    return 1 - (assumed.hidden_tensor if config.parallel.overlap_tensor else 0.0)
 
 
 def _gathers_s(
@@ -93,7 +98,7 @@ def _gathers_s(
     if not config.parallel.sequence:
         return 0.0
     num_bytes = size.tokens * shape.language.hidden_size * 2
-    return count * 2 * gather_s(num_bytes, config.parallel.tensor, cluster, assumed) * (1 - assumed.hidden_tensor)
+    return count * 2 * gather_s(num_bytes, config.parallel.tensor, cluster, assumed) * _in_sight(config, assumed)
 
 
 def _layer_bytes(config: Config, shape: ModelShape, size: RowSize) -> float:

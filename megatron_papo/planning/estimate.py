@@ -198,8 +198,8 @@ def _after_backward_s(
     """Of the data-parallel exchange (fp32 gradients scattered, bf16 weights gathered) and of Adam."""
     parameters = max(stage.gradients for stage in counted) / 4
     stride = candidate.tensor
-    exchange = gather_s(4 * parameters, candidate.data, cluster, assumed, stride)
-    exchange = exchange * (1 - assumed.hidden_data) + gather_s(2 * parameters, candidate.data, cluster, assumed, stride)
+    hidden = assumed.hidden_data if config.parallel.overlap_data else 0.0
+    exchange = gather_s(6 * parameters, candidate.data, cluster, assumed, stride) * (1 - hidden)
     own = parameters / candidate.data
     offloaded = config.optim.offload_fraction
     memory = cluster.gpu.memory_gb_s * 1e9 * assumed.memory

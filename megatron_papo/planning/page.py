@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.memory import GIB
+from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
 from megatron_papo.planning.estimate import Estimate
 from megatron_papo.planning.plan import Plan
+from megatron_papo.planning.published_runs import beside_published
+from megatron_papo.planning.scale import ScalePoint
 
 _SECONDS = ("generate", "score", "update", "hand over")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "engine", "kv")
@@ -73,6 +76,66 @@ def overrides_yaml(found: Estimate, has_gib: float) -> str:
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = value
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def print_published(assumed: Assumptions) -> None:
+    headers = (
+        "published run",
+        "GPUs",
+        "layout",
+        "precision",
+        "published TFLOP/s/GPU",
+        "predicted",
+        "predicted / published",
+    )
+    table = Table(*headers, title="published Megatron runs on H100s")
+    for run, predicted in beside_published(assumed):
+        least, most = run.published
+        told = f"{least:.0f}" if least == most else f"{least:.0f} to {most:.0f}"
+        layout = f"TP{run.tensor} PP{run.pipeline} VP{run.virtual}"
+        ratio = 2 * predicted / (least + most)
+        table.add_row(
+            run.name, f"{run.gpus:,}", layout, "FP8" if run.fp8 else "bf16", told, f"{predicted:.0f}", f"{ratio:.2f}"
+        )
+    Console().print(table)
+
+
+SCALE_HEADERS = (
+    "GPUs", "prompts a step", "layout", "step s", *(f"{name} s" for name in _SECONDS), "tokens/s/GPU", "of the first",
+    "MFU", "bubble", "what breaks first",
+)  # fmt: skip
+
+
+def scale_cells(point: ScalePoint) -> list[str]:
+    best = point.best
+    if best is None:
+        return [str(point.gpus), str(point.prompts), "none", *["–"] * (len(SCALE_HEADERS) - 4), point.breaks]
+    return [
+        f"{point.gpus:,}",
+        f"{point.prompts:,}",
+        f"{best.candidate.name}, {best.candidate.recompute}",
+        f"{best.step_s:.1f}",
+        *(f"{best.seconds[name]:.1f}" for name in _SECONDS),
+        f"{best.tokens_per_s:,.0f}",
+        f"{point.efficiency:.2f}",
+        f"{best.mfu:.2f}",
+        f"{best.bubble:.2f}",
+        point.breaks,
+    ]
+
+
+def print_scale(points: Sequence[ScalePoint], title: str) -> None:
+    console = Console()
+    console.width = max(console.width, 200)
+    table = Table(*SCALE_HEADERS, title=title)
+    for point in points:
+        table.add_row(*scale_cells(point))
+    console.print(table)
+
+
+def scale_markdown(points: Sequence[ScalePoint]) -> str:
+    lines = ["| " + " | ".join(SCALE_HEADERS) + " |", "|" + "---|" * len(SCALE_HEADERS)]
+    return "\n".join([*lines, *("| " + " | ".join(scale_cells(point)) + " |" for point in points)]) + "\n"
 
 
 def _stages(candidate: Candidate) -> str:

@@ -18,6 +18,8 @@ from megatron_papo.planning.estimate import estimate
 from megatron_papo.planning.hardware import GPUS, Cluster
 from megatron_papo.planning.plan import Plan, plan
 from megatron_papo.planning.published import NAMES, shape_named
+from megatron_papo.planning.published_runs import beside_published
+from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
 
@@ -191,6 +193,23 @@ def test_assumptions_are_read_and_checked(tmp_path):
     (tmp_path / "b.json").write_text('{"matmull": 1}')
     with pytest.raises(ValueError, match=r"b\.json: matmull: no such assumption"):
         Assumptions.load(tmp_path / "b.json")
+
+
+def test_published_runs_of_megatron_are_met_within_a_tenth():
+    for run, predicted in beside_published(Assumptions()):
+        middle = sum(run.published) / 2
+        assert abs(predicted / middle - 1) < 0.1, (run.name, run.gpus, predicted)
+
+
+def test_the_same_batch_on_ever_more_nodes_runs_out_of_rows_and_a_growing_one_does_not():
+    shape, config = shape_named("Qwen2.5-VL-72B"), recipe()
+    lengths = {"text_tokens": 150, "image_tokens": 600, "response_tokens": None}
+    strong, weak = (
+        scale(config, shape, GPUS["H100"], [8, 64], Assumptions(), lengths, weak=weak) for weak in (False, True)
+    )
+    assert [point.prompts for point in strong] == [384, 384] and [point.prompts for point in weak] == [384, 3072]
+    assert strong[1].best.step_s < strong[0].best.step_s and strong[1].efficiency < weak[1].efficiency <= 1.01
+    assert strong[0].efficiency == weak[0].efficiency == 1 and strong[1].breaks and not strong[0].breaks
 
 
 def test_a_cluster_that_cannot_hold_the_weights_is_refused():
