@@ -55,6 +55,16 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
     return total
 
 
+def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_flight: int, *, fused: bool) -> int:
+    """The most at a time on one rank: of `in_flight` rows what is kept, what full recomputation holds again of one
+    layer, and on the first and last stage a row's states and gradients whole, at embedding and head."""
+    held = in_flight * saved_bytes(config, shape, stage, row, fused=fused)
+    held += one_layer_bytes(config, shape, row, fused=fused)
+    if stage in (0, config.parallel.pipeline - 1):
+        held += 3 * _value_bytes(config) * row.tokens * shape.language.hidden_size
+    return held
+
+
 def one_layer_bytes(config: Config, shape: ModelShape, row: RowSize, *, fused: bool) -> int:
     """What full recomputation holds again of one layer at a time: the larger of a language layer's and a vision
     layer's; 0 without it."""

@@ -1,8 +1,8 @@
 """What a run needs of a GPU's memory, stage by stage, from the model's shape and the settings: before any rank starts.
 
 Weights, gradients, optimizer states and the engine's share are counted, and what of these cannot fit is refused.
-Activations are estimated, so they are said and warned of, never refused. Leaves out what CUDA, NCCL and the allocator
-take for themselves (1 to 3 GiB a GPU). Imports no torch.
+Activations are counted for rows that are full, so they are said and warned of, never refused. Leaves out what CUDA,
+NCCL and the allocator take for themselves (1 to 3 GiB a GPU). Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_papo.activations import RowSize, held_bytes
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
 
@@ -175,35 +176,12 @@ def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
 
 
 def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
-    """An estimate, not a measurement: what backward needs of the rows in flight on a stage, in two-byte values.
-
-    By counting what each operation of a layer keeps, as Korthikanti et al. 2022 (arXiv 2205.05198) do; attention keeps
-    no scores here. With model.recompute=full a layer keeps its input, and one layer at a time all the rest. The tower's
-    patches are taken as for half the tokens of a row being image tokens. Rows in flight: the stages from this one on.
-    """
-    parallel, tokens = config.parallel, config.train.tokens_per_micro_batch
-    full, split = config.model.recompute == "full", parallel.tensor
-    spread = split if parallel.sequence else 1  # what lies between the tensor-parallel blocks
-    language, vision = shape.language, shape.vision
-    heads, groups = language.num_heads * language.head_dim, language.num_kv_heads * language.head_dim
-    inner = 2 * (heads + 2 * groups) + heads + 4 * language.intermediate_size
-    layer = 2 * tokens * (6 * language.hidden_size // spread + inner // split)
-    entry = 2 * tokens * language.hidden_size // spread
-    num_layers = stage_layers(parallel, shape)[stage]
-    one_row, again = (num_layers * entry, layer) if full else (num_layers * layer, 0)
-    if stage == 0:
-        patches = tokens // 2 * vision.merge_unit
-        tower_layer = (
-            2
-            * patches
-            * (6 * vision.hidden_size // spread + (7 * vision.hidden_size + 4 * vision.intermediate_size) // split)
-        )
-        tower_entry = 2 * patches * vision.hidden_size // spread
-        one_row += vision.num_layers * (tower_entry if full else tower_layer)
-        again = max(again, tower_layer if full else 0)
-    if stage in (0, parallel.pipeline - 1):
-        again += 3 * 2 * tokens * language.hidden_size  # a row's states and gradients, whole, at embedding or head
-    return (parallel.pipeline - stage) * one_row + again
+    """Of full rows in flight, the stages from this one on, as `activations.py` counts; half of a row's tokens are taken
+    to be of images, and half to be responses."""
+    tokens = config.train.tokens_per_micro_batch
+    row = RowSize(tokens, tokens // 2 * shape.vision.merge_unit, tokens // 2)
+    in_flight = config.parallel.pipeline - stage
+    return held_bytes(config, shape, stage, row, in_flight, fused=config.model.spec != "local")
 
 
 def weight_bytes(config: Config) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_papo.activations import one_layer_bytes, saved_bytes
+from megatron_papo.activations import held_bytes
 from megatron_papo.config import Config
 from megatron_papo.memory import GIB, StageMemory, num_parameters, stage_memory, state_bytes
 from megatron_papo.model.shape import ModelShape
@@ -126,11 +126,8 @@ def _memory(
     stages = []
     for stage in counted:
         in_flight = min(candidate.pipeline - stage.stage, rows.num)
-        kept = saved_bytes(config, shape, stage.stage, size, fused=True) * in_flight
-        at_ends = stage.stage in (0, candidate.pipeline - 1)
-        passing = one_layer_bytes(config, shape, size, fused=True)
-        passing += 6 * size.tokens * shape.language.hidden_size if at_ends else 0  # a row's states and gradients, whole
-        stages.append(Memory(stage.weights, stage.gradients, stage.optimizer, kept + passing, engine, 0))
+        held = held_bytes(config, shape, stage.stage, size, in_flight, fused=config.model.spec != "local")
+        stages.append(Memory(stage.weights, stage.gradients, stage.optimizer, held, engine, 0))
     room = has - max(stage.generating for stage in stages)
     return tuple(stages), room
 

@@ -128,11 +128,15 @@ def test_activations_that_may_not_fit_are_warned_of():
 
 
 def test_recomputation_keeps_a_layers_input_alone():
-    """3B, one rank without tensor parallelism: 36 inputs of 2 x 2048 bytes a token, and one layer in full."""
+    """3B's second stage, 1000 tokens of which 500 are responses, two bytes a value, by hand from what a layer saves
+    with norms fused into its linears."""
     words = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "train.tokens_per_micro_batch=1000")
     config = recipe("papo_g_3b", *words, "model.recompute=full")
-    layer = 2 * 1000 * (6 * 2048 + 2 * (2048 + 512) + 2048 + 4 * 11008)
-    assert activation_bytes(config, shape_of("3B"), 1) == 18 * 2 * 1000 * 2048 + layer + 6 * 1000 * 2048
+    norms, qkv, attention, ffn = 2 * (4 * 2048 + 4), 2 * (2048 + 512), 2 * (2048 + 2048 + 256) + 4 * 16, 6 * 11008
+    layer = norms + qkv + attention + ffn  # held again; the largest of the model, one of the tower included
+    final = 1000 * (2 * 2048 + 4) + 500 * 2 * 2048
+    states = 6 * 1000 * 2048
+    assert activation_bytes(config, shape_of("3B"), 1) == 18 * 2 * 1000 * 2048 + final + 1000 * layer + states
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():

@@ -208,7 +208,7 @@ def test_the_same_batch_on_ever_more_nodes_runs_out_of_rows_and_a_growing_one_do
         scale(config, shape, GPUS["H100"], [8, 64], Assumptions(), lengths, weak=weak) for weak in (False, True)
     )
     assert [point.prompts for point in strong] == [384, 384] and [point.prompts for point in weak] == [384, 3072]
-    assert strong[1].best.step_s < strong[0].best.step_s and strong[1].efficiency < weak[1].efficiency <= 1.01
+    assert strong[1].best.step_s < strong[0].best.step_s and strong[1].efficiency < weak[1].efficiency < 1.05
     assert strong[0].efficiency == weak[0].efficiency == 1 and strong[1].breaks and not strong[0].breaks
 
 
