@@ -17,7 +17,7 @@ from megatron_papo.planning.hardware import Cluster
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Rows, Workload
 
-RESERVE_BYTES = 4 * GIB
+RESERVE_BYTES = 6 * GIB
 """Of every GPU: CUDA, NCCL's buffers, what the allocator loses."""
 _LEAST_SEQUENCES = 8
 """Of the longest kind, that an engine must have room for."""
@@ -119,7 +119,7 @@ def _memory(
     counted: tuple[StageMemory, ...],
 ) -> tuple[tuple[Memory, ...], float]:
     """Of every stage, keys and values left out; and the room for those on the fullest GPU."""
-    size, has = rows.size(shape), cluster.gpu.memory_gib * GIB - RESERVE_BYTES
+    size, has = rows.fullest(shape), cluster.gpu.memory_gib * GIB - RESERVE_BYTES
     engine = num_parameters(shape) * (1 if config.generation.quantization == "fp8" else 2) // candidate.engine_tensor
     if config.generation.placement == "separate":
         engine = 0

@@ -114,6 +114,12 @@ class Rows:
             responses=round(views * answers),
         )
 
+    def fullest(self, shape: ModelShape) -> RowSize:
+        """Of a row that fills its budget, in the proportions of the mean: what memory must hold."""
+        size = self.size(shape)
+        times = max(1.0, self.work.row_tokens / size.tokens)
+        return RowSize(*(round(times * value) for value in (size.tokens, size.patches, size.responses)))
+
 
 def _grid(image_tokens: int, shape: ModelShape) -> Grid:
     """About a square of so many tokens."""
