@@ -86,7 +86,7 @@ def estimate_applied(
     candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload
 ) -> Estimate:
     """Of settings that are the candidate's already."""
-    rows = work.rows(shape, candidate.data)
+    rows = work.rows(shape, candidate.data, candidate.pipeline)
     counted = stage_memory(config, shape, cluster.num_gpus)
     stages, room = _memory(candidate, config, shape, cluster, rows, counted)
     each = stage_seconds(config, shape, cluster, assumed, rows.flops(shape), rows.size(shape))

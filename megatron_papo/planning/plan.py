@@ -93,7 +93,7 @@ def _layers(
     if pipeline == 1:
         return (num_layers,)
     alone = Candidate(tensor, 1, data, (num_layers,), "none", "fp32 moments", 1).applied(config)
-    rows = work.rows(shape, data)
+    rows = work.rows(shape, data, pipeline)
     size, flops = rows.size(shape), rows.flops(shape)
     whole = stage_seconds(alone, shape, cluster, assumed, flops, size)
     head = flops.head / tensor / (cluster.gpu.bf16_tflops * 1e12 * assumed.matmul)

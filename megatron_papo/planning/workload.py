@@ -10,6 +10,9 @@ from megatron_papo.activations import RowSize
 from megatron_papo.config import Config
 from megatron_papo.model.shape import ModelShape
 
+SLOTS_PER_STAGE = 2
+"""Rows that a pipeline stage gets at least (`run.pack_rows`)."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -69,13 +72,16 @@ class Workload:
         """As `tokens_per_s` counts them: every rollout with its prompt."""
         return self.prompts * self.group_size * (self.prompt_tokens(shape) + self.response_tokens)
 
-    def rows(self, shape: ModelShape, data: int) -> Rows:
-        """Of one update on one of `data` data-parallel ranks."""
+    def rows(self, shape: ModelShape, data: int, pipeline: int = 1) -> Rows:
+        """Of one update on one of `data` data-parallel ranks; a pipeline gets two a stage, as far as there are
+        prompts, as the trainer packs them."""
         views = 2 if self.joint else 1
         prompts = self.prompts / self.updates / data
         group = views * (self.prompt_tokens(shape) + self.group_size * self.response_tokens)
         if group <= self.row_tokens:
             num_rows = math.ceil(prompts / (self.row_tokens // group))
+            if pipeline > 1:
+                num_rows = max(num_rows, min(SLOTS_PER_STAGE * pipeline, math.ceil(prompts)))
             groups, responses = prompts / num_rows, float(self.group_size)
         else:
             room = max(1, self.row_tokens // views - self.prompt_tokens(shape))
