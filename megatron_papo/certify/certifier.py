@@ -153,7 +153,7 @@ class Certifier:
         config, model = self._run.config, self._run.config.model
         own = not weights_moved and not model.random_init and not is_checkpoint(model.checkpoint or model.path or "")
         return Sides(
-            precisions={TRAINER: trainer_precision(config), ENGINE: precision_of(config), HUGGINGFACE: "float32"},
+            precisions={TRAINER: trainer_precision(self._run), ENGINE: precision_of(config), HUGGINGFACE: "float32"},
             engine=f"{config.generation.engine}, {config.generation.placement}",
             layout={"ranks": self._run.layout.world_size, **config.parallel.model_dump(mode="json")},
             huggingface_weights="model.path" if own else "the trainer's",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatron_papo.accelerator import parameter_dtype
-from megatron_papo.config import Config
 from megatron_papo.generation.reading import (
     ANGLES,
     FEATURES,
@@ -38,11 +37,11 @@ from megatron_papo.run import Run, pack_rows
 from megatron_papo.types import MicroBatch, Prompt
 
 
-def trainer_precision(config: Config) -> Precision:
-    """Of the passes that score."""
-    if config.fp8.enabled and config.fp8.score:
+def trainer_precision(run: Run) -> Precision:
+    """Of the passes that score; a run that has left FP8 is held to what it computes in now."""
+    if run.policy.fp8.allowed and run.config.fp8.score:
         return "fp8"
-    return "bfloat16" if parameter_dtype(config.model.dtype) == torch.bfloat16 else "float32"
+    return "bfloat16" if parameter_dtype(run.config.model.dtype) == torch.bfloat16 else "float32"
 
 
 def read_trainer(run: Run, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:

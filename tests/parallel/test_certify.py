@@ -211,7 +211,8 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
 def _of_an_engine_elsewhere(config: Config) -> str:
     from megatron_papo.certify import Certifier
     from megatron_papo.generation import build_generator
-    from megatron_papo.run import hand_over, open_run
+    from megatron_papo.rollouts import hand_over
+    from megatron_papo.run import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)
