@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 from megatron_papo.config import Config, ConfigError
 from megatron_papo.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
-from megatron_papo.model.shape import ModelShape, check_layout
-from megatron_papo.refuse import faults_of_inputs, faults_of_ranks, find_module
+from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
+from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, find_module, num_engine_ranks
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
+
+_HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> Checked:
     faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
     if faults:
         return Checked(tuple(dict.fromkeys(faults)), (), "")
-    warnings = (*config.warnings(), *warnings_of_layout(config, shape, num_ranks))
-    return Checked((), warnings, summary(config, shape, num_ranks))
+    num_engines = num_engine_ranks(verb, config)
+    trainer = num_ranks - num_engines
+    warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
+    beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
+    return Checked((), warnings, summary(config, shape, trainer) + beside)
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:
@@ -60,19 +65,32 @@ def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> i
 
 def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
     """What `num_ranks` ranks of the whole run cannot do with a model of `shape`: heads, layers, prompts, memory."""
-    if num_ranks % (config.parallel.tensor * config.parallel.pipeline):
-        return [
+    trainer = num_ranks - num_engine_ranks(verb, config)
+    faults = faults_of_ranks(verb, config, num_ranks)
+    if trainer < 1 or trainer % (config.parallel.tensor * config.parallel.pipeline):
+        return faults or [
             f"parallel: {num_ranks} ranks do not divide by parallel.tensor {config.parallel.tensor} "
             f"x parallel.pipeline {config.parallel.pipeline}"
         ]
-    faults = faults_of_ranks(verb, config, num_ranks)
     if shape is None:
         return faults
+    faults += faults_of_engine(config, shape) if verb in ("train", "certify", "eval") else []
     try:
-        check_layout(config, shape, num_ranks)
+        check_layout(config, shape, trainer)
     except ConfigError as error:
         return [*str(error).splitlines(), *faults]
-    return faults + (memory_faults(config, shape, num_ranks) if config.cluster.gpus_per_node else [])
+    faults += faults_of_fp8(config, shape)
+    if not config.cluster.gpus_per_node:
+        return faults
+    return [*faults, *_fp8_of_gpus(config), *memory_faults(config, shape, trainer)]
+
+
+def _fp8_of_gpus(config: Config) -> Iterator[str]:
+    """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
+    recipe, gpu = config.fp8.recipe, config.cluster.gpu
+    known = {"A100-40GB": (), "A100": (), "H100": _HOPPER_RECIPES, "H200": _HOPPER_RECIPES}.get(gpu)
+    if config.fp8.enabled and known is not None and recipe not in known:
+        yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
 
 
 def warnings_of_layout(config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:

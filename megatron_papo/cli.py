@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.refuse import faults_of_inputs, faults_of_ranks
+from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
     "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
+    "certify": "what Hugging Face, trainer and engine make of the same prompts, part by part, without training",
     "eval": "avg@k on data.eval, with the images and with them masked",
     "score": "log-probs, entropy and perception KL of given responses, token by token",
 }
@@ -43,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
-        num_ranks = _num_ranks(config, options.ranks)
+        num_ranks = _num_ranks(options.verb, config, options.ranks)
         if not options.dry_run:
             _check_given(options, config)
-        _check_layout(config, num_ranks)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
+        _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
     except ConfigError as error:
         return _refuse(error, config)
     return _run(options, config, num_ranks)
@@ -63,7 +64,9 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     from megatron_papo.launch import Work, launch
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
-    module = {"eval": "evaluate"}.get(options.verb, options.verb)
+    module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
+    if options.verb == "train" and config.train.ahead:
+        module = "train_ahead"
     return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
 
 
@@ -95,7 +98,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="local ranks to start; by default parallel.tensor x parallel.pipeline"
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="local ranks to start; by default parallel.tensor x parallel.pipeline, and those of separate engines",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     parser.set_defaults(model=None)
@@ -132,7 +138,7 @@ def _implied(options: argparse.Namespace) -> list[str]:
     return [f"model.path={options.model}", "model.checkpoint=null", "model.random_init=false"]
 
 
-def _num_ranks(config: Config, asked: int | None) -> int:
+def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
     """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
     from megatron_papo.launch import outer_rank
 
@@ -142,7 +148,9 @@ def _num_ranks(config: Config, asked: int | None) -> int:
         if asked is not None and asked != world_size:
             raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
         return world_size
-    needed = config.parallel.tensor * config.parallel.pipeline
+    needed, engines = config.parallel.tensor * config.parallel.pipeline, num_engine_ranks(verb, config)
+    if engines:  # how many are too few is for faults_of_ranks to say
+        return needed + engines if asked is None else asked
     if asked is not None and (asked < 1 or asked % needed):
         raise ConfigError(
             f"--ranks: {asked} is no multiple of parallel.tensor={config.parallel.tensor} "
@@ -163,11 +171,11 @@ def _raise_any(faults: list[str]) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _check_layout(config: Config, num_ranks: int) -> None:
-    """Refuses a layout that the model's shape does not allow."""
+def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
+    """Refuses a layout that the model's shape does not allow: of the trainer's ranks, and of an engine's."""
     if config.model.path is None:
         return
-    from megatron_papo.model.shape import ModelShape, check_layout
+    from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
 
     try:
         shape = ModelShape.from_folder(config.model.path)
@@ -176,6 +184,9 @@ def _check_layout(config: Config, num_ranks: int) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
     check_layout(config, shape, num_ranks)
+    _raise_any(faults_of_fp8(config, shape))
+    if verb in ("train", "certify", "eval"):
+        _raise_any(faults_of_engine(config, shape))
 
 
 def _speaks() -> bool:

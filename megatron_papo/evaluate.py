@@ -24,8 +24,9 @@ from megatron_papo.parallel import gather_objects, sum_metrics
 from megatron_papo.pipeline import add_metrics, score_views
 from megatron_papo.record import name_bad_rows, print_scores
 from megatron_papo.rewards import Rewarder
-from megatron_papo.rollouts import generate
-from megatron_papo.run import Run, hand_over, open_run, pack_rows, reward_groups
+from megatron_papo.rollouts import generate, hand_over
+from megatron_papo.run import Run, open_run, pack_rows, reward_groups
+from megatron_papo.serving import serve, serves
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64
@@ -33,9 +34,11 @@ _STEP = 0
 """Enters seeds of answers and masks: every evaluation of a run sees the same masked images."""
 
 
-def main(config: Config) -> None:
-    """Evaluates the model of `config.model` and prints its scores."""
-    with open_run(config) as run:
+def main(config: Config) -> int:
+    """Evaluates the model of `config.model` and prints its scores; the exit code."""
+    if serves(config):
+        return serve(config)
+    with open_run(config, config.generation.num_engine_ranks) as run:
         max_tokens = config.generation.max_response_tokens
         with Rewarder(config.reward, max_response_tokens=max_tokens) as rewarder, closing(_generator(run)) as generator:
             dataset = PromptDataset(config.data, "eval", run.processor)
@@ -45,6 +48,7 @@ def main(config: Config) -> None:
             with (run.folder / "eval.jsonl").open("a") as file:
                 file.write(json.dumps({"model": str(config.model.path or config.model.checkpoint), **scores}) + "\n")
             print_scores(scores)
+    return 0
 
 
 def evaluate(

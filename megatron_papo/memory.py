@@ -144,7 +144,7 @@ def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str
         for stage in stage_memory(config, shape, num_ranks)
         if stage.counted > has
     ]
-    weights, share = _engine_weights(config, shape), _engine(config, shape)
+    weights, share = _engine_weights(config, shape), _engine_share(config, shape)
     if weights > share:
         faults.append(
             f"generation.gpu_memory_fraction: {config.generation.gpu_memory_fraction} of {has / GIB:.1f} GiB is "
@@ -221,11 +221,13 @@ def frozen(part: Part, freeze: FreezeConfig) -> bool:
 
 
 def _engine(config: Config, shape: ModelShape) -> int:
-    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers; none
-    where engines have GPUs of their own."""
+    """On a GPU of the trainer: none where engines have GPUs of their own."""
+    return 0 if config.generation.placement == "separate" else _engine_share(config, shape)
+
+
+def _engine_share(config: Config, shape: ModelShape) -> int:
+    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers."""
     generation = config.generation
-    if generation.placement == "separate":
-        return 0
     if generation.engine == "transformers":
         return _engine_weights(config, shape)
     if generation.kv_cache_gib is not None:

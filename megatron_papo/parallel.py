@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_papo.config import ParallelConfig
 from megatron_papo.types import Metrics
@@ -51,17 +52,19 @@ class Layout:
 
 
 _layout: Layout | None = None
+_store: dist.Store | None = None
 
 
-def initialize(parallel: ParallelConfig) -> Layout:
+def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
     """Starts torch.distributed (from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and Megatron's groups.
 
     A process that was started alone, without these, becomes rank 0 of 1. A process group that exists already is
-    used. Raises ValueError when the world does not divide by tensor x pipeline.
+    used. The last `num_engine_ranks` of those that were started belong to separate engines and not to this world.
+    Raises ValueError when the world does not divide by tensor x pipeline.
     """
     global _layout
     if not dist.is_initialized():
-        _start_process_group(parallel.timeout_s)
+        _start_process_group(parallel.timeout_s, num_engine_ranks)
     world_size, model_size = dist.get_world_size(), parallel.tensor * parallel.pipeline
     if world_size % model_size:
         raise ValueError(
@@ -101,6 +104,21 @@ def layout() -> Layout:
 def own_rank() -> int:
     """This process's rank in the world, before `initialize` too."""
     return int(os.environ.get("RANK", "0"))
+
+
+def place_among_engines(num_engine_ranks: int) -> int | None:
+    """This process's place among the last `num_engine_ranks` of those that were started; None on the trainer's."""
+    first = int(os.environ.get("WORLD_SIZE", "1")) - num_engine_ranks
+    return own_rank() - first if num_engine_ranks and own_rank() >= first else None
+
+
+def world_store(timeout_s: float) -> dist.Store:
+    """Names and values that all ranks share, those of separate engines too: at MASTER_ADDR:MASTER_PORT, on rank 0 or
+    with torchrun. The first call waits until all have come."""
+    global _store
+    if _store is None:
+        _store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+    return _store
 
 
 def shutdown() -> None:
@@ -199,12 +217,21 @@ def sum_metrics(metrics: Metrics) -> Metrics:
     return summed[0]
 
 
-def _start_process_group(timeout_s: float) -> None:
+def _start_process_group(timeout_s: float, num_engine_ranks: int) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1")) - num_engine_ranks
+    if num_ranks < 1:
+        raise ValueError(
+            f"generation.placement=separate: {num_ranks + num_engine_ranks} ranks, generation.engines x "
+            f"generation.tensor = {num_engine_ranks} of them for engines, leave none to train"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
+    if num_engine_ranks:
+        own = dist.PrefixStore("trainer", world_store(timeout_s))
+        dist.init_process_group(backend, store=own, rank=own_rank(), world_size=num_ranks, timeout=timeout)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(

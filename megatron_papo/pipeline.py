@@ -80,15 +80,19 @@ def _ask(
 
 
 @torch.no_grad()
-def score(policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest) -> list[HeadOutputs]:
+def score(
+    policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest, *, fp8: bool | None = None
+) -> list[HeadOutputs]:
     """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`.
 
-    For rows of one view: a joint row's second view is not asked for.
+    For rows of one view: a joint row's second view is not asked for. `fp8`: whether in FP8, by default as `fp8.score`
+    says.
     """
     if not rows:
         return []
     policy.eval()
-    found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
+    with policy.fp8.scoring() if fp8 is None else policy.fp8.during(fp8):
+        found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
     policy.train()
     return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
 
@@ -117,7 +121,8 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
     `loss/...` are values of this step's loss, so that adding up the metrics of updates gives their mean.
     """
     optimizer.zero_grad()
-    collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
+    with optimizer.policy.module.fp8.updating():
+        collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
     values = optimizer.step()
     total: Metrics = {}
     for metrics in collected:

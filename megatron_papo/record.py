@@ -21,6 +21,9 @@ from megatron_papo.generation.pictures import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
 from megatron_papo.parallel import Layout, gather_objects, sum_metrics
+from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.hardware import gpu_of
+from megatron_papo.planning.runs import planned, planned_values
 from megatron_papo.run import Run
 from megatron_papo.types import Group, Metrics
 
@@ -37,6 +40,8 @@ class Recorder:
         self._run, self._num_steps = run, num_steps
         dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
+        self._gpu = gpu_of(device_name())
+        self._assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
         self._sinks = Sinks(
             config.observe,
             run.folder,
@@ -58,7 +63,7 @@ class Recorder:
         stage, the model's FLOPs, and the scores of an evaluation when there was one."""
         times, memory = _split(self._run.clock.take())
         work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
-        sums = metrics | sum_metrics(group_sums(groups) | work)
+        sums = metrics | sum_metrics(group_sums(groups, self._run.shape.vision.merge_unit) | work)
         totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if "perception_kl_squared" in values:
@@ -67,6 +72,7 @@ class Recorder:
         values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
         values |= {f"eval/{name}": value for name, value in scores.items()}
         values |= {name: float(count) for name, count in self._run.counts.items()}
+        values |= {"ranks": float(self._run.layout.world_size)} | self._planned(values)
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):
@@ -83,6 +89,13 @@ class Recorder:
             "tflops_per_gpu": tflops,
         }
         return values | ({"mfu": tflops / self._peak} if self._peak else {})
+
+    def _planned(self, values: dict[str, float]) -> dict[str, float]:
+        """What the planner says of this step, beside what was measured; nothing for an unknown kind of GPU."""
+        if self._gpu is None or not values.get("response_tokens"):
+            return {}
+        layout, config = self._run.layout, self._run.config
+        return planned_values(planned(config, self._run.shape, self._gpu, layout.world_size, self._assumed, values))
 
     def _samples(self, groups: Sequence[Group]) -> list[SampleRow]:
         if not self._run.is_writer:
@@ -105,11 +118,14 @@ def _max_over_ranks(values: dict[str, float], layout: Layout) -> dict[str, float
     return values
 
 
-def group_sums(groups: Sequence[Group]) -> Metrics:
+def group_sums(groups: Sequence[Group], merge_unit: int) -> Metrics:
     """Sums over this rank's rollouts and groups: rewards and their parts, lengths, groups that agree."""
     sums: dict[str, list[float]] = {"tokens": [], "response_tokens": [], "cut_off": []}
+    sums |= {"prompt_tokens": [], "image_tokens": []}
     for group in groups:
         prompt_tokens = group.prompt.inputs.token_ids_S.numel()
+        sums["prompt_tokens"].append(prompt_tokens)
+        sums["image_tokens"].append(_image_tokens(group, merge_unit))
         for rollout in group.rollouts:
             sums["tokens"].append(prompt_tokens + len(rollout.response_ids))
             sums["response_tokens"].append(len(rollout.response_ids))
@@ -121,6 +137,11 @@ def group_sums(groups: Sequence[Group]) -> Metrics:
         for name, values in group.reward_parts.items():
             sums.setdefault(f"reward/{name}", []).extend(values)
     return {name: (float(sum(values)), float(len(values))) for name, values in sums.items()}
+
+
+def _image_tokens(group: Group, merge_unit: int) -> int:
+    grid_thw_I3 = group.prompt.inputs.grid_thw_I3
+    return 0 if grid_thw_I3 is None else int(grid_thw_I3.prod(dim=1).sum()) // merge_unit
 
 
 def _sample(run: Run, group: Group) -> SampleRow:

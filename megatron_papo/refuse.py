@@ -15,15 +15,17 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from megatron_papo.config import Config
+from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.shape import ModelShape, padded
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 """Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
 OLDEST_VLLM = (0, 32)
 """With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_NEEDED = {"sft": "train", "train": "train", "eval": "eval"}
+_NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-_READS = {"sft": ("train",), "train": ("train", "eval"), "eval": ("eval",), "score": ()}
+_READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
 
 
 def faults_of_inputs(verb: str, config: Config) -> list[str]:
@@ -32,13 +34,26 @@ def faults_of_inputs(verb: str, config: Config) -> list[str]:
     return [fault for part in parts for fault in part(verb, config)]
 
 
+def num_engine_ranks(verb: str, config: Config) -> int:
+    """Of the ranks of the whole run: those of separate engines, which only a verb that generates has."""
+    return config.generation.num_engine_ranks if verb in ("train", "certify", "eval") else 0
+
+
 def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
     """One line a fault, beginning with the key's path: what `num_ranks` ranks of the whole run cannot share."""
-    parallel, train, tensor = config.parallel, config.train, config.generation.tensor
-    data_ranks = num_ranks // (parallel.tensor * parallel.pipeline)
+    parallel, train, generation = config.parallel, config.train, config.generation
+    model_size, num_engines = parallel.tensor * parallel.pipeline, num_engine_ranks(verb, config)
+    trainer = num_ranks - num_engines
+    if num_engines and (trainer < 1 or trainer % model_size):
+        return [
+            f"generation.engines: {num_ranks} ranks less {generation.engines} engines of "
+            f"generation.tensor={generation.tensor} leave {max(trainer, 0)}, which is no multiple of "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+        ]
+    data_ranks = trainer // model_size
     ranks = (
         f"fewer than the {data_ranks} data-parallel ranks "
-        f"({num_ranks} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
+        f"({trainer} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
     )
     faults = []
     prompts = train.prompts_per_step // train.updates_per_step
@@ -49,9 +64,69 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
         )
     if verb == "sft" and config.sft.batch_size < data_ranks:
         faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
-    if verb in ("train", "eval") and config.generation.engine == "vllm" and num_ranks % tensor:
-        faults.append(f"generation.tensor: {tensor} does not divide the {num_ranks} ranks")
+    colocated = verb in ("train", "certify", "eval") and generation.engine == "vllm" and not num_engines
+    if colocated and num_ranks % generation.tensor:
+        faults.append(f"generation.tensor: {generation.tensor} does not divide the {num_ranks} ranks")
+    if num_engines and data_ranks < generation.engines:
+        faults.append(
+            f"generation.engines: {generation.engines} engines for {data_ranks} data-parallel ranks: "
+            f"each of these asks one engine, so {generation.engines - data_ranks} would be idle"
+        )
     return faults
+
+
+def faults_of_fp8(config: Config, shape: ModelShape) -> list[str]:
+    """One line a fault, beginning with the key's path: what of `fp8` a model of `shape` in this layout cannot do."""
+    if not config.fp8.enabled:
+        return []
+    return [*_fp8_layers(config, shape.language.num_layers), *_fp8_widths(config, shape), *_fp8_tokens(config)]
+
+
+def _fp8_layers(config: Config, num_layers: int) -> Iterator[str]:
+    fp8, spec = config.fp8, config.model.spec
+    if spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        yield f"fp8.recipe: {fp8.recipe} with model.spec={spec} needs Transformer Engine, which is not installed"
+    if fp8.first_layers + fp8.last_layers >= num_layers:
+        yield (
+            f"fp8.first_layers: {fp8.first_layers} and fp8.last_layers={fp8.last_layers} leave none of the model's "
+            f"{num_layers} layers"
+        )
+    most = num_layers // config.parallel.pipeline
+    for key, number in (("first_layers", fp8.first_layers), ("last_layers", fp8.last_layers)):
+        if spec != "local" and number > most:
+            yield f"fp8.{key}: {number} is more than the {most} layers of a pipeline stage, which Megatron-Core allows"
+
+
+def _fp8_widths(config: Config, shape: ModelShape) -> Iterator[str]:
+    """What a tensor rank's products reduce over, in one of the three: whole rows of 16 bytes, whole blocks of mxfp8.
+    Blocks of 128 may end early."""
+    tensor, text = config.parallel.tensor, shape.language
+    unit = 32 if config.fp8.recipe == "mxfp8" else 16
+    key_value_heads = -(-text.num_kv_heads // tensor)
+    widths = {
+        "hidden_size": text.hidden_size,
+        "attention heads": text.hidden_size // tensor,
+        "queries, keys and values": text.hidden_size // tensor + 2 * key_value_heads * text.head_dim,
+        "intermediate_size": padded(text.intermediate_size, tensor) // tensor,
+    }
+    if config.fp8.vision:
+        tower = shape.vision
+        widths |= {
+            "hidden_size of the vision tower": tower.hidden_size,
+            "attention heads of the vision tower": tower.hidden_size // tensor,
+            "intermediate_size of the vision tower": padded(tower.intermediate_size, tensor) // tensor,
+        }
+    for name, width in widths.items():
+        if width % unit:
+            yield f"fp8.recipe: {config.fp8.recipe}: {name} is {width} on a tensor rank, no multiple of {unit}"
+
+
+def _fp8_tokens(config: Config) -> Iterator[str]:
+    budget = config.train.tokens_per_micro_batch
+    multiple = token_multiple(config.fp8.recipe, config.parallel.tensor if config.parallel.sequence else 1)
+    if config.train.fixed_rows and budget % multiple:
+        recipe = f"fp8.recipe={config.fp8.recipe}"
+        yield f"train.tokens_per_micro_batch: {budget} is no multiple of {multiple}, which {recipe} needs"
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
@@ -86,11 +161,11 @@ def _is_gone(name: str) -> bool:
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
-    if verb not in ("train", "eval"):
+    if verb not in ("train", "certify", "eval"):
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
-    if config.reward.function is not None:
+    if config.reward.function is not None and verb != "certify":
         yield from _reward_function(config.reward.function)
 
 

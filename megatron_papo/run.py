@@ -79,8 +79,11 @@ def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards."""
+def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
+    """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards.
+
+    `num_engine_ranks`: of those that were started, the last ones are engines'.
+    """
     folder = model_folder(config)
     _quieten_megatron()
     adapt_megatron()
@@ -88,7 +91,7 @@ def open_run(config: Config) -> Iterator[Run]:
         clock = stack.enter_context(StageClock(config.run, own_rank(), config.observe.console))
         stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
         with clock.stage("join"):
-            layout = initialize(config.parallel)
+            layout = initialize(config.parallel, num_engine_ranks)
         stack.push(_end_groups)
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)
@@ -151,7 +154,7 @@ def starting_reference(run: Run) -> ReferencePolicy:
     return reference
 
 
-def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
+def give_weights(run: Run, generator: Generator, policy_version: int) -> None:
     """Gives the generator the policy's weights as they are now."""
     bucket_bytes = run.config.generation.bucket_mib * 2**20
     tensors = hf_tensors(run.policy, run.shape, module_names=True, bucket_bytes=bucket_bytes)

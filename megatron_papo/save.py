@@ -74,6 +74,13 @@ class Checkpoints:
         say(self._run, f"resumed from {latest}, step {restored.step}" + (f"; {lost}" if lost else ""))
         return restored.cursor
 
+    def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
+        """Whether `save_when_due` saves."""
+        done, every = step + 1, self._settings.save_every
+        accuracy = (scores or {}).get("accuracy")
+        best = self._settings.keep_best and accuracy is not None and accuracy > self._best
+        return now or best or done == num_steps or (every > 0 and done % every == 0)
+
     def save_when_due(
         self,
         step: int,
@@ -88,11 +95,9 @@ class Checkpoints:
 
         After the last step and with `now` the checkpoint is on disk when this returns, or SaveFailed is raised.
         """
-        done, every = step + 1, self._settings.save_every
-        accuracy = (scores or {}).get("accuracy")
-        best = self._settings.keep_best and accuracy is not None and accuracy > self._best
-        if not (now or best or done == num_steps or (every and done % every == 0)):
+        if not self.is_due(step, num_steps, scores, now=now):
             return
+        done, accuracy = step + 1, (scores or {}).get("accuracy")
         if accuracy is not None:
             self._best = max(self._best, accuracy)
         with self._run.clock.stage("save"):

@@ -1,7 +1,8 @@
 """`papo train`: reinforcement learning with a perception term. The whole step is `train_step`; read it first.
 
-Every rank runs this same program. A stage is a plain function call over frozen values; what is distributed is hidden
-in the stages themselves. The loss is `losses.papo_loss`; where it departs from the paper stands there.
+Every rank runs this same program, but those of separate engines, which serve it (`serving.py`). A stage is a plain
+function call over frozen values; what is distributed is hidden in the stages themselves. The loss is
+`losses.papo_loss`; where it departs from the paper stands there. `train_ahead.py` does the same one step ahead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from megatron_papo.advantages import with_advantages
+from megatron_papo.certify import Certifier
 from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import BadRows, PromptDataset
@@ -33,12 +35,14 @@ from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import joint_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
+from megatron_papo.precision import PrecisionGuard, watch_precision
 from megatron_papo.record import Recorder, name_bad_rows, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
-from megatron_papo.rollouts import generate
-from megatron_papo.run import Run, hand_over, open_run, pack_update, reward_groups, starting_reference
+from megatron_papo.rollouts import generate, hand_over
+from megatron_papo.run import Run, open_run, pack_update, reward_groups, starting_reference
 from megatron_papo.save import Checkpoints
+from megatron_papo.serving import serve, serves
 from megatron_papo.types import Batch, Group, Metrics
 
 
@@ -50,34 +54,40 @@ class Training:
     optimizer: Optimizer
     reference: ReferencePolicy | None
     generator: Generator
+    certifier: Certifier
     rewarder: Rewarder
     prompts: Prefetch
     heldout: PromptDataset | None
     bad_rows: BadRows
     cursor: DataCursor
     guard: CollapseGuard
+    precision: PrecisionGuard
 
 
 def main(config: Config) -> int:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code."""
+    if serves(config):
+        return serve(config)
     with (
         StopSignal() as stop,
-        open_run(config) as run,
+        open_run(config, config.generation.num_engine_ranks) as run,
         open_training(run) as training,
         Checkpoints(run, training.optimizer, "train") as checkpoints,
     ):
         first_step = _resume(training, checkpoints)
+        if first_step < config.train.steps:
+            training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
             for step in range(first_step, config.train.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, metrics = train_step(training, step)
-                scores = _evaluate_when_due(training, step)
+                scores = evaluate_heldout(training) if evaluation_is_due(training, step) else {}
                 recorder.record(step, groups, metrics, scores)
-                stopped = _watch_for_collapse(training, metrics) or training.optimizer.guard.reason_to_stop
+                stopped = reason_to_stop(training, metrics)
                 leaving = stop.asked()
                 now = bool(stopped) or leaving
-                checkpoints.save_when_due(step, config.train.steps, _state(training), scores, now=now)
+                checkpoints.save_when_due(step, config.train.steps, state_of(training), scores, now=now)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
@@ -92,17 +102,28 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     chosen = ChosenGroups(config.train)
     while not chosen.enough:
         with clock.stage("draw"):
-            draw = _draw_prompts(training, step)
+            draw = draw_prompts_of(training, step)
         with clock.stage("generate"):
-            groups = generate(run, training.generator, draw.prompts, _sampling(config, step, chosen.rounds))
+            groups = generate(run, training.generator, draw.prompts, sampling_of(config, step, chosen.rounds))
         with clock.stage("reward"):
             groups = reward_groups(training.rewarder, groups, run.layout)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
+    groups, metrics = learn(training, chosen, step)
+    with clock.stage("hand over"):
+        hand_over(run, training.generator, policy_version=step + 1)
+    metrics |= training.certifier.after_hand_over(step + 1)
+    return groups, metrics | sum_metrics(training.generator.take_metrics())
+
+
+def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Group], Metrics]:
+    """The second half of a step: the optimizer updates on its rewarded rollouts."""
+    run, config, clock = training.run, training.run.config, training.run.clock
     with clock.stage("advantage"):
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
     with clock.stage("pack"):
         batches = [pack_update(run, groups, chosen.spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
+        metrics = _watch_precision(training, batches[0], step)
         untouched = step == 0 and config.checkpoint.reference is None
         batches = score_logprobs(
             run.policy, batches, config, _head(run), training.reference, reference_is_policy=untouched
@@ -110,16 +131,12 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         run.meter.scored(batches)
     with clock.stage("update", total=len(batches)) as progress:
         loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
-        metrics: Metrics = {}
         for batch in batches:
             rows = _views(batch, config)
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
-    with clock.stage("hand over"):
-        hand_over(run, training.generator, policy_version=step + 1)
-    metrics |= chosen.metrics | sum_metrics(training.generator.take_metrics())
-    return [group for groups in updates for group in groups], metrics
+    return [group for groups in updates for group in groups], metrics | chosen.metrics
 
 
 @contextmanager
@@ -141,6 +158,7 @@ def open_training(run: Run) -> Iterator[Training]:
             optimizer=optimizer,
             reference=reference,
             generator=generator,
+            certifier=Certifier(run, generator),
             rewarder=stack.enter_context(
                 Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
             ),
@@ -149,6 +167,7 @@ def open_training(run: Run) -> Iterator[Training]:
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
             guard=CollapseGuard(config.perception.guard),
+            precision=PrecisionGuard.of(config.fp8),
         )
 
 
@@ -175,7 +194,7 @@ def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:
     return Prefetch(dataset, draw, masks, num_steps=train.steps, ahead=config.data.prefetch)
 
 
-def _draw_prompts(training: Training, step: int) -> Draw:
+def draw_prompts_of(training: Training, step: int) -> Draw:
     """The next prompts, masked views included where the loss reads them."""
     draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
@@ -183,7 +202,7 @@ def _draw_prompts(training: Training, step: int) -> Draw:
     return draw
 
 
-def _sampling(config: Config, step: int, round: int) -> Sampling:
+def sampling_of(config: Config, step: int, round: int) -> Sampling:
     """Every round of dynamic sampling draws anew, also where small data brings a prompt back within a step."""
     generation, dynamic = config.generation, config.train.dynamic_sampling
     return Sampling(
@@ -214,6 +233,21 @@ def _views(batch: Batch, config: Config) -> Batch:
     return batch
 
 
+def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
+    """Moves the guard of FP8 on, before the step scores and updates; what it measured."""
+    run = training.run
+    training.precision, metrics, reason = watch_precision(training.precision, run.policy, rows, _head(run), step)
+    if reason:
+        warn(run, reason)
+    return metrics
+
+
+def reason_to_stop(training: Training, metrics: Metrics) -> str:
+    """Why the run stops itself after this step, or nothing: the guards' reasons."""
+    collapse = _watch_for_collapse(training, metrics)
+    return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
+
+
 def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
     """Moves the guard on; the reason to stop, or nothing."""
     means = {name: total / count for name, (total, count) in metrics.items() if count}
@@ -227,30 +261,43 @@ def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
     return f"perception.guard: {decision.reason}" if decision.action == "stop" else ""
 
 
-def _evaluate_when_due(training: Training, step: int) -> dict[str, float]:
-    config = training.run.config
-    every, last = config.train.eval_every, step + 1 == config.train.steps
-    if training.heldout is None or not (last or (every and (step + 1) % every == 0)):
-        return {}
+def evaluation_is_due(training: Training, step: int) -> bool:
+    """After step `step` (from 0)."""
+    config = training.run.config.train
+    every, last = config.eval_every, step + 1 == config.steps
+    return training.heldout is not None and (last or (every > 0 and (step + 1) % every == 0))
+
+
+def evaluate_heldout(training: Training) -> dict[str, float]:
+    """Scores of the weights that the generator has."""
     assert training.heldout is not None
     return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))
 
 
-def _state(training: Training) -> dict[str, Any]:
+def state_of(training: Training) -> dict[str, Any]:
+    """What a checkpoint keeps beside weights, optimizer and random numbers; plain JSON."""
     return {
         "cursor": training.cursor.state_dict(),
         "guard": training.guard.state(),
         "updates": training.optimizer.guard.state(),
+        "precision": training.precision.state(),
     }
 
 
-def _resume(training: Training, checkpoints: Checkpoints) -> int:
-    """Loads the newest checkpoint when there is one; the step to begin with. The generator gets its weights."""
+def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Loads the newest checkpoint when there is one; the state saved with it, else nothing."""
     state = checkpoints.resume()
     if state is not None:
         training.cursor = training.cursor.load_state_dict(state["cursor"])
         training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
         training.optimizer.guard.load(state.get("updates", {}))
+        training.precision = PrecisionGuard.from_state(training.precision.config, state.get("precision"))
+    return state or {}
+
+
+def _resume(training: Training, checkpoints: Checkpoints) -> int:
+    """The step to begin with. The generator gets its weights."""
+    restore(training, checkpoints)
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
     return checkpoints.next_step

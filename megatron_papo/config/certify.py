@@ -14,7 +14,8 @@ class LimitsConfig(Section):
     pixel_values: Positive | None = None
     """Normalised pixels, largest absolute difference."""
     features: Positive | None = None
-    """Image features and hidden states, largest difference relative to the root mean square."""
+    """Image features and hidden states, difference relative to a token's root mean square, mean over tokens; a single
+    token may differ ten times as much."""
     logprobs_mean: Positive | None = None
     """Log-probs, mean absolute difference, nats a token."""
     logprobs_max: Positive | None = None

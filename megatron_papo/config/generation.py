@@ -47,6 +47,11 @@ class GenerationConfig(Section):
     enforce_eager: bool = False
     """vLLM without CUDA graphs."""
 
+    @property
+    def num_engine_ranks(self) -> int:
+        """Ranks that serve and do not train: of separate engines. They come last in the world."""
+        return self.engines * self.tensor if self.placement == "separate" else 0
+
     @model_validator(mode="after")
     def _check(self) -> GenerationConfig:
         if self.engines > 1 and self.placement == "colocated":

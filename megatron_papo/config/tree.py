@@ -408,6 +408,8 @@ class ObserveConfig(Section):
     """Rollouts on a page."""
     profile_step: Annotated[int, Field(ge=0)] | None = None
     """Step (from 0) of which every rank writes a torch profiler trace under run.dir/profile; that step is slower."""
+    calibration: Path | None = None
+    """Assumptions of `tools/plan.py --calibrate`, for the figures `planned/...` beside the measured."""
     peak_tflops: Positive | None = None
     """Dense TFLOPS of one GPU in model.dtype, for `mfu`; null: known by the GPU's name, or no `mfu`."""
 
@@ -454,6 +456,11 @@ class Config(Section):
             )
         if self.perception.guard.action != "off" and not self.reads_masked_view:
             found.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
+        if self.train.ahead and self.loss.correction == "none" and self.loss.old_logprobs == "recomputed":
+            found.append(
+                "train.ahead: rollouts are one step old, which no term of the loss sees with loss.correction=none; "
+                "use truncated"
+            )
         longest = self.data.max_prompt_tokens + self.generation.max_response_tokens
         needed = longest * (2 if self.reads_joint_rows else 1)
         if self.train.tokens_per_micro_batch < needed:

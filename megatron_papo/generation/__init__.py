@@ -18,6 +18,10 @@ def build_generator(config: Config, processor: Processor, layout: Layout, report
     `reporter(done, total)` is called as rollouts of this rank finish. Raises ValueError when the engine is not
     installed or cannot run in this layout.
     """
+    if config.generation.placement == "separate":
+        from megatron_papo.generation.separate import SeparateGenerator
+
+        return SeparateGenerator(config, processor, layout, reporter)
     if config.generation.engine == "vllm":
         from megatron_papo.generation.vllm_engine import VllmGenerator
 

@@ -19,7 +19,7 @@ from megatron_papo.config import Config
 from megatron_papo.generation.base import Report, Sampling
 from megatron_papo.generation.decoding import decode_batch
 from megatron_papo.generation.handover import checked
-from megatron_papo.generation.shares import Answer, Job, generate_in_shares
+from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parallel import Layout
 from megatron_papo.types import Group, Metrics, Prompt
@@ -41,7 +41,8 @@ class TransformersGenerator:
             model_config.dtype = dtype
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")
         model.tie_weights()  # building without initial weights leaves a tied head untied
-        self.model = model.to(dtype).eval().requires_grad_(False)
+        # built in `dtype`: `.to(dtype)` would round the rotary frequencies too, which transformers keeps in fp32
+        self.model = model.eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
         banned_ids = shape.unsayable_ids(len(processor.tokenizer))
@@ -59,6 +60,11 @@ class TransformersGenerator:
             decode=self.processor.decode,
             policy_version=self.policy_version,
         )
+
+    def answer_alone(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        """The first rollout of the prompt, by this rank's own model, whatever other ranks do."""
+        jobs = make_jobs([prompt], sampling)[:1]
+        return decode_batch(self.model, [prompt], jobs, sampling, self.banned_ids, self.eos_ids)[0]
 
     def _answer(self, prompts: Sequence[Prompt], jobs: list[Job], sampling: Sampling) -> list[Answer]:
         # prompts of like length share a batch, so that little is padded; the sort is stable and keeps groups together

@@ -20,8 +20,8 @@ from transformers import Qwen2_5_VLConfig
 from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
-from megatron_papo.generation.pictures import pictures
-from megatron_papo.generation.shares import Answer, Job, generate_in_shares
+from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
+from megatron_papo.generation.vllm_requests import Requests, bare
 from megatron_papo.generation.vllm_sleep import Sleeper
 from megatron_papo.generation.vllm_start import (
     check,
@@ -33,7 +33,6 @@ from megatron_papo.generation.vllm_start import (
     start,
     trainer_state_kept,
 )
-from megatron_papo.model.shape import ModelShape
 from megatron_papo.parallel import Layout, everyone, gather_objects
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 """A tied head is handed over like the embedding: on the CPU vLLM keeps a packed copy of it."""
-_BAN = -100.0
-"""The lowest bias vLLM takes; the probability left is below the smallest fp32 number for logits of any use."""
 
 
 class VllmGenerator:
@@ -54,14 +51,8 @@ class VllmGenerator:
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         check(config, layout)
         self.processor, self.layout, self.report = processor, layout, report
-        self.shape = ModelShape.from_folder(processor.folder)
-        self.banned_ids = self.shape.unsayable_ids(len(processor.tokenizer))
-        model_config = Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True)
-        self.expected = expected_shapes(model_config)
-        self.max_model_len = min(
-            config.data.max_prompt_tokens + config.generation.max_response_tokens,
-            model_config.text_config.max_position_embeddings,
-        )
+        self.requests = Requests.of(config, processor)
+        self.expected = expected_shapes(Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True))
         self.config = config
         self.engine_group = engine_group_of(layout, config.generation.tensor)
         self.metrics: Metrics = {}
@@ -71,16 +62,29 @@ class VllmGenerator:
         self.policy_version: int | None = None
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
-        self.llm = start(self.config, self.processor.folder, self.layout, self.shm_name, self.max_model_len)
+        self.llm = start(self.config, self.processor.folder, self.layout, self.shm_name, self.requests.max_model_len)
         self.sleeper = Sleeper(self.llm, sleeps(self.config))
         self.sleeper.sleep()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        self._check_prompts(prompts, sampling)
+        self.requests.check(prompts, sampling)
         self.sleeper.wake()
         groups = self._generate(prompts, sampling)
         self.sleeper.sleep()
         return groups
+
+    def answer_alone(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        """The first rollout of the prompt, by this rank's own engine and with nothing that it keeps of others; it keeps
+        nothing of this one either. All ranks call it, those of an engine with the same prompt."""
+        self.requests.check([prompt], sampling)
+        self.sleeper.wake()
+        self._forget_prompts()
+        metrics, jobs = dict(self.metrics), make_jobs([prompt], sampling)[:1]
+        (answer,) = self._run(jobs, [self.requests.request(prompt, sampling)], sampling)
+        self.metrics = metrics
+        self._forget_prompts()
+        self.sleeper.sleep()
+        return answer
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return generate_in_shares(
@@ -92,21 +96,11 @@ class VllmGenerator:
             policy_version=self.policy_version,
         )
 
-    def _check_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Of all prompts, not of this rank's share alone, so that the ranks of a group refuse together."""
-        for prompt in prompts:
-            num_tokens = prompt.inputs.token_ids_S.numel()
-            if num_tokens + sampling.max_response_tokens > self.max_model_len:
-                raise ValueError(
-                    f"prompt {prompt.id}: {num_tokens} tokens and a response of {sampling.max_response_tokens} "
-                    f"exceed the engine's {self.max_model_len}"
-                )
-            if sampling.masked and prompt.inputs.pixel_values_PD is not None and prompt.masked_pixel_values_PD is None:
-                raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
-
     def _answer(self, prompts: Sequence[Prompt], jobs: list[Job], sampling: Sampling) -> list[Answer]:
         """The ranks of an engine run the union of their shares together, each keeps its own answers."""
-        request_of = {place: self._request(prompts[place], sampling) for place in {job.prompt_index for job in jobs}}
+        request_of = {
+            place: self.requests.request(prompts[place], sampling) for place in {job.prompt_index for job in jobs}
+        }
         requests = [request_of[job.prompt_index] for job in jobs]
         if self.engine_group is None:
             return self._run(jobs, requests, sampling)
@@ -115,18 +109,6 @@ class VllmGenerator:
         answers = self._run(every_job, [request for _, requests_ in shares for request in requests_], sampling)
         first = sum(len(jobs_) for jobs_, _ in shares[: dist.get_rank(self.engine_group)])
         return answers[first : first + len(jobs)]
-
-    def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
-        """vLLM's prompt, with one image token a picture, and the full token ids that it has to come to."""
-        inputs = prompt.inputs
-        pixel_values_PD = prompt.masked_pixel_values_PD if sampling.masked else inputs.pixel_values_PD
-        compact = _compact(inputs.token_ids_S, inputs.grid_thw_I3, self.shape)
-        request: dict[str, Any] = {"prompt_token_ids": compact, "full": inputs.token_ids_S.tolist()}
-        if pixel_values_PD is not None:
-            assert inputs.grid_thw_I3 is not None
-            images = pictures(pixel_values_PD, inputs.grid_thw_I3, self.processor.image_processor)
-            request["multi_modal_data"] = {"image": images}
-        return request
 
     def _run(self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling) -> list[Answer]:
         done: list[RequestOutput] = []
@@ -139,17 +121,14 @@ class VllmGenerator:
         self._raise_where_lost(fault)
         done.sort(key=lambda output: int(output.request_id))  # numbered as they were enqueued
         assert len(done) == len(jobs)
-        for job, request, output in zip(jobs, requests, done):
-            if list(output.prompt_token_ids or ()) != request["full"]:
-                raise RuntimeError(f"rollout {job}: vLLM expanded the prompt to other tokens than the processor's")
-        return [self._answer_of(job, output) for job, output in zip(jobs, done)]
+        return [self.requests.answer(*each) for each in zip(jobs, requests, done)]
 
     def _serve(
         self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling, done: list[RequestOutput]
     ) -> None:
         """All requests together, each joining and leaving the batch as there is room; the finished into `done`."""
-        prompts = [{key: value for key, value in request.items() if key != "full"} for request in requests]
-        self.llm.enqueue(prompts, [self._params(job, sampling) for job in jobs], use_tqdm=False)
+        params = [self.requests.params(job, sampling) for job in jobs]
+        self.llm.enqueue([bare(request) for request in requests], params, use_tqdm=False)
         while self.llm.llm_engine.has_unfinished_requests():
             done += [output for output in self.llm.llm_engine.step() if output.finished]
             if self.report is not None:
@@ -166,46 +145,26 @@ class VllmGenerator:
         if lost is not None:
             raise EngineLost(f"the engine of rank {lost} died: {faults[lost]}")
 
-    def _params(self, job: Job, sampling: Sampling) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=1,
-            seed=job.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_response_tokens,
-            logprobs=0,  # of the sampled token alone
-            logit_bias=dict.fromkeys(self.banned_ids, _BAN),
-            stop_token_ids=list(self.processor.eos_ids),
-            detokenize=False,
-        )
-
-    def _answer_of(self, job: Job, output: RequestOutput) -> Answer:
-        completion = output.outputs[0]
-        ids = tuple(completion.token_ids)
-        assert completion.logprobs is not None and not set(ids) & set(self.banned_ids)
-        logprobs = tuple(place[token].logprob for place, token in zip(completion.logprobs, ids))
-        assert completion.finish_reason in ("stop", "length"), completion.finish_reason
-        return Answer(job, ids, logprobs, completion.finish_reason)
-
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         self.policy_version = None
         self.sleeper.wake_weights()
+        tied = self.requests.shape.tie_word_embeddings
         with trainer_state_kept(), torch.no_grad():
             self.llm.start_weight_update()
             for name, tensor in checked(named_tensors, self.expected):
-                for own_name in (name, _HEAD) if name == _EMBEDDING and self.shape.tie_word_embeddings else (name,):
+                for own_name in (name, _HEAD) if name == _EMBEDDING and tied else (name,):
                     self.llm.update_weights({"update_info": {"name": own_name, "tensor": tensor}})
             self.llm.finish_weight_update()
-            # everything computed with the old weights: keys and values, and image features
-            engine = self.llm.llm_engine
-            engine.reset_mm_cache()
-            engine.reset_encoder_cache()
-            if not engine.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+            self._forget_prompts()
         self.policy_version = policy_version
+
+    def _forget_prompts(self) -> None:
+        """Everything computed so far, with weights that may be old: keys and values, and image features."""
+        engine = self.llm.llm_engine
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
+        if not engine.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
 
     def restart(self) -> None:
         self.close()
@@ -223,13 +182,3 @@ class VllmGenerator:
         del self.llm, self.sleeper
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):
             file.unlink(missing_ok=True)  # every rank of the engine has it mapped; vLLM leaves the name behind
-
-
-def _compact(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> list[int]:
-    """The prompt with each picture's run of image tokens cut to its first; runs that touch are told apart by size."""
-    kept, ids, place = [], token_ids_S.tolist(), 0
-    runs = iter([] if grid_thw_I3 is None else (grid_thw_I3.prod(dim=1) // shape.vision.merge_unit).tolist())
-    while place < len(ids):
-        kept.append(ids[place])
-        place += next(runs) if ids[place] == shape.image_token_id else 1
-    return kept

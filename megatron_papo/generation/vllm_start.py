@@ -36,11 +36,16 @@ _SHM = "megatron_papo_"
 
 
 def check(config: Config, layout: Layout) -> None:
-    """Raises ValueError for what vLLM cannot do, before it is imported."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError("generation.engine=vllm: vLLM is not installed; install the package's [vllm] extra")
+    """Raises ValueError for what vLLM cannot do in the ranks of `layout`, before it is imported."""
+    check_settings(config)
     if layout.world_size % config.generation.tensor:
         raise ValueError(f"generation.tensor={config.generation.tensor} does not divide the {layout.world_size} ranks")
+
+
+def check_settings(config: Config) -> None:
+    """Raises ValueError for what vLLM cannot do, wherever its ranks are."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("generation.engine=vllm: vLLM is not installed; install the package's [vllm] extra")
     if config.generation.quantization != "none" and not accelerator.has_gpu():
         raise ValueError(f"generation.quantization={config.generation.quantization}: vLLM needs a GPU for it")
     for key, value in (("generation", config.generation.temperature), ("eval", config.eval.temperature)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,12 +38,18 @@ class StructuredAttention(torch.nn.Module):
         packed_seq_params: Segments | WindowedSegments,
         **_: Any,
     ) -> Tensor:
-        """[T, 1, heads, D] queries and [T, 1, key-value heads, D] keys and values to [T, 1, heads * D]."""
+        """[T, 1, heads, D] queries and [T, 1, key-value heads, D] keys and values to [T, 1, heads * D].
+
+        Padding at the end of the row, of which `packed_seq_params` knows, is left out: zero, without gradient.
+        """
         assert attention_mask is None, "the structure of a row is in packed_seq_params"
         scale = self.softmax_scale or query_T1ND.shape[-1] ** -0.5
-        row = (tensor.squeeze(1) for tensor in (query_T1ND, key_T1GD, value_T1GD))
+        num_padding = packed_seq_params.num_padding
+        num_places = query_T1ND.shape[0] - num_padding
+        row = (tensor.squeeze(1)[:num_places] for tensor in (query_T1ND, key_T1GD, value_T1GD))
         out_TND = _RowAttention.apply(*row, packed_seq_params.of_layer(self.layer), scale)
-        return out_TND.flatten(1).unsqueeze(1)
+        out_T1H = out_TND.flatten(1).unsqueeze(1)
+        return F.pad(out_T1H, (0, 0, 0, 0, 0, num_padding)) if num_padding else out_T1H
 
 
 class _RowAttention(torch.autograd.Function):

@@ -55,6 +55,8 @@ class Segments:
     """The same for variable-length kernels, on a GPU."""
     rotation: Rotation | None
     """Of queries and keys by their positions."""
+    num_padding: int = 0
+    """Places after the T that nothing attends to or from: attention is zero there, and so are its gradients."""
 
     def of_layer(self, layer: int) -> Segments:
         """What layer `layer` (from 0) attends within."""
@@ -71,12 +73,21 @@ class WindowedSegments:
     frames: Segments
     frame_layers: frozenset[int]
 
+    @property
+    def num_padding(self) -> int:
+        return self.frames.num_padding
+
     def of_layer(self, layer: int) -> Segments:
         return self.frames if layer in self.frame_layers else self.windows
 
 
 def build_segments(
-    segments: Sequence[Segment], *, causal: bool, device: torch.device, rotation: Rotation | None = None
+    segments: Sequence[Segment],
+    *,
+    causal: bool,
+    device: torch.device,
+    rotation: Rotation | None = None,
+    num_padding: int = 0,
 ) -> Segments:
     """Lays out the blocks of a row, given its segments (of at least one token each) in row order."""
     lengths = np.asarray([segment.length for segment in segments], dtype=np.int64)
@@ -86,7 +97,7 @@ def build_segments(
     assert causal or not prefixes
     blocks = tuple(_block(starts[members], lengths[members], device) for members in _batches(lengths, causal))
     varlen = VarlenPlan.of(lengths.tolist(), prefixes, causal, device) if device.type == "cuda" else None
-    return Segments(causal, blocks, prefixes, varlen, rotation)
+    return Segments(causal, blocks, prefixes, varlen, rotation, num_padding)
 
 
 def _prefixes(segments: Sequence[Segment], starts: np.ndarray) -> Iterator[tuple[slice, slice]]:

@@ -21,6 +21,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_papo.model.attention_layout import build_segments
+from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.padding import row_padding
+from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.rotary import mrope
 from megatron_papo.model.shape import ModelShape, padded
@@ -38,9 +41,13 @@ class LanguageModel(LanguageModule):
         num_layers: int,
         pre_process: bool,
         post_process: bool,
+        fp8: Fp8Switch,
+        row_length: int | None = None,
     ):
-        """`num_layers`: decoder layers of this stage."""
+        """`num_layers`: decoder layers of this stage. `row_length`: tokens that every row is padded to; None: as few as
+        the layout and FP8 ask for."""
         super().__init__(config)
+        self.fp8, self.row_length = fp8, row_length
         self.shape, self.pre_process, self.post_process = shape.language, pre_process, post_process
         self.share_embeddings_and_output_weights = shape.tie_word_embeddings
         vocab_size = padded(shape.language.vocab_size, config.tensor_model_parallel_size)
@@ -54,6 +61,9 @@ class LanguageModel(LanguageModule):
             pre_process=pre_process,
             post_process=post_process,
         )
+        num_all, first, last = shape.language.num_layers, fp8.settings.first_layers, fp8.settings.last_layers
+        ends = frozenset((*range(first), *range(num_all - last, num_all)))
+        fp8.take("language", self.decoder.layers, config, skip=ends)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -69,29 +79,36 @@ class LanguageModel(LanguageModule):
         return self.embedding(token_ids_T[None, :], None).squeeze(1)
 
     def forward(self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        """Hidden states of this stage; under sequence parallelism [T / ranks, 1, H], padded, else [T, 1, H].
+        """Hidden states of this stage, padded at the end: [T, 1, H], under sequence parallelism [T / ranks, 1, H].
 
-        `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`.
+        `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`. Padding is zero, in every
+        layer: biases are those of queries, keys and values alone, and attention leaves it out.
         """
-        num_tokens = position_ids_3T.shape[1]
-        padding = -num_tokens % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
+        padding = self.num_padding(position_ids_3T.shape[1])
         hidden = None
         if embeddings_TH is not None:
             hidden = F.pad(embeddings_TH, (0, 0, 0, padding))[:, None, :]
             hidden = scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
-        if padding:
-            segments = (*segments, Segment(padding))
         rotation = mrope(
-            F.pad(position_ids_3T, (0, padding)),
+            position_ids_3T,
             head_dim=self.shape.head_dim,
             theta=self.shape.rope_theta,
             sections=self.shape.mrope_section,
         )
-        return self.decoder(
+        found = self.decoder(
             hidden,
             attention_mask=None,
-            packed_seq_params=build_segments(segments, causal=True, device=position_ids_3T.device, rotation=rotation),
+            packed_seq_params=build_segments(
+                segments, causal=True, device=position_ids_3T.device, rotation=rotation, num_padding=padding
+            ),
         )
+        self.fp8.after_forward(found)
+        return found
+
+    def num_padding(self, num_tokens: int) -> int:
+        """Places added to a row of `num_tokens`, in the pass that is under way."""
+        sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return row_padding(num_tokens, token_multiple(self.fp8.recipe, sequence_ranks), self.row_length)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[T (padded), H] on every tensor rank, such that the gradients of the vocabulary shards add up."""

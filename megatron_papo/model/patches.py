@@ -29,7 +29,7 @@ class PatchPlan:
     token_order_M: Tensor
     """Place in window order of each token of the language model: undoes the window order after merging."""
     num_padding: int
-    """Patches of zeros added at the end, as a window and a frame of their own."""
+    """Patches of zeros added at the end, left out of attention."""
     segments: WindowedSegments
 
 
@@ -43,10 +43,8 @@ def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, devi
     patch_order = (block_order[:, None] * merge**2 + np.arange(merge**2)).reshape(-1)
     positions = np.concatenate([image.positions for image in images])[patch_order]
     padding = -len(patch_order) % multiple
-    positions = np.concatenate([positions, np.zeros((padding, 2), dtype=np.int64)])
-    end = [Segment(padding)] if padding else []
-    windows = [Segment(length) for image in images for length in image.windows] + end
-    frames = [Segment(length) for image in images for length in image.frames] + end
+    windows = [Segment(length) for image in images for length in image.windows]
+    frames = [Segment(length) for image in images for length in image.frames]
     places = torch.from_numpy(positions).to(device)
     rotation = vision_rotation(places, head_dim=shape.head_dim, theta=shape.rope_theta)
     return PatchPlan(
@@ -54,8 +52,8 @@ def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, devi
         token_order_M=torch.from_numpy(np.argsort(block_order)).to(device),
         num_padding=padding,
         segments=WindowedSegments(
-            windows=build_segments(windows, causal=False, device=device, rotation=rotation),
-            frames=build_segments(frames, causal=False, device=device, rotation=rotation),
+            windows=build_segments(windows, causal=False, device=device, rotation=rotation, num_padding=padding),
+            frames=build_segments(frames, causal=False, device=device, rotation=rotation, num_padding=padding),
             frame_layers=frozenset(shape.full_attention_layers),
         ),
     )

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.logprobs import vocab_parallel_head
+from megatron_papo.model.fp8.hardware import check_hardware
+from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
@@ -50,6 +52,7 @@ class VisionLanguageModel(MegatronModule):
         self.shape = shape
         self.language = language
         self.vision = vision
+        self.fp8 = language.fp8
         # Megatron-Core's schedules, and its sum of tied embeddings' gradients, ask these of the outermost module
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language.pre_process, language.post_process
@@ -92,7 +95,7 @@ class VisionLanguageModel(MegatronModule):
         return self.vision(pixels, torch.tensor([[1, edge, edge]])).sum() * 0.0
 
     def _head(self, hidden: Tensor, micro_batch: MicroBatch, head: HeadRequest) -> HeadOutputs:
-        states_TH = self.language.head_input(hidden)
+        states_TH = self.language.head_input(hidden)[: micro_batch.num_tokens]  # no place of padding can be read
         weight_VH = self.language.head_weight()
         masked_index_R = micro_batch.masked_logit_index_R
         values = vocab_parallel_head(
@@ -123,6 +126,8 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     if graphs or not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
         model_parallel_cuda_manual_seed(config.run.seed, use_cudagraphable_rng=graphs, force_reset_rng=graphs)
     spec = choose_spec(config.model)
+    check_hardware(config, spec)
+    fp8 = Fp8Switch(config.fp8)
     layers = stage_layers(config.parallel, shape)
     language = LanguageModel(
         language_config(config, shape, spec),
@@ -131,9 +136,11 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         num_layers=layers[here.pipeline_rank],
         pre_process=here.is_first_stage,
         post_process=here.is_last_stage,
+        fp8=fp8,
+        row_length=config.train.tokens_per_micro_batch if config.train.fixed_rows else None,
     )
-    vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec) if here.is_first_stage else None
     start_overlap(config, language.config)
+    vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec, fp8) if here.is_first_stage else None
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(

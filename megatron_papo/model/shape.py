@@ -167,6 +167,29 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
         raise ConfigError("\n".join(faults))
 
 
+def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
+    """A line a fault: what vLLM's tensor parallelism cannot split of the model of `shape`. The vocabulary it pads."""
+    tensor, language, vision = config.generation.tensor, shape.language, shape.vision
+    if config.generation.engine != "vllm":
+        return []
+    faults = []
+    if language.num_heads % tensor:
+        faults.append(f"generation.tensor: {language.num_heads} attention heads do not divide by {tensor}")
+    if language.num_kv_heads % tensor and tensor % language.num_kv_heads:
+        faults.append(f"generation.tensor: {language.num_kv_heads} key-value heads and {tensor} ranks do not divide")
+    widths = {
+        "heads of the vision tower": vision.num_heads,
+        "columns of the language model's MLP": language.intermediate_size,
+        "columns of the vision tower's MLP": vision.intermediate_size,
+    }
+    faults += [
+        f"generation.tensor: {width} {what} do not divide by {tensor}"
+        for what, width in widths.items()
+        if width % tensor
+    ]
+    return faults
+
+
 def _language(keys: Keys) -> LanguageShape:
     keys.must_be("hidden_act", "silu")
     if keys.tree.get("use_sliding_window"):

@@ -1,7 +1,8 @@
 """Layer specs: which modules a Megatron-Core transformer layer is built of.
 
-`local`: Megatron-Core's own linears and our norm; runs anywhere. `transformer_engine`: Transformer Engine's linears
-with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row means the same to both.
+`local`: Megatron-Core's own linears, which can emulate FP8, and our norm; runs anywhere. `transformer_engine`:
+Transformer Engine's linears with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row
+means the same to both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention import StructuredAttention
+from megatron_papo.model.fp8.layer import ZeroPaddedLayer
+from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
 
 
 class RMSNorm(torch.nn.Module):
@@ -72,7 +74,7 @@ def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockS
         ),
     )
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if causal else ZeroPaddedLayer,  # those of the vision tower have biases
         submodules=TransformerLayerSubmodules(
             input_layernorm=modules["norm"],
             self_attention=attention,
@@ -92,8 +94,8 @@ def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockS
 def _local_modules() -> dict[str, Any]:
     return {
         "norm": RMSNorm,
-        "normed_column": ColumnParallelLinear,
-        "row": RowParallelLinear,
+        "normed_column": RoundedColumnLinear,
+        "row": RoundedRowLinear,
         "final_norm": RMSNorm,
         # a checkpoint names norms as the fused linears of Transformer Engine do, so that both specs read it
         "saved_names": {

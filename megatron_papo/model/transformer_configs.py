@@ -38,6 +38,10 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         add_qkv_bias=True,
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(config, shape),
+        first_last_layers_bf16=config.fp8.first_layers + config.fp8.last_layers > 0,
+        num_layers_at_start_in_bf16=config.fp8.first_layers,
+        num_layers_at_end_in_bf16=config.fp8.last_layers,
+        **_fp8(config, spec),
         **_common(config, spec),
         **fusions(config, spec, language=True),
     )
@@ -56,9 +60,29 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         layernorm_epsilon=vision.rms_norm_eps,
         add_bias_linear=True,
         add_qkv_bias=True,
+        **(_fp8(config, spec) if config.fp8.vision else {}),
         **_common(config, spec),
         **fusions(config, spec, language=False),
     )
+
+
+def _fp8(config: Config, spec: str) -> dict[str, Any]:
+    """What Transformer Engine's layers read; `model.fp8.switch` sets `fp8` for the passes that use it. Megatron-Core
+    counts layers over all stages, so the first and last of the model are these under pipeline parallelism too.
+
+    The local spec emulates FP8 in its own linears, and Megatron-Core is told nothing of it.
+    """
+    if not config.fp8.enabled or spec != "transformer_engine":
+        return {}
+    hybrid = config.fp8.recipe in ("tensorwise", "delayed")
+    return {
+        "fp8": "hybrid" if hybrid else "e4m3",
+        "fp8_recipe": config.fp8.recipe,
+        "fp8_amax_history_len": config.fp8.amax_history,
+        "fp8_amax_compute_algo": "max",
+        # over data-parallel ranks too, by default: they may have unequal numbers of rows and would wait for one another
+        "tp_only_amax_red": True,
+    }
 
 
 def _common(config: Config, spec: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ never split between sequence-parallel ranks: the patches are padded for that at 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
@@ -19,6 +21,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.patches import plan_patches
 from megatron_papo.model.shape import VisionShape
@@ -26,21 +30,23 @@ from megatron_papo.model.specs import RMSNorm, block_spec, replicated_parameter
 
 
 class VisionTower(MegatronModule):
-    def __init__(self, config: TransformerConfig, shape: VisionShape, spec: str):
+    def __init__(self, config: TransformerConfig, shape: VisionShape, spec: str, fp8: Fp8Switch):
         super().__init__(config)
-        self.shape = shape
+        self.shape, self.fp8 = shape, fp8
         self.patch_embed = PatchEmbed(config, shape)
         self.decoder = TransformerBlock(
             config, block_spec(spec, shape.num_layers, causal=False), post_layer_norm=False, post_process=False
         )
         self.merger = PatchMerger(of_plain_linears(config), shape)
+        if fp8.settings.vision:
+            fp8.take("vision", self.decoder.layers, config, skip=frozenset())
 
     def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
         """Patches in the processor's order to [M, out_hidden_size] image tokens in reading order, on every rank."""
         weight = self.patch_embed.weight
-        multiple = self.shape.merge_unit * (
-            self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        )
+        sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
+        multiple = math.lcm(self.shape.merge_unit * sequence_ranks, token_multiple(recipe, sequence_ranks))
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=weight.device)
         pixels = pixel_values_PD.to(weight.device).index_select(0, plan.patch_order_P)
         if plan.num_padding:

@@ -105,3 +105,41 @@ def test_names_shapes_marks_and_weights_equal_the_local_specs(tmp_path, override
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         for part in ("shapes", "held", "checkpoint", "marks"):
             assert local[part] == engine[part], part
+
+
+def _contexts(folder: Path, recipe: str) -> dict[str, Any]:
+    """By layer of the language model and of the tower (from 1): the kind of context that Megatron-Core enters."""
+    from megatron.core.fp8_utils import get_fp8_context
+
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.config import load_config
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.model.transformer_configs import language_config, vision_config
+
+    whole = ["fp8.first_layers=0", "fp8.last_layers=0"] if recipe == "delayed" else []
+    config = load_config(None, [f"model.path={folder}", f"fp8.recipe={recipe}", "fp8.vision=true", *whole])
+    adapt_megatron()
+    available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    try:
+        shape = ModelShape.from_folder(folder)
+        found = {}
+        for name, make in (("language", language_config), ("vision", vision_config)):
+            made = make(config, shape, "transformer_engine")
+            found[name] = [type(get_fp8_context(made, layer)).__name__ for layer in range(made.num_layers)]
+            found[f"{name} recipe"] = (made.fp8, str(made.fp8_recipe), made.fp8_param)
+        return found
+    finally:
+        torch.cuda.is_available = available
+
+
+@pytest.mark.parametrize(
+    ("recipe", "numbers"), [("tensorwise", "hybrid"), ("delayed", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
+)
+def test_every_recipe_is_one_of_megatrons_and_the_outer_layers_stay_out(tmp_path, recipe, numbers):
+    folder = make_tiny_folder(tmp_path / "model", layers=4)
+    (found,) = run_ranks(_contexts, 1, folder, recipe)
+    assert found["language recipe"] == found["vision recipe"] == (numbers, recipe, False)
+    inside = ["autocast"] * 4 if recipe == "delayed" else ["nullcontext", "autocast", "autocast", "nullcontext"]
+    assert found["language"] == inside
+    assert set(found["vision"]) == {"autocast"}

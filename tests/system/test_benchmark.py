@@ -128,6 +128,20 @@ def test_convert(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rows.json"], "what was written is gone"
 
 
+def test_fp8(tmp_path):
+    rows = run_benchmark("fp8", tmp_path)
+    # bfloat16; by recipe all layers, one less at either end, and each of 4 x 4 linears; a mean and a maximum each
+    assert len(rows) == 2 * (1 + 4 * (2 + 16))
+    for row in rows:
+        check_ratio(row)
+    assert all(mean["value"] < most["value"] for mean, most in zip(rows[::2], rows[1::2]))
+    for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8"):
+        own = [row["value"] for row in rows[::2] if row["name"].startswith(recipe)]
+        assert own[0] > rows[0]["value"] > 0  # 3 bits of mantissa against 7
+        assert own[2:] == sorted(own[2:], reverse=True)
+        assert own[2] < own[0] < sum(own[2:])  # one linear does less than all, all less than their sum
+
+
 @needs_trl
 @pytest.mark.parametrize("gap", [2e-4, math.nan])
 def test_sides_that_differ_are_refused(gap):
@@ -136,3 +150,13 @@ def test_sides_that_differ_are_refused(gap):
     with pytest.raises(SidesDiffer, match=r"loss: .*allowed 1e-04"):
         _checked("loss", gap, "nats")
     assert _checked("loss", 5e-5, "nats").ratio == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_ahead(tmp_path):
+    rows = run_benchmark("ahead", tmp_path)
+    assert [row["unit"] for row in rows] == ["s", "s", "s", "share"]
+    for row in rows:
+        check_ratio(row)
+    assert rows[1]["value"] < rows[0]["value"] and rows[3]["value"] <= 1

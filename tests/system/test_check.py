@@ -57,6 +57,11 @@ def test_every_fault_is_told_at_once(big, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "papo: error: generation.tensor: 5 does not divide the 48 ranks",
+        "papo: error: generation.tensor: 64 attention heads do not divide by 5",
+        "papo: error: generation.tensor: 8 key-value heads and 5 ranks do not divide",
+        "papo: error: generation.tensor: 16 heads of the vision tower do not divide by 5",
+        "papo: error: generation.tensor: 29568 columns of the language model's MLP do not divide by 5",
+        "papo: error: generation.tensor: 3456 columns of the vision tower's MLP do not divide by 5",
         "papo: error: data.train: gone.jsonl: no such file or folder",
         "papo: error: run.dir: /dev/null/run: /dev/null is no folder that can be written to",
     ]

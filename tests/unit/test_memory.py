@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_papo.check import faults_of_layout
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.config import Config, load_config
 from megatron_papo.memory import (
@@ -145,3 +146,17 @@ def test_every_recipe_fits_the_nodes_it_names():
         config = load_config(file)
         assert memory_faults(config, shape_of(name), config.cluster.num_ranks) == [], file.name
         assert memory_warnings(config, shape_of(name), config.cluster.num_ranks) == [], file.name
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fp8", "told"),
+    [
+        ("H100", "tensorwise", []),
+        ("H100", "mxfp8", ["fp8.recipe: mxfp8 is none of what H100 computes: tensorwise, delayed, blockwise"]),
+        ("A100", "tensorwise", ["fp8.recipe: tensorwise is none of what A100 computes: no FP8 at all"]),
+        ("B200", "mxfp8", []),
+    ],
+)
+def test_a_recipe_that_the_gpu_does_not_compute_is_refused(gpu, fp8, told):
+    config = recipe("papo_g_7b", f"cluster.gpu={gpu}", f"fp8.recipe={fp8}")
+    assert [line for line in faults_of_layout("train", config, shape_of("7B"), 8) if line.startswith("fp8")] == told

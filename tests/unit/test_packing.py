@@ -25,6 +25,7 @@ from megatron_papo.packing import (
     supervised_group,
     token_totals,
 )
+from megatron_papo.parallel import joined
 from megatron_papo.types import Batch, Group, HeadOutputs, MicroBatch, ModelInputs, Prompt, Rollout, Segment
 from tests.tiny import tiny_config
 
@@ -367,6 +368,7 @@ def test_empty_like_counts_nothing_and_has_no_gradient():
     total, metrics = papo_loss(HeadOutputs(policy), row, LossSettings.at_step(Config(), 0))
     total.backward()
     assert total.item() == 0.0 and torch.equal(policy.grad, torch.zeros(8))
+    assert metrics.pop("rollout_gap_max") == (0.0, 1.0)
     assert set(metrics.values()) == {(0.0, 0.0)}
 
 
@@ -395,13 +397,13 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(averaging: str, kl
     for budget, joint in ((1000, True), (70, True), (40, True), (30, False), (18, False)):
         table = torch.randn(100, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
         rows = _pack(groups, budget=budget, joint=joint, **loss)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, tuple[float, float]] = {}
         for row in rows:
             row = replace(row, ref_logprobs_R=-row.target_ids_R / 50.0, old_logprobs_R=-row.target_ids_R / 40.0)
             total, metrics = papo_loss(_toy_outputs(row, table), joint_row(row), LossSettings.at_step(config, 0))
             total.backward()
             for name, pair in metrics.items():
-                sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.tensor(pair)
+                sums[name] = joined(name, sums.get(name), pair)
         results.append(([row.segment_lengths for row in rows], table.grad, sums))
     splits = [split for split, *_ in results]
     assert [len(split) for split in splits] == [1, 2, 3, 2, 4]
@@ -409,7 +411,8 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(averaging: str, kl
     assert gradient.abs().max() > 1e-3
     for _, other_gradient, other_sums in results[1:]:
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-6, atol=1e-9)  # weights are fp32
-        torch.testing.assert_close(other_sums, sums, rtol=1e-6, atol=1e-9)
+        for name, pair in sums.items():
+            assert other_sums[name] == pytest.approx(pair, rel=1e-6, abs=1e-9), name
 
 
 def test_supervised_demonstrations_pack_like_rollouts():

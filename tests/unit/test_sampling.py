@@ -8,7 +8,7 @@ import torch
 from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
-from megatron_papo.generation.vllm_engine import _compact
+from megatron_papo.generation.vllm_requests import _compact
 from megatron_papo.generation.vllm_start import remove_leftovers
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import tiny_config

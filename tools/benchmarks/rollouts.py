@@ -7,8 +7,10 @@ prompt has exactly the length asked for. Pictures are noise: their content chang
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,6 +23,8 @@ from megatron_papo.types import Group, Prompt, Rollout
 from tools.benchmarks.models import NUM_PLAIN_WORDS
 
 IMAGE_SHARE = 0.8
+NUM_ROWS = 16
+"""Of a file that `write_rows` writes."""
 PIXELS = 28
 """Edge of the square that becomes one image token."""
 
@@ -106,3 +110,21 @@ def _rollout(workload: Workload, index: int, random: np.random.Generator) -> Rol
     length = int(random.integers(max(longest // 8, 1), longest + 1)) if workload.uneven else longest
     ids = tuple(random.integers(0, NUM_PLAIN_WORDS, length).tolist())
     return Rollout(index, ids, (0.0,) * length, "", "length", policy_version=0)
+
+
+def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
+    """A reward that random weights get some of, unequal within a group."""
+    found = response.encode()
+    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+
+
+def write_rows(folder: Path, workload: Workload, processor: Processor) -> list[dict[str, str]]:
+    """`folder`/rows.jsonl with a picture a row; returns what it says."""
+    random = np.random.default_rng(0)
+    rows = []
+    for row in range(NUM_ROWS):
+        question = make_question(workload.prompt_tokens, 1, template_length(processor), random)
+        (folder / f"{row}.png").write_bytes(make_picture(workload.prompt_tokens, 1, random))
+        rows.append({"problem": question, "answer": "0", "images": f"{row}.png"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows

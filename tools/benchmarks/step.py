@@ -10,7 +10,6 @@ prompts and masks prepared in a thread as in training.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -21,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
-from megatron_papo.data.processor import PLACEHOLDER, load_processor
-from megatron_papo.run import hand_over, open_run
+from megatron_papo.data.processor import PLACEHOLDER, Processor, load_processor
+from megatron_papo.rollouts import hand_over
+from megatron_papo.run import open_run
 from megatron_papo.train import Training, open_training, prefetch_prompts, train_step
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, settings
-from tools.benchmarks.rollouts import Workload, make_picture, make_question, template_length
+from tools.benchmarks.rollouts import Workload, share_of_even_bytes, write_rows
 from tools.benchmarks.rows import Row
 from tools.benchmarks.timing import Seconds, measure
 from tools.benchmarks.trl_grpo import Trl, Variant
@@ -41,15 +40,8 @@ RECIPE: dict[str, Any] = {"loss__reference_coef": 0.01, "train__updates_per_step
 RECIPE_WORKLOADS = (Workload(600, 64, num_prompts=6), Workload(600, 256, num_prompts=6))
 QUICK_WORKLOAD = Workload(96, 16, num_prompts=2, group_size=4)
 VARIANTS = (Variant(2), Variant(8))
-NUM_ROWS = 16
 LENGTHS_MAY_DIFFER = 0.1
 """By this fraction, in the mean: random weights end a response once in two thousand tokens."""
-
-
-def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
-    """A reward that random weights get some of, unequal within a group."""
-    found = response.encode()
-    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
@@ -65,7 +57,7 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
 
 
 def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
-    rows = _write_rows(folder, workload)
+    rows = write_rows(folder, workload, _processor(folder, workload))
     with _open_ours(folder, workload) as ours:
         trls = [_trl(folder, variant, workload) for variant in VARIANTS]
         sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
@@ -80,7 +72,7 @@ def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
 
 
 def _by_recipe(folder: Path, workload: Workload, rounds: int) -> list[Row]:
-    _write_rows(folder, workload)
+    write_rows(folder, workload, _processor(folder, workload))
     with _open_ours(folder, workload, **RECIPE) as ours:
         sides: dict[str, Callable[[], object]] = {kind: partial(ours.step, kind) for kind in KINDS}
         measure(sides, 1, "warm-up")
@@ -170,11 +162,15 @@ def _settings(folder: Path, kind: str, workload: Workload, **more: Any) -> Confi
         train__prompts_per_step=workload.num_prompts,
         train__group_size=workload.group_size,
         generation__max_response_tokens=workload.response_tokens,
-        reward__function="tools.benchmarks.step:share_of_even_bytes",
+        reward__function="tools.benchmarks.rollouts:share_of_even_bytes",
         reward__accuracy_weight=1,
         reward__format_weight=0,
         **more,
     )
+
+
+def _processor(folder: Path, workload: Workload) -> Processor:
+    return load_processor(folder / "model", _settings(folder, "GRPO", workload).data)
 
 
 def _trl(folder: Path, variant: Variant, workload: Workload) -> Trl:
@@ -189,16 +185,3 @@ def _trl(folder: Path, variant: Variant, workload: Workload) -> Trl:
         reward=reward,
         max_response_tokens=workload.response_tokens,
     )
-
-
-def _write_rows(folder: Path, workload: Workload) -> list[dict[str, str]]:
-    """`folder`/rows.jsonl with a picture a row; returns what it says."""
-    random = np.random.default_rng(0)
-    processor = load_processor(folder / "model", _settings(folder, "GRPO", workload).data)
-    rows = []
-    for row in range(NUM_ROWS):
-        question = make_question(workload.prompt_tokens, 1, template_length(processor), random)
-        (folder / f"{row}.png").write_bytes(make_picture(workload.prompt_tokens, 1, random))
-        rows.append({"problem": question, "answer": "0", "images": f"{row}.png"})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows

@@ -1,0 +1,121 @@
+"""What forward keeps for backward, by counting what each operation of a layer saves. Imports no torch.
+
+Counted from the modules as they are, as Korthikanti et al. 2022 (arXiv 2205.05198) do, and compared with what autograd
+saves in tests/parallel/test_activations.py. Two kinds of layer: plain (the local spec without a GPU) and fused
+(Transformer Engine's linears with their norms, one kernel for SwiGLU), of which the second is not measured yet. Leaves
+out what lives only within an operation.
+Per token or patch, `b` bytes a value, H the width, A the width of all heads, G that of keys (or values), N heads, F the
+FFN's width; under tensor parallelism A, G, N and F are a rank's share, and under sequence parallelism H is too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_papo.config import Config
+from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """What of a packed row its memory depends on."""
+
+    tokens: int
+    patches: int
+    """Of its images, before merging."""
+    responses: int
+    """Tokens that the head reads, of both views in a joint row."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    hidden: int
+    heads: int
+    head_width: int
+    """A."""
+    key_width: int
+    """G."""
+    ffn: int
+
+
+def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, fused: bool) -> int:
+    """Of one row on one rank of pipeline stage `stage`, from its forward pass to its backward pass."""
+    recompute, width = config.model.recompute, _value_bytes(config)
+    spread = config.parallel.tensor if config.parallel.sequence else 1
+    layer = _layer_bytes(_language(shape.language, config), recompute, width, spread, fused)
+    total = row.tokens * layer * stage_layers(config.parallel, shape)[stage]
+    if stage == 0 and row.patches and not (config.model.freeze.vision and config.model.freeze.projector):
+        total += _vision_bytes(config, shape, row, width, spread, fused)
+    hidden = shape.language.hidden_size
+    if stage == 0:  # a rank's share of the embeddings is a view, which keeps the whole
+        total += row.tokens * (hidden - hidden // spread) * width
+    if stage == config.parallel.pipeline - 1:
+        total += row.tokens * _norm_bytes(hidden // spread, width, fused, linear=False)
+        total += row.responses * hidden * width
+    return total
+
+
+def one_layer_bytes(config: Config, shape: ModelShape, row: RowSize, *, fused: bool) -> int:
+    """What full recomputation holds again of one layer at a time: the larger of a language layer's and a vision
+    layer's; 0 without it."""
+    if config.model.recompute != "full":
+        return 0
+    width, spread = _value_bytes(config), config.parallel.tensor if config.parallel.sequence else 1
+    language = row.tokens * _layer_bytes(_language(shape.language, config), "none", width, spread, fused)
+    vision = row.patches * _layer_bytes(_vision(shape.vision, config), "none", width, spread, fused)
+    return max(language, vision)
+
+
+def _layer_bytes(layer: _Layer, recompute: str, width: int, spread: int, fused: bool) -> int:
+    """Of one token (or patch)."""
+    hidden = layer.hidden // spread
+    if recompute == "full":
+        return width * hidden
+    norms = 2 * _norm_bytes(hidden, width, fused, linear=True)
+    qkv = width * (layer.head_width + 2 * layer.key_width)
+    attention = qkv + width * layer.head_width  # its output is what the projection reads
+    if recompute == "none":
+        attention += width * (layer.head_width + layer.key_width) + 4 * layer.heads  # rotated, and log-sum-exp
+    ffn = width * layer.ffn * (3 if fused else 5)  # gate and up, their product; apart also silu and a copy
+    return norms + attention + ffn
+
+
+def _norm_bytes(hidden: int, width: int, fused: bool, *, linear: bool) -> int:
+    """Of a norm and, with `linear`, the input of the linear layer behind it."""
+    if fused:
+        return width * hidden * (2 if linear else 1) + 4
+    if width == 4:  # fp32 is normed as it is
+        return width * hidden * (3 if linear else 2) + 4
+    return 4 * hidden + width * hidden * (2 if linear else 1) + 4
+
+
+def _vision_bytes(config: Config, shape: ModelShape, row: RowSize, width: int, spread: int, fused: bool) -> int:
+    vision = shape.vision
+    layers = _layer_bytes(_vision(vision, config), config.model.recompute, width, spread, fused) * vision.num_layers
+    merger = _norm_bytes(vision.hidden_size // spread, width, False, linear=True)
+    blocks = row.patches // vision.merge_unit
+    merged = vision.hidden_size * vision.merge_unit // config.parallel.tensor
+    pixels = width * vision.patch_dim // spread
+    return row.patches * (layers + merger + pixels) + blocks * 2 * width * merged
+
+
+def _language(shape: LanguageShape, config: Config) -> _Layer:
+    tensor = config.parallel.tensor
+    return _Layer(
+        hidden=shape.hidden_size,
+        heads=shape.num_heads // tensor,
+        head_width=shape.num_heads * shape.head_dim // tensor,
+        key_width=max(shape.num_kv_heads // tensor, 1) * shape.head_dim,
+        ffn=padded(shape.intermediate_size, tensor) // tensor,
+    )
+
+
+def _vision(shape: VisionShape, config: Config) -> _Layer:
+    tensor = config.parallel.tensor
+    width = shape.hidden_size // tensor
+    ffn = padded(shape.intermediate_size, tensor) // tensor
+    return _Layer(shape.hidden_size, shape.num_heads // tensor, width, width, ffn)
+
+
+def _value_bytes(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2

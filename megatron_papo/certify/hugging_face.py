@@ -1,0 +1,147 @@
+"""Hugging Face's side of a certificate: transformers' own processor and model, on the host of one rank.
+
+Nothing of this package is between the folder and the numbers but the hooks: chat template, images, token ids, pixels
+and positions are transformers' own. Its weights are read by transformers from `model.path`, so that our loader is
+tested too; where the policy is not what lies there (random weights, a checkpoint, a resumed run) the
+trainer's. fp32 where the host's memory holds that, else bfloat16.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megatron_papo.config import DataConfig
+from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
+from megatron_papo.generation.handover import checked, expected_shapes
+from megatron_papo.generation.inspection import tape_transformers
+from megatron_papo.generation.reading import (
+    ANGLES,
+    LANGUAGE_LAYER,
+    LOGPROBS,
+    POSITION_IDS,
+    TOKEN_IDS,
+    Precision,
+    Reading,
+)
+from megatron_papo.types import Prompt
+
+_SHARE = 0.8
+"""Of the host's free memory that the model may take."""
+_BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
+
+
+def precision_that_fits(folder: Path) -> Precision | None:
+    """Of a copy of the model in this host's free memory; None when not even bfloat16 fits."""
+    from transformers import Qwen2_5_VLConfig
+
+    shapes = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True))
+    num_values = sum(prod(shape) for shape in shapes.values())
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    room = _SHARE * int(fields["MemAvailable"].removesuffix("kB")) * 1024
+    return next((name for name, size in _BYTES.items() if num_values * size <= room), None)
+
+
+def read_model(folder: Path, precision: Precision) -> Any:
+    """The model of the folder, as transformers reads it."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, precision), attn_implementation="sdpa", local_files_only=True
+    )
+    if shown:
+        logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
+
+
+def model_of(folder: Path, precision: Precision, named_tensors: Iterator[tuple[str, Tensor]]) -> Any:
+    """The shape of the folder with the given weights, under the names of transformers' modules."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    config.dtype = getattr(torch, precision)
+    with no_init_weights():
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    wanted = dict(model.named_parameters())
+    for name, tensor in checked(named_tensors, {name: tuple(values.shape) for name, values in wanted.items()}):
+        wanted[name].copy_(tensor)
+    return model
+
+
+class HuggingFace:
+    """Reads prompts as a user of transformers would."""
+
+    def __init__(self, model: Any, folder: Path, data: DataConfig, banned_ids: tuple[int, ...]):
+        from transformers import AutoProcessor
+
+        self._model, self._data, self._banned_ids = model, data, list(banned_ids)
+        self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+        self._processor.image_processor.size = size
+
+    @torch.inference_mode()
+    def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
+        """The whole sequence in one pass, without a cache."""
+        images = [ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB") for data in prompt.images]
+        batch = self._processor(
+            text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False
+        )
+        ids_1T = torch.cat((batch["input_ids"], torch.tensor([response_ids])), dim=1)
+        grid = batch.get("image_grid_thw")
+        types_1T = (ids_1T == self._model.config.image_token_id).int()
+        positions, _ = self._model.model.get_rope_index(ids_1T, mm_token_type_ids=types_1T, image_grid_thw=grid)
+        with tape_transformers(self._model, prompt, len(response_ids)) as tape:
+            logits_1TV = self._model(
+                input_ids=ids_1T,
+                position_ids=positions,
+                pixel_values=batch.get("pixel_values"),
+                image_grid_thw=grid,
+                use_cache=False,
+                logits_to_keep=len(response_ids) + 1,
+            ).logits
+        return Reading(_without_last(tape.parts()) | {LOGPROBS: self._logprobs(logits_1TV[0, :-1], response_ids)})
+
+    def _logprobs(self, logits_RV: Tensor, response_ids: tuple[int, ...]) -> Tensor:
+        logprobs_RV = logits_RV.float().index_fill(1, torch.tensor(self._banned_ids), -torch.inf).log_softmax(-1)
+        return logprobs_RV.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
+
+    def _render(self, problem: str) -> str:
+        """The prompt with structured content; written out for a template that knows text alone."""
+        question = f"{problem.strip()} {self._data.instruction}" if self._data.instruction else problem
+        pieces = question.split(PLACEHOLDER)
+        content: list[dict[str, str]] = []
+        for number, piece in enumerate(pieces):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": piece}] if piece else []
+        try:
+            text = self._apply_template(content)
+        except Exception:  # whatever a template does with content that it does not know
+            text = ""
+        if text.count(IMAGE_PAD) == len(pieces) - 1:
+            return text
+        return self._apply_template(question.replace(PLACEHOLDER, VISION_START + IMAGE_PAD + VISION_END))
+
+    def _apply_template(self, content: Any) -> str:
+        turns = [{"role": "user", "content": content}]
+        if self._data.system is not None:
+            turns.insert(0, {"role": "system", "content": self._data.system})
+        return self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _without_last(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What stands at the last token predicts nothing: the other parties leave it out."""
+    with_last = (TOKEN_IDS, POSITION_IDS, ANGLES, LANGUAGE_LAYER)
+    return {name: values[:-1] if name.startswith(with_last) else values for name, values in parts.items()}

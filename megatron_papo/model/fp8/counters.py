@@ -1,0 +1,95 @@
+"""Counts what FP8 does to the inputs of its linear layers during a forward pass, by hooks: Transformer Engine's layers
+and emulated ones alike.
+
+Left out: weights, whose range is narrow, and gradients, of which a pass that only scores has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_papo.model.fp8.operands import BLOCKS
+from megatron_papo.model.fp8.quantize import E4M3, e8m0_scale, float_scale, largest, round_rows, rounded
+from megatron_papo.model.policy import VisionLanguageModel
+from megatron_papo.parallel import layout
+
+
+@dataclass
+class Counters:
+    """Over the values that this rank's linears read."""
+
+    amax: float = 0.0
+    num_values: int = 0
+    num_saturated: int = 0
+    """Beyond the range under their scale: it is of micro-batches before, with `delayed` alone."""
+    num_flushed: int = 0
+    """Not zero and rounded to zero."""
+    padding_amax: float = 0.0
+    """Largest magnitude in a place of padding of the language model: it must be zero."""
+
+
+@contextmanager
+def counted(policy: VisionLanguageModel, num_tokens: int) -> Iterator[Counters]:
+    """Counts within the block, in which `policy` scores rows of `num_tokens` tokens in FP8."""
+    counters = Counters()
+    with ExitStack() as stack:
+        for name, linear in policy.fp8.linears.items():
+            column = name.endswith(("qkv", "fc1"))
+            if column and not policy.config.sequence_parallel and layout().tensor_rank:
+                continue  # it reads what the first tensor rank reads
+            places = policy.language.num_padding, num_tokens if name.startswith("language") else None
+            hook = partial(_count, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
+            stack.callback(linear.register_forward_pre_hook(hook).remove)
+        yield counters
+
+
+@torch.no_grad()
+def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recipe: str, places: Any) -> None:
+    values_TC = _as_rounded(linear, inputs[0]).flatten(0, -2)
+    num_padding, num_tokens = places
+    if num_tokens is not None:
+        values_TC, padding_TC = _apart(values_TC, num_tokens, num_padding(num_tokens))
+        counters.padding_amax = max(counters.padding_amax, float(largest(padding_TC)))
+    amax, scale = largest(values_TC), _delayed_scale(linear) if recipe == "delayed" else None
+    if scale is not None:
+        counters.num_saturated += int((values_TC.abs() * scale > torch.finfo(E4M3).max).sum())
+        found_TC = rounded(values_TC, scale, E4M3)
+    elif recipe in BLOCKS:
+        found_TC = round_rows(values_TC, BLOCKS[recipe], e8m0_scale if recipe == "mxfp8" else float_scale, E4M3)
+    else:
+        found_TC = rounded(values_TC, float_scale(amax, E4M3), E4M3)
+    counters.amax = max(counters.amax, float(amax))
+    counters.num_flushed += int(((found_TC == 0) & (values_TC != 0)).sum())
+    counters.num_values += values_TC.numel()
+
+
+def _as_rounded(linear: Any, values: Tensor) -> Tensor:
+    """Transformer Engine's linears with a norm in front round what the norm gives."""
+    weight = linear._parameters.get("layer_norm_weight")
+    return values if weight is None else F.rms_norm(values, values.shape[-1:], weight, linear.eps)
+
+
+def _delayed_scale(linear: nn.Module) -> Tensor:
+    operands = linear.__dict__.get("operands")
+    if operands is not None:
+        return operands.histories["input"].scale
+    scales: Any = linear.fp8_meta
+    return scales["scaling_fwd"].scale[0]
+
+
+def _apart(values_TC: Tensor, num_tokens: int, num_padding: int) -> tuple[Tensor, Tensor]:
+    """Tokens, and the padding after them; `values_TC` of the whole row, or of this tensor rank's share."""
+    here, first = layout(), 0
+    if values_TC.shape[0] != num_tokens + num_padding:
+        assert values_TC.shape[0] * here.tensor_size == num_tokens + num_padding
+        first = here.tensor_rank * values_TC.shape[0]
+    end = max(num_tokens - first, 0)
+    return values_TC[:end], values_TC[end:]

@@ -1,0 +1,41 @@
+"""Seconds of exchanges between ranks: rings for what is large, trees for what is small (Thakur et al. 2005).
+
+A ring of n ranks moves (n - 1) / n of the bytes through each; its latency is hidden in chunks but for a tree's depth
+between nodes. Ranks of one group that share a node's network share it evenly, which a rate per GPU already says.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.hardware import Cluster
+
+
+def gather_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int = 1) -> float:
+    """All-gather to `num_bytes` on every rank, or reduce-scatter from them."""
+    if ranks == 1:
+        return 0.0
+    return (ranks - 1) / ranks * num_bytes / _rate(ranks, stride, cluster, assumed) + _latency(
+        ranks, stride, cluster, assumed
+    )
+
+
+def all_reduce_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int = 1) -> float:
+    return 2 * gather_s(num_bytes, ranks, cluster, assumed, stride)
+
+
+def send_s(num_bytes: float, distance: int, cluster: Cluster, assumed: Assumptions) -> float:
+    """From a rank to the one `distance` ranks on."""
+    return num_bytes / _rate(2, distance, cluster, assumed) + _latency(2, distance, cluster, assumed)
+
+
+def _rate(ranks: int, stride: int, cluster: Cluster, assumed: Assumptions) -> float:
+    """Bytes a second of one rank."""
+    within = ranks * stride <= cluster.gpus_per_node
+    return cluster.rate_gb_s(ranks, stride) * 1e9 * (assumed.link if within else assumed.network)
+
+
+def _latency(ranks: int, stride: int, cluster: Cluster, assumed: Assumptions) -> float:
+    nodes = max(1, math.ceil(ranks * stride / cluster.gpus_per_node))
+    return assumed.latency_s + assumed.network_latency_s * math.log2(nodes)

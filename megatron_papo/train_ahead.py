@@ -1,0 +1,162 @@
+"""`papo train` with `train.ahead`: the engines make the rollouts of the next step while this one trains.
+
+The second driver: its stages are those of `train.py`, in another order. Rollouts of step k are sampled with the
+weights that step k - 1 began with, one step old when they are trained on; `loss.correction` accounts for that, by
+the ratio of the log-probs the trainer recomputes to those the engine reported. The first step's are not old.
+A checkpoint waits for the rollouts under way and holds them, so that a run that is interrupted goes on as if it had
+not been. Left out: more than one step ahead; dynamic sampling, which does not know beforehand what it will ask for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_papo.choose import ChosenGroups
+from megatron_papo.config import Config
+from megatron_papo.generation.separate import SeparateGenerator
+from megatron_papo.in_flight import Flight, age, from_state, to_state
+from megatron_papo.observe.failures import RunStopped
+from megatron_papo.observe.profiling import profiled
+from megatron_papo.observe.stopping import StopSignal
+from megatron_papo.parallel import sum_metrics
+from megatron_papo.record import Recorder
+from megatron_papo.rollouts import collect, hand_over
+from megatron_papo.run import open_run, reward_groups
+from megatron_papo.save import Checkpoints
+from megatron_papo.serving import serve, serves
+from megatron_papo.train import (
+    Training,
+    draw_prompts_of,
+    evaluate_heldout,
+    evaluation_is_due,
+    learn,
+    open_training,
+    reason_to_stop,
+    restore,
+    sampling_of,
+    state_of,
+)
+from megatron_papo.types import Group, Metrics
+
+
+def main(config: Config) -> int:
+    """As `train.main`."""
+    if serves(config):
+        return serve(config)
+    num_steps = config.train.steps
+    with (
+        StopSignal() as stop,
+        open_run(config, config.generation.num_engine_ranks) as run,
+        open_training(run) as training,
+        Checkpoints(run, training.optimizer, "train") as checkpoints,
+    ):
+        flight = _resume(training, checkpoints)
+        run.clock.take()  # what came before is no step's time
+        with Recorder(run, checkpoints.next_step, num_steps) as recorder:
+            for step in range(checkpoints.next_step, num_steps):
+                assert flight is not None and flight.step == step
+                with profiled(config.observe, run.folder, run.layout.rank, step):
+                    groups, metrics, flight = train_step(training, flight)
+                scores: dict[str, float] = {}
+                if evaluation_is_due(training, step):
+                    flight = landed(training, flight) if flight else None
+                    _hand_over(training, policy_version=step + 1)
+                    scores = evaluate_heldout(training)
+                recorder.record(step, groups, metrics, scores)
+                stopped = reason_to_stop(training, metrics)
+                leaving = stop.asked()
+                now = bool(stopped) or leaving
+                if checkpoints.is_due(step, num_steps, scores, now=now):
+                    flight = landed(training, flight) if flight else None
+                    checkpoints.save_when_due(step, num_steps, _state(training, flight), scores, now=now)
+                if stopped:
+                    raise RunStopped(f"stopped the run after step {step}: {stopped}")
+                if leaving:
+                    return checkpoints.leave(step)
+        checkpoints.export()
+        return 0
+
+
+def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics, Flight | None]:
+    """Collects the rollouts of a step, sends off those of the next, and trains; what `train.train_step` gives, and the
+    rollouts that are now under way: none after the last step."""
+    run, config, step = training.run, training.run.config, flight.step
+    flight = landed(training, flight)
+    assert flight.groups is not None
+    measured = flight.metrics | {"rollout_age": age(flight.groups, step)}
+    certified = _hand_over(training, policy_version=step)
+    following = take_off(training, step + 1) if step + 1 < config.train.steps else None
+    with run.clock.stage("reward"):
+        groups = reward_groups(training.rewarder, flight.groups, run.layout)
+    chosen = ChosenGroups(config.train).add(flight.draw.places, groups, run.layout.data_group)
+    groups, metrics = learn(training, chosen, step)
+    return groups, metrics | sum_metrics(measured) | certified, following
+
+
+def take_off(training: Training, step: int) -> Flight:
+    """Draws the prompts of `step` and asks for their rollouts, of the weights that the engines have."""
+    cursor = training.cursor
+    with training.run.clock.stage("draw"):
+        draw = draw_prompts_of(training, step)
+    with training.run.clock.stage("generate"):
+        _engines(training).submit(draw.prompts, sampling_of(training.run.config, step, 0))
+    return Flight(step, cursor, draw)
+
+
+def landed(training: Training, flight: Flight) -> Flight:
+    """With its rollouts, waited for."""
+    if flight.groups is not None:
+        return flight
+    sampling = sampling_of(training.run.config, flight.step, 0)
+    with training.run.clock.stage("generate"):
+        groups = collect(training.run, _engines(training), flight.draw.prompts, sampling, policy_version=flight.step)
+    return replace(flight, groups=tuple(groups), metrics=training.generator.take_metrics())
+
+
+def _hand_over(training: Training, policy_version: int) -> Metrics:
+    """Unless the engines have these weights; what their certificate measured."""
+    if training.generator.policy_version == policy_version:
+        return {}
+    with training.run.clock.stage("hand over"):
+        hand_over(training.run, training.generator, policy_version)
+    return training.certifier.after_hand_over(policy_version)
+
+
+def _engines(training: Training) -> SeparateGenerator:
+    assert isinstance(training.generator, SeparateGenerator), "the settings say so"
+    return training.generator
+
+
+def _state(training: Training, flight: Flight | None) -> dict[str, Any]:
+    """As if the prompts under way had not been drawn, and their rollouts beside it."""
+    state = state_of(training)
+    if flight is None:
+        return state
+    ahead = to_state(flight, training.run.layout.data_group)
+    return state | {"cursor": flight.cursor.state_dict(), "ahead": ahead}
+
+
+def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
+    """The first step's rollouts: those the checkpoint holds, else asked for; None when no step is left."""
+    ahead = restore(training, checkpoints).get("ahead", {})
+    step = checkpoints.next_step
+    if step >= training.run.config.train.steps:
+        return None
+    kept = _kept(training, ahead, step) if ahead else None
+    with training.run.clock.stage("hand over"):
+        hand_over(training.run, training.generator, policy_version=step)
+    training.certifier.start_or_stop(step)
+    return kept or take_off(training, step)
+
+
+def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None:
+    """Of a checkpoint; None, and nothing drawn, where other rollouts are wanted now."""
+    cursor, config = training.cursor, training.run.config
+    with training.run.clock.stage("draw"):
+        draw = draw_prompts_of(training, step)
+    groups = from_state(ahead, step, draw, config.train.group_size, training.run.processor.decode)
+    if groups is None:
+        training.cursor = cursor
+        return None
+    return Flight(step, cursor, draw, groups)

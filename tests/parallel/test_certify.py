@@ -1,0 +1,220 @@
+"""Certificates of real runs, in every layout and with both engines: the healthy pass, and each planted fault is named.
+
+What each fault is stands in `certify_cases.py`. The limits are the defaults for fp32: on average 1e-4 of a token's rms
+and 1e-4 nats, ten times that at most. Healthy runs are held to a tenth of them, so that a default that is far too wide
+would show.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from megatron_papo.config import Config
+from tests.parallel.certify_cases import (
+    ENGINE_FAULTS,
+    MODEL,
+    TRAINER_FAULTS,
+    hand_over_but_one_layer,
+    layer_now,
+    update_every_weight,
+)
+from tests.ranks import run_ranks
+from tests.tiny_run import make_inputs, tiny_run
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP 2": {"parallel__tensor": 2},
+    "PP 2": {"parallel__pipeline": 2},
+    "TP 2 SP": {"parallel__tensor": 2, "parallel__sequence": True},
+    "DP 2": {},
+}
+VLLM = {"generation__engine": "vllm", "generation__kv_cache_gib": 0.05}
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+ENGINES: dict[str, dict[str, Any]] = {"transformers": {}, "vllm": VLLM}
+KINDS = ("token ids", "position ids", "rotary angles", "pixel values", "image features", "log-probs")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"), **MODEL)
+
+
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=NEEDS_VLLM if name == "vllm" else ()) for name in ENGINES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_healthy_pass_and_every_fault_is_named(layout, engine, inputs, tmp_path):
+    settings = {"generation__max_response_tokens": 12, **LAYOUTS[layout], **ENGINES[engine]}
+    config = tiny_run(inputs, tmp_path, **settings)
+    first, second = run_ranks(_certificates, 2, config)
+    assert first["verdicts"] == second["verdicts"]  # all ranks hear the same
+    assert first["random state kept"] and second["random state kept"]
+    for name in ("healthy", "after the faults", "after a hand-over"):
+        _check_healthy(first["findings"][name], first_step=name != "after a hand-over", vllm=engine == "vllm")
+    for name, (_, part) in TRAINER_FAULTS.items():
+        assert _named(first["verdicts"][name]) == f"{part}: trainer departs from Hugging Face", name
+    for name, (_, part) in ENGINE_FAULTS.items():
+        assert _named(first["verdicts"][name]) == f"{part}: engine departs from Hugging Face", name
+    assert _named(first["verdicts"]["stale layer"]) == "language layer 2: engine departs from trainer"
+
+
+def _named(verdict: str) -> str:
+    return verdict.removeprefix("certificate: ").partition(" by ")[0]
+
+
+def _check_healthy(findings: list[dict[str, Any]], *, first_step: bool, vllm: bool) -> None:
+    """Every part was compared between all who have it, and by how much they may differ."""
+    layers = [f"language layer {number}" for number in range(4)]
+    pairs = {(each["part"], each["party"], each["other"]) for each in findings}
+    expected = {(part, "engine", "trainer") for part in (*KINDS, *layers)}
+    if not vllm:
+        expected |= {(f"vision layer {number}", "engine", "trainer") for number in range(2)}
+    if first_step:
+        expected |= {(part, party, "Hugging Face") for part, party, _ in expected}
+        parts = (*KINDS, *layers, "vision layer 0", "vision layer 1")
+        expected |= {(part, "trainer", "Hugging Face") for part in parts}
+    assert pairs == expected
+    for each in findings:
+        assert each["difference"] <= each["limit"] / 10, each
+
+
+def _certificates(config: Config) -> dict[str, Any]:
+    """On one rank: the verdict under every fault, and the findings of the healthy."""
+    from megatron_papo.certify import Certifier
+    from megatron_papo.certify.certificate import Certificate
+    from megatron_papo.generation import build_generator
+    from megatron_papo.rollouts import hand_over
+    from megatron_papo.run import open_run
+
+    found: dict[str, Any] = {"verdicts": {}, "findings": {}}
+
+    def keep(name: str, certificate: Certificate) -> None:
+        found["verdicts"][name] = certificate.verdict
+        found["findings"][name] = json.loads(json.dumps(certificate.as_json()["findings"]))
+
+    with open_run(config) as run:
+        generator = build_generator(config, run.processor, run.layout)
+        hand_over(run, generator, policy_version=0)
+        state = _random_state()
+        keep("healthy", Certifier(run, generator).at_start(0, weights_moved=False))
+        found["random state kept"] = state == _random_state()
+        for name, (fault, _) in (TRAINER_FAULTS | ENGINE_FAULTS).items():
+            with fault(run, generator):  # a certifier of its own: prompts are read once
+                keep(name, Certifier(run, generator).at_start(0, weights_moved=False))
+        keep("after the faults", Certifier(run, generator).at_start(0, weights_moved=False))
+        certifier, stale = Certifier(run, generator), layer_now(run)
+        update_every_weight(run)
+        hand_over(run, generator, policy_version=1)
+        gaps = certifier.after_hand_over(1)
+        assert not certifier.reason_to_stop and 0 < gaps["certify/logprobs_mean"][0] < gaps["certify/logprobs_max"][0]
+        found["findings"]["after a hand-over"] = _written(run.folder, 1)["findings"] if run.is_writer else None
+        hand_over_but_one_layer(run, generator, stale)
+        certifier.after_hand_over(2)
+        found["verdicts"]["stale layer"] = certifier.reason_to_stop
+        generator.close()
+    return found
+
+
+def _written(folder: Path, step: int) -> dict[str, Any]:
+    return json.loads((folder / "certificate" / f"step_{step:08d}.json").read_text())
+
+
+def _random_state() -> tuple:
+    return random.getstate(), tuple(numpy.random.get_state()[1]), tuple(torch.get_rng_state().tolist())
+
+
+@NEEDS_VLLM
+def test_an_engine_over_two_data_parallel_ranks_and_over_a_tensor_group(inputs, tmp_path):
+    for name, layout in (("DP 2", {}), ("TP 2", {"parallel__tensor": 2})):
+        config = tiny_run(inputs, tmp_path / name, **VLLM, **layout, generation__tensor=2)
+        first, second = run_ranks(_at_start, 2, config)
+        assert first == second
+        assert first == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+
+
+def _at_start(config: Config) -> str:
+    from megatron_papo.certify import Certifier
+    from megatron_papo.generation import build_generator
+    from megatron_papo.rollouts import hand_over
+    from megatron_papo.run import open_run
+
+    with open_run(config) as run:
+        generator = build_generator(config, run.processor, run.layout)
+        hand_over(run, generator, policy_version=0)
+        verdict = Certifier(run, generator).at_start(0, weights_moved=False).verdict
+        generator.close()
+    return verdict
+
+
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=NEEDS_VLLM if name == "vllm" else ()) for name in ENGINES])
+def test_a_healthy_run_in_bfloat16_keeps_its_limits_and_is_no_further_off_than_rounding(engine, inputs, tmp_path):
+    settings = {"model__dtype": "bfloat16", "generation__max_response_tokens": 12, **ENGINES[engine]}
+    (verdict,) = run_ranks(_at_start, 1, tiny_run(inputs, tmp_path, **settings))
+    assert verdict == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+    for each in _written(tmp_path, 0)["findings"]:
+        rounded = each["part"] not in ("token ids", "position ids") and each["difference"] > 1e-4
+        assert rounded or each["difference"] == 0
+        if each["part"] == "rotary angles":  # half a step of bfloat16 below 1: positions and frequencies are exact
+            assert each["difference"] <= 2**-9
+
+
+def test_what_fails_on_one_rank_is_raised_on_all():
+    assert run_ranks(_failing_on_the_second, 2) == ["certificate: rank 1: OSError: no room"] * 2
+
+
+def _failing_on_the_second() -> str:
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.certify.certifier import _together
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.parallel import initialize, shutdown
+
+    adapt_megatron()
+    layout = initialize(ParallelConfig())
+
+    def work() -> int:
+        if layout.rank == 1:
+            raise OSError("no room")
+        return 3
+
+    try:
+        _together(work)
+    except ValueError as error:
+        return str(error)
+    finally:
+        shutdown()
+    return "went on"
+
+
+class _Elsewhere:
+    """A real engine of which, as of one in other processes, only the answers are seen."""
+
+    def __init__(self, engine: Any):
+        self.generate, self.policy_version = engine.generate, engine.policy_version
+
+
+def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
+    config = tiny_run(inputs, tmp_path, parallel__tensor=2)
+    first, second = run_ranks(_of_an_engine_elsewhere, 2, config)
+    assert first == second == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+    tree = _written(tmp_path, 0)
+    compared = {each["part"] for each in tree["findings"] if each["party"] == "engine"}
+    assert compared == {"log-probs"}
+    assert set(tree["not_looked_at"]) == {*KINDS, "vision layer", "language layer"} - {"log-probs"}
+    assert tree["not_looked_at"]["pixel values"] == {"engine": "the engine runs in other processes"}
+
+
+def _of_an_engine_elsewhere(config: Config) -> str:
+    from megatron_papo.certify import Certifier
+    from megatron_papo.generation import build_generator
+    from megatron_papo.run import hand_over, open_run
+
+    with open_run(config) as run:
+        generator = build_generator(config, run.processor, run.layout)
+        hand_over(run, generator, policy_version=0)
+        engine: Any = _Elsewhere(generator)
+        return Certifier(run, engine).at_start(0, weights_moved=False).verdict

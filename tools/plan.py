@@ -1,0 +1,136 @@
+"""Which layout of a model fits a cluster, and how fast it will be.
+
+    python tools/plan.py --model Qwen2.5-VL-72B --nodes 8 [--gpu H100] [CONFIG.yaml] [key=value ...]
+    python tools/plan.py --model Qwen2.5-VL-7B --nodes 1 --explain --out layout.yaml
+    python tools/plan.py --model Qwen2.5-VL-72B --nodes 8 --scale 8 64 512 --published
+    python tools/plan.py ... --calibrate RUN_DIR --calibration this_cluster.json
+
+Every way to lay the model out is estimated: memory of each GPU by part, seconds of each stage of a step. Printed are
+the fastest that fit, one a layout; `--explain` says why the rest do not, `--out` writes the best (or --choose) as
+settings. Batch, group size and lengths are those of the settings; what the data is like is said by the options.
+Exit status: 0 found; 2 refused, or nothing fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_papo.config import Config
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.planning.assumptions import Assumptions
+
+
+def main() -> int:
+    options = _parser().parse_intermixed_args()
+    try:
+        return _plan(options)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"plan: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="what `papo train` would read")
+    parser.add_argument("--model", required=True, help="Qwen2.5-VL-3B, -7B, -32B, -72B, or a Hugging Face folder")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpu", default="H100", help="A100-40GB, A100, H100, H200, B200 or CPU")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--text-tokens", type=int, default=150, help="of a prompt, beside its images")
+    parser.add_argument("--image-tokens", type=int, default=600, help="of a prompt")
+    parser.add_argument("--response-tokens", type=int, help="mean; by default a quarter of the longest")
+    parser.add_argument("--rows", type=int, default=10, help="layouts to print")
+    parser.add_argument("--explain", action="store_true", help="say why the other layouts do not fit")
+    parser.add_argument("--choose", metavar="NAME", help="another layout than the fastest, as the table names it")
+    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the chosen layout as settings")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table there too")
+    text = "the best layout of each of these numbers of nodes, with the same batch and with one that grows"
+    parser.add_argument("--scale", type=int, nargs="+", metavar="NODES", help=text)
+    parser.add_argument("--published", action="store_true", help="published Megatron runs beside the prediction, first")
+    parser.add_argument("--calibration", type=Path, metavar="FILE.json", help="assumptions to use, or to write")
+    parser.add_argument("--calibrate", type=Path, metavar="RUN_DIR", help="fit the assumptions to a run first")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megatron_papo.config import ConfigError, load_config  # not before --help
+    from megatron_papo.planning.assumptions import Assumptions
+    from megatron_papo.planning.hardware import GPUS, Cluster
+    from megatron_papo.planning.page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
+    from megatron_papo.planning.plan import plan
+    from megatron_papo.planning.published import shape_named
+    from megatron_papo.planning.workload import Workload
+
+    if options.gpu not in GPUS:
+        raise ConfigError(f"--gpu: {options.gpu} is none of {', '.join(GPUS)}")
+    if options.nodes < 1 or options.gpus_per_node < 1:
+        raise ConfigError("--nodes, --gpus-per-node: at least 1")
+    files = [word for word in options.settings if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one settings file at most, got {' '.join(files)}")
+    defaults = ["generation.engine=vllm", "model.dtype=bfloat16"] if not files else []
+    words = [word for word in options.settings if "=" in word]
+    config = load_config(Path(files[0]) if files else None, [*defaults, *words])
+    shape, cluster = shape_named(options.model), Cluster(GPUS[options.gpu], options.nodes, options.gpus_per_node)
+    if options.calibrate is not None:
+        from megatron_papo.planning.calibrate import calibrated
+
+        assumed = calibrated(options.calibrate, GPUS[options.gpu])
+        if options.calibration is not None:
+            assumed.save(options.calibration)
+    else:
+        assumed = Assumptions.load(options.calibration) if options.calibration else Assumptions()
+    work = Workload.of(
+        config, shape, text_tokens=options.text_tokens, image_tokens=options.image_tokens,
+        response_tokens=options.response_tokens,
+    )  # fmt: skip
+    if options.published:
+        print_published(assumed)
+    if options.scale:
+        return _scale(options, config, shape, assumed)
+    found = plan(config, shape, cluster, assumed, work)
+    if not found.fitting:
+        reasons = [f"{each.name}: {each.reason}" for each in found.reasons()]
+        raise ConfigError(
+            "\n".join([f"{options.model} fits {cluster.num_gpus} x {options.gpu} in no layout", *reasons])
+        )
+    print_plan(found, options.rows, options.explain)
+    chosen = found.best
+    if options.choose is not None:
+        named = [each for each in found.best_of_each_layout() if each.candidate.name == options.choose]
+        if not named:
+            raise ConfigError(f"--choose: {options.choose} is no layout that fits")
+        chosen = named[0]
+    if options.markdown is not None:
+        text = markdown(found.best_of_each_layout()[: options.rows]) + "\n" + markdown_reasons(found.reasons())
+        options.markdown.write_text(text)
+    if options.out is not None:
+        options.out.write_text(overrides_yaml(chosen, cluster.gpu.memory_gib))
+        print(f"plan: {chosen.candidate.name}: {options.out}")
+    return 0
+
+
+def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assumed: Assumptions) -> int:
+    from megatron_papo.planning.hardware import GPUS
+    from megatron_papo.planning.page import print_scale, scale_markdown
+    from megatron_papo.planning.scale import scale
+
+    lengths = {name: getattr(options, name) for name in ("text_tokens", "image_tokens", "response_tokens")}
+    text = ""
+    for weak, title in ((False, "the same batch on more GPUs"), (True, "a batch that grows with the GPUs")):
+        points = scale(config, shape, GPUS[options.gpu], options.scale, assumed, lengths, weak=weak)
+        print_scale(points, title)
+        text += f"{title}:\n\n{scale_markdown(points)}\n"
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.exit(main())
