@@ -50,14 +50,13 @@ def merged(document: str, parts: Mapping[str, str]) -> str:
     begin, end = document.find(BEGIN), document.find(END)
     if not 0 <= begin < end:
         raise ValueError(f"the document has no section between {BEGIN} and {END}")
-    before = parts_of(document[begin:end])
-    return document[:begin] + section({**before, **parts}) + document[end + len(END) :]
+    return document[:begin] + section({**parts_of(document), **parts}) + document[end + len(END) :]
 
 
 def parts_of(text: str) -> dict[str, str]:
-    """The text of each part of a section, by name."""
+    """What a document says of each part, by name."""
     names = {_heading(name): name for name in PARTS}
-    _, *blocks = re.split(r"^### ", text, flags=re.MULTILINE)
+    _, *blocks = re.split(r"^### ", text.partition(BEGIN)[2].partition(END)[0], flags=re.MULTILINE)
     found = {}
     for block in blocks:
         heading, _, rest = block.partition("\n")

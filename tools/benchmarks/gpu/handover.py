@@ -18,7 +18,7 @@ from megatron_papo.accelerator import has_gpu
 from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.config import Config
 from megatron_papo.generation.vllm_engine import VllmGenerator
-from megatron_papo.run import Run, hand_over
+from megatron_papo.run import Run, give_weights
 from tools.benchmarks.gpu.clock import clock, in_turns
 from tools.benchmarks.gpu.folder import model_folder
 from tools.benchmarks.gpu.policy import open_policy
@@ -51,7 +51,7 @@ def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
 def _buckets(run: Run, engine: VllmGenerator, options: Options) -> Iterator[GpuRow]:
     num_bytes = sum(tensor.nbytes for _, tensor in hf_tensors(run.policy, run.shape))
     sides: dict[str, Callable[[], object]] = {
-        f"{mib} MiB": partial(hand_over, replace(run, config=_with_buckets(run.config, mib)), engine, 0)
+        f"{mib} MiB": partial(give_weights, replace(run, config=_with_buckets(run.config, mib)), engine, 0)
         for mib in BUCKETS_MIB
     }
     seconds = in_turns(sides, options.rounds, "hand-over")
