@@ -25,9 +25,12 @@ def all_reduce_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assump
     return 2 * gather_s(num_bytes, ranks, cluster, assumed, stride)
 
 
-def send_s(num_bytes: float, distance: int, cluster: Cluster, assumed: Assumptions) -> float:
-    """From a rank to the one `distance` ranks on."""
-    return num_bytes / _rate(2, distance, cluster, assumed) + _latency(2, distance, cluster, assumed)
+def along_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int) -> float:
+    """From one rank of a group to the next or, in pieces, to all of it: at the rate of the slowest step, which leaves
+    the node where the group does."""
+    if ranks == 1:
+        return 0.0
+    return num_bytes / _rate(ranks, stride, cluster, assumed) + _latency(ranks, stride, cluster, assumed)
 
 
 def _rate(ranks: int, stride: int, cluster: Cluster, assumed: Assumptions) -> float:

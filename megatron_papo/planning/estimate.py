@@ -10,7 +10,7 @@ from megatron_papo.memory import GIB, StageMemory, num_parameters, stage_memory,
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate
-from megatron_papo.planning.collectives import gather_s, send_s
+from megatron_papo.planning.collectives import along_s, gather_s
 from megatron_papo.planning.compute import StageSeconds, stage_seconds
 from megatron_papo.planning.generation_time import Rollouts, kv_bytes_per_token, rollouts
 from megatron_papo.planning.hardware import Cluster
@@ -168,9 +168,9 @@ def _seconds(
 ) -> tuple[dict[str, float], float]:
     """Of all stages but generation; and the bubble of the updates."""
     work, size = rows.work, rows.size(shape)
-    distance = candidate.tensor * candidate.data  # ranks of two stages stand so far apart
-    send = send_s(size.tokens * shape.language.hidden_size * 2 / candidate.tensor, distance, cluster, assumed)
-    send = send if candidate.pipeline > 1 else 0.0
+    apart = candidate.tensor * candidate.data  # ranks of two stages
+    states = size.tokens * shape.language.hidden_size * 2 / candidate.tensor
+    send = along_s(states, candidate.pipeline, cluster, assumed, apart)
     schedule, bubble = forward_backward_s(each.forward, each.backward, rows.num, send)
     schedule *= 1 + assumed.row_spread
     # views of a joint row are halves of it; scoring reads rows of one view
@@ -214,8 +214,6 @@ def _handover_s(candidate: Candidate, shape: ModelShape, cluster: Cluster, assum
     """Every rank hears the whole model: over NVLink from its tensor group, then from the other stages."""
     num_bytes = 2.0 * num_parameters(shape)
     gathered = gather_s(num_bytes, candidate.tensor, cluster, assumed)
-    sent = 0.0
-    if candidate.pipeline > 1:
-        sent = send_s(num_bytes, candidate.tensor * candidate.data, cluster, assumed)
+    sent = along_s(num_bytes, candidate.pipeline, cluster, assumed, candidate.tensor * candidate.data)
     copied = num_bytes / (cluster.gpu.memory_gb_s * 1e9 * assumed.memory)
     return (gathered + sent + copied) / assumed.handover
