@@ -60,9 +60,11 @@ def _load_tool():
 
 
 def run(*arguments: str | Path) -> int:
-    """The tool's exit status; in this process, where torch is imported already."""
+    """The tool's exit status; in this process, where torch is imported already and earlier tests have left more memory
+    than a worker of its own takes."""
     before = sys.argv
-    sys.argv = [str(TOOL), *map(str, arguments)]
+    own = [] if "--memory-gib" in arguments else ["--memory-gib", "8"]
+    sys.argv = [str(TOOL), *map(str, arguments), *own]
     try:
         return _load_tool().main()
     finally:
