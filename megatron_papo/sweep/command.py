@@ -25,7 +25,7 @@ def begin(
 ) -> bool:
     """Submits the points that are not done and not in the queue; with `local` runs them. Whether none was refused."""
     checked = check_points(sweep, points, made_from, local)
-    jobs = [] if local else my_jobs()
+    jobs = _jobs_if_any() if dry_run or local else my_jobs()
     states = states_of(sweep, points, jobs)
     kept = ("done", *LIVING, *(() if retry else ("failed",)))
     for each in checked:
@@ -36,7 +36,7 @@ def begin(
     arrays = [] if local else arrays_of(sweep, chosen, made_from, len(living))
     if dry_run:
         for array in arrays:
-            print(array.script, end="\n\n" if array is not arrays[-1] else "")
+            print(array.script)
         return not refused
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_refused(sweep, refused)

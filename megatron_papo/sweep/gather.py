@@ -17,12 +17,13 @@ from megatron_papo.cluster import runs
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.memory import GIB
-from megatron_papo.planning.runs import STAGES as PLANNED_STAGES
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import State
 
-STAGES = ("generate", "score", "update", "hand over", "draw", "reward", "advantage", "pack")
-"""Of a step, those that the planner knows first: what its seconds are the sum of, and tokens are counted over."""
+PLANNED_STAGES = ("generate", "score", "update", "hand over")
+"""Of a step, those that the planner knows."""
+STAGES = (*PLANNED_STAGES, "draw", "reward", "advantage", "pack")
+"""What a step's seconds are the sum of, and tokens are counted over."""
 Record = Mapping[str, float]
 
 
@@ -43,7 +44,7 @@ class Row:
     state: State
     ranks: int | None = None
     layout: str = ""
-    """TP x PP x DP."""
+    """Tensor x pipeline x data: `2x1x4`."""
     prompts: int | None = None
     """Of a step."""
     num_steps: int = 0
@@ -82,7 +83,7 @@ def _row(point: Point, state: State, config: Config | None, records: Sequence[Re
         parallel, ranks = config.parallel, config.cluster.num_ranks
         trainer = int(records[0]["ranks"]) if records else ranks
         data = trainer // (parallel.tensor * parallel.pipeline)
-        layout = f"TP{parallel.tensor} x PP{parallel.pipeline} x DP{data}"
+        layout = f"{parallel.tensor}x{parallel.pipeline}x{data}"
         row = replace(row, ranks=ranks, layout=layout, prompts=config.train.prompts_per_step)
     return replace(row, num_steps=len(records), figures=figures_of(records, factors))
 
@@ -184,7 +185,7 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def _settings(point: Point) -> Config | None:
-    """As the point was submitted; else as it would be. None where they cannot be read."""
+    """As the point was submitted last; None before, and where they cannot be read."""
     kept = runs.folder_of(point.run_dir) / "settings.yaml"
     try:
         return load_config(kept) if kept.exists() else None

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.cluster import runs
-from megatron_papo.planning.runs import STAGES as PLANNED_STAGES
-from megatron_papo.sweep.gather import STAGES, Row
+from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
 from megatron_papo.sweep.points import Sweep
 
 HEADERS = (
-    "point", "ranks", "layout", "prompts", "state", "tokens/s", "tokens/s/rank", "speed-up", "ideal", "efficiency",
+    "point", "ranks", "TPxPPxDP", "prompts", "state", "tokens/s", "tokens/s/rank", "speed-up", "ideal", "efficiency",
     "MFU", "step s", "planned s", *(f"{stage} s" for stage in PLANNED_STAGES), "other s", "memory GiB", "reason",
 )  # fmt: skip
 _FIGURES = (
@@ -48,20 +47,23 @@ def cells(row: Row) -> list[str]:
 
 
 def print_table(rows: Sequence[Row], sweep: Sweep) -> None:
-    """Columns that no point has are left out."""
-    filled = [cells(row) for row in rows]
-    shown = [column for column in range(len(HEADERS)) if any(row[column] for row in filled)]
+    """Columns that no point has are left out; reasons are lines below."""
+    filled = [cells(row)[:-1] for row in rows]
+    shown = _columns(filled)
     console = Console()
-    console.width = max(console.width, 200)
-    table = Table(*(HEADERS[column] for column in shown), title=_title(sweep))
+    console.width = max(console.width, 220)
+    table = Table(*(HEADERS[column] for column in shown), title=_title(sweep), title_justify="left")
     for row in filled:
         table.add_row(*(row[column] for column in shown))
     console.print(table)
+    for row in rows:
+        if row.state.reason:
+            console.print(f"  {row.name}: {row.state.reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(rows: Sequence[Row], sweep: Sweep) -> str:
     filled = [cells(row) for row in rows]
-    shown = [column for column in range(len(HEADERS)) if any(row[column] for row in filled)]
+    shown = _columns(filled)
     lines = [
         _title(sweep),
         "",
@@ -101,6 +103,11 @@ def _csv_row(row: Row) -> list[object]:
         *head,
         *(value for found in spreads for value in ((found.median, found.low, found.high) if found else [None] * 3)),
     ]
+
+
+def _columns(filled: Sequence[Sequence[str]]) -> list[int]:
+    """Those that any row has something in."""
+    return [column for column in range(len(filled[0])) if any(row[column] for row in filled)]
 
 
 def _title(sweep: Sweep) -> str:

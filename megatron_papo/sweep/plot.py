@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.planning.runs import STAGES as PLANNED_STAGES
-from megatron_papo.sweep.gather import STAGES, Row
+from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
 from megatron_papo.sweep.points import Sweep
 
 _INK, _SOFT, _LINE, _PLAN = "#1f2430", "#6b7280", "#2468b4", "#d07a1c"
@@ -53,18 +52,30 @@ def _draw_speed(panel: Any, rows: Sequence[Row]) -> None:
     per_rank = medians[0] / ranks[0]
     panel.plot([0, max(ranks)], [0, per_rank * max(ranks)], color=_SOFT, linestyle="--", linewidth=1, label="ideal")
     # several layouts of as many ranks are points, not a line
-    line = "-" if len(set(ranks)) == len(ranks) and ranks == sorted(ranks) else "none"
-    planned = [(row.ranks, row.median("planned_tokens_per_s")) for row in rows]
-    planned = [pair for pair in planned if pair[1] is not None]
-    if planned:
-        panel.plot(*zip(*planned), color=_PLAN, linestyle=":" if line == "-" else "none", marker="x", label="planner")
-    panel.errorbar(ranks, medians, yerr=errors, color=_LINE, linestyle=line, marker="o", capsize=3, label="measured")
+    line = len(set(ranks)) == len(ranks) and ranks == sorted(ranks)
+    top = 1.15 * max(per_rank * max(ranks), *(speed.high for speed in speeds))
+    _draw_planned(panel, rows, top, ":" if line else "none")
+    panel.errorbar(
+        ranks, medians, yerr=errors, color=_LINE, linestyle="-" if line else "none", marker="o", capsize=3,
+        label="measured",
+    )  # fmt: skip
     panel.set_xticks(sorted(set(ranks)))
     panel.set_xlim(0, max(ranks) * 1.08)
-    panel.set_ylim(0, None)
+    panel.set_ylim(0, top)
     panel.set_xlabel("ranks", color=_INK, fontsize=9)
     panel.set_title("tokens/s, least to most", color=_INK, fontsize=9)
     panel.legend(frameon=False, fontsize=8)
+
+
+def _draw_planned(panel: Any, rows: Sequence[Row], top: float, line: str) -> None:
+    """A plan without calibration may lie far above: it does not press what was measured to the ground."""
+    found = [(row.ranks, row.median("planned_tokens_per_s")) for row in rows]
+    planned = [(ranks, speed) for ranks, speed in found if speed is not None]
+    if not planned:
+        return
+    above = max(speed for _, speed in planned) > top
+    label = f"planner (up to {max(speed for _, speed in planned):,.0f})" if above else "planner"
+    panel.plot(*zip(*planned), color=_PLAN, linestyle=line, marker="x", label=label)
 
 
 def _draw_shares(panel: Any, rows: Sequence[Row]) -> None:

@@ -65,13 +65,21 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
 def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJob | None) -> State:
     """Of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
     if attempts and attempts[-1].end in ("failed", "refused", "stopped"):
-        return State("failed", attempts[-1].reason.removeprefix("papo: ").replace("\n", "; "))
+        return State("failed", _reason(run_dir, attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:
         return State("interrupted", f"job {job}: {ended.state.lower().replace('_', ' ')}")
     said = "" if attempts else last_word(runs.folder_of(run_dir) / f"job_{job}.log")
     if said or ended is not None:
         return State("failed", said or f"job {job}: {str(ended and ended.state).lower().replace('_', ' ')}")
     return State("interrupted", f"job {job}: Slurm does not know it any more")
+
+
+def _reason(run_dir: Path, attempt: Attempt) -> str:
+    """A job of one rank has its launcher between Slurm and the rank: the rank's reason is in its log alone."""
+    said = ""
+    if "Exited with exit code" in attempt.reason:
+        said = last_word(run_dir / "logs" / f"attempt_{attempt.number:04d}" / "rank_0.log")
+    return said or attempt.reason.removeprefix("papo: ").replace("\n", "; ")
 
 
 def _after_local(run_dir: Path, steps: int) -> State:

@@ -137,21 +137,23 @@ def submit_arrays(
     jobs: list[str] = []
     refused: dict[str, str] = {}
     waves: dict[int, list[str]] = {}
-    for position, array in enumerate(arrays, start=1):
+    for array in arrays:
         before = [*(living if array.wave else []), *waves.get(array.wave - 1, [])]
         after = [f"--dependency=afterany:{':'.join(before)}"] if before else []
         for each in array.members:
             assert each.plan is not None
             write(each.plan)
             (runs.folder_of(each.point.run_dir) / "local.json").unlink(missing_ok=True)
-        script = sweep.folder / "cluster" / f"array_{position}.sh"
+        script = sweep.folder / "cluster" / "array.sh"
         runs.write_whole(script, array.script)
         try:
             jobs.append(sbatch(str(script), after))
         except SlurmError as error:
             refused |= {each.point.name: str(error) for each in array.members}
+            script.unlink()
             waves.setdefault(array.wave, []).extend(before)  # what comes after waits for what this one waited for
             continue
+        script.rename(script.with_name(f"array_{jobs[-1]}.sh"))
         waves.setdefault(array.wave, []).append(jobs[-1])
         for each in array.members:
             _record(sweep, each, jobs[-1])
