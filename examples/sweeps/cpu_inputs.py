@@ -31,11 +31,6 @@ def main(folder: Path) -> None:
             file.write(json.dumps({"problem": f"<image>what is {row}?", "answer": str(row), "images": [name]}) + "\n")
 
 
-def length(response: str, answer: str, problem: str) -> float:
-    """A reward that random weights get some of: even lengths."""
-    return float(len(response) % 2 == 0)
-
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main(Path(sys.argv[1]))

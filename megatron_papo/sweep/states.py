@@ -44,7 +44,7 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
     living = [job for job in own if not job.is_over]
     if living:
         running = living[0].state not in ("PENDING", "REQUEUED")
-        return State("running") if running else State("pending", living[0].reason)
+        return State("running") if running else State("pending", living[0].reason.removesuffix("None"))
     folder = runs.folder_of(point.run_dir)
     if (folder / "local.json").exists():
         return _after_local(point.run_dir, steps)
