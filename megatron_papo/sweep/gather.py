@@ -42,7 +42,7 @@ class Row:
 
     name: str
     state: State
-    ranks: int | None = None
+    ranks: int
     layout: str = ""
     """Tensor x pipeline x data: `2x1x4`."""
     prompts: int | None = None
@@ -78,28 +78,27 @@ def gather(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -
 
 
 def _row(point: Point, state: State, config: Config | None, records: Sequence[Record], factors: Mapping) -> Row:
-    row = Row(point.name, state)
+    row = Row(point.name, state, point.ranks)
     if config is not None:
-        parallel, ranks = config.parallel, config.cluster.num_ranks
-        trainer = int(records[0]["ranks"]) if records else ranks
+        parallel = config.parallel
+        trainer = int(records[0]["ranks"]) if records else point.ranks  # separate engines have ranks too
         data = trainer // (parallel.tensor * parallel.pipeline)
         layout = f"{parallel.tensor}x{parallel.pipeline}x{data}"
-        row = replace(row, ranks=ranks, layout=layout, prompts=config.train.prompts_per_step)
+        row = replace(row, layout=layout, prompts=config.train.prompts_per_step)
     return replace(row, num_steps=len(records), figures=figures_of(records, factors))
 
 
 def against_first(rows: Sequence[Row]) -> list[Row]:
     """With speed-up and its ideal, from the first row that has tokens a second."""
     first = next((row for row in rows if row.median("tokens_per_s")), None)
-    if first is None or first.ranks is None:
+    base = None if first is None else first.median("tokens_per_s")
+    if first is None or not base:
         return list(rows)
-    base, ranks = first.median("tokens_per_s"), first.ranks
-    assert base
     found = []
     for row in rows:
         speed = row.median("tokens_per_s")
-        if speed and row.ranks:
-            row = replace(row, speed_up=speed / base, ideal=row.ranks / ranks)
+        if speed:
+            row = replace(row, speed_up=speed / base, ideal=row.ranks / first.ranks)
         found.append(row)
     return found
 

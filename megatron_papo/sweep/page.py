@@ -27,7 +27,7 @@ def cells(row: Row) -> list[str]:
     """Medians; of tokens a second and of a step's seconds the spread too."""
     return [
         row.name,
-        "" if row.ranks is None else str(row.ranks),
+        str(row.ranks),
         row.layout,
         "" if row.prompts is None else str(row.prompts),
         row.state.word,

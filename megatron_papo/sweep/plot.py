@@ -45,7 +45,7 @@ def draw(rows: Sequence[Row], sweep: Sweep) -> Any:
 
 def _draw_speed(panel: Any, rows: Sequence[Row]) -> None:
     """Both axes from zero, so that the ideal is a straight line through it and what lacks is seen as it is."""
-    ranks = [row.ranks or 0 for row in rows]
+    ranks = [row.ranks for row in rows]
     speeds = [row.figures["tokens_per_s"] for row in rows]
     medians = [speed.median for speed in speeds]
     errors = [[speed.median - speed.low for speed in speeds], [speed.high - speed.median for speed in speeds]]
@@ -59,8 +59,11 @@ def _draw_speed(panel: Any, rows: Sequence[Row]) -> None:
         ranks, medians, yerr=errors, color=_LINE, linestyle="-" if line else "none", marker="o", capsize=3,
         label="measured",
     )  # fmt: skip
+    for row, median in zip(rows, medians):
+        if not line:
+            panel.annotate(row.name, (row.ranks, median), (6, -3), textcoords="offset points", color=_INK, fontsize=7)
     panel.set_xticks(sorted(set(ranks)))
-    panel.set_xlim(0, max(ranks) * 1.08)
+    panel.set_xlim(0, max(ranks) * 1.2)
     panel.set_ylim(0, top)
     panel.set_xlabel("ranks", color=_INK, fontsize=9)
     panel.set_title("tokens/s, least to most", color=_INK, fontsize=9)

@@ -106,6 +106,7 @@ class Point:
     number: int
     """Its place in the file, from 1; its task in a job array."""
     name: str
+    ranks: int
     run_dir: Path
     """Absolute."""
     overrides: tuple[str, ...]
@@ -169,7 +170,7 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
         f"cluster.gpus_per_node={gpus}",
         f"cluster.ranks_per_node={on_node}",
     )
-    return Point(number, asked.label, run_dir, overrides, fault)
+    return Point(number, asked.label, ranks, run_dir, overrides, fault)
 
 
 def _num_ranks(point: PointConfig, each: int) -> int:

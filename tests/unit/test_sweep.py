@@ -213,7 +213,7 @@ def test_figures_are_medians_after_the_warm_up_against_the_first_point(tmp_path:
     assert (first.speed_up, first.ideal, first.efficiency, first.num_steps) == (1.0, 1.0, 1.0, 3)
     assert (second.speed_up, second.ideal, second.efficiency, second.layout) == (2.0, 4.0, 0.5, "1x1x8")
     assert "mfu" not in first.figures
-    assert (refused.figures, refused.speed_up, refused.ranks) == ({}, None, None)
+    assert (refused.figures, refused.speed_up, refused.ranks) == ({}, None, 12)
 
 
 def test_a_planner_fitted_to_the_first_point_forecasts_the_others(tmp_path: Path):
@@ -307,4 +307,4 @@ def test_tables_and_picture(tmp_path: Path):
     assert bars[2 * PLANNED_STAGES.index("update")] == pytest.approx(5 / 7)
     picture = sweep_png(rows, sweep, tmp_path / "plot.png")
     assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
-    assert sweep_png([Row("a", State("failed"))], sweep, tmp_path / "none.png") is None
+    assert sweep_png([Row("a", State("failed"), 1)], sweep, tmp_path / "none.png") is None
