@@ -18,6 +18,8 @@ from megatron_papo.sweep.states import LIVING, State, states_of, write_refused
 from megatron_papo.sweep.submit import Checked, arrays_of, check_points, submit_arrays
 
 _LOOK_S = 2.0
+_SETTLE_S = 60.0
+"""Slurm gives a cancelled job 30 seconds to end."""
 
 
 def begin(
@@ -25,7 +27,7 @@ def begin(
 ) -> bool:
     """Submits the points that are not done and not in the queue; with `local` runs them. Whether none was refused."""
     checked = check_points(sweep, points, made_from, local)
-    jobs = _jobs_if_any() if dry_run or local else my_jobs()
+    jobs = _jobs_if_any() if dry_run or local else _settled_jobs(points)
     states = states_of(sweep, points, jobs)
     kept = ("done", *LIVING, *(() if retry else ("failed",)))
     for each in checked:
@@ -94,6 +96,20 @@ def _tell(each: Checked, state: State, kept: bool) -> None:
         for warning in each.plan.warnings:
             say(f"{each.point.name}: warning: {warning}")
         say(f"{each.point.name}: {each.plan.checked}" + (" (again)" if state.word in ("failed", "interrupted") else ""))
+
+
+def _settled_jobs(points: Sequence[Point]) -> list[QueuedJob]:
+    """Once none of the points' jobs is ending any more: of one that was just cancelled it shows then what it was."""
+    deadline, said = time.monotonic() + _SETTLE_S, False
+    while True:
+        jobs = my_jobs()
+        ending = [job.id for point in points for job in runs.jobs_of(point.run_dir, jobs) if job.state == "COMPLETING"]
+        if not ending or time.monotonic() > deadline:
+            return jobs
+        if not said:
+            say(f"waits for {', '.join(ending)} to end")
+        said = True
+        time.sleep(_LOOK_S)
 
 
 def _jobs_if_any() -> list[QueuedJob]:
