@@ -27,7 +27,8 @@ def main() -> int:
             print(f"sweep: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nsweep: jobs go on; the same command with --gather shows how far they are", file=sys.stderr)
+        told = "the same command goes on" if options.local else "jobs go on; --gather shows how far they are"
+        print(f"\nsweep: {told}", file=sys.stderr)
         return 130
 
 

@@ -44,7 +44,8 @@ def _run(checked: Checked) -> int:
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            child.wait()  # heard it too
+            child.terminate()  # in a terminal it heard the interrupt too
+            child.wait()
             raise
         finally:
             runs.write_whole(folder / "local.json", json.dumps({"exit_code": code}) + "\n")

@@ -53,8 +53,8 @@ def print_table(rows: Sequence[Row], sweep: Sweep) -> None:
     console = Console()
     console.width = max(console.width, 220)
     table = Table(*(HEADERS[column] for column in shown), title=_title(sweep), title_justify="left")
-    for row in filled:
-        table.add_row(*(row[column] for column in shown))
+    for line in filled:
+        table.add_row(*(line[column] for column in shown))
     console.print(table)
     for row in rows:
         if row.state.reason:

@@ -107,7 +107,8 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
     )
 
     until(lambda: read_attempts(tool.run_dir("raises")))
-    tool.cluster.call("scancel", two)
+    cancelled = submit_slurm(tool, "cancel", two)
+    assert (cancelled.returncode, cancelled.stdout) == (0, f"submit: cancelled job {two}\n")
     done = tool("--wait")
     said = done.stderr.splitlines()
     assert done.returncode == 1
@@ -131,6 +132,10 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
     assert log.read_text() == (tool.folder / "out" / "cluster" / f"job_{one}.log").read_text()
     assert "attempt 1: done" in log.read_text()
     assert not (tool.run_dir("ranks_1") / "checkpoints").exists()
+    followed = submit_slurm(tool, "follow", one)
+    assert (followed.returncode, followed.stdout) == (0, log.read_text())
+    listed = [line.split("\t") for line in submit_slurm(tool, "list").stdout.splitlines()]
+    assert [line[6] for line in listed if line[0] == one] == ["out/points/ranks_1"]
 
     again = tool("--gather")
     assert again.returncode == 1 and tool.rows() == rows
@@ -142,6 +147,10 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
         f"sweep: error: {tool.run_dir('ranks_1')}: was begun with other settings (optim.lr): take another dir, or "
         "remove that folder\n"
     )
+
+
+def submit_slurm(tool: Tool, *words: str) -> subprocess.CompletedProcess[str]:
+    return tool.cluster.call(sys.executable, REPO / "tools" / "submit_slurm.py", *words, cwd=tool.folder)
 
 
 def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
