@@ -106,7 +106,10 @@ papo_facts=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks_per_node=$papo_t
 
 papo_check "$@" "${papo_facts[@]}"
 # for `submit_slurm.py list`; where a cluster forbids it, the list does not know this run's folder
-scontrol update "JobId=$SLURM_JOB_ID" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true
+papo_job=$SLURM_JOB_ID
+# one task of an array has the array's number, which would mean all tasks
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || papo_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+scontrol update "JobId=$papo_job" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true
 if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then exit 0; fi
 
 exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" \

@@ -6,7 +6,7 @@ The scripts under slurm/ are the same by hand; a test holds their heads against 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_papo.cluster.slurm import COMMENT
@@ -14,6 +14,8 @@ from megatron_papo.config import ClusterConfig, Config
 
 LOG_NAME = "job_%j.log"
 """Of a job's output, under RUN/cluster."""
+ARRAY_LOG_NAME = "job_%A_%a.log"
+"""Of a task's."""
 
 
 def sbatch_options(config: Config) -> list[str]:
@@ -57,6 +59,28 @@ def job_script(config: Config, *, home: Path, work_dir: Path, folder: Path, made
         *(f"  {line}" for line in _setup(config.cluster)),
         "}",
         'source "$PAPO_HOME/slurm/launch.sh"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def array_script(
+    options: Sequence[str], scripts: Mapping[int, Path], *, work_dir: Path, folder: Path, made_from: str
+) -> str:
+    """Of a job array whose task N becomes `scripts[N]`, in the same process, which is the one that Slurm signals.
+
+    `options`: of sbatch, for every task, --array among them; `folder`: where the tasks' output goes.
+    """
+    where = [f"--chdir={work_dir}", f"--output={folder / ARRAY_LOG_NAME}"]
+    lines = [
+        "#!/bin/bash",
+        f"# Made by: {' '.join(made_from.splitlines())}",
+        *(f"#SBATCH {_quoted(option)}" for option in [*options, *where]),
+        "",
+        "case $SLURM_ARRAY_TASK_ID in",
+        *(f"  {task}) exec bash {shlex.quote(str(script))} ;;" for task, script in scripts.items()),
+        "esac",
+        'echo "papo: error: no script for task $SLURM_ARRAY_TASK_ID" >&2',
+        "exit 2",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def find(run_or_job: str) -> tuple[Path | None, list[QueuedJob]]:
     Raises SlurmError for a folder that is no submitted run, and for a job that Slurm does not know.
     """
     path = Path(run_or_job)
-    if run_or_job.isdigit() and not path.is_dir():
+    if re.fullmatch(r"\d+(_\d+)?", run_or_job) and not path.is_dir():
         jobs = [job for job in my_jobs() if job.id == run_or_job]
         if not jobs:
             raise SlurmError(f"job {run_or_job}: Slurm does not know it, or has forgotten it")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
@@ -26,6 +27,7 @@ class QueuedJob:
     """A job of this user as squeue shows it; ended ones too, for as long as the controller remembers them."""
 
     id: str
+    """`12`; of a task of a job array `12_3`."""
     state: str
     num_nodes: int
     reason: str
@@ -48,7 +50,7 @@ def sbatch(script: str, options: Sequence[str] = ()) -> str:
 
 def my_jobs() -> list[QueuedJob]:
     """This user's jobs, oldest first."""
-    lines = _call("squeue", "--me", "--states=all", "--noheader", f"--format={_FIELDS}").splitlines()
+    lines = _call("squeue", "--me", "--array", "--states=all", "--noheader", f"--format={_FIELDS}").splitlines()
     return sorted(
         (_job(line) for line in lines if line.count("|") >= 6), key=lambda job: int(re.split(r"[_+]", job.id)[0])
     )
@@ -78,6 +80,11 @@ def describe_job(job_id: str) -> dict[str, str]:
 
 def cancel(job_ids: Sequence[str]) -> None:
     _call("scancel", *job_ids)
+
+
+def set_comment(job_id: str, run_dir: Path) -> None:
+    """Says which run a job is of, as its script's head does where the script is the run's own."""
+    _call("scontrol", "update", f"JobId={job_id}", f"Comment={COMMENT}{run_dir}")
 
 
 def _job(line: str) -> QueuedJob:

@@ -64,10 +64,7 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
             f"{plan.run_dir}: job {job.id} of this run is in the queue ({job.state}); "
             f"`submit_slurm.py cancel {plan.run_dir}` first, or take another run.dir"
         )
-    folder = runs.folder_of(plan.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(folder / "settings.yaml", dump_config(plan.config))
-    runs.write_whole(folder / "job.sh", plan.script)
+    folder = write(plan)
     jobs: list[str] = []
     for position in range(1, num_jobs + 1):
         after = [f"--dependency=afterany:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
@@ -77,6 +74,15 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
         )
         runs.record(plan.run_dir, entry)
     return jobs
+
+
+def write(plan: Plan) -> Path:
+    """RUN/cluster with the resolved settings and the job script; that folder."""
+    folder = runs.folder_of(plan.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_whole(folder / "settings.yaml", dump_config(plan.config))
+    runs.write_whole(folder / "job.sh", plan.script)
+    return folder
 
 
 def plan_again(run_dir: Path, overrides: Sequence[str], made_from: str, num_jobs: int = 1) -> Plan:

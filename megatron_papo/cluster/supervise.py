@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class Job:
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
-        return cls(os.environ[names[0]], os.environ[names[1]], int(os.environ[names[2]]))
+        return cls(_job_id(os.environ), os.environ[names[1]], int(os.environ[names[2]]))
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,14 @@ class Supervisor:
 
     def _hear_end(self, *_: object) -> None:
         self._told_to_end_at = min(time.time(), self._told_to_end_at)
+
+
+def _job_id(environ: Mapping[str, str]) -> str:
+    """Of a task of a job array as `12_3`: one task has the array's own number for SLURM_JOB_ID, and a command of Slurm
+    that is given it acts on all of them."""
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
 
 
 def _lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:

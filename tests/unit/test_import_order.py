@@ -38,6 +38,7 @@ LAYERS = (
         "save",
         "serving",
     ),
+    ("sweep",),
     ("cluster",),
     ("check",),
     ("refuse",),

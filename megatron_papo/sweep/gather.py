@@ -1,0 +1,192 @@
+"""What the runs of a sweep measured: a row a point, medians over the steps after the warm-up with their spread.
+
+Speed-up and efficiency are of tokens a second, against the first point that ran; so they read the same for strong and
+for weak scaling: the ideal is that twice the ranks make twice the tokens. The planner's seconds, which every run
+records beside its own (`planned/time/...`), stand beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_papo.cluster import runs
+from megatron_papo.cluster.attempts import read_attempts
+from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.memory import GIB
+from megatron_papo.sweep.points import Point, Sweep
+from megatron_papo.sweep.states import State
+
+PLANNED_STAGES = ("generate", "score", "update", "hand over")
+"""Of a step, those that the planner knows."""
+STAGES = (*PLANNED_STAGES, "draw", "reward", "advantage", "pack")
+"""What a step's seconds are the sum of, and tokens are counted over."""
+Record = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one figure over the measured steps."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of the table."""
+
+    name: str
+    state: State
+    ranks: int
+    layout: str = ""
+    """Tensor x pipeline x data: `2x1x4`."""
+    prompts: int | None = None
+    """Of a step."""
+    num_steps: int = 0
+    """Measured."""
+    figures: Mapping[str, Spread] = field(default_factory=dict)
+    """`tokens_per_s`, `step_s`, seconds by stage, `mfu`, `memory_gib`, `planned_step_s`, `planned_tokens_per_s` and the
+    planner's seconds by stage; those that the run recorded."""
+    speed_up: float | None = None
+    ideal: float | None = None
+    """Speed-up of ranks that all do as much as one of the first point."""
+
+    @property
+    def efficiency(self) -> float | None:
+        return None if self.speed_up is None or not self.ideal else self.speed_up / self.ideal
+
+    def median(self, figure: str) -> float | None:
+        found = self.figures.get(figure)
+        return None if found is None else found.median
+
+
+def gather(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -> list[Row]:
+    """In the order of the file. Points without a measured step have a row without figures."""
+    factors: dict[str, float] = {}
+    rows = []
+    for point in points:
+        config, records = _settings(point), measured_steps(point, sweep.warm_up)
+        if sweep.calibration == "first" and records and not factors:
+            factors = fitted(records)
+        rows.append(_row(point, states[point.name], config, records, factors))
+    return against_first(rows)
+
+
+def _row(point: Point, state: State, config: Config | None, records: Sequence[Record], factors: Mapping) -> Row:
+    row = Row(point.name, state, point.ranks)
+    if config is not None:
+        parallel = config.parallel
+        trainer = int(records[0]["ranks"]) if records else point.ranks  # separate engines have ranks too
+        data = trainer // (parallel.tensor * parallel.pipeline)
+        layout = f"{parallel.tensor}x{parallel.pipeline}x{data}"
+        row = replace(row, layout=layout, prompts=config.train.prompts_per_step)
+    return replace(row, num_steps=len(records), figures=figures_of(records, factors))
+
+
+def against_first(rows: Sequence[Row]) -> list[Row]:
+    """With speed-up and its ideal, from the first row that has tokens a second."""
+    first = next((row for row in rows if row.median("tokens_per_s")), None)
+    base = None if first is None else first.median("tokens_per_s")
+    if first is None or not base:
+        return list(rows)
+    found = []
+    for row in rows:
+        speed = row.median("tokens_per_s")
+        if speed:
+            row = replace(row, speed_up=speed / base, ideal=row.ranks / first.ranks)
+        found.append(row)
+    return found
+
+
+def measured_steps(point: Point, warm_up: int) -> list[Record]:
+    """Without the `warm_up` steps after every start, the first and those after a checkpoint."""
+    path = point.run_dir / "metrics.jsonl"
+    starts = {0, *(attempt.steps_saved for attempt in read_attempts(point.run_dir))}
+    left_out = {start + step for start in starts for step in range(warm_up)}
+    records: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # being written
+            break
+        records[record["step"]] = record
+    return [record for step, record in sorted(records.items()) if step not in left_out and "tokens_per_s" in record]
+
+
+def figures_of(records: Sequence[Record], factors: Mapping[str, float]) -> dict[str, Spread]:
+    """`factors`: what the planner's seconds of a stage are multiplied with; 1 for those that it lacks."""
+    if not records:
+        return {}
+    taken: dict[str, Callable[[Record], float | None]] = {
+        "tokens_per_s": lambda record: record["tokens_per_s"],
+        "tokens_per_s_per_rank": lambda record: record["tokens_per_s"] / record["ranks"],
+        "mfu": lambda record: record.get("mfu"),
+        "step_s": step_seconds,
+        "memory_gib": _memory_gib,
+        "planned_step_s": lambda record: planned_seconds(record, factors),
+        "planned_tokens_per_s": lambda record: _planned_speed(record, factors),
+    }
+    figures = {name: _spread(list(map(take, records))) for name, take in taken.items()}
+    for stage in STAGES:
+        figures[f"{stage}_s"] = _spread([record.get(f"time/{stage}") for record in records])
+    for stage in PLANNED_STAGES:
+        plan = [_planned_stage(record, stage, factors) for record in records]
+        figures[f"planned_{stage}_s"] = _spread(plan)
+    return {name: spread for name, spread in figures.items() if spread is not None}
+
+
+def fitted(records: Sequence[Record]) -> dict[str, float]:
+    """Measured over planned seconds by stage, medians: as `tools/plan.py --calibrate` fits them to a run."""
+    found = {}
+    for stage in PLANNED_STAGES:
+        plans = [record.get(f"planned/time/{stage}", 0.0) for record in records]
+        ratios = [record.get(f"time/{stage}", 0.0) / plan for record, plan in zip(records, plans) if plan > 0]
+        if ratios:
+            found[stage] = statistics.median(ratios)
+    return found
+
+
+def step_seconds(record: Record) -> float:
+    return sum(record.get(f"time/{stage}", 0.0) for stage in STAGES)
+
+
+def planned_seconds(record: Record, factors: Mapping[str, float]) -> float | None:
+    """Of the stages that the planner knows; None where it did not know the GPU."""
+    stages = [_planned_stage(record, stage, factors) for stage in PLANNED_STAGES]
+    known = [seconds for seconds in stages if seconds is not None]
+    return sum(known) if known else None
+
+
+def _planned_stage(record: Record, stage: str, factors: Mapping[str, float]) -> float | None:
+    seconds = record.get(f"planned/time/{stage}")
+    return None if seconds is None else seconds * factors.get(stage, 1.0)
+
+
+def _planned_speed(record: Record, factors: Mapping[str, float]) -> float | None:
+    planned = planned_seconds(record, factors)
+    return record["tokens_per_s"] * step_seconds(record) / planned if planned else None
+
+
+def _memory_gib(record: Record) -> float | None:
+    """The highest of any stage, on the rank that holds most."""
+    peaks = [value for name, value in record.items() if name.startswith("memory/")]
+    return max(peaks) / GIB if peaks else None
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    found = [value for value in values if value is not None]
+    return Spread(statistics.median(found), min(found), max(found)) if found else None
+
+
+def _settings(point: Point) -> Config | None:
+    """As the point was submitted last; None before, and where they cannot be read."""
+    kept = runs.folder_of(point.run_dir) / "settings.yaml"
+    try:
+        return load_config(kept) if kept.exists() else None
+    except ConfigError:
+        return None

@@ -1,0 +1,110 @@
+"""How each point of a sweep stands: from its folder, from Slurm's queue, and from what was refused at submission.
+
+A point that is done, or that failed, is so for good, whatever Slurm still remembers. One that was cancelled, preempted
+or lost with its node is interrupted: the same command submits it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_papo.cluster import runs
+from megatron_papo.cluster.attempts import Attempt, read_attempts
+from megatron_papo.cluster.slurm import QueuedJob
+from megatron_papo.observe.failures import SAVED_EXIT
+from megatron_papo.observe.progress import read_progress
+from megatron_papo.sweep.points import Point, Sweep
+
+Word = Literal["new", "refused", "pending", "running", "done", "failed", "interrupted"]
+LIVING = ("pending", "running")
+_NO_FAULT = frozenset(("BOOT_FAIL", "CANCELLED", "NODE_FAIL", "PREEMPTED"))
+"""How Slurm ends jobs that did nothing wrong."""
+_INTERRUPTED_EXITS = (SAVED_EXIT, 128 + 2, 128 + 15)
+
+
+@dataclass(frozen=True)
+class State:
+    word: Word
+    reason: str = ""
+    """Why it waits, failed, was refused or interrupted."""
+
+
+def states_of(sweep: Sweep, points: Sequence[Point], jobs: Sequence[QueuedJob]) -> dict[str, State]:
+    """By the points' names. `jobs`: this user's, as squeue shows them; none without Slurm."""
+    refused = read_refused(sweep)
+    return {point.name: _state(point, jobs, sweep.steps, refused) for point in points}
+
+
+def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping[str, str]) -> State:
+    own = runs.jobs_of(point.run_dir, jobs)
+    living = [job for job in own if not job.is_over]
+    if living:
+        running = living[0].state not in ("PENDING", "REQUEUED")
+        return State("running") if running else State("pending", living[0].reason.removesuffix("None"))
+    folder = runs.folder_of(point.run_dir)
+    if (folder / "local.json").exists():
+        return _after_local(point.run_dir, steps)
+    attempts = read_attempts(point.run_dir)
+    if any(attempt.end == "done" for attempt in attempts) and read_progress(point.run_dir).steps_done >= steps:
+        return State("done")
+    submitted = runs.submissions(point.run_dir)
+    if point.name in refused:
+        return State("refused", refused[point.name])
+    if not submitted:
+        return State("new")
+    newest = submitted[-1].job
+    ended = [job for job in own if job.id == newest]
+    last = [attempt for attempt in attempts if attempt.job == newest]
+    return _after_job(point.run_dir, newest, last, ended[0] if ended else None)
+
+
+def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJob | None) -> State:
+    """Of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
+    if attempts and attempts[-1].end in ("failed", "refused", "stopped"):
+        return State("failed", _reason(run_dir, attempts[-1]))
+    if ended is not None and ended.state in _NO_FAULT:
+        return State("interrupted", f"job {job}: {ended.state.lower().replace('_', ' ')}")
+    said = "" if attempts else last_word(runs.folder_of(run_dir) / f"job_{job}.log")
+    if said or ended is not None:
+        return State("failed", said or f"job {job}: {str(ended and ended.state).lower().replace('_', ' ')}")
+    return State("interrupted", f"job {job}: Slurm does not know it any more")
+
+
+def _reason(run_dir: Path, attempt: Attempt) -> str:
+    """A job of one rank has its launcher between Slurm and the rank: the rank's reason is in its log alone."""
+    said = ""
+    if "Exited with exit code" in attempt.reason:
+        said = last_word(run_dir / "logs" / f"attempt_{attempt.number:04d}" / "rank_0.log")
+    return said or attempt.reason.removeprefix("papo: ").replace("\n", "; ")
+
+
+def _after_local(run_dir: Path, steps: int) -> State:
+    code = json.loads((runs.folder_of(run_dir) / "local.json").read_text())["exit_code"]
+    if code == 0 and read_progress(run_dir).steps_done >= steps:
+        return State("done")
+    if code < 0 or code in _INTERRUPTED_EXITS:
+        return State("interrupted", f"ended by signal or by hand, exit code {code}")
+    return State("failed", last_word(runs.folder_of(run_dir) / "local.log") or f"exit code {code}")
+
+
+def last_word(log: Path) -> str:
+    """The reason that a run ended with: the last line of ours in its log that is one."""
+    if not log.exists():
+        return ""
+    lines = log.read_text(errors="replace").splitlines()
+    found = [line for line in lines if line.startswith(("papo: error: ", "papo: stopped: ", "papo: rank "))]
+    return found[-1].removeprefix("papo: ").removeprefix("error: ") if found else ""
+
+
+def read_refused(sweep: Sweep) -> dict[str, str]:
+    """Points that were not submitted, each with its reason."""
+    path = sweep.folder / "refused.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_refused(sweep: Sweep, refused: Mapping[str, str]) -> None:
+    runs.write_whole(sweep.folder / "refused.json", json.dumps(refused, indent=1) + "\n")
