@@ -5,9 +5,11 @@ Four language-model layers of which the middle two are in FP8, unless a test say
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,15 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"), layers=4)
 
 
-def _train(*configs: Config) -> None:
+def _train(*configs: Config) -> str:
+    """What the runs said on standard error."""
     from megatron_papo.train import main
 
-    for config in configs:
-        main(config)
+    told = io.StringIO()
+    with redirect_stderr(told):
+        for config in configs:
+            main(config)
+    return told.getvalue()
 
 
 def _sft(*configs: Config) -> None:
@@ -62,7 +68,7 @@ def test_papo_train_in_fp8_as_a_user_types_it(inputs, tmp_path):
     assert "FP8" not in done.stderr  # nothing to warn of
 
 
-def test_beyond_the_limit_the_run_is_the_one_without_fp8(inputs, tmp_path, capfd):
+def test_beyond_the_limit_the_run_is_the_one_without_fp8(inputs, tmp_path):
     """From the first step on, which measures before it scores; and after it is resumed, whatever the limit is then."""
     kept = {"checkpoint__save_every": 1, "train__steps": 2}
     plain = tiny_run(inputs, tmp_path / "plain", **kept | {"train__steps": 3})
@@ -70,13 +76,13 @@ def test_beyond_the_limit_the_run_is_the_one_without_fp8(inputs, tmp_path, capfd
     tight = {"fp8__recipe": "tensorwise", "fp8__gap_limit": 1e-9, "fp8__gap_every": 1}
     first = tiny_run(inputs, tmp_path / "run", **kept, **tight)
     resumed = tiny_run(inputs, tmp_path / "run", **kept | {"train__steps": 3}, fp8__recipe="tensorwise")
-    run_ranks(_train, 1, plain, first, resumed)
+    (told,) = run_ranks(_train, 1, plain, first, resumed)
     expected, found = metrics(tmp_path / "plain"), metrics(tmp_path / "run")
     assert [step["fp8/on"] for step in found] == [0.0, 0.0, 0.0]
     assert [step.keys() >= MEASURED for step in found] == [True, False, False]
     for want, got in zip(expected, found, strict=True):
         assert {name: value for name, value in got.items() if not name.startswith("fp8/")} == want
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "FP8" in line]
+    warnings = [line for line in told.splitlines() if "FP8" in line]
     assert len(warnings) == 1 and "is off from step 0 on: mean log-prob gap" in warnings[0]
     assert "> fp8.gap_limit=1e-09" in warnings[0]
 
