@@ -111,8 +111,8 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     groups, metrics = learn(training, chosen, step)
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
-    metrics |= training.certifier.after_hand_over(step + 1)
-    return groups, metrics | sum_metrics(training.generator.take_metrics())
+    metrics |= sum_metrics(training.generator.take_metrics())  # before the certificate asks the engine too
+    return groups, metrics | training.certifier.after_hand_over(step + 1)
 
 
 def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Group], Metrics]:

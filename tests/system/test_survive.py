@@ -109,7 +109,7 @@ ENDS = {
 @pytest.mark.parametrize(
     "disturbances",
     [
-        pytest.param([ask_to_save, crash_unseen], id="saved_and_crashed"),
+        pytest.param([ask_to_save, crash_unseen], id="saved_and_crashed", marks=pytest.mark.slow),
         pytest.param(
             [kill_a_rank, crash_the_first_node, queue_again, crash_unseen, ask_to_save],
             id="all",
