@@ -78,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(Path(files[0]) if files else None, [*defaults, *words])
     shape, cluster = shape_named(options.model), Cluster(GPUS[options.gpu], options.nodes, options.gpus_per_node)
     if options.calibrate is not None:
-        from megatron_papo.planning.calibrate import calibrated
+        from megatron_papo.planning.runs import calibrated
 
         assumed = calibrated(options.calibrate, GPUS[options.gpu])
         if options.calibration is not None:

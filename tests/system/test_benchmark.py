@@ -103,6 +103,14 @@ def test_handover(tmp_path):
         assert row["unit"] == "GB/s" and row["ratio"] == pytest.approx(row["value"] / row["baseline"])  # one round
 
 
+@pytest.mark.slow
+def test_plan(tmp_path):
+    *rows, order = run_benchmark("plan", tmp_path)
+    assert [row["name"].partition(":")[0] for row in rows] == ["1 rank", "TP 2", "TP 2 with SP", "PP 2", "DP 2"]
+    assert rows[0]["ratio"] == pytest.approx(1, rel=0.5), "fitted to this run"
+    assert order["unit"] == "pairs" and order["baseline"] == 10 and 0 <= order["value"] <= 10
+
+
 def test_save(tmp_path):
     rows = run_benchmark("save", tmp_path)
     assert len(rows) == 2 * 8
