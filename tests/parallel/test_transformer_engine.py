@@ -98,7 +98,7 @@ def test_names_shapes_marks_and_weights_equal_the_local_specs(tmp_path, override
     folder = make_tiny_folder(tmp_path / "model")
     for found in run_ranks(_both, 1 if not overrides else 2, folder, *overrides):
         local, engine = found["local"], found["transformer_engine"]
-        assert local.pop("layer") == "ColumnParallelLinear"
+        assert local.pop("layer") == "RoundedColumnLinear"
         assert engine.pop("layer") == "TELayerNormColumnParallelLinear"
         ours, theirs = local.pop("weights"), engine.pop("weights")
         assert ours.keys() == theirs.keys()
