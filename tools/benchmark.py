@@ -69,7 +69,8 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error(f"--write needs a GPU: {DOCUMENT.name} holds what a GPU measured, and there is none here")
     if shape == "3b" and not on_gpu:
         parser.error("--shape 3b needs a GPU: take tiny")
-    options = Options(shape, arguments.quick, arguments.rounds or (1 if arguments.quick else 5))
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
+    options = Options(shape, arguments.quick, rounds, arguments.recompute)
     targets = Targets(arguments.json, DOCUMENT if arguments.write else None)
     return run(arguments.part or list(PARTS), options, targets)
 
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="fp8: measure this Hugging Face folder")
     parser.add_argument("--part", action="append", metavar="NAME", help="gpu: this part alone; may be given again")
     parser.add_argument("--shape", choices=("3b", "tiny"), help="gpu: of the model; 3b with a GPU, else tiny")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none",
+                        help="gpu: the least recomputation that update and fp8 try")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="gpu: write the parts' tables into docs/benchmarks.md")
     return parser
 

@@ -54,7 +54,9 @@ def has_failed(row: GpuRow) -> bool:
 def command_of(name: str, options: Options) -> str:
     """What runs this part alone, as it was run."""
     quick = " --quick" if options.quick else ""
-    return f"python tools/benchmark.py gpu --part {name} --shape {options.shape} --rounds {options.rounds}{quick}"
+    recompute = f" --recompute {options.recompute}" if options.recompute != "none" else ""
+    settings = f"--shape {options.shape} --rounds {options.rounds}{quick}{recompute}"
+    return f"python tools/benchmark.py gpu --part {name} {settings}"
 
 
 def show(rows: Sequence[GpuRow], title: str) -> None:

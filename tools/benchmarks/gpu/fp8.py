@@ -55,7 +55,7 @@ def run(options: Options) -> Iterator[GpuRow]:
 
 
 def _all_recipes(folder: Path, options: Options) -> Iterator[GpuRow]:
-    recompute, plain = least_recompute(lambda which: _measure(folder, options, which, "off"))
+    recompute, plain = least_recompute(lambda which: _measure(folder, options, which, "off"), options.recompute)
     for recipe in RECIPES:
         yield from attempt(recipe, partial(_one_recipe, folder, options, recompute, recipe, plain))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,6 +13,7 @@ from megatron_papo.accelerator import has_gpu
 
 GIB = 2**30
 NEEDS_GPU = "needs a GPU"
+Recompute = Literal["none", "selective", "full"]
 _MOST_LETTERS = 200
 """Of a reason."""
 
@@ -24,6 +25,8 @@ class Options:
     """Small and few: to see that it runs."""
     rounds: int = 5
     """Times that every side is measured, in turns."""
+    recompute: Recompute = "none"
+    """The least that is tried: a device that is known not to hold less need not be filled to find out."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def least_recompute(measure: Callable[[str], Any]) -> tuple[str, Any]:
-    """`measure` under the first of model.recompute=none, selective, full that fits the memory; which, and the result.
+def least_recompute(measure: Callable[[Recompute], Any], first: Recompute = "none") -> tuple[Recompute, Any]:
+    """`measure` under the first of model.recompute=none, selective, full, from `first` on, that fits the memory;
+    which, and the result.
 
     Raises torch.OutOfMemoryError when none does.
     """
-    for recompute in ("none", "selective"):
+    every = get_args(Recompute)
+    for recompute in every[every.index(first) : -1]:
         try:
             return recompute, measure(recompute)
         except torch.OutOfMemoryError as error:

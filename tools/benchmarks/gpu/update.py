@@ -83,7 +83,7 @@ def mfu_row(name: str, seconds: float, flops: int) -> GpuRow:
 
 
 def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
-    recompute, own = least_recompute(partial(_ours, folder, options))
+    recompute, own = least_recompute(partial(_ours, folder, options), options.recompute)
     found = own
     if not own.plain:
         release()
