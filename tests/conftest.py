@@ -1,3 +1,36 @@
-"""Fixtures that several rooms of tests share, each made once a session."""
+"""Fixtures that several rooms of tests share, each made once a session; the servers that processes are forked from."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import processes, workers
 from tests.slurm_lab import slurm as slurm
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "every rank and command is a process that imports everything itself, nothing is forked from a server"
+    parser.addoption("--isolated", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # in a worker of pytest-xdist the servers are the session's
+        several = bool(getattr(config.option, "numprocesses", None))
+        config.add_cleanup(processes.open_session(config.getoption("--isolated"), at_once=several))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.has_plugin("randomly"):
+        items.sort(key=lambda item: workers.place_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return workers.scheduler(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    workers.print_slowest(terminalreporter)

@@ -1,56 +1,93 @@
 """Runs a function on N gloo ranks of this machine and hands back what each rank returned.
 
-Ranks are forked from a server process that has imported torch and Megatron-Core once, so a test pays milliseconds
-for a rank, not the import. The function must live at the top level of a test module; its arguments and its result
-are pickled. A rank that raises ends the others and its traceback is the test's failure.
+Ranks are forked from a server that has imported what they need (`tests/process_server.py`), so a test pays
+milliseconds for a rank, not the import. The function must live at the top level of a test module; its arguments and its
+result are pickled. A rank that raises ends the others and its traceback is the test's failure.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PRELOAD = ["torch", "megatron_papo.accelerator", "tests.preload"]
+from megatron_papo.config import Config
+from tests.process_server import Request
+from tests.processes import start
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Calls `function(*args)` on ranks 0..world_size-1; the results, by rank."""
-    from torch.multiprocessing import start_processes
+class RankFailed(Exception):
+    """With the rank's own traceback."""
 
-    multiprocessing.set_forkserver_preload(_PRELOAD)
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, vllm: bool | None = None, timeout_s: float = 300.0
+) -> list[Any]:
+    """Calls `function(*args)` on ranks 0..world_size-1; the results, by rank.
+
+    `vllm`: the function imports vLLM; by default, whether a Config among `args` asks for it.
+    """
+    if vllm is None:
+        vllm = any(isinstance(each, Config) and each.generation.engine == "vllm" for each in args)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as port_holder:
         port_holder.bind(("127.0.0.1", 0))
-        port = port_holder.getsockname()[1]
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_holder.getsockname()[1])}
         port_holder.close()
-        context = start_processes(
-            _rank_main,
-            args=(world_size, port, folder, function, args),
-            nprocs=world_size,
-            join=False,
-            start_method="forkserver",
-        )
-        deadline = time.monotonic() + timeout_s
-        while not context.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__} on {world_size} ranks took longer than {timeout_s:.0f} s")
+        ranks = []
+        for rank in range(world_size):
+            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            places["LOCAL_WORLD_SIZE"] = str(world_size)
+            call = pickle.dumps((_rank_main, (Path(folder), rank, function, args)))
+            environ = dict(os.environ) | addresses | places
+            ranks.append(start(Request(environ, os.getcwd(), function.__module__, call), vllm=vllm))
+        try:
+            _wait(ranks, Path(folder), f"{function.__name__} on {world_size} ranks", time.monotonic() + timeout_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _rank_main(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+def _wait(ranks: Sequence[Any], folder: Path, what: str, deadline: float) -> None:
+    while not all(process.poll() == 0 for process in ranks):
+        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
+        if failed:
+            time.sleep(0.1)  # others fail because of the first, and may be seen before it
+            raise RankFailed(
+                _first_reason(folder) or f"rank {failed[0]} ended with {ranks[failed[0]].poll()}, without a word"
+            )
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} took too long")
+        _until_one_ends([process for process in ranks if process.poll() is None])
+
+
+def _until_one_ends(ranks: Sequence[Any]) -> None:
+    if ranks and hasattr(ranks[0], "fileno"):
+        wait(ranks, timeout=1.0)
+    else:
+        time.sleep(0.02)
+
+
+def _first_reason(folder: Path) -> str:
+    files = sorted(folder.glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
+    return files[0].read_text() if files else ""
+
+
+def _rank_main(folder: Path, rank: int, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
-    result = function(*args)
-    torch.save(result, Path(folder) / f"{rank}.pt")
+    try:
+        result = function(*args)
+    except Exception:
+        (folder / f"{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+    torch.save(result, folder / f"{rank}.pt")

@@ -10,6 +10,7 @@
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
     python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
     python tools/benchmark.py plan       the planner, fitted to one rank, against updates in several layouts
+    python tools/benchmark.py overheads  what commands cost before they work, and a report of progress within a stage
     python tools/benchmark.py gpu        all that a GPU is for, part by part; --write: into docs/benchmarks.md
 
 `update` and `step` need TRL: `make bench` installs it. All but `gpu` runs on one thread a rank without a GPU.
@@ -77,7 +78,20 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sides = ("update", "step", "head", "growth", "handover", "ahead", "save", "convert", "fp8", "plan", "gpu")
+    sides = (
+        "update",
+        "step",
+        "head",
+        "growth",
+        "handover",
+        "ahead",
+        "save",
+        "convert",
+        "fp8",
+        "plan",
+        "overheads",
+        "gpu",
+    )
     parser.add_argument("which", choices=sides)
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")

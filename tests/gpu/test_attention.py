@@ -37,7 +37,7 @@ def test_variable_length_kernels_equal_blocks_in_fp32(name):
     ]
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        q, k, v = (value.to(dtype).requires_grad_() for value in values[:3])
+        q, k, v = (value.to(dtype, copy=True).requires_grad_() for value in values[:3])  # leaves of each dtype's own
         layout = build_segments(segments, causal=causal, device=cuda)
         assert layout.varlen is not None
         out = StructuredAttention(SimpleNamespace(attention_dropout=0.0), 1)(q, k, v, packed_seq_params=layout)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import io
 import math
-import subprocess
-import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import Config, dump_config
+from tests.commands import papo
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
@@ -55,8 +54,7 @@ def test_papo_train_in_fp8_as_a_user_types_it(inputs, tmp_path):
     settings = tmp_path / "run.yaml"
     config = tiny_run(inputs, tmp_path / "run", fp8__recipe="tensorwise", fp8__gap_every=2, train__steps=3)
     settings.write_text(dump_config(config))
-    command = [sys.executable, "-m", "megatron_papo.cli", "train", str(settings)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    done = papo("train", settings)
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "run")
     assert [step["fp8/on"] for step in steps] == [1.0, 1.0, 1.0]

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import psutil
 import pytest
 
 from megatron_papo.config import Config, dump_config
+from tests.commands import Command, begin
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -37,12 +35,9 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"), hidden=128, heads=4, kv_heads=2, std=0.12)
 
 
-def _start(config: Config, file: Path, *words: str) -> subprocess.Popen:
+def _start(config: Config, file: Path, *words: str) -> Command:
     file.write_text(dump_config(config))
-    command = [sys.executable, "-m", "megatron_papo.cli", "train", str(file), *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    log = file.with_suffix(".log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return begin("-m", "megatron_papo.cli", "train", file, *words, log=file.with_suffix(".log"), vllm=True)
 
 
 def _run(config: Config, file: Path, *words: str) -> tuple[int, list[str]]:

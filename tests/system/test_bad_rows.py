@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import dump_config
+from tests.commands import papo
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
 
@@ -28,9 +27,7 @@ def inputs(tmp_path_factory) -> Path:
 def _train(inputs: Path, folder: Path, action: str) -> subprocess.CompletedProcess:
     config = tiny_run(inputs, folder / "run", data__on_bad_row=action, data__shuffle="false")
     (folder / "config.yaml").write_text(dump_config(config))
-    command = [sys.executable, "-m", "megatron_papo.cli", "train", str(folder / "config.yaml"), "--ranks", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return papo("train", folder / "config.yaml", "--ranks", 2)
 
 
 def test_skipped_rows_are_named_and_counted(inputs, tmp_path):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.commands import run
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; `make bench` installs it")
@@ -19,17 +18,8 @@ needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not inst
 def run_benchmark(which: str, folder: Path, *arguments: str) -> list[dict]:
     """The rows that `tools/benchmark.py WHICH --quick` wrote."""
     out = folder / "rows.json"
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), which, "--quick", "--json", str(out), *arguments]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    done = run(ROOT / "tools" / "benchmark.py", which, "--quick", "--json", out, *arguments, cwd=folder)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     rows = json.loads(out.read_text())
     assert all(set(row) == {"name", "value", "baseline", "ratio", "unit"} for row in rows)
     assert f"{which} (quick)" in done.stdout

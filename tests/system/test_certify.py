@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_papo.config import dump_config
+from tests import commands
 from tests.parallel.certify_cases import MODEL
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
@@ -28,9 +27,8 @@ def inputs(tmp_path_factory) -> Path:
 def papo(verb: str, inputs: Path, folder: Path, ranks: int = 1, **settings: Any) -> subprocess.CompletedProcess:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(tiny_run(inputs, folder / "run", **settings)))
-    command = [sys.executable, "-m", "megatron_papo.cli", verb, str(folder / "config.yaml"), "--ranks", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment, timeout=300)
+    vllm = settings.get("generation__engine") == "vllm"
+    return commands.papo(verb, folder / "config.yaml", "--ranks", ranks, vllm=vllm)
 
 
 def written(folder: Path, step: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import load_config
+from tests.commands import papo
 from tests.tiny_run import make_inputs
 from tests.unit.test_memory import published
 
@@ -18,8 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def check(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_papo.cli", "check", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    return papo("check", *words, **options)
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import Config, dump_config
+from tests.commands import Command, begin
 from tests.small_disk import fill, make_room, small_disk
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -23,13 +21,10 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _start(config: Config, file: Path) -> tuple[subprocess.Popen, Path]:
+def _start(config: Config, file: Path) -> tuple[Command, Path]:
     file.write_text(dump_config(config))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "megatron_papo.cli", "train", str(file)]
     log = file.with_suffix(".log")
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment), log
+    return begin("-m", "megatron_papo.cli", "train", file, log=log), log
 
 
 def _records(run_dir: Path) -> list[dict]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from datetime import date
 from importlib.util import find_spec
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import run
 from tools.benchmarks.gpu import document
 from tools.benchmarks.gpu.checks import rows_of
 from tools.benchmarks.gpu.command import has_failed
@@ -29,9 +28,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machi
 
 
 def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "gpu", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, timeout=570, capture_output=True, text=True)
+    vllm = find_spec("vllm") is not None
+    return run(ROOT / "tools" / "benchmark.py", "gpu", *arguments, cwd=folder, timeout=570, vllm=vllm)
 
 
 @pytest.fixture(scope="module")

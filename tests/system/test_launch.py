@@ -15,6 +15,7 @@ import pytest
 from megatron_papo.launch import Work, _free_port, _watch, first_host, launch, outer_rank
 from megatron_papo.observe.heartbeat import PEER_EXIT
 from megatron_papo.observe.watchdog import STALL_EXIT
+from tests.commands import begin
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -234,13 +235,10 @@ def test_a_rank_that_waits_for_nobody_hears_that_another_has_failed(tmp_path):
 def by_hand(name: str, folder: Path) -> list[tuple[int, str]]:
     """Exit code and errors of two ranks as on two machines: nothing but the shared folder connects them."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    command = [sys.executable, "-m", "tests.system.launch_targets", name, str(folder), "2"]
-    ranks = [
-        subprocess.Popen(command, cwd=REPO, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=60)[1] for process in ranks]
-    return [(process.returncode, text) for process, text in zip(ranks, said)]
+    command = "-m", "tests.system.launch_targets", name, folder, 2
+    logs = [folder.with_name(f"{folder.name}_{rank}.log") for rank in range(2)]
+    ranks = [begin(*command, log=log, environ=common | {"RANK": str(rank)}) for rank, log in enumerate(logs)]
+    return [(process.wait(timeout=60), log.read_text()) for process, log in zip(ranks, logs)]
 
 
 def test_without_any_launcher_no_rank_outlives_the_failure(tmp_path):

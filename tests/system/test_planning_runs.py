@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.hardware import CPU
 from megatron_papo.planning.runs import STAGES, planned
+from tests.commands import run
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -41,8 +41,7 @@ def _records(run_dir: Path) -> list[dict]:
 
 
 def _tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run(ROOT / "tools" / "plan.py", *words)
 
 
 def test_every_step_has_its_plan_beside_it(run_dir):

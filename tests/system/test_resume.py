@@ -8,30 +8,21 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import Config, dump_config
+from tests.commands import Command, begin
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
 KILLED_AFTER = 2
 
 
-def _command(config: Config, file: Path, ranks: int) -> list[str]:
+def _start(config: Config, file: Path, ranks: int = 2) -> Command:
     file.write_text(dump_config(config))
-    return [sys.executable, "-m", "megatron_papo.cli", "train", str(file), "--ranks", str(ranks)]
-
-
-def _start(config: Config, file: Path, ranks: int = 2) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    log = file.with_suffix(".log").open("w")
-    return subprocess.Popen(
-        _command(config, file, ranks), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
+    return begin("-m", "megatron_papo.cli", "train", file, "--ranks", ranks, log=file.with_suffix(".log"))
 
 
 def _run(config: Config, file: Path, ranks: int = 2) -> None:

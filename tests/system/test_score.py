@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from PIL import Image
 
 from megatron_papo.config import Config, load_config
+from tests.commands import papo
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -115,14 +113,12 @@ def test_the_command_reads_a_megatron_checkpoint(inputs, expected, tmp_path):
     """Saved by TP 2 after a step that changes nothing (the rate is as good as zero), scored by PP 2."""
     settings = {"parallel__tensor": 2, "optim__lr": 1e-30, "sft__steps": 1, "sft__batch_size": 4}
     run_ranks(_save_checkpoint, 2, tiny_run(inputs, tmp_path / "sft", **settings))
-    command = [
-        sys.executable, "-m", "megatron_papo.cli", "score",
+    words = [
         "--model", tmp_path / "sft" / "checkpoints" / "step_00000001",
         "--data", inputs / "rows.jsonl", "--out", tmp_path / "out.jsonl",
         "data.instruction=", f"data.min_pixels={28 * 28}", f"data.max_pixels={112 * 112}", "model.dtype=float32",
         "parallel.pipeline=2", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    done = papo("score", *words)
     assert done.returncode == 0, done.stderr
     _compare(_rows(tmp_path / "out.jsonl"), expected, inputs)

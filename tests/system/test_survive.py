@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import dump_config
 from megatron_papo.observe.progress import read_progress
+from tests.commands import papo
 from tests.slurm_lab import Slurm
 from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them
 from tests.tiny_run import metrics, tiny_run
@@ -42,10 +41,8 @@ def undisturbed(tool: Tool, steps: int) -> list[dict]:  # noqa: F811
     config = tiny_run(tool.folder / "inputs", folder / "run", **settings)
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(config))
-    command = [sys.executable, "-m", "megatron_papo.cli", "train", "--ranks", "4", str(folder / "config.yaml")]
-    done = subprocess.run(
-        command, cwd=tool.folder, env=tool.cluster.environ, capture_output=True, text=True, timeout=300
-    )
+    words = "train", "--ranks", 4, folder / "config.yaml"
+    done = papo(*words, cwd=tool.folder, environ=tool.cluster.environ)
     assert done.returncode == 0, done.stderr
     return metrics(folder / "run")
 

@@ -220,13 +220,10 @@ def test_a_stage_that_fails_is_timed_and_disarmed(tmp_path):
     assert "time/update" in clock.take()
 
 
-def test_progress_is_cheap_to_report_and_arms_nothing_once_the_stage_is_over(tmp_path):
+def test_progress_arms_nothing_once_the_stage_is_over(tmp_path):
     clock = StageClock(RunConfig(dir=tmp_path, stall_limit_s=0.2), rank=0, console=False)
     with clock.stage("pack") as progress:
-        start = time.process_time()
-        for _ in range(10_000):
-            progress.advance()
-        assert time.process_time() - start < 1.0
+        progress.advance()
     progress.advance()
     time.sleep(0.4)  # an armed watchdog would end this process here
 

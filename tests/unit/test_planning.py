@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from megatron_papo.planning.published_runs import beside_published
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
+from tests import commands
 
 ROOT = Path(__file__).parents[2]
 IDEAL = Assumptions(
@@ -158,8 +158,7 @@ def test_published_names_with_and_without_their_ending(name):
 
 
 def _tool(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return commands.run(ROOT / "tools" / "plan.py", *words)
 
 
 def test_the_tool_prints_writes_and_refuses(tmp_path):

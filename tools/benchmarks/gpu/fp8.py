@@ -22,7 +22,7 @@ from tools.benchmarks.floor import update_flops
 from tools.benchmarks.gpu.clock import in_turns, peak_row, peaks, rate_row
 from tools.benchmarks.gpu.folder import model_folder
 from tools.benchmarks.gpu.policy import PERCEPTION, mean_gap, open_ours, workload
-from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, least_recompute, not_measured
+from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, least_recompute, not_measured, release
 from tools.benchmarks.gpu.update import mfu_row, optimizer_settings
 from tools.benchmarks.ours import Key
 from tools.benchmarks.rollouts import make_groups, num_tokens
@@ -56,6 +56,7 @@ def run(options: Options) -> Iterator[GpuRow]:
 
 def _all_recipes(folder: Path, options: Options) -> Iterator[GpuRow]:
     recompute, plain = least_recompute(lambda which: _measure(folder, options, which, "off"), options.recompute)
+    release()  # two policies do not fit
     for recipe in RECIPES:
         yield from attempt(recipe, partial(_one_recipe, folder, options, recompute, recipe, plain))
 

@@ -16,6 +16,7 @@ NEEDS_GPU = "needs a GPU"
 Recompute = Literal["none", "selective", "full"]
 _MOST_LETTERS = 200
 """Of a reason."""
+_LITTLE_GIB = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ def not_measured(name: str, reason: str) -> GpuRow:
 
 def attempt(name: str, measure: Callable[[], Iterable[GpuRow]]) -> Iterator[GpuRow]:
     """The rows that `measure` makes; where it raises, those before and one with the reason. Memory is given back."""
+    reason = ""
     try:
         yield from measure()
     except Exception as error:  # whatever it is, the other rows are still worth having
-        yield not_measured(name, reason_of(error))
+        reason = reason_of(error)
     release()
+    if reason:
+        yield not_measured(name, reason + _still_held())
 
 
 def reason_of(error: BaseException) -> str:
@@ -66,6 +70,12 @@ def reason_of(error: BaseException) -> str:
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:_MOST_LETTERS]
+
+
+def _still_held() -> str:
+    """What memory a failure has left behind, which those after it will lack."""
+    gib = torch.cuda.memory_allocated() / GIB if has_gpu() else 0.0
+    return f"; {gib:.1f} GiB stay taken" if gib > _LITTLE_GIB else ""
 
 
 def release() -> None:

@@ -1,0 +1,324 @@
+"""Processes of the tests, forked from servers that have imported what is slow to import.
+
+A rank of `tests/ranks.py` or a command of `tests/commands.py` needs seconds of processor time for its imports and, most
+often, less for its work. A server imports once and forks a process for every request; what such a process does, it does
+in a copy of the server's memory, so no case sees what another has left. There are two: `plain`, and `vllm`, which is
+forked from `plain` when a case first asks for it and imports vLLM as well.
+
+    python -m tests.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or process PID is gone
+    python -m tests.process_server --one FILE  does the request in FILE in this very process, with nothing imported
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import io
+import os
+import pickle
+import random
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PLAIN = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.transformer.transformer_block",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "mistral_common.protocol.instruct.validator",  # transformers imports it with the first tokenizer
+    "datasets",
+    "sklearn.datasets",
+    "math_verify",
+    "megatron_papo.train",
+    "megatron_papo.sft",
+    "megatron_papo.evaluate",
+    "megatron_papo.score",
+    "megatron_papo.check",
+    "megatron_papo.checkpoint.huggingface",
+    "megatron_papo.generation.separate",
+    "megatron_papo.generation.transformers_engine",
+    "megatron_papo.launch",
+    "megatron_papo.optim",
+    "tests.tiny_run",
+)
+VLLM = (
+    "vllm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.engine.llm_engine",
+    "vllm.model_executor.models.qwen2_5_vl",
+    "megatron_papo.generation.vllm_weights",
+    "megatron_papo.generation.serve_engine",
+)
+"""Whatever of these is installed."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Of one process."""
+
+    environ: dict[str, str]
+    cwd: str
+    module: str = ""
+    """Of what it does; the server imports it before it forks."""
+    call: bytes = b""
+    """A pickled function with its arguments; else `argv` is run as Python runs it."""
+    argv: tuple[str, ...] = ()
+    """`-m MODULE WORDS...` or `SCRIPT WORDS...`."""
+    new_session: bool = False
+
+
+def send(connection: socket.socket, tree: Any, descriptors: tuple[int, ...] = ()) -> None:
+    """A short tree arrives whole: who has seen its beginning need not wait for the rest."""
+    data = pickle.dumps(tree)
+    data = struct.pack("!I", len(data)) + data
+    num_sent = socket.send_fds(connection, [data], list(descriptors))
+    connection.sendall(data[num_sent:])
+
+
+def receive(connection: socket.socket) -> tuple[Any, list[int]]:
+    """A tree and the descriptors that came with it; raises EOFError when the other side is gone."""
+    head, descriptors, _, _ = socket.recv_fds(connection, 4, 8)
+    if len(head) < 4:
+        raise EOFError("the other side of the process server is gone")
+    (left,) = struct.unpack("!I", head)
+    chunks = []
+    while left:
+        chunk = connection.recv(min(left, 1 << 20))
+        if not chunk:
+            raise EOFError("the other side of the process server is gone")
+        chunks.append(chunk)
+        left -= len(chunk)
+    return pickle.loads(b"".join(chunks)), descriptors
+
+
+def main(folder: Path, session: int) -> None:
+    """Serves, and in a forked process does what was asked for."""
+    _import_all(PLAIN)
+    work = _Server(folder, "plain", session).serve()
+    while work == "vllm":  # in a process of its own
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        _import_all(VLLM)
+        _find_instructions()
+        work = _Server(folder, "vllm", session).serve()
+    if isinstance(work, Request):
+        do(work)
+
+
+def _import_all(names: tuple[str, ...]) -> None:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for name in names:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+def _find_instructions() -> None:
+    """torch.compile compiles and runs a little program for every set of vector instructions that it knows."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()
+
+
+class _Server:
+    def __init__(self, folder: Path, name: str, session: int):
+        self.folder, self.name = folder, name
+        self.session = Path(f"/proc/{session}")
+        self.selector = selectors.DefaultSelector()
+        self.waiting: dict[int, socket.socket] = {}
+        """Who hears of the end of a process, by its id."""
+        self.listening = socket.socket(socket.AF_UNIX)
+        self.listening.bind(str(folder / f"{name}.new"))
+        self.listening.listen(64)
+        self.woken, self.wakes = socket.socketpair()
+        self.wakes.setblocking(False)
+        self.woken.setblocking(False)
+
+    def serve(self) -> Request | str | None:
+        """In the server: None, when the session is over. In a process that it forked: what that one is to do."""
+        before = signal.signal(signal.SIGCHLD, lambda *_: None), signal.set_wakeup_fd(self.wakes.fileno())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's, which ends the processes it started
+        gc.collect()
+        gc.freeze()  # so that the collector of a forked process leaves these pages shared
+        self.selector.register(self.listening, selectors.EVENT_READ)
+        self.selector.register(self.woken, selectors.EVENT_READ)
+        (self.folder / f"{self.name}.new").rename(self.folder / self.name)  # from now on it answers
+        while self.folder.exists() and self.session.exists():
+            for key, _ in self.selector.select(timeout=1.0):
+                work = self._answer(key.fileobj)
+                if work is not None:
+                    signal.set_wakeup_fd(before[1])
+                    return work
+        for pid in self.waiting:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return None
+
+    def _answer(self, source: Any) -> Request | str | None:
+        if source is self.listening:
+            self.selector.register(self.listening.accept()[0], selectors.EVENT_READ)
+        elif source is self.woken:
+            with contextlib.suppress(BlockingIOError):
+                self.woken.recv(4096)
+            self._reap()
+        else:
+            return self._start(source)
+        return None
+
+    def _start(self, connection: socket.socket) -> Request | str | None:
+        """Once a connection: the request, and in answer the process's id; at its end its status."""
+        self.selector.unregister(connection)
+        try:
+            request, descriptors = receive(connection)
+        except (EOFError, OSError) as error:
+            print(f"a request did not arrive: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            connection.close()
+            return None
+        if request == "vllm":
+            pid = self._fork()
+            if not pid:
+                connection.close()
+                return "vllm"
+            self.waiting[pid] = connection
+            return None
+        if request.module:
+            _import_all((request.module,))
+        pid = self._fork()
+        if not pid:
+            connection.close()
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            return request
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.waiting[pid] = connection
+        send(connection, pid)
+        return None
+
+    def _fork(self) -> int:
+        """As os.fork; the forked process has nothing of the server's, and ends with it."""
+        server = os.getpid()
+        pid = os.fork()
+        if not pid:
+            _end_with(server)
+            self.selector.close()
+            for held in (self.listening, self.woken, self.wakes, *self.waiting.values()):
+                held.close()
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return pid
+
+    def _reap(self) -> None:
+        while self.waiting:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            connection = self.waiting.pop(pid, None)
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    send(connection, os.waitstatus_to_exitcode(status))
+                connection.close()
+
+
+def _end_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def do(request: Request) -> None:
+    """What was asked for, in this process, which ends with it as a Python process does."""
+    if request.new_session:
+        os.setsid()
+    os.chdir(request.cwd)
+    os.environ.clear()
+    os.environ.update(request.environ)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, buffering=1 if number == 2 else -1, closefd=False)  # noqa: SIM115 - for as long as it lives
+        for number, mode in enumerate("rww")
+    )
+    _forget_randomness()
+    code = _exit_code(_call(request) if request.call else _command(request))
+    for clean_up in (threading._shutdown, atexit._run_exitfuncs):
+        with contextlib.suppress(Exception):
+            clean_up()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _forget_randomness() -> None:
+    """What a new process draws for itself; torch's generator starts alike in every process."""
+    random.seed()
+    if "numpy" in sys.modules:
+        import numpy
+
+        numpy.random.seed()
+
+
+def _call(request: Request) -> Callable[[], object]:
+    def call() -> object:
+        function, args = pickle.loads(request.call)
+        return function(*args)
+
+    return call
+
+
+def _command(request: Request) -> Callable[[], object]:
+    first, *words = request.argv
+    paths = [path for path in request.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    is_module = first == "-m"
+    sys.path[0:0] = [os.getcwd() if is_module else str(Path(first).resolve().parent), *paths]
+    sys.argv = words if is_module else [first, *words]
+    if is_module:
+        return lambda: runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    return lambda: runpy.run_path(first, run_name="__main__")
+
+
+def _exit_code(work: Callable[[], object]) -> int:
+    try:
+        work()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        do(pickle.loads(Path(sys.argv[2]).read_bytes()))
+    else:
+        # the very module that requests are unpickled with
+        importlib.import_module("tests.process_server").main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,150 @@
+"""Starts processes by the servers of `tests/process_server.py`, or with `pytest --isolated` each on its own.
+
+The first case that needs a server starts it; all workers of pytest share it. It ends with the session.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.process_server import Request, receive, send
+
+ROOT = Path(__file__).parents[1]
+FOLDER = "PAPO_TEST_PROCESSES"
+"""The variable by which pytest's workers know the folder of the servers; `ISOLATED` in it means that there are none."""
+ISOLATED = "isolated"
+_START_LIMIT_S = 240.0
+_OURS = (FOLDER, "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID")
+
+
+def open_session(isolated: bool, at_once: bool) -> Callable[[], None]:
+    """Before any test: where servers may be started; returns what ends them. `at_once`: one is started now."""
+    folder = Path(tempfile.mkdtemp(prefix="papo_tests_"))
+    os.environ[FOLDER] = ISOLATED if isolated else str(folder)
+    (folder / "session").write_text(str(os.getpid()))
+    if at_once and not isolated:
+        start_plain(folder)
+    return lambda: shutil.rmtree(folder, ignore_errors=True)  # the servers see that and end
+
+
+class Process:
+    """As subprocess.Popen, of a process that a server forked."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self.pid: int = receive(connection)[0]
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._ended(0.0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                self.returncode = receive(self._connection)[0]
+            except (BlockingIOError, TimeoutError):
+                return None
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def fileno(self) -> int:
+        """Becomes readable at its end."""
+        return self._connection.fileno()
+
+
+def start(
+    request: Request, output: tuple[int, int, int] | None = None, vllm: bool = False
+) -> Process | subprocess.Popen:
+    """`output`: descriptors of its standard input, output and errors; by default this process's own.
+
+    `vllm`: it will import vLLM.
+    """
+    place = os.environ.get(FOLDER)
+    assert place, "tests/conftest.py sets this"
+    environ = {name: value for name, value in request.environ.items() if name not in _OURS}
+    request = replace(request, environ=environ | {FOLDER: place})
+    if place == ISOLATED:
+        return _start_alone(request, output or (0, 1, 2))
+    connection = _connect(Path(place), "vllm" if vllm else "plain")
+    with open(os.devnull) as nothing:
+        send(connection, request, output or (nothing.fileno(), 1, 2))
+        return Process(connection)
+
+
+def _start_alone(request: Request, output: tuple[int, int, int]) -> subprocess.Popen:
+    options: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), output)) | {
+        "cwd": request.cwd, "env": request.environ, "start_new_session": request.new_session,
+    }  # fmt: skip
+    if request.argv:
+        return subprocess.Popen([sys.executable, *request.argv], **options)
+    with tempfile.NamedTemporaryFile(prefix="papo_request_", delete=False) as file:
+        pickle.dump(request, file)
+    options["env"] = request.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "tests.process_server", "--one", file.name], **options)
+
+
+def _connect(folder: Path, name: str) -> socket.socket:
+    if not (folder / name).exists():
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for each in ("plain", "vllm")[: 1 + (name == "vllm")]:
+                if not (folder / each).exists():
+                    _start_server(folder, each)
+    return _connected(folder / name)
+
+
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
+def _start_server(folder: Path, name: str) -> None:
+    """Returns when it answers."""
+    if name == "vllm":
+        asked = _connected(folder / "plain")
+        send(asked, "vllm")
+    elif not (folder / "log").exists():
+        start_plain(folder)
+    deadline = time.monotonic() + _START_LIMIT_S
+    while not (folder / name).exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the server of {name} processes did not start: {(folder / 'log').read_text()}")
+        time.sleep(0.05)
+
+
+def start_plain(folder: Path) -> None:
+    """Starts the server and does not wait until it answers."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, "-m", "tests.process_server", str(folder), (folder / "session").read_text()]
+        subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
