@@ -5,7 +5,7 @@ often, less for its work. A server imports once and forks a process for every re
 in a copy of the server's memory, so no case sees what another has left. There are two: `plain`, and `vllm`, which is
 forked from `plain` when a case first asks for it and imports vLLM as well.
 
-    python -m tests.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or process PID is gone
+    python -m tests.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
     python -m tests.process_server --one FILE  does the request in FILE in this very process, with nothing imported
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -60,12 +61,9 @@ def run_ranks(
 
 def _wait(ranks: Sequence[Any], folder: Path, what: str, deadline: float) -> None:
     while not all(process.poll() == 0 for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-        if failed:
+        if any(process.poll() for process in ranks):
             time.sleep(0.1)  # others fail because of the first, and may be seen before it
-            raise RankFailed(
-                _first_reason(folder) or f"rank {failed[0]} ended with {ranks[failed[0]].poll()}, without a word"
-            )
+            raise RankFailed(_reasons(ranks, folder))
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} took too long")
         _until_one_ends([process for process in ranks if process.poll() is None])
@@ -78,9 +76,14 @@ def _until_one_ends(ranks: Sequence[Any]) -> None:
         time.sleep(0.02)
 
 
-def _first_reason(folder: Path) -> str:
-    files = sorted(folder.glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
-    return files[0].read_text() if files else ""
+def _reasons(ranks: Sequence[Any], folder: Path) -> str:
+    """Which ranks a signal ended, and what the first that raised has said."""
+    codes = {rank: process.poll() for rank, process in enumerate(ranks)}
+    ended = [
+        f"rank {rank} was ended by {signal.Signals(-code).name}" for rank, code in codes.items() if (code or 0) < 0
+    ]
+    said = sorted(folder.glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
+    return "\n".join(ended + [file.read_text() for file in said[:1]]) or f"exit codes of the ranks: {codes}"
 
 
 def _rank_main(folder: Path, rank: int, function: Callable[..., Any], args: tuple) -> None:

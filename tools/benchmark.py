@@ -78,21 +78,8 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sides = (
-        "update",
-        "step",
-        "head",
-        "growth",
-        "handover",
-        "ahead",
-        "save",
-        "convert",
-        "fp8",
-        "plan",
-        "overheads",
-        "gpu",
-    )
-    parser.add_argument("which", choices=sides)
+    sides = "update step head growth handover ahead save convert fp8 plan overheads gpu"
+    parser.add_argument("which", choices=sides.split())
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

@@ -8,6 +8,7 @@ has come. Forward only: every stage one row after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 def forward_backward_s(
@@ -18,27 +19,55 @@ def forward_backward_s(
     `forward` and `backward`: of one row on each stage; `send`: of a row between two stages.
     """
     stages = len(forward)
-    orders = [_order(stage, stages, num_rows) for stage in range(stages)]
-    ends: dict[tuple[str, int, int], float] = {}
-    free = [0.0] * stages
-    place = [0] * stages
-    while any(place[stage] < len(orders[stage]) for stage in range(stages)):
-        moved = False
-        for stage in range(stages):
-            while place[stage] < len(orders[stage]):
-                kind, row = orders[stage][place[stage]]
-                ready = _ready(kind, stage, row, stages, ends, send)
-                if ready is None:
-                    break
-                seconds = forward[stage] if kind == "forward" else backward[stage]
-                free[stage] = max(free[stage], ready) + seconds
-                ends[kind, stage, row] = free[stage]
-                place[stage] += 1
-                moved = True
-        assert moved, "every order of 1F1B can be run"
-    total = max(free)
+    lines = [_Line(min(stages - stage - 1, num_rows)) for stage in range(stages)]
+    while any(len(line.backward) < num_rows for line in lines):
+        before = sum(len(line.forward) + len(line.backward) for line in lines)
+        for stage, line in enumerate(lines):
+            above = lines[stage - 1].forward if stage else None
+            below = lines[stage + 1].backward if stage + 1 < stages else None
+            line.run(num_rows, forward[stage], backward[stage], above, below, send)
+        assert sum(len(line.forward) + len(line.backward) for line in lines) > before, "every order of 1F1B can be run"
+    total = max((line.free for line in lines), default=0.0)
     busy = num_rows * (sum(forward) + sum(backward)) / stages
     return total, 1 - busy / total if total else 0.0
+
+
+@dataclass
+class _Line:
+    """The passes of one stage, in their order."""
+
+    warm_up: int
+    """Rows that go forward before the first comes back."""
+    forward: list[float] = field(default_factory=list)
+    """When each row's forward pass ended."""
+    backward: list[float] = field(default_factory=list)
+    free: float = 0.0
+
+    def run(
+        self,
+        num_rows: int,
+        forward_s: float,
+        backward_s: float,
+        above: list[float] | None,
+        below: list[float] | None,
+        send: float,
+    ) -> None:
+        """As many passes as have their input. `above`: forward ends of the stage before; `below`: backward ends of the
+        stage after; None where there is none."""
+        forward, backward, free = self.forward, self.backward, self.free
+        while (row := len(backward)) < num_rows:
+            ahead = len(forward)
+            if ahead < num_rows and ahead - row <= self.warm_up:
+                if above is not None and len(above) <= ahead:
+                    break
+                free = max(free, 0.0 if above is None else above[ahead] + send) + forward_s
+                forward.append(free)
+            else:
+                if below is not None and len(below) <= row:
+                    break
+                free = max(free, forward[row] if below is None else below[row] + send) + backward_s
+                backward.append(free)
+        self.free = free
 
 
 def forward_s(forward: Sequence[float], num_rows: int, send: float = 0.0) -> float:
@@ -46,26 +75,3 @@ def forward_s(forward: Sequence[float], num_rows: int, send: float = 0.0) -> flo
     if not num_rows:
         return 0.0
     return sum(forward) + (len(forward) - 1) * send + (num_rows - 1) * max(forward)
-
-
-def _order(stage: int, stages: int, num_rows: int) -> list[tuple[str, int]]:
-    warm_up = min(stages - stage - 1, num_rows)
-    order = [("forward", row) for row in range(warm_up)]
-    for row in range(num_rows - warm_up):
-        order += [("forward", row + warm_up), ("backward", row)]
-    return order + [("backward", row) for row in range(num_rows - warm_up, num_rows)]
-
-
-def _ready(
-    kind: str, stage: int, row: int, stages: int, ends: dict[tuple[str, int, int], float], send: float
-) -> float | None:
-    """When the pass has its input; None while it is not known."""
-    if kind == "forward":
-        return 0.0 if stage == 0 else _after(ends.get(("forward", stage - 1, row)), send)
-    if stage == stages - 1:
-        return ends.get(("forward", stage, row))
-    return _after(ends.get(("backward", stage + 1, row)), send)
-
-
-def _after(end: float | None, send: float) -> float | None:
-    return None if end is None else end + send

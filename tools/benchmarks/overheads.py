@@ -1,7 +1,8 @@
 """What a command costs before it does anything, and what a report of progress costs within a stage.
 
 A command's start is compared with that of an interpreter that does nothing: processor seconds of its process and all
-that it started. `import megatron_papo.train` is what every rank of a run pays. A report of progress is compared with an empty call of Python's.
+that it started. `import megatron_papo.train` is what every rank of a run pays. A report of progress is compared with an
+empty call of Python's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """The parts of the GPU check, each run in a process of its own: what one does to the device ends with it.
 
+With a GPU a part is forked from a server that has imported everything once and never touched the GPU; torch then has to
+look for GPUs without CUDA, which does not survive a fork. Without one it is forked from this process.
+
 A part's module has `run(options)`, which yields rows. They are written as they come, so that a process that dies, or
 takes longer than it may, leaves what it had measured.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,10 +44,9 @@ _PRELOAD = ["torch", *(f"tools.benchmarks.gpu.{name}" for name in PARTS)]
 
 def run_part(name: str, options: Options, limit_s: float = LIMIT_S) -> list[GpuRow]:
     """The part's rows; where its process raised, died or took too long, the last says so."""
-    on_gpu = torch.cuda.is_available()
-    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
-    if not on_gpu:
-        multiprocessing.set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the server's and that of the parts
+    multiprocessing.set_forkserver_preload(_PRELOAD)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "rows.jsonl"
         out.touch()
