@@ -8,6 +8,9 @@ RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 ENGINE ?= transformers
 SEED ?= 0
 QUICK ?=
+ONLY ?=
+# Workers of the test suite: one more than cores, since the one that has the tests of Slurm most often waits.
+PARALLEL = -n $(shell expr $$(nproc) + 1)
 
 # A Python 3.12 that starts: python3.12, python3 or python when they are one, else one that uv knows.
 FIND_PYTHON := for name in python3.12 python3 python; do \
@@ -25,6 +28,7 @@ BASE := $(VENV)/.installed
 VLLM := $(VENV)/.installed-vllm
 PRETRAINED := $(VENV)/.installed-pretrained
 BENCH := $(VENV)/.installed-bench
+TESTED := $(BASE) $(VLLM) $(PRETRAINED) $(BENCH)
 
 # Transformer Engine in an environment of its own, which sees the packages of $(VENV): where it is installed,
 # Megatron-Core takes its Adam, which needs a GPU.
@@ -34,7 +38,7 @@ SITE := lib/python3.12/site-packages
 NVIDIA := $(abspath $(VENV)/$(SITE)/nvidia)
 CUDA_HOME ?= /usr/local/cuda
 
-.PHONY: help venv vllm transformer-engine quickstart test test-slow bench gpu-check check clean
+.PHONY: help venv vllm transformer-engine quickstart test test-fast test-random test-isolated test-slow bench gpu-check check clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,10 +88,19 @@ $(TE)/.installed: $(BASE) requirements/transformer-engine.txt
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
 	$(RUN) examples/quickstart/run.py --engine $(ENGINE) --seed $(SEED)
 
-test: $(BASE) $(VLLM) $(PRETRAINED) $(BENCH) ## the whole suite
-	$(RUN) -m pytest -m "not slow" --durations=15
+test: $(TESTED) ## the whole suite (ONLY=tests/unit/test_losses.py: one place, in one process)
+	$(RUN) -m pytest -m "not slow" --durations=10 $(or $(ONLY),$(PARALLEL))
 
-test-slow: $(BASE) $(VLLM) $(PRETRAINED) $(BENCH) ## the tests that take minutes each
+test-fast: $(TESTED) ## in two minutes: the unit tests and a case of each layout and verb
+	$(RUN) -m pytest -m "fast and not slow" $(PARALLEL)
+
+test-random: $(TESTED) ## the whole suite in an order of chance, whose seed it prints (SEED=n: that order again)
+	$(RUN) -m pytest -m "not slow" -p randomly $(if $(filter command line,$(origin SEED)),--randomly-seed=$(SEED)) $(PARALLEL)
+
+test-isolated: $(TESTED) ## the whole suite, every rank and command a process that imports everything itself (an hour)
+	$(RUN) -m pytest -m "not slow" --isolated $(PARALLEL)
+
+test-slow: $(TESTED) ## the tests that take minutes each
 	$(RUN) -m pytest -m slow --durations=0
 
 bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (QUICK=1: to see that it runs)

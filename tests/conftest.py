@@ -21,8 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(processes.open_session(config.getoption("--isolated"), at_once=several))
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith("tests/unit/"):
+            item.add_marker("fast")
     if not config.pluginmanager.has_plugin("randomly"):
         items.sort(key=lambda item: workers.place_of(item.nodeid))
 
@@ -32,5 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return workers.scheduler(config, log)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     workers.print_slowest(terminalreporter)
+    if config.pluginmanager.has_plugin("randomly"):
+        terminalreporter.write_line(f"in an order of chance: make test-random SEED={config.option.randomly_seed}")

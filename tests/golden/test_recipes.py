@@ -33,10 +33,15 @@ SETTINGS = {
     "generation__engines": 1,
     "train__ahead": False,
     "optim__warmup_steps": 0,
+    "optim__eps": 1e-4,
     "reward__overlong__enabled": False,
     "train__dynamic_sampling__high": 1.0,
 }
-"""What a recipe says of its machine and its data is replaced; what it says of the objective stays."""
+"""What a recipe says of its machine and its data is replaced; what it says of the objective stays.
+
+Adam's first step has the size of the rate wherever a gradient is far above its epsilon, be it rounding alone: with the
+recipes' 1e-8 one of the rollouts after it was another on another processor.
+"""
 
 
 def _train(recipe: str, inputs: Path, folder: Path) -> None:

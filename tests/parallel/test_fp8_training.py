@@ -50,6 +50,7 @@ def _sft(*configs: Config) -> None:
         main(config)
 
 
+@pytest.mark.fast
 def test_papo_train_in_fp8_as_a_user_types_it(inputs, tmp_path):
     settings = tmp_path / "run.yaml"
     config = tiny_run(inputs, tmp_path / "run", fp8__recipe="tensorwise", fp8__gap_every=2, train__steps=3)

@@ -139,6 +139,7 @@ def test_evaluation_does_not_depend_on_the_ranks(inputs, tmp_path):
     assert {"accuracy", "masked_accuracy", "gap", "perception_kl"} <= shared.keys()
 
 
+@pytest.mark.fast
 def test_evaluation_of_text_alone_has_no_masked_scores(inputs, tmp_path):
     rows = [json.loads(line) for line in (inputs / "rows.jsonl").read_text().splitlines()]
     text = tmp_path / "text.jsonl"

@@ -49,7 +49,7 @@ def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+@pytest.fixture(scope="module", params=[pytest.param("frozen", marks=pytest.mark.fast), "joint"])
 def single_rank(request, inputs, tmp_path_factory):
     objective = OBJECTIVES[request.param]
     folder = tmp_path_factory.mktemp("single")

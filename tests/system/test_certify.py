@@ -35,6 +35,7 @@ def written(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / "run" / "certificate" / f"step_{step:08d}.json").read_text())
 
 
+@pytest.mark.fast
 def test_certify_prints_a_line_a_kind_of_part_and_ends_with_the_verdict(inputs, tmp_path):
     done = papo("certify", inputs, tmp_path, ranks=2, parallel__pipeline=2)
     lines = done.stdout.splitlines()

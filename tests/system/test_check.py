@@ -36,6 +36,7 @@ def big(tmp_path) -> list[str]:
     return [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
 
 
+@pytest.mark.fast
 def test_all_is_well_in_one_line(inputs):
     done = check(*inputs, "--ranks", 2, "parallel.tensor=2", "train.tokens_per_micro_batch=16384")
     assert (done.returncode, done.stderr) == (0, "")

@@ -54,6 +54,7 @@ def test_help_names_the_verbs_and_does_not_wait_for_torch(tmp_path):
     assert "megatron_papo" in imported and not {"torch", "transformers", "megatron"} & imported
 
 
+@pytest.mark.fast
 def test_dry_run_prints_the_settings_it_would_run_with(tmp_path):
     (tmp_path / "a.yaml").write_text("loss: {perception_coef: 0.01}\n")
     words = ["train", "optim.lr=2e-6", "--dry-run", "a.yaml", "--ranks", "4", "parallel.tensor=2"]
@@ -70,6 +71,7 @@ def test_settings_without_effect_are_warned_of(tmp_path):
     assert done.stderr.startswith("papo: warning: loss.masked_entropy_coef has no gradient")
 
 
+@pytest.mark.fast
 def test_every_setting_that_cannot_be_is_refused_on_a_line_of_its_own(tmp_path):
     assert sorted(refusal("train", "loss.perception_coeff=1", "train.steps=0", cwd=tmp_path)) == [
         "papo: error: loss.perception_coeff: unknown key",

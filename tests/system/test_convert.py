@@ -95,6 +95,7 @@ def flip(file: Path, offset: int) -> None:
         handle.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.fast
 def test_there_and_back_as_a_command(source, tmp_path):
     for verb, *folders in (("hf-to-megatron", source, "checkpoint"), ("megatron-to-hf", "checkpoint", "again")):
         done = commands.run(TOOL, verb, *folders, cwd=tmp_path)

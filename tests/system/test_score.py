@@ -109,6 +109,7 @@ def _save_checkpoint(config: Config) -> None:
     main(config)
 
 
+@pytest.mark.fast
 def test_the_command_reads_a_megatron_checkpoint(inputs, expected, tmp_path):
     """Saved by TP 2 after a step that changes nothing (the rate is as good as zero), scored by PP 2."""
     settings = {"parallel__tensor": 2, "optim__lr": 1e-30, "sft__steps": 1, "sft__batch_size": 4}
