@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # while test modules are imported
     if not hasattr(config, "workerinput"):  # in a worker of pytest-xdist the servers are the session's
         several = bool(getattr(config.option, "numprocesses", None))
         config.add_cleanup(processes.open_session(config.getoption("--isolated"), at_once=several))
@@ -28,6 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("fast")
     if not config.pluginmanager.has_plugin("randomly"):
         items.sort(key=lambda item: workers.place_of(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -124,11 +124,15 @@ def main(folder: Path, session: int) -> None:
 
 
 def _import_all(names: tuple[str, ...]) -> None:
+    """The collector rests, and leaves the modules alone from then on: their pages stay shared by forked processes."""
+    gc.disable()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for name in names:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
 
 
 def _find_instructions() -> None:
@@ -156,8 +160,6 @@ class _Server:
         """In the server: None, when the session is over. In a process that it forked: what that one is to do."""
         before = signal.signal(signal.SIGCHLD, lambda *_: None), signal.set_wakeup_fd(self.wakes.fileno())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's, which ends the processes it started
-        gc.collect()
-        gc.freeze()  # so that the collector of a forked process leaves these pages shared
         self.selector.register(self.listening, selectors.EVENT_READ)
         self.selector.register(self.woken, selectors.EVENT_READ)
         (self.folder / f"{self.name}.new").rename(self.folder / self.name)  # from now on it answers

@@ -92,10 +92,24 @@ def start(
     request = replace(request, environ=environ | {FOLDER: place})
     if place == ISOLATED:
         return _start_alone(request, output or (0, 1, 2))
-    connection = _connect(Path(place), "vllm" if vllm else "plain")
     with open(os.devnull) as nothing:
-        send(connection, request, output or (nothing.fileno(), 1, 2))
-        return Process(connection)
+        return _start_in_server(Path(place), "vllm" if vllm else "plain", request, output or (nothing.fileno(), 1, 2))
+
+
+def _start_in_server(folder: Path, name: str, request: Request, output: tuple[int, int, int]) -> Process:
+    """Asks again where the server hung up before it answered, as was seen once in its first second: then it has forked
+    nothing."""
+    for last in (False, False, True):
+        connection = _connect(folder, name)
+        try:
+            send(connection, request, output)
+            return Process(connection)
+        except (EOFError, OSError) as error:
+            connection.close()
+            if last:
+                raise RuntimeError(f"the {name} server: {error}; its log:\n{(folder / 'log').read_text()}") from error
+        time.sleep(0.5)
+    raise AssertionError("the last try returns or raises")
 
 
 def _start_alone(request: Request, output: tuple[int, int, int]) -> subprocess.Popen:

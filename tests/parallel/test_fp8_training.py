@@ -53,7 +53,10 @@ def _sft(*configs: Config) -> None:
 @pytest.mark.fast
 def test_papo_train_in_fp8_as_a_user_types_it(inputs, tmp_path):
     settings = tmp_path / "run.yaml"
-    config = tiny_run(inputs, tmp_path / "run", fp8__recipe="tensorwise", fp8__gap_every=2, train__steps=3)
+    config = tiny_run(
+        inputs, tmp_path / "run", fp8__recipe="tensorwise", fp8__gap_every=2, train__steps=3, certify__at_start=True,
+        certify__after_hand_over=True,
+    )  # fmt: skip
     settings.write_text(dump_config(config))
     done = papo("train", settings)
     assert done.returncode == 0, done.stderr
@@ -71,7 +74,6 @@ def test_beyond_the_limit_the_run_is_the_one_without_fp8(inputs, tmp_path):
     """From the first step on, which measures before it scores; and after it is resumed, whatever the limit is then."""
     kept = {"checkpoint__save_every": 1, "train__steps": 2}
     plain = tiny_run(inputs, tmp_path / "plain", **kept | {"train__steps": 3})
-    kept |= {"certify__at_start": False, "certify__after_hand_over": False}  # whose limit follows that of the gap
     tight = {"fp8__recipe": "tensorwise", "fp8__gap_limit": 1e-9, "fp8__gap_every": 1}
     first = tiny_run(inputs, tmp_path / "run", **kept, **tight)
     resumed = tiny_run(inputs, tmp_path / "run", **kept | {"train__steps": 3}, fp8__recipe="tensorwise")

@@ -27,6 +27,8 @@ AHEAD = {
     "loss__correction": "truncated",
     "checkpoint__save_every": 1,
     "run__heartbeat_s": 0.5,
+    "certify__at_start": True,
+    "certify__after_hand_over": True,
 }
 
 

@@ -26,6 +26,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def papo(verb: str, inputs: Path, folder: Path, ranks: int = 1, **settings: Any) -> subprocess.CompletedProcess:
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {"certify__at_start": True, "certify__after_hand_over": True} | settings
     (folder / "config.yaml").write_text(dump_config(tiny_run(inputs, folder / "run", **settings)))
     vllm = settings.get("generation__engine") == "vllm"
     return commands.papo(verb, folder / "config.yaml", "--ranks", ranks, vllm=vllm)
