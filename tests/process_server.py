@@ -164,7 +164,9 @@ class _Server:
         self.selector.register(self.woken, selectors.EVENT_READ)
         (self.folder / f"{self.name}.new").rename(self.folder / self.name)  # from now on it answers
         while self.folder.exists() and self.session.exists():
-            for key, _ in self.selector.select(timeout=1.0):
+            events = self.selector.select(timeout=1.0)
+            self._reap()
+            for key, _ in events:
                 work = self._answer(key.fileobj)
                 if work is not None:
                     signal.set_wakeup_fd(before[1])
@@ -180,7 +182,6 @@ class _Server:
         elif source is self.woken:
             with contextlib.suppress(BlockingIOError):
                 self.woken.recv(4096)
-            self._reap()
         else:
             return self._start(source)
         return None
@@ -264,9 +265,11 @@ def do(request: Request) -> None:
     )
     _forget_randomness()
     code = _exit_code(_call(request) if request.call else _command(request))
-    for clean_up in (threading._shutdown, atexit._run_exitfuncs):
+    with contextlib.suppress(Exception):
+        threading._shutdown()
+    if request.argv:  # a call ends as multiprocessing ends a process: what libraries do at an exit may wait for peers
         with contextlib.suppress(Exception):
-            clean_up()
+            atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

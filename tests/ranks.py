@@ -7,6 +7,7 @@ result are pickled. A rank that raises ends the others and its traceback is the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ import torch
 from megatron_papo.config import Config
 from tests.process_server import Request
 from tests.processes import start
+
+_ports = itertools.count(os.getpid())
 
 
 class RankFailed(Exception):
@@ -39,10 +43,8 @@ def run_ranks(
     """
     if vllm is None:
         vllm = any(isinstance(each, Config) and each.generation.engine == "vllm" for each in args)
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as port_holder:
-        port_holder.bind(("127.0.0.1", 0))
-        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_holder.getsockname()[1])}
-        port_holder.close()
+    with tempfile.TemporaryDirectory() as folder:
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         ranks = []
         for rank in range(world_size):
             places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -57,6 +59,18 @@ def run_ranks(
                 process.kill()
                 process.wait()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    """Of this worker of pytest alone, and below those that the kernel gives to connections: whoever asked the kernel
+    for a port and left it again could meet the ranks of another worker there."""
+    first = 5_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(1_000):
+        port = first + next(_ports) % 1_000
+        with socket.socket() as holder, suppress(OSError):
+            holder.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {first} on")
 
 
 def _wait(ranks: Sequence[Any], folder: Path, what: str, deadline: float) -> None:

@@ -36,6 +36,7 @@ OVERRIDES = {
     "certify.after_hand_over": False,
 }
 """No certificate: tests of it ask for one, and it takes a quarter of the time of so small a run."""
+CERTIFIED = {"certify__at_start": True, "certify__after_hand_over": True}
 
 
 def share_of_even_bytes(response: str, answer: str, problem: str) -> float:

@@ -27,7 +27,7 @@ from tests.parallel.certify_cases import (
     update_every_weight,
 )
 from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.tiny_run import CERTIFIED, make_inputs, tiny_run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2": {"parallel__tensor": 2},
@@ -49,7 +49,7 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=NEEDS_VLLM if name == "vllm" else ()) for name in ENGINES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_healthy_pass_and_every_fault_is_named(layout, engine, inputs, tmp_path):
-    settings = {"generation__max_response_tokens": 12, **LAYOUTS[layout], **ENGINES[engine]}
+    settings = {"generation__max_response_tokens": 12, **LAYOUTS[layout], **ENGINES[engine], **CERTIFIED}
     config = tiny_run(inputs, tmp_path, **settings)
     first, second = run_ranks(_certificates, 2, config)
     assert first["verdicts"] == second["verdicts"]  # all ranks hear the same

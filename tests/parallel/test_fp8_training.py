@@ -15,7 +15,7 @@ import pytest
 from megatron_papo.config import Config, dump_config
 from tests.commands import papo
 from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = {
@@ -53,10 +53,8 @@ def _sft(*configs: Config) -> None:
 @pytest.mark.fast
 def test_papo_train_in_fp8_as_a_user_types_it(inputs, tmp_path):
     settings = tmp_path / "run.yaml"
-    config = tiny_run(
-        inputs, tmp_path / "run", fp8__recipe="tensorwise", fp8__gap_every=2, train__steps=3, certify__at_start=True,
-        certify__after_hand_over=True,
-    )  # fmt: skip
+    fp8 = {"fp8__recipe": "tensorwise", "fp8__gap_every": 2}
+    config = tiny_run(inputs, tmp_path / "run", train__steps=3, **fp8, **CERTIFIED)
     settings.write_text(dump_config(config))
     done = papo("train", settings)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_papo.config import Config, dump_config
 from tests.commands import Command, begin
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -27,8 +27,7 @@ AHEAD = {
     "loss__correction": "truncated",
     "checkpoint__save_every": 1,
     "run__heartbeat_s": 0.5,
-    "certify__at_start": True,
-    "certify__after_hand_over": True,
+    **CERTIFIED,
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_papo.config import dump_config
 from tests import commands
 from tests.parallel.certify_cases import MODEL
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 REPO = Path(__file__).parents[2]
 TIGHT = {"certify__limits__logprobs_max": 1e-9}
@@ -26,7 +26,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def papo(verb: str, inputs: Path, folder: Path, ranks: int = 1, **settings: Any) -> subprocess.CompletedProcess:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"certify__at_start": True, "certify__after_hand_over": True} | settings
+    settings = CERTIFIED | settings
     (folder / "config.yaml").write_text(dump_config(tiny_run(inputs, folder / "run", **settings)))
     vllm = settings.get("generation__engine") == "vllm"
     return commands.papo(verb, folder / "config.yaml", "--ranks", ranks, vllm=vllm)
