@@ -222,7 +222,7 @@ def test_closing_leaves_a_thread_that_hangs(monkeypatch):
     draws.take(FIRST, 0, BadRows("skip"))
     start = time.monotonic()
     draws.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30, "it would wait for ever"
     released.set()
 
 
