@@ -35,7 +35,7 @@ def run(
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         with open(os.devnull) as nothing:
             streams = nothing.fileno(), out.fileno(), err.fileno()
-            process = start(_request(argv, cwd, environ, True), streams, vllm)
+            process = start(_request(argv, cwd, environ), streams, vllm)
         try:
             code = process.wait(timeout)
         except BaseException:
@@ -54,13 +54,13 @@ def begin(
 ) -> Command:
     """`python ARGV... >log 2>&1 &`, the leader of a process group."""
     with log.open("w") as file, open(os.devnull) as nothing:
-        return start(_request(argv, cwd, environ, True), (nothing.fileno(), file.fileno(), file.fileno()), vllm)
+        return start(_request(argv, cwd, environ), (nothing.fileno(), file.fileno(), file.fileno()), vllm)
 
 
-def _request(argv: tuple, cwd: Path | str | None, environ: Mapping[str, str] | None, new_session: bool) -> Request:
+def _request(argv: tuple, cwd: Path | str | None, environ: Mapping[str, str] | None) -> Request:
     given = dict(os.environ if environ is None else environ)
     given["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), given.get("PYTHONPATH"))))
-    return Request(given, str(cwd or os.getcwd()), argv=tuple(map(str, argv)), new_session=new_session)
+    return Request(given, str(cwd or os.getcwd()), argv=tuple(map(str, argv)), new_session=True)
 
 
 def _kill(process: Command) -> None:

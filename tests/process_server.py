@@ -323,7 +323,10 @@ def _exit_code(work: Callable[[], object]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--one":
-        do(pickle.loads(Path(sys.argv[2]).read_bytes()))
+        file = Path(sys.argv[2])
+        request = pickle.loads(file.read_bytes())
+        file.unlink()
+        do(request)
     else:
         # the very module that requests are unpickled with
         importlib.import_module("tests.process_server").main(Path(sys.argv[1]), int(sys.argv[2]))
