@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.process_server import Request
+from tests.process_wire import Request
 from tests.processes import ROOT, Process, start
 
 Command = Process | subprocess.Popen

@@ -14,9 +14,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,15 +26,17 @@ import runpy
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import traceback
+import types
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tests.interpreter import PASSED_ON, SERVER, end_as
+from tests.process_wire import FOLDER, Request, receive, send
 
 PLAIN = (
     "megatron.core.dist_checkpointing",
@@ -69,45 +73,6 @@ VLLM = (
 )
 """Whatever of these is installed."""
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """Of one process."""
-
-    environ: dict[str, str]
-    cwd: str
-    module: str = ""
-    """Of what it does; the server imports it before it forks."""
-    call: bytes = b""
-    """A pickled function with its arguments; else `argv` is run as Python runs it."""
-    argv: tuple[str, ...] = ()
-    """`-m MODULE WORDS...` or `SCRIPT WORDS...`."""
-    new_session: bool = False
-
-
-def send(connection: socket.socket, tree: Any, descriptors: tuple[int, ...] = ()) -> None:
-    """A short tree arrives whole: who has seen its beginning need not wait for the rest."""
-    data = pickle.dumps(tree)
-    data = struct.pack("!I", len(data)) + data
-    num_sent = socket.send_fds(connection, [data], list(descriptors))
-    connection.sendall(data[num_sent:])
-
-
-def receive(connection: socket.socket) -> tuple[Any, list[int]]:
-    """A tree and the descriptors that came with it; raises EOFError when the other side is gone."""
-    head, descriptors, _, _ = socket.recv_fds(connection, 4, 8)
-    if len(head) < 4:
-        raise EOFError("the other side of the process server is gone")
-    (left,) = struct.unpack("!I", head)
-    chunks = []
-    while left:
-        chunk = connection.recv(min(left, 1 << 20))
-        if not chunk:
-            raise EOFError("the other side of the process server is gone")
-        chunks.append(chunk)
-        left -= len(chunk)
-    return pickle.loads(b"".join(chunks)), descriptors
 
 
 def main(folder: Path, session: int) -> None:
@@ -149,6 +114,8 @@ class _Server:
         self.selector = selectors.DefaultSelector()
         self.waiting: dict[int, socket.socket] = {}
         """Who hears of the end of a process, by its id."""
+        self.tied: dict[socket.socket, int] = {}
+        """The processes that end with a connection."""
         self.listening = socket.socket(socket.AF_UNIX)
         self.listening.bind(str(folder / f"{name}.new"))
         self.listening.listen(64)
@@ -164,16 +131,14 @@ class _Server:
         self.selector.register(self.woken, selectors.EVENT_READ)
         (self.folder / f"{self.name}.new").rename(self.folder / self.name)  # from now on it answers
         while self.folder.exists() and self.session.exists():
-            events = self.selector.select(timeout=1.0)
-            self._reap()
-            for key, _ in events:
+            for key, _ in self.selector.select(timeout=1.0):
                 work = self._answer(key.fileobj)
                 if work is not None:
                     signal.set_wakeup_fd(before[1])
                     return work
+            self._reap()
         for pid in self.waiting:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
         return None
 
     def _answer(self, source: Any) -> Request | str | None:
@@ -182,9 +147,23 @@ class _Server:
         elif source is self.woken:
             with contextlib.suppress(BlockingIOError):
                 self.woken.recv(4096)
+        elif source in self.tied:
+            self._pass_on(source)
         else:
             return self._start(source)
         return None
+
+    def _pass_on(self, connection: socket.socket) -> None:
+        """A signal; or the end, which the process shares with what it has started in its session."""
+        try:
+            _signal(self.tied[connection], receive(connection)[0])
+        except (EOFError, OSError):
+            _signal(self.tied[connection], signal.SIGKILL, whole_group=True)
+            self._untie(connection)
+
+    def _untie(self, connection: socket.socket) -> None:
+        if self.tied.pop(connection, None):
+            self.selector.unregister(connection)
 
     def _start(self, connection: socket.socket) -> Request | str | None:
         """Once a connection: the request, and in answer the process's id; at its end its status."""
@@ -207,14 +186,17 @@ class _Server:
         pid = self._fork()
         if not pid:
             connection.close()
-            for number, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            return request
+            _enter(descriptors[len(request.descriptors) :])
+            _open(dict(zip(request.descriptors, descriptors)))
+            return request._replace(environ=request.environ | {SERVER: self.name})
         for descriptor in descriptors:
             os.close(descriptor)
         self.waiting[pid] = connection
-        send(connection, pid)
+        if request.tied:
+            self.tied[connection] = pid
+            self.selector.register(connection, selectors.EVENT_READ)
+        with contextlib.suppress(OSError):  # gone already; a tied one is seen to be
+            send(connection, pid)
         return None
 
     def _fork(self) -> int:
@@ -240,6 +222,7 @@ class _Server:
                 return
             connection = self.waiting.pop(pid, None)
             if connection is not None:
+                self._untie(connection)
                 with contextlib.suppress(OSError):
                     send(connection, os.waitstatus_to_exitcode(status))
                 connection.close()
@@ -251,6 +234,44 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
+def _signal(pid: int, number: int, whole_group: bool = False) -> None:
+    """To a process that may just have ended; `whole_group`: if it leads one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number) if whole_group and os.getpgid(pid) == pid else os.kill(pid, number)
+
+
+def _enter(namespaces: list[int]) -> None:
+    """Goes on as a process within these, where they are not this one's: a node of tools/slurm_lab.sh has its own host
+    name, `/etc/hosts` and process IDs. Those hold for a child only, so this process stays before it and passes signals
+    and status on."""
+    ours = {os.stat(place).st_ino for place in Path("/proc/self/ns").iterdir()}
+    if all(os.fstat(each).st_ino in ours for each in namespaces):
+        for each in namespaces:
+            os.close(each)
+        return
+    for each in namespaces:
+        os.setns(each)
+        os.close(each)
+    inside = os.fork()
+    if not inside:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        return
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: _signal(inside, number))
+    end_as(os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1]))
+
+
+def _open(files: dict[int, int]) -> None:
+    """This process's open files become those of the keys."""
+    beyond = max(files) + 1
+    moved = {number: fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, beyond) for number, each in files.items()}
+    for each in files.values():
+        os.close(each)
+    for number, each in moved.items():
+        os.dup2(each, number)
+        os.close(each)
+
+
 def do(request: Request) -> None:
     """What was asked for, in this process, which ends with it as a Python process does."""
     if request.new_session:
@@ -258,6 +279,7 @@ def do(request: Request) -> None:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environ)
+    _start_others_by(os.environ)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, buffering=1 if number == 2 else -1, closefd=False)  # noqa: SIM115 - for as long as it lives
@@ -274,6 +296,14 @@ def do(request: Request) -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
+
+
+def _start_others_by(environ: Mapping[str, str]) -> None:
+    """What this process starts with `sys.executable` is forked from the same server."""
+    python = Path(environ.get(FOLDER, ""), "bin", "python")
+    if SERVER in environ and python.exists():
+        sys.executable = str(python)
+        multiprocessing.set_executable(sys.executable)
 
 
 def _forget_randomness() -> None:
@@ -296,11 +326,15 @@ def _call(request: Request) -> Callable[[], object]:
 def _command(request: Request) -> Callable[[], object]:
     first, *words = request.argv
     paths = [path for path in request.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    is_module = first == "-m"
-    sys.path[0:0] = [os.getcwd() if is_module else str(Path(first).resolve().parent), *paths]
-    sys.argv = words if is_module else [first, *words]
-    if is_module:
+    sys.path[0:0] = [{"-m": os.getcwd(), "-c": ""}.get(first, str(Path(first).resolve().parent)), *paths]
+    if first == "-m":
+        sys.argv = words
         return lambda: runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    if first == "-c":
+        sys.argv = ["-c", *words[1:]]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        return lambda: exec(words[0], main.__dict__)
+    sys.argv = [first, *words]
     return lambda: runpy.run_path(first, run_name="__main__")
 
 

@@ -16,16 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.process_server import Request, receive, send
+from tests.interpreter import write_environment
+from tests.process_wire import FOLDER, Request, receive, send
 
 ROOT = Path(__file__).parents[1]
-FOLDER = "PAPO_TEST_PROCESSES"
-"""The variable by which pytest's workers know the folder of the servers; `ISOLATED` in it means that there are none."""
 ISOLATED = "isolated"
+"""In the variable FOLDER: there are no servers."""
 _START_LIMIT_S = 240.0
 _OURS = (FOLDER, "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID")
 
@@ -35,9 +34,20 @@ def open_session(isolated: bool, at_once: bool) -> Callable[[], None]:
     folder = Path(tempfile.mkdtemp(prefix="papo_tests_"))
     os.environ[FOLDER] = ISOLATED if isolated else str(folder)
     (folder / "session").write_text(str(os.getpid()))
+    write_environment(folder, ROOT)
     if at_once and not isolated:
         start_plain(folder)
     return lambda: shutil.rmtree(folder, ignore_errors=True)  # the servers see that and end
+
+
+def environment() -> Path:
+    """A virtual environment whose `bin/python` has its imports done, `tests/interpreter.py`; with `--isolated` this
+    process's own."""
+    place = os.environ[FOLDER]
+    if place == ISOLATED:
+        return Path(sys.prefix)
+    _connect(Path(place), "plain").close()  # the server is there
+    return Path(place)
 
 
 class Process:
@@ -89,7 +99,7 @@ def start(
     place = os.environ.get(FOLDER)
     assert place, "tests/conftest.py sets this"
     environ = {name: value for name, value in request.environ.items() if name not in _OURS}
-    request = replace(request, environ=environ | {FOLDER: place})
+    request = request._replace(environ=environ | {FOLDER: place})
     if place == ISOLATED:
         return _start_alone(request, output or (0, 1, 2))
     with open(os.devnull) as nothing:

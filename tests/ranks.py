@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_papo.config import Config
-from tests.process_server import Request
+from tests.process_wire import Request
 from tests.processes import start
 
 _ports = itertools.count(os.getpid())

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.observe.progress import read_progress
+from tests.processes import environment
 from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
@@ -28,7 +29,6 @@ TWO_NODES = {
     "cluster.exclusive": False,
     "cluster.time": 10,
     "cluster.signal_s": 60,
-    "cluster.venv": Path(sys.prefix),
     "run.heartbeat_s": 1,
     "train.tokens_per_micro_batch": 5000,
 }
@@ -39,11 +39,12 @@ class Tool:
 
     def __init__(self, cluster: Slurm, folder: Path, inputs: Path):
         self.cluster, self.folder = cluster, folder
-        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl"}
+        self.venv = environment()
+        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": self.venv}
         self.settings = [f"{key}={value}" for key, value in (OVERRIDES | TWO_NODES | paths).items()]
 
     def command(self, *words: object) -> list[str]:
-        return [sys.executable, str(TOOL), *map(str, words)]
+        return [str(self.venv / "bin" / "python"), str(TOOL), *map(str, words)]
 
     def __call__(self, *words: object) -> subprocess.CompletedProcess[str]:
         return self.cluster.call(*self.command(*words), cwd=self.folder)
@@ -140,7 +141,8 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
 
 
 def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
-    """From a folder that is not the project's: the fake GPUs of the lab are asked for, and torch finds none."""
+    """From a folder that is not the project's: the fake GPUs of the lab are asked for, and torch finds none. In the real
+    environment, where every rank does its imports."""
     run_dir = tool.folder / "hand"
     flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=60"]
     plain = ["parallel.tensor=1", "parallel.sequence=false", "parallel.distributed_optimizer=false"]
@@ -177,7 +179,7 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
     ],
 )
 def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):
-    lines = refused(slurm, tmp_path, {"PAPO_VENV": sys.prefix} | variables)
+    lines = refused(slurm, tmp_path, {"PAPO_VENV": str(environment())} | variables)
     assert lines[0] == reason and all("data." in line or "vLLM" in line for line in lines[1:])
 
 
@@ -189,7 +191,7 @@ def test_modules_are_loaded_in_their_order(slurm: Slurm, tmp_path):
     modules = {"PAPO_ENVIRONMENT": "modules", "BASH_FUNC_module%%": MODULE}
     log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good bad"})
     assert log == ["papo: error: cluster.modules: module load bad: ERROR: unable to locate bad "]
-    log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good", "PAPO_VENV": sys.prefix})
+    log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good", "PAPO_VENV": str(environment())})
     assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
 
 
@@ -212,7 +214,7 @@ def test_a_container_gets_the_project_and_the_working_folder(slurm: Slurm, tmp_p
         "PAPO_ENVIRONMENT": "container",
         "PAPO_CONTAINER": str(image),
         "PAPO_MOUNTS": "/data:/data",
-        "PAPO_PYTHON": sys.executable,
+        "PAPO_PYTHON": str(environment() / "bin" / "python"),
     }
     assert refused(slurm, tmp_path, variables) == [f"papo: error: cluster.container: {image}: no such image"]
     image.touch()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,12 @@ ENDS = {
     ],
 )
 def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # noqa: F811
-    """Each disturbance a few steps after the last; then the rest of the run on another layout, on one node."""
+    """Each disturbance a few steps after the last; then the rest of the run on another layout, on one node. In the real
+    environment, whose ranks are Slurm's own processes."""
     run_dir, steps = tool.folder / "runs" / "survivor", 8 + 8 * len(disturbances)
     expected = undisturbed(tool, steps)
     settings = [*tool.settings, *(f"{key}={value}" for key, value in TWO_BY_TWO.items()), f"train.steps={steps}"]
+    settings.append(f"cluster.venv={sys.prefix}")
     assert tool(*settings, "run.dir=runs/survivor").returncode == 0
 
     for number, disturb in enumerate(disturbances, 1):

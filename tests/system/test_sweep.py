@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_papo.cluster.attempts import read_attempts
+from tests.processes import environment
 from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
@@ -27,7 +27,6 @@ NODES = {
     "cluster.exclusive": False,
     "cluster.time": 10,
     "cluster.signal_s": 60,
-    "cluster.venv": Path(sys.prefix),
     "run.heartbeat_s": 1,
     "run.max_failures": 1,
     "train.tokens_per_micro_batch": 5000,
@@ -45,7 +44,8 @@ class Tool:
     def __init__(self, cluster: Slurm, folder: Path):
         self.cluster, self.folder = cluster, folder
         inputs = make_inputs(folder / "inputs")
-        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl"}
+        self.venv = environment()
+        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": self.venv}
         settings = {**OVERRIDES, **NODES, **paths, "train.updates_per_step": 1}
         del settings["train.steps"]
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -55,7 +55,11 @@ class Tool:
         (self.folder / "sweep.yaml").write_text(yaml.safe_dump(tree | {"points": points} | changes))
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.cluster.call(sys.executable, TOOL, "sweep.yaml", *words, cwd=self.folder)
+        return self.cluster.call(self.python, TOOL, "sweep.yaml", *words, cwd=self.folder)
+
+    @property
+    def python(self) -> Path:
+        return self.venv / "bin" / "python"
 
     def rows(self) -> dict[str, dict[str, str]]:
         with (self.folder / "out" / "table.csv").open() as file:
@@ -150,7 +154,7 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
 
 
 def submit_slurm(tool: Tool, *words: str) -> subprocess.CompletedProcess[str]:
-    return tool.cluster.call(sys.executable, REPO / "tools" / "submit_slurm.py", *words, cwd=tool.folder)
+    return tool.cluster.call(tool.python, REPO / "tools" / "submit_slurm.py", *words, cwd=tool.folder)
 
 
 def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
@@ -174,7 +178,7 @@ def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
 def test_without_slurm_one_after_the_other(tool: Tool, tmp_path: Path):
     tool.write([{"ranks": 1}, RAISES], scaling="weak")
     environ = {name: value for name, value in tool.cluster.environ.items() if name != "SLURM_CONF"}
-    done = tool.cluster.call(sys.executable, TOOL, "sweep.yaml", "--local", cwd=tmp_path, env=environ)
+    done = tool.cluster.call(tool.python, TOOL, "sweep.yaml", "--local", cwd=tmp_path, env=environ)
     assert done.returncode == 1, done.stderr
     rows = tool.rows()
     assert (rows["ranks_1"]["state"], rows["ranks_1"]["steps"]) == ("done", "1")

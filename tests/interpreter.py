@@ -1,0 +1,95 @@
+"""A stand-in for the Python interpreter: starts as one, and has a process forked that has its imports done.
+
+`FOLDER/bin/python`, which `write_environment` makes, is `sys.executable` of every process that a server of
+`tests/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments, environment, folder, open files and namespaces of this process, which stays, passes signals on, ends
+as the other ends, and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`,
+`-P`, `-X importtime`), and where the servers are gone, it becomes the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from tests.process_wire import FOLDER, Request, receive, send
+
+SERVER = "PAPO_TEST_SERVER"
+"""In every process that a server forked: its name, which is that of the server for what this process starts."""
+PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_NAMESPACES = ("uts", "mnt", "pid")
+"""Of a node of tools/slurm_lab.sh; the process ID's comes last, for it holds for what is forked thereafter."""
+
+
+def write_environment(folder: Path, root: Path) -> None:
+    """`folder`/bin/python, for processes of the servers in `folder`; the tests are those under `root`.
+
+    `python3` beside it is the real one, which job scripts of Slurm take for what needs no package.
+    """
+    file = folder / "bin" / "python"
+    file.parent.mkdir()
+    file.with_name("python3").symlink_to(sys.executable)
+    file.write_text(
+        f"#!{sys.executable} -IS\n"
+        f"import sys\n"
+        f"sys.path.append({str(root)!r})\n"
+        f"from tests.interpreter import main\n"
+        f"main({str(folder)!r})\n"
+    )
+    file.chmod(0o755)
+
+
+def main(folder: str) -> None:
+    words = tuple(sys.argv[1:])
+    connection = _connected(folder) if words and (words[0] in ("-m", "-c") or words[0][0] != "-") else None
+    if connection is None:
+        os.execv(sys.executable, [sys.executable, *words])
+    heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    for number in heard:
+        signal.signal(number, lambda number, _: send(connection, int(number)))
+    files = _open_files(connection.fileno())
+    namespaces = tuple(os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in _NAMESPACES)
+    request = Request(dict(os.environ) | {FOLDER: folder}, os.getcwd(), argv=words, new_session=True, descriptors=files, tied=True)
+    send(connection, request, files + namespaces)
+    for number in (*files[3:], *namespaces):
+        os.close(number)
+    receive(connection)  # its id
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+    end_as(receive(connection)[0])
+
+
+def _connected(folder: str) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"{folder}/{os.environ.get(SERVER, 'plain')}")
+    except OSError:
+        return None
+    return connection
+
+
+def _open_files(ours: int) -> tuple[int, ...]:
+    """The standard streams first."""
+    listed = [int(name) for name in os.listdir("/proc/self/fd")]
+    return (0, 1, 2, *(number for number in sorted(listed) if number > 2 and number != ours and _is_open(number)))
+
+
+def _is_open(number: int) -> bool:
+    """The listing's own is closed by now."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def end_as(code: int) -> None:
+    """With an exit code, or by a signal's negative number."""
+    if code < 0:
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
+        os.kill(os.getpid(), -code)
+    os._exit(code)
