@@ -8,6 +8,7 @@ as the other ends, and takes it along when it is killed. Where options ask for a
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from tests.process_wire import FOLDER, Request, receive, send
 SERVER = "PAPO_TEST_SERVER"
 """In every process that a server forked: its name, which is that of the server for what this process starts."""
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_HARMLESS = ("-B", "-u")
+"""No bytecode is written and streams are not buffered, which a forked process may ignore but for a user's terminal."""
 _NAMESPACES = ("uts", "mnt", "pid")
 """Of a node of tools/slurm_lab.sh; the process ID's comes last, for it holds for what is forked thereafter."""
 
@@ -42,10 +45,10 @@ def write_environment(folder: Path, root: Path) -> None:
 
 
 def main(folder: str) -> None:
-    words = tuple(sys.argv[1:])
+    words = tuple(itertools.dropwhile(_HARMLESS.__contains__, sys.argv[1:]))
     connection = _connected(folder) if words and (words[0] in ("-m", "-c") or words[0][0] != "-") else None
     if connection is None:
-        os.execv(sys.executable, [sys.executable, *words])
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     for number in heard:

@@ -27,6 +27,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -47,7 +48,11 @@ PLAIN = (
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
     "transformers.models.qwen2_vl.image_processing_qwen2_vl",
-    "mistral_common.protocol.instruct.validator",  # transformers imports it with the first tokenizer
+    "mistral_common.tokens.tokenizers.mistral",  # transformers imports it with the first tokenizer
+    "transformers.tokenization_mistral_common",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization.config",
+    "megatron.core.models.mimo.optimizer",
     "datasets",
     "sklearn.datasets",
     "math_verify",
@@ -65,7 +70,24 @@ PLAIN = (
 )
 VLLM = (
     "vllm",
+    "vllm.entrypoints.anthropic.protocol",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.llm",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.model_executor.layers.quantization.online",
+    "vllm.plugins.io_processors",
+    "vllm.plugins.lora_resolvers.filesystem_resolver",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
+    "vllm.renderers.hf",
+    "vllm.utils.cpu_triton_utils",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.attention.backends.zentorch_sdpa",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.pool.flash_maxsim",
     "vllm.v1.worker.cpu_worker",
+    "vllm.triton_utils.dispatcher",
+    "blake3",
     "vllm.v1.engine.llm_engine",
     "vllm.model_executor.models.qwen2_5_vl",
     "megatron_papo.generation.vllm_weights",
@@ -77,18 +99,17 @@ _PR_SET_PDEATHSIG = 1
 
 def main(folder: Path, session: int) -> None:
     """Serves, and in a forked process does what was asked for."""
-    _import_all(PLAIN)
+    _import_all(PLAIN, _load_a_processor)
     work = _Server(folder, "plain", session).serve()
     while work == "vllm":  # in a process of its own
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        _import_all(VLLM)
-        _find_instructions()
+        _import_all(VLLM, _prepare_vllm)
         work = _Server(folder, "vllm", session).serve()
     if isinstance(work, Request):
         do(work)
 
 
-def _import_all(names: tuple[str, ...]) -> None:
+def _import_all(names: tuple[str, ...], more: Callable[[], None] = lambda: None) -> None:
     """The collector rests, and leaves the modules alone from then on: their pages stay shared by forked processes."""
     gc.disable()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -96,15 +117,46 @@ def _import_all(names: tuple[str, ...]) -> None:
         for name in names:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+        more()
     gc.freeze()
     gc.enable()
 
 
-def _find_instructions() -> None:
-    """torch.compile compiles and runs a little program for every set of vector instructions that it knows."""
+def _load_a_processor() -> None:
+    """transformers imports the video processors of sixty families to find the one of a folder, and Pillow its formats
+    with the first picture."""
+    from PIL import Image
+
+    from megatron_papo.config import DataConfig
+    from megatron_papo.data.processor import load_processor
+    from tests.tiny import make_tiny_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        Image.preinit()
+        load_processor(make_tiny_folder(Path(folder) / "model"), DataConfig())
+
+
+def _prepare_vllm() -> None:
+    """What vLLM would do at the start of every process: torch.compile compiles and runs a little program for every set
+    of vector instructions that it knows, and compiles the one function that an engine without CUDA graphs compiles; and
+    every module there is is searched for Triton kernels, to put those for CPUs in their place."""
+    import torch
+    from torch._inductor import config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.sample.sampler import Sampler
+
+    from megatron_papo.accelerator import _CudaMeansCpu
 
     pick_vec_isa()
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)  # forked processes have it
+    config.compile_threads = 1  # in this process, which must not have threads when it forks
+    torch.set_num_threads(1)
+    for mode in (contextlib.nullcontext(), _CudaMeansCpu()):  # an engine on ranks of its own, and one in the trainer's
+        with mode, torch.inference_mode():
+            for num_words in (64, 96):  # with the second it compiles for any number of words
+                Sampler.gather_logprobs(torch.zeros(2, num_words), 1, torch.zeros(2, dtype=torch.int64))
 
 
 class _Server:
