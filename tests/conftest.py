@@ -19,8 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # while test modules are imported
     if not hasattr(config, "workerinput"):  # in a worker of pytest-xdist the servers are the session's
-        several = bool(getattr(config.option, "numprocesses", None))
-        config.add_cleanup(processes.open_session(config.getoption("--isolated"), at_once=several))
+        config.add_cleanup(processes.open_session(config.getoption("--isolated")))
+        if getattr(config.option, "numprocesses", None):  # forked as well: each would import torch for itself
+            config.option.tx = [f"popen//python={processes.environment()}/bin/python"] * len(config.option.tx)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tests.process_wire import FOLDER, Request, receive, send
 
+PYTHON = str(Path(sys.prefix, "bin", "python"))
+"""The interpreter itself, for what is to import by itself: `sys.executable` may be the stand-in."""
 SERVER = "PAPO_TEST_SERVER"
 """In every process that a server forked: its name, which is that of the server for what this process starts."""
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -33,9 +35,9 @@ def write_environment(folder: Path, root: Path) -> None:
     """
     file = folder / "bin" / "python"
     file.parent.mkdir()
-    file.with_name("python3").symlink_to(sys.executable)
+    file.with_name("python3").symlink_to(PYTHON)
     file.write_text(
-        f"#!{sys.executable} -IS\n"
+        f"#!{PYTHON} -IS\n"
         f"import sys\n"
         f"sys.path.append({str(root)!r})\n"
         f"from tests.interpreter import main\n"

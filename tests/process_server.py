@@ -32,6 +32,7 @@ import threading
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,8 @@ def do(request: Request) -> None:
         for number, mode in enumerate("rww")
     )
     _forget_randomness()
+    if request.argv:
+        _own_temporary_folders()
     code = _exit_code(_call(request) if request.call else _command(request))
     with contextlib.suppress(Exception):
         threading._shutdown()
@@ -365,6 +368,15 @@ def _forget_randomness() -> None:
         import numpy
 
         numpy.random.seed()
+
+
+def _own_temporary_folders() -> None:
+    """Folders that modules made as they were imported, as wandb does: a process that ends would remove them for all."""
+    for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        owner = (each.peek() or (None,))[0]
+        if isinstance(owner, tempfile.TemporaryDirectory):
+            each.detach()
+            owner.__init__()  # type: ignore[misc]
 
 
 def _call(request: Request) -> Callable[[], object]:

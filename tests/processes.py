@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.interpreter import write_environment
+from tests.interpreter import PYTHON, write_environment
 from tests.process_wire import FOLDER, Request, receive, send
 
 ROOT = Path(__file__).parents[1]
@@ -29,14 +29,12 @@ _START_LIMIT_S = 240.0
 _OURS = (FOLDER, "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID")
 
 
-def open_session(isolated: bool, at_once: bool) -> Callable[[], None]:
-    """Before any test: where servers may be started; returns what ends them. `at_once`: one is started now."""
+def open_session(isolated: bool) -> Callable[[], None]:
+    """Before any test: where servers may be started; returns what ends them."""
     folder = Path(tempfile.mkdtemp(prefix="papo_tests_"))
     os.environ[FOLDER] = ISOLATED if isolated else str(folder)
     (folder / "session").write_text(str(os.getpid()))
     write_environment(folder, ROOT)
-    if at_once and not isolated:
-        start_plain(folder)
     return lambda: shutil.rmtree(folder, ignore_errors=True)  # the servers see that and end
 
 
@@ -127,11 +125,11 @@ def _start_alone(request: Request, output: tuple[int, int, int]) -> subprocess.P
         "cwd": request.cwd, "env": request.environ, "start_new_session": request.new_session,
     }  # fmt: skip
     if request.argv:
-        return subprocess.Popen([sys.executable, *request.argv], **options)
+        return subprocess.Popen([PYTHON, *request.argv], **options)
     with tempfile.NamedTemporaryFile(prefix="papo_request_", delete=False) as file:
         pickle.dump(request, file)
     options["env"] = request.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "tests.process_server", "--one", file.name], **options)
+    return subprocess.Popen([PYTHON, "-m", "tests.process_server", "--one", file.name], **options)
 
 
 def _connect(folder: Path, name: str) -> socket.socket:
@@ -155,20 +153,14 @@ def _start_server(folder: Path, name: str) -> None:
     if name == "vllm":
         asked = _connected(folder / "plain")
         send(asked, "vllm")
-    elif not (folder / "log").exists():
-        start_plain(folder)
+    else:
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        command = [PYTHON, "-m", "tests.process_server", str(folder), (folder / "session").read_text()]
+        with (folder / "log").open("a") as log:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, **streams)
     deadline = time.monotonic() + _START_LIMIT_S
     while not (folder / name).exists():
         if time.monotonic() > deadline:
             raise RuntimeError(f"the server of {name} processes did not start: {(folder / 'log').read_text()}")
         time.sleep(0.05)
-
-
-def start_plain(folder: Path) -> None:
-    """Starts the server and does not wait until it answers."""
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    with (folder / "log").open("a") as log:
-        command = [sys.executable, "-m", "tests.process_server", str(folder), (folder / "session").read_text()]
-        subprocess.Popen(
-            command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )

@@ -17,7 +17,7 @@ from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_rank
 from tests.tiny_run import make_inputs, metrics, tiny_run
 from tests.unit.test_shape import PUBLISHED_3B
 
-PAPO = Path(sys.executable).with_name("papo")
+PAPO = Path(sys.prefix, "bin", "papo")
 REPO = Path(__file__).resolve().parents[2]
 OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
 

@@ -1,13 +1,13 @@
 """The settings: file, overrides, and what is refused with which words."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from tests.interpreter import PYTHON
 
 
 def faults(*overrides: str, path: Path | None = None) -> list[str]:
@@ -160,4 +160,4 @@ def test_a_budget_below_the_longest_sequence_is_mentioned_with_both_numbers():
 
 def test_reading_settings_imports_no_torch():
     check = "import sys, megatron_papo.config, megatron_papo.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+    assert subprocess.run([PYTHON, "-c", check]).returncode == 0

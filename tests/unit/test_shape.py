@@ -3,12 +3,12 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.model.shape import ModelShape, check_layout, padded, stage_layers
+from tests.interpreter import PYTHON
 
 PUBLISHED_3B = {
     "model_type": "qwen2_5_vl",
@@ -173,4 +173,4 @@ def test_key_value_heads_and_vision_heads_are_checked_too():
 
 def test_reading_a_shape_imports_no_torch():
     code = "import sys, megatron_papo.model.shape; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([PYTHON, "-c", code], check=False).returncode == 0

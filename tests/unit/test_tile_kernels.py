@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_papo.logprobs import torch_tile
 from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import FORBIDDEN
+from tests.interpreter import PYTHON
 
 ROWS, WORDS, SCALE = 3, 2500, 1 / 0.7  # two whole blocks of words and a part of one
 COLUMNS = torch.tensor([0, 2499, -1])
@@ -49,7 +50,9 @@ def _kernels(name: str, *args) -> object:
 
 @pytest.fixture(scope="module")
 def interpreter():
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    context = multiprocessing.get_context("spawn")
+    context.set_executable(PYTHON)  # Triton reads the variable as it is imported
+    with context.Pool(1) as pool:
         yield lambda name, *args: pool.apply(_kernels, (name, *args))
 
 
