@@ -1,8 +1,9 @@
 """A stand-in for the Python interpreter: starts as one, and has a process forked that has its imports done.
 
 `FOLDER/bin/python`, which `write_environment` makes, is `sys.executable` of every process that a server of
-`tests/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments, environment, folder, open files and namespaces of this process, which stays, passes signals on, ends
-as the other ends, and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`,
+`tests/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments,
+environment, folder, open files and namespaces of this process, which stays, passes signals on, ends as the other ends,
+and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`,
 `-P`, `-X importtime`), and where the servers are gone, it becomes the real one.
 """
 
@@ -57,7 +58,9 @@ def main(folder: str) -> None:
         signal.signal(number, lambda number, _: send(connection, int(number)))
     files = _open_files(connection.fileno())
     namespaces = tuple(os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in _NAMESPACES)
-    request = Request(dict(os.environ) | {FOLDER: folder}, os.getcwd(), argv=words, new_session=True, descriptors=files, tied=True)
+    request = Request(
+        dict(os.environ) | {FOLDER: folder}, os.getcwd(), argv=words, new_session=True, descriptors=files, tied=True
+    )
     send(connection, request, files + namespaces)
     for number in (*files[3:], *namespaces):
         os.close(number)

@@ -51,8 +51,8 @@ import os, signal, subprocess, sys, time
 hears, says = os.pipe()
 os.write(says, b"by a pipe")
 for number in (signal.SIGTERM, signal.SIGKILL):
-    command = [sys.executable, "started.py", str(hears)]
-    process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, pass_fds=[hears], env={**os.environ, "GIVEN": "x"})
+    command, given = [sys.executable, "started.py", str(hears)], {**os.environ, "GIVEN": "x"}
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, pass_fds=[hears], env=given)
     process.stdin.write("a line\\n"), process.stdin.close()
     print(process.stdout.readline(), end="")
     process.send_signal(signal.SIGUSR1)
@@ -66,7 +66,7 @@ sys.exit(subprocess.call([sys.executable, "-S", "-c", "import sys; sys.exit(3 + 
 
 @pytest.mark.fast
 def test_what_a_forked_process_starts_is_forked_as_well_and_is_a_process_as_any(tmp_path):
-    """Its open files, environment, standard streams, signals, exit code, and that it does not outlive who was killed."""
+    """Its open files, environment, streams, signals, exit code, and that it does not outlive the one that is killed."""
     (tmp_path / "starts.py").write_text(STARTS)
     (tmp_path / "started.py").write_text(STARTED)
     done = run("starts.py", cwd=tmp_path)

@@ -141,8 +141,8 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
 
 
 def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
-    """From a folder that is not the project's: the fake GPUs of the lab are asked for, and torch finds none. In the real
-    environment, where every rank does its imports."""
+    """From a folder that is not the project's: the fake GPUs of the lab are asked for, and torch finds none. In the
+    real environment, where every rank does its imports."""
     run_dir = tool.folder / "hand"
     flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=60"]
     plain = ["parallel.tensor=1", "parallel.sequence=false", "parallel.distributed_optimizer=false"]
