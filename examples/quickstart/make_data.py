@@ -158,7 +158,7 @@ class Maker:
         grid = (top_left, top_right, bottom_left, bottom_right)
         question = ask(grid, self._rng)
         png = io.BytesIO()
-        paint(self._pool.pixels_NHW[drawn_4], shifts_42).save(png, "PNG")
+        paint(self._pool.pixels_NHW[drawn_4], shifts_42).save(png, "PNG", compress_level=1)
         row = {
             "problem": f"<image>{question.text}",
             "answer": str(question.answer),

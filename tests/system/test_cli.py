@@ -14,6 +14,7 @@ import yaml
 from megatron_papo.config import dump_config, load_config
 from megatron_papo.data import source
 from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
+from tests import commands
 from tests.tiny_run import make_inputs, metrics, tiny_run
 from tests.unit.test_shape import PUBLISHED_3B
 
@@ -23,15 +24,17 @@ OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
 
 
 def papo(*words: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, with the imports that it needs."""
     inherited = {name: value for name, value in os.environ.items() if name not in OUTER}
     command = [str(PAPO), *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=inherited | environ, capture_output=True, text=True, timeout=120)
 
 
 def refusal(*words: object, cwd: Path, **environ: str) -> list[str]:
-    """The lines of a refusal; nothing was printed, written or started for it."""
+    """The lines of a refusal; nothing was printed, written or started for it. Its process is forked."""
     before = sorted(cwd.iterdir())
-    done = papo(*words, cwd=cwd, **environ)
+    inherited = {name: value for name, value in os.environ.items() if name not in OUTER}
+    done = commands.papo(*words, cwd=cwd, environ=inherited | environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert sorted(cwd.iterdir()) == before
     assert "Traceback" not in done.stderr
@@ -73,7 +76,9 @@ def test_settings_without_effect_are_warned_of(tmp_path):
 
 @pytest.mark.fast
 def test_every_setting_that_cannot_be_is_refused_on_a_line_of_its_own(tmp_path):
-    assert sorted(refusal("train", "loss.perception_coeff=1", "train.steps=0", cwd=tmp_path)) == [
+    done = papo("train", "loss.perception_coeff=1", "train.steps=0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sorted(done.stderr.splitlines()) == [
         "papo: error: loss.perception_coeff: unknown key",
         "papo: error: train.steps: Input should be greater than or equal to 1, got 0",
     ]

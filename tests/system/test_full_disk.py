@@ -13,7 +13,7 @@ from tests.commands import Command, begin
 from tests.small_disk import fill, make_room, small_disk
 from tests.tiny_run import make_inputs, tiny_run
 
-STEPS = 40
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
