@@ -1,9 +1,9 @@
 """Processes of the tests, forked from servers that have imported what is slow to import.
 
-A rank of `tests/ranks.py` or a command of `tests/commands.py` needs seconds of processor time for its imports and, most
-often, less for its work. A server imports once and forks a process for every request; what such a process does, it does
-in a copy of the server's memory, so no case sees what another has left. There are two: `plain`, and `vllm`, which is
-forked from `plain` when a case first asks for it and imports vLLM as well.
+A rank of `tests/ranks.py`, a command of `tests/commands.py` or what these start (`tests/interpreter.py`) needs seconds
+of processor time for its imports and, most often, less for its work. A server imports once and forks a process for each
+request; what such a process does, it does in a copy of the server's memory, so no case sees what another has left.
+There are two: `plain`, and `vllm`, which is forked from `plain` when a case first asks for it and imports vLLM as well.
 
     python -m tests.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
     python -m tests.process_server --one FILE  does the request in FILE in this very process, with nothing imported
@@ -144,10 +144,14 @@ def _prepare_vllm() -> None:
     import torch
     from torch._inductor import config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.sample.sampler import Sampler
 
     from megatron_papo.accelerator import _CudaMeansCpu
+
+    if not current_platform.is_cpu():
+        return
 
     pick_vec_isa()
     CpuPlatform.register_triton_kernel_overrides()
