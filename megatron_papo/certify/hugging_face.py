@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,19 @@ _BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 def precision_that_fits(folder: Path) -> Precision | None:
     """Of a copy of the model in this host's free memory; None when not even bfloat16 fits."""
-    from transformers import Qwen2_5_VLConfig
-
-    shapes = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True))
-    num_values = sum(prod(shape) for shape in shapes.values())
+    num_values = _num_values(folder)
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     room = _SHARE * int(fields["MemAvailable"].removesuffix("kB")) * 1024
     return next((name for name, size in _BYTES.items() if num_values * size <= room), None)
+
+
+@cache
+def _num_values(folder: Path) -> int:
+    """Of the model, which stays as it is while a run lasts."""
+    from transformers import Qwen2_5_VLConfig
+
+    shapes = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True))
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def read_model(folder: Path, precision: Precision) -> Any:
