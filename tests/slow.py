@@ -1,4 +1,5 @@
-"""Rewards that disturb a tiny run: one takes a moment, one fails at the same step every time, one stalls once."""
+"""Rewards that disturb a tiny run: one takes a moment, one waits for leave, one fails at the same step every time, one
+stalls once."""
 
 from __future__ import annotations
 
@@ -15,6 +16,13 @@ _calls = itertools.count(1)
 
 def slow_share(response: str, answer: str, problem: str) -> float:
     time.sleep(0.1)
+    return share_of_even_bytes(response, answer, problem)
+
+
+def waits_for_leave(response: str, answer: str, problem: str) -> float:
+    """Until a file of that name lies in this folder."""
+    while not Path("leave").exists():
+        time.sleep(0.1)
     return share_of_even_bytes(response, answer, problem)
 
 

@@ -123,7 +123,7 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     until(lambda: read_progress(run_dir).steps_done)
     time.sleep(4)  # from the rank's log to the job's, and from there to us
     follower.send_signal(signal.SIGINT)
-    shown = follower.communicate(timeout=20)[0]
+    shown = follower.communicate(timeout=60)[0]
     assert follower.returncode == 130 and "step    0 of 60" in shown
     assert shown.endswith(f"submit: job {first} goes on; `submit_slurm.py follow {first}` shows it again, "
                           f"`cancel {first}` ends it\n")  # fmt: skip

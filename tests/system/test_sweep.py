@@ -33,6 +33,7 @@ NODES = {
     "certify.at_start": False,
     "certify.after_hand_over": False,
 }
+WAITS = {"ranks": 1, "name": "ranks_1", "overrides": ["reward.function=tests.slow:waits_for_leave"]}
 RAISES = {"ranks": 1, "name": "raises", "overrides": ["reward.function=tests.slow:fails_at_a_step"]}
 NOWHERE = {"ranks": 1, "name": "nowhere", "overrides": ["cluster.partition=nope"]}
 THIRDS = {"ranks": 4, "name": "thirds", "overrides": ["parallel.tensor=3"]}
@@ -89,7 +90,7 @@ def until(reached: Callable[[], object], limit_s: float = 120.0) -> None:
 
 
 def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
-    tool.write([{"ranks": 1}, {"ranks": 2}, RAISES, NOWHERE, THIRDS], limit=3)
+    tool.write([WAITS, {"ranks": 2}, RAISES, NOWHERE, THIRDS], limit=3)
     dry = tool("--dry-run")
     assert dry.returncode == 1 and not (tool.folder / "out").exists()
     assert [line for line in dry.stdout.splitlines() if "--array=" in line] == [
@@ -113,12 +114,9 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
     until(lambda: read_attempts(tool.run_dir("raises")))
     cancelled = submit_slurm(tool, "cancel", two)
     assert (cancelled.returncode, cancelled.stdout) == (0, f"submit: cancelled job {two}\n")
-    done = tool("--wait")
-    said = done.stderr.splitlines()
-    assert done.returncode == 1
-    assert "sweep: ranks_1: running" in said and not [
-        line for line in said if line.startswith("sweep: ranks_1: 1 rank")
-    ]
+    code, said = wait_for_the_rest(tool)
+    assert code == 1
+    assert not [line for line in said if line.startswith("sweep: ranks_1: 1 rank")], "what runs is not begun again"
     rows = tool.rows()
     assert {name: row["state"] for name, row in rows.items()} == {
         "ranks_1": "done", "ranks_2": "done", "raises": "failed", "nowhere": "refused", "thirds": "refused",
@@ -151,6 +149,20 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
         f"sweep: error: {tool.run_dir('ranks_1')}: was begun with other settings (optim.lr): take another dir, or "
         "remove that folder\n"
     )
+
+
+def wait_for_the_rest(tool: Tool) -> tuple[int, list[str]]:
+    """`--wait`, which sees the first point running; only then it gets leave to go on."""
+    said = []
+    command = [tool.python, TOOL, "sweep.yaml", "--wait"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tool.folder, env=tool.cluster.environ, text=True, **streams) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line.rstrip("\n"))
+            if said[-1] == "sweep: ranks_1: running":
+                (tool.folder / "leave").touch()
+    return process.returncode, said
 
 
 def submit_slurm(tool: Tool, *words: str) -> subprocess.CompletedProcess[str]:
