@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # in a worker of pytest-xdist the servers are the session's
         config.add_cleanup(processes.open_session(config.getoption("--isolated")))
         if getattr(config.option, "numprocesses", None):  # forked as well: each would import torch for itself
-            config.option.tx = [f"popen//python={processes.environment()}/bin/python"] * len(config.option.tx)
+            config.option.tx = [f"popen//python={processes.interpreter()}"] * len(config.option.tx)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -48,6 +48,11 @@ def environment() -> Path:
     return Path(place)
 
 
+def interpreter() -> Path:
+    """Its `bin/python`."""
+    return environment() / "bin" / "python"
+
+
 class Process:
     """As subprocess.Popen, of a process that a server forked."""
 

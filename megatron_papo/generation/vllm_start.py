@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -102,30 +101,22 @@ def _whole_prompts(max_model_len: int) -> dict[str, Any]:
 
 
 def end(llm: LLM) -> None:
-    """Ends an engine and vLLM's own process groups. Left to itself it would end the trainer's world too, and twice look
-    for garbage among all objects of the process, three seconds on a rank that ends; a caller that goes on collects."""
+    """Ends an engine and vLLM's own process groups. Left to itself it would end the trainer's world too; and without a
+    GPU, whose memory is given back so, look twice for garbage among all objects of the process, which takes seconds."""
     from vllm.distributed import parallel_state
 
-    with (
-        _replaced(parallel_state, "destroy_distributed_environment", _forget_world),
-        _replaced(gc, "collect", _collect_nothing),
-    ):
+    theirs = parallel_state.destroy_distributed_environment, gc.collect
+    parallel_state.destroy_distributed_environment = _forget_world
+    if not accelerator.has_gpu():
+        gc.collect = _collect_nothing
+    try:
         llm.llm_engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment, gc.collect = theirs
 
 
 def _collect_nothing(generation: int = 2) -> int:
-    """In the place of gc.collect."""
     return 0
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def _forget_world() -> None:

@@ -25,16 +25,19 @@ OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
 
 def papo(*words: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, with the imports that it needs."""
-    inherited = {name: value for name, value in os.environ.items() if name not in OUTER}
     command = [str(PAPO), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=inherited | environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=_shell() | environ, capture_output=True, text=True, timeout=120)
+
+
+def _shell() -> dict[str, str]:
+    """This process's variables, but for those of a rank."""
+    return {name: value for name, value in os.environ.items() if name not in OUTER}
 
 
 def refusal(*words: object, cwd: Path, **environ: str) -> list[str]:
     """The lines of a refusal; nothing was printed, written or started for it. Its process is forked."""
     before = sorted(cwd.iterdir())
-    inherited = {name: value for name, value in os.environ.items() if name not in OUTER}
-    done = commands.papo(*words, cwd=cwd, environ=inherited | environ)
+    done = commands.papo(*words, cwd=cwd, environ=_shell() | environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert sorted(cwd.iterdir()) == before
     assert "Traceback" not in done.stderr

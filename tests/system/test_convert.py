@@ -27,7 +27,7 @@ from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
 from megatron_papo.checkpoint.conversion.progress import memory
 from tests import commands
 from tests.parallel.generation_cases import make_folder
-from tests.processes import environment
+from tests.processes import interpreter
 from tests.tiny import make_tiny_folder
 from tools.benchmarks.convert import write_folder
 
@@ -131,7 +131,7 @@ def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
 
 def test_under_srun_the_tasks_of_two_nodes_are_the_workers(slurm, source, tmp_path):
     assert run("hf-to-megatron", source, tmp_path / "alone", *SMALL) == 0
-    command = [environment() / "bin" / "python", TOOL, "hf-to-megatron", source, tmp_path / "m", *SMALL]
+    command = [interpreter(), TOOL, "hf-to-megatron", source, tmp_path / "m", *SMALL]
     done = slurm.call("srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("peak memory of a worker") == 1 and f"wrote {tmp_path / 'm'}" in done.stdout

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.observe.progress import read_progress
-from tests.processes import environment
+from tests.processes import environment, interpreter
 from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
@@ -39,12 +39,11 @@ class Tool:
 
     def __init__(self, cluster: Slurm, folder: Path, inputs: Path):
         self.cluster, self.folder = cluster, folder
-        self.venv = environment()
-        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": self.venv}
+        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": environment()}
         self.settings = [f"{key}={value}" for key, value in (OVERRIDES | TWO_NODES | paths).items()]
 
     def command(self, *words: object) -> list[str]:
-        return [str(self.venv / "bin" / "python"), str(TOOL), *map(str, words)]
+        return [str(interpreter()), str(TOOL), *map(str, words)]
 
     def __call__(self, *words: object) -> subprocess.CompletedProcess[str]:
         return self.cluster.call(*self.command(*words), cwd=self.folder)
@@ -123,7 +122,7 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     until(lambda: read_progress(run_dir).steps_done)
     time.sleep(4)  # from the rank's log to the job's, and from there to us
     follower.send_signal(signal.SIGINT)
-    shown = follower.communicate(timeout=60)[0]
+    shown = follower.communicate(timeout=20)[0]
     assert follower.returncode == 130 and "step    0 of 60" in shown
     assert shown.endswith(f"submit: job {first} goes on; `submit_slurm.py follow {first}` shows it again, "
                           f"`cancel {first}` ends it\n")  # fmt: skip
@@ -214,7 +213,7 @@ def test_a_container_gets_the_project_and_the_working_folder(slurm: Slurm, tmp_p
         "PAPO_ENVIRONMENT": "container",
         "PAPO_CONTAINER": str(image),
         "PAPO_MOUNTS": "/data:/data",
-        "PAPO_PYTHON": str(environment() / "bin" / "python"),
+        "PAPO_PYTHON": str(interpreter()),
     }
     assert refused(slurm, tmp_path, variables) == [f"papo: error: cluster.container: {image}: no such image"]
     image.touch()

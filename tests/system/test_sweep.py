@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_papo.cluster.attempts import read_attempts
-from tests.processes import environment
+from tests.processes import environment, interpreter
 from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
 
@@ -45,8 +45,7 @@ class Tool:
     def __init__(self, cluster: Slurm, folder: Path):
         self.cluster, self.folder = cluster, folder
         inputs = make_inputs(folder / "inputs")
-        self.venv = environment()
-        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": self.venv}
+        paths = {"model.path": inputs / "model", "data.train": inputs / "rows.jsonl", "cluster.venv": environment()}
         settings = {**OVERRIDES, **NODES, **paths, "train.updates_per_step": 1}
         del settings["train.steps"]
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -56,11 +55,7 @@ class Tool:
         (self.folder / "sweep.yaml").write_text(yaml.safe_dump(tree | {"points": points} | changes))
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.cluster.call(self.python, TOOL, "sweep.yaml", *words, cwd=self.folder)
-
-    @property
-    def python(self) -> Path:
-        return self.venv / "bin" / "python"
+        return self.cluster.call(interpreter(), TOOL, "sweep.yaml", *words, cwd=self.folder)
 
     def rows(self) -> dict[str, dict[str, str]]:
         with (self.folder / "out" / "table.csv").open() as file:
@@ -154,7 +149,7 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
 def wait_for_the_rest(tool: Tool) -> tuple[int, list[str]]:
     """`--wait`, which sees the first point running; only then it gets leave to go on."""
     said = []
-    command = [tool.python, TOOL, "sweep.yaml", "--wait"]
+    command = [interpreter(), TOOL, "sweep.yaml", "--wait"]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tool.folder, env=tool.cluster.environ, text=True, **streams) as process:
         assert process.stderr is not None
@@ -166,7 +161,7 @@ def wait_for_the_rest(tool: Tool) -> tuple[int, list[str]]:
 
 
 def submit_slurm(tool: Tool, *words: str) -> subprocess.CompletedProcess[str]:
-    return tool.cluster.call(tool.python, REPO / "tools" / "submit_slurm.py", *words, cwd=tool.folder)
+    return tool.cluster.call(interpreter(), REPO / "tools" / "submit_slurm.py", *words, cwd=tool.folder)
 
 
 def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
@@ -190,7 +185,7 @@ def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
 def test_without_slurm_one_after_the_other(tool: Tool, tmp_path: Path):
     tool.write([{"ranks": 1}, RAISES], scaling="weak")
     environ = {name: value for name, value in tool.cluster.environ.items() if name != "SLURM_CONF"}
-    done = tool.cluster.call(tool.python, TOOL, "sweep.yaml", "--local", cwd=tmp_path, env=environ)
+    done = tool.cluster.call(interpreter(), TOOL, "sweep.yaml", "--local", cwd=tmp_path, env=environ)
     assert done.returncode == 1, done.stderr
     rows = tool.rows()
     assert (rows["ranks_1"]["state"], rows["ranks_1"]["steps"]) == ("done", "1")
