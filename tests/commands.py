@@ -7,6 +7,7 @@ same module; what it does not show is what its imports cost and print, which `te
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -55,6 +56,11 @@ def begin(
     """`python ARGV... >log 2>&1 &`, the leader of a process group."""
     with log.open("w") as file, open(os.devnull) as nothing:
         return start(_request(argv, cwd, environ), (nothing.fileno(), file.fileno(), file.fileno()), vllm)
+
+
+def heeds_ctrl_c() -> None:
+    """A suite that runs in the background was started with SIGINT ignored, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _request(argv: tuple, cwd: Path | str | None, environ: Mapping[str, str] | None) -> Request:

@@ -15,7 +15,7 @@ import pytest
 from megatron_papo.launch import Work, _free_port, _watch, first_host, launch, outer_rank
 from megatron_papo.observe.heartbeat import PEER_EXIT
 from megatron_papo.observe.watchdog import STALL_EXIT
-from tests.commands import begin
+from tests.commands import begin, heeds_ctrl_c
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -161,7 +161,7 @@ def test_a_blocked_interpreter_is_ended_too_counted_from_its_last_progress(tmp_p
 )
 def test_nothing_outlives_the_command(tmp_path, number, code):
     command = [sys.executable, "-m", "tests.system.launch_targets", "wait_with_a_child", str(tmp_path), "2"]
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, preexec_fn=_heeds_ctrl_c) as process:
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, preexec_fn=heeds_ctrl_c) as process:
         try:
             pids = [pid for rank in range(2) for pid in _pids(tmp_path / f"pids_{rank}")]
             assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
@@ -177,11 +177,6 @@ def test_nothing_outlives_the_command(tmp_path, number, code):
     for pid in pids:
         if _lives(pid):
             os.kill(pid, signal.SIGKILL)
-
-
-def _heeds_ctrl_c() -> None:
-    """A suite that runs in the background was started with SIGINT ignored, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _pids(path: Path) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.observe.progress import read_progress
+from tests.commands import heeds_ctrl_c
 from tests.processes import environment, interpreter
 from tests.slurm_lab import Slurm
 from tests.tiny_run import OVERRIDES, make_inputs
@@ -117,7 +118,12 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     assert resumed.returncode == 2 and f"job {first} of this run is in the queue" in resumed.stderr
 
     follower = subprocess.Popen(
-        tool.command("follow", "runs/b"), cwd=tool.folder, env=tool.cluster.environ, stdout=subprocess.PIPE, text=True
+        tool.command("follow", "runs/b"),
+        cwd=tool.folder,
+        env=tool.cluster.environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeds_ctrl_c,
     )
     until(lambda: read_progress(run_dir).steps_done)
     time.sleep(4)  # from the rank's log to the job's, and from there to us
