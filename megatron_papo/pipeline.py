@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_papo.accelerator import device
@@ -144,6 +145,8 @@ def _run_schedule(
     model: nn.Module, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
     """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""
+    for row in rows:  # on every stage alike, before any waits for another
+        unwrap_model(model).check(row, head)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),
         data_iterator=iter(rows),

@@ -102,7 +102,7 @@ class MicroBatch:
     """[P, D] float32 for each prompt that has images, in row order: the prompts' own tensors. They stay on the host,
     where `to` leaves them; the first pipeline stage lays them end to end."""
     grid_thw_I3: Tensor | None
-    """[I, 3] int64 of all images of the row, in order of appearance."""
+    """[I, 3] int64 of all images of the row, in order of appearance; on the host, as the pixels."""
     target_ids_R: Tensor
     """[R] int64: the response tokens."""
     logit_index_R: Tensor
@@ -141,8 +141,10 @@ class MicroBatch:
         return tuple(segment.length for segment in self.segments)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same row with its tensors on `device`, all but the pixels."""
+        """The same row with its tensors on `device`, all but what the host goes on reading: the pixels, and the images'
+        grids, from which the first stage plans."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        own.pop("grid_thw_I3")
         moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 

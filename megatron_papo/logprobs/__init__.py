@@ -5,7 +5,7 @@
 `triton_tile.py` do the same two things to a tile, on any device and on CUDA.
 """
 
-from megatron_papo.logprobs.head import HeadValues, vocab_parallel_head
+from megatron_papo.logprobs.head import HeadValues, check_targets, vocab_parallel_head
 from megatron_papo.logprobs.sums import FORBIDDEN
 
-__all__ = ["FORBIDDEN", "HeadValues", "vocab_parallel_head"]
+__all__ = ["FORBIDDEN", "HeadValues", "check_targets", "vocab_parallel_head"]

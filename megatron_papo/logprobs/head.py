@@ -59,11 +59,10 @@ def vocab_parallel_head(
 
     hidden_RH: [R, H] per view, equal on every rank. weight_VH: [V, H], the words from `vocab_start` on; rows at or
     beyond `vocab_size` are padding. Banned words and padding have probability 0. Logits are divided by `temperature`.
-    `tile`: rows and words held at a time, by default what suits the device. Raises ValueError for a target that is
-    banned or no word.
+    `tile`: rows and words held at a time, by default what suits the device. Targets are words that are not banned:
+    `check_targets` says so, of the ids on the host.
     """
     assert temperature > 0 and not (kl and masked_hidden_RH is None)
-    _check_targets(target_ids_R, vocab_size, banned_ids)
     num_words = min(max(vocab_size - vocab_start, 0), weight_VH.shape[0])
     here = (word - vocab_start for word in banned_ids)
     task = Task(
@@ -79,7 +78,8 @@ def vocab_parallel_head(
     return HeadValues(*_Head.apply(hidden_RH, masked_hidden_RH, weight_VH, target_ids_R, task))
 
 
-def _check_targets(target_ids_R: Tensor, vocab_size: int, banned_ids: tuple[int, ...]) -> None:
+def check_targets(target_ids_R: Tensor, vocab_size: int, banned_ids: tuple[int, ...]) -> None:
+    """Raises ValueError for a target that is banned or no word of the vocabulary. Waits for the device of the ids."""
     banned = torch.tensor(banned_ids, dtype=target_ids_R.dtype, device=target_ids_R.device)
     wrong_R = (target_ids_R < 0) | (target_ids_R >= vocab_size) | torch.isin(target_ids_R, banned)
     if wrong_R.any():

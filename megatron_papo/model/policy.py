@@ -16,7 +16,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
-from megatron_papo.logprobs import vocab_parallel_head
+from megatron_papo.logprobs import check_targets, vocab_parallel_head
 from megatron_papo.model.fp8.hardware import check_hardware
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import start_overlap
@@ -65,8 +65,16 @@ class VisionLanguageModel(MegatronModule):
         """What the previous stage sent; Megatron's schedules call this before forward."""
         self.language.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    def check(self, micro_batch: MicroBatch, head: HeadRequest) -> None:
+        """Raises ValueError when a response token of the row is banned or no word. For a row that is still on the host:
+        to look at one on a GPU is to wait until the GPU has done all that it was given."""
+        check_targets(micro_batch.target_ids_R, self.shape.language.vocab_size, self._banned_ids(head))
+
+    def _banned_ids(self, head: HeadRequest) -> tuple[int, ...]:
+        return self.shape.banned_ids if head.banned_ids is None else head.banned_ids
+
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
-        """Hidden states for the next stage; on the last, what the head says of the micro-batch's response tokens."""
+        """Of a row that `check` has passed: hidden states for the next stage; on the last, what the head says of the micro-batch's response tokens."""
         embeddings = self._embed(micro_batch) if self.pre_process else None
         hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segments)
         return self._head(hidden, micro_batch, head) if self.post_process else hidden
@@ -78,10 +86,9 @@ class VisionLanguageModel(MegatronModule):
             return embeddings_TH + self._untouched_vision(embeddings_TH)
         assert micro_batch.grid_thw_I3 is not None
         tokens_MH = self.vision(torch.cat(micro_batch.pixel_values), micro_batch.grid_thw_I3)
-        places_M = (micro_batch.token_ids_T == self.shape.image_token_id).nonzero().squeeze(1)
-        assert len(places_M) == len(tokens_MH), (
-            f"{len(places_M)} image tokens in the row, {len(tokens_MH)} from its images"
-        )
+        # how many there are is known, since packing has counted them: asking a GPU would be waiting for it
+        is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
+        places_M = torch.nonzero_static(is_image_T, size=len(tokens_MH)).squeeze(1)
         return embeddings_TH.index_copy(0, places_M, tokens_MH)
 
     def _untouched_vision(self, like: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ class VisionLanguageModel(MegatronModule):
             group=self.language.tp_group,
             vocab_start=layout().tensor_rank * weight_VH.shape[0],
             vocab_size=self.shape.language.vocab_size,
-            banned_ids=self.shape.banned_ids if head.banned_ids is None else head.banned_ids,
+            banned_ids=self._banned_ids(head),
             temperature=head.temperature,
             entropy=head.full_entropy,
             kl=head.full_kl and masked_index_R is not None,

@@ -42,7 +42,7 @@ class Rotation:
 
 def mrope(position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int]) -> Rotation:
     """The first frequencies turn with time, then height, then width, by `sections`."""
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(position_ids_3T.device)
+    axis = torch.tensor([axis for axis, num in enumerate(sections) for _ in range(num)]).to(position_ids_3T.device)
     positions_TF = position_ids_3T.float().index_select(0, axis).T
     return Rotation.by(positions_TF * _inverse_frequencies(head_dim, theta, position_ids_3T.device))
 

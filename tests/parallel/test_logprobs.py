@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_papo.logprobs import HeadValues, vocab_parallel_head
+from megatron_papo.logprobs import HeadValues, check_targets, vocab_parallel_head
 from megatron_papo.logprobs.tiling import CPU_TILE, blocks, tile_of
 from tests.ranks import run_ranks
 
@@ -258,7 +258,5 @@ def test_a_tile_is_bounded_whatever_the_number_of_rows():
 
 @pytest.mark.parametrize("word", [3, 22, -1])
 def test_a_target_that_cannot_be_said_is_named(word: int):
-    hidden, _, weight, _ = _inputs()
-    targets = (0, 20, word, 8, 11, 12, 16)
     with pytest.raises(ValueError, match=rf"\[{word}\].*vocabulary of 22"):
-        _ours(hidden, None, weight, Case(SPREAD.padded, SPREAD.banned, targets), kl=False)
+        check_targets(torch.tensor((0, 20, word, 8, 11, 12, 16)), 22, SPREAD.banned)

@@ -68,6 +68,8 @@ def _score(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
             rows = [replace(row, pixel_values=tuple(view.to("meta") for view in row.pixel_values)) for row in rows]
         with _no_pickled_exchange():
             outputs = score(run.policy, rows, HeadRequest(full_entropy=True, banned_ids=run.banned_ids))
+        with pytest.raises(ValueError, match="are in a response, but are banned"):  # on every stage alike
+            score(run.policy, rows, HeadRequest(banned_ids=(int(rows[-1].target_ids_R[0]),)))
         return [(output.policy_logprobs_R, output.entropy_R) for output in outputs]
 
 
