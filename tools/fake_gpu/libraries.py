@@ -1,0 +1,67 @@
+"""Makes the libraries that stand for CUDA where there is no GPU, and says how a process is started with them.
+
+`runtime.c` answers what torch asks of CUDA's runtime, `nvml.c` what it asks of NVIDIA's management library; a
+libcuda.so.1 exports every function of the driver that `cuda.h` names, each of which does nothing and succeeds. A C
+compiler is needed; CUDA's headers come with Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_VARIANTS = ("", "_v2", "_v3", "_ptsz", "_v2_ptsz")
+"""How names of the driver end beside the plain one, by version and by kind of default stream."""
+
+
+class NoFakeGpu(Exception):
+    """There can be none on this machine, and why."""
+
+
+def headers() -> Path:
+    """The folder of CUDA's headers that comes with Triton. Raises NoFakeGpu."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        raise NoFakeGpu("Triton, which brings CUDA's headers, is not installed")
+    folder = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    if not (folder / "cuda_runtime_api.h").exists():
+        raise NoFakeGpu("the installed Triton has no CUDA headers")
+    return folder
+
+
+def build(folder: Path) -> None:
+    """The libraries into `folder`. Raises NoFakeGpu without a compiler or headers, and where the compiler fails."""
+    include = headers()
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise NoFakeGpu("no C compiler (cc, gcc) is installed")
+    names = sorted(set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", (include / "cuda.h").read_text())))
+    every = dict.fromkeys(name + ending for name in names for ending in _VARIANTS)
+    driver = folder / "driver.c"
+    driver.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in every))
+    shared = [compiler, "-shared", "-fPIC", "-O1", "-w", "-I", str(include)]
+    _run([*shared, str(_HERE / "runtime.c"), "-o", str(folder / "libruntime.so")])
+    _run([*shared, str(_HERE / "nvml.c"), "-o", str(folder / "libnvidia-ml.so.1")])
+    _run([*shared, "-Wl,-soname,libcuda.so.1", str(driver), "-o", str(folder / "libcuda.so.1")])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NoFakeGpu(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables of a new process that sees the GPU of the libraries in `folder`; one that runs already cannot.
+
+    Nothing is compiled by torch there; torch asks NVML whether there is a GPU, so that a fork can still use it.
+    """
+    environ = dict(os.environ)
+    environ["LD_PRELOAD"] = str(folder / "libruntime.so")
+    environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(folder), environ.get("LD_LIBRARY_PATH")]))
+    return environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,281 @@
+"""Traces updates of a policy on a fake H100: memory at its peak, waits of the host, dtypes of products.
+
+A process of its own that was started with the fake GPU answers every case on a line of JSON. Without pipeline the
+update is the real one, from rows on the host to the optimizer's step (`pipeline.py`); of a pipeline's stage its forward
+passes, then as many backward passes, and the step, since a schedule would wait for stages that are not there.
+torch.compile is off: what it would fuse is counted by its parts. Head kernels of Triton are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tools.fake_gpu.libraries import build, environment
+from tools.fake_gpu.rows import Work
+
+ROOT = Path(__file__).resolve().parents[2]
+_ANSWER = "traced "
+
+
+@dataclass(frozen=True)
+class Case:
+    tree: dict[str, Any]
+    """Of the model's config.json."""
+    work: Work
+    settings: dict[str, Any] = field(default_factory=dict)
+    """By key, e.g. {"model.recompute": "full"}."""
+    num_ranks: int = 1
+    rank: int = 0
+    in_flight: int = 1
+    """Rows that a pipeline's stage holds at a time."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes on the GPU, and what else was seen; a first update makes the optimizer's states, a second is traced."""
+
+    weights_and_gradients: int
+    states: int
+    """What stays between updates: weights, gradients, the optimizer's states."""
+    scoring_peak: int
+    """Of the log-probs of a frozen masked branch; 0 where none are scored."""
+    passes_peak: int
+    """Of forward and backward."""
+    passes_peak_in: str
+    step_peak: int
+    """Of the optimizer's step."""
+    waits: dict[str, int]
+    """Of the second update: `file:function: how` to how often."""
+    products: dict[str, int]
+    """Products of matrices of the second update, by dtypes."""
+    parameters: list[str]
+    """Kinds of parameters there are: `dtype on device`."""
+
+
+class FakeGpu:
+    """A process that sees a fake H100 and traces what it is asked for, one case at a time. A context manager.
+
+    Raises NoFakeGpu where there can be none.
+    """
+
+    def __enter__(self) -> FakeGpu:
+        self._folder = Path(tempfile.mkdtemp(prefix="papo_fake_gpu_"))
+        try:
+            build(self._folder)
+            self._log = (self._folder / "log").open("w+")
+            command = [sys.executable, "-m", "tools.fake_gpu.trace"]
+            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+            environ = environment(self._folder)
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **streams)
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+        return self
+
+    def trace(self, case: Case) -> Traced:
+        """Raises RuntimeError with the reason where the case fails."""
+        return Traced(**self._ask({"case": asdict(case)}))
+
+    def after_fork(self) -> str:
+        """What a process finds that was forked after everything was imported and asks for the GPU: its device, or the
+        error. Before the first case: a process that has used the GPU cannot hand it on."""
+        return self._ask({"fork": True})["found"]
+
+    def _ask(self, what: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # its end is seen below
+            print(json.dumps(what), file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                answer = json.loads(line.removeprefix(_ANSWER))
+                if "error" in answer:
+                    raise RuntimeError(answer["error"])
+                return answer
+        self._log.seek(0)
+        raise RuntimeError(f"the process with the fake GPU ended: {self._log.read().strip()[-3000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+        shutil.rmtree(self._folder)
+
+
+def main() -> None:
+    """In the process with the fake GPU: answers each line of standard input until there are no more."""
+    import megatron_papo.train  # noqa: F401  all that a rank imports
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if "fork" in asked:
+                answer: dict[str, Any] = {"found": _device_after_fork()}
+            else:
+                tree = asked["case"]
+                answer = asdict(trace(Case(**(tree | {"work": Work(**tree["work"])}))))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(f"{_ANSWER}{json.dumps(answer)}", flush=True)
+
+
+def _device_after_fork() -> str:
+    import torch
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.cuda.init()
+            found = f"cuda:{torch.cuda.current_device()}"
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        os.write(writer, found.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        found = said.read()
+    os.waitpid(child, 0)
+    return found
+
+
+def trace(case: Case) -> Traced:
+    """In a process that sees the fake GPU."""
+    from megatron_papo.config import load_config
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.parallel import shutdown
+    from tools.fake_gpu.exchanges import world
+    from tools.fake_gpu.rows import make_rows
+    from tools.fake_gpu.tracing import traced
+
+    config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
+    shape = ModelShape.from_dict(case.tree)
+    rows = make_rows(case.work, shape)
+    with world(case.rank, case.num_ranks), traced() as watched:
+        try:
+            return _traced(case, config, shape, rows, watched)
+        finally:
+            shutdown()
+
+
+def _traced(case: Case, config: Any, shape: Any, rows: Any, watched: Any) -> Traced:
+    from megatron_papo.accelerator import adapt_megatron, seed_all
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.optim import build_optimizer, wrap_policy
+    from megatron_papo.parallel import initialize
+
+    adapt_megatron()
+    initialize(config.parallel)
+    seed_all(0)
+    policy = build_policy(config, shape)
+    optimizer = build_optimizer(wrap_policy(policy, config), config, num_updates=100)
+    update = _Update(case, config, optimizer, watched)
+    built = watched.now
+    update(rows)
+    states = watched.now
+    watched.waits.clear()
+    watched.products.clear()
+    peaks = update(rows)
+    kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in policy.parameters()}
+    seen = {"waits": dict(watched.waits), "products": dict(watched.products), "parameters": sorted(kinds)}
+    return Traced(weights_and_gradients=built, states=states, **peaks, **seen)
+
+
+class _Update:
+    """One update; the peaks of its parts."""
+
+    def __init__(self, case: Case, config: Any, optimizer: Any, watched: Any):
+        self.case, self.config, self.optimizer, self.watched = case, config, optimizer, watched
+        self.peaks: dict[str, Any] = {}
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        from megatron_papo.optim import Optimizer
+
+        self.watched.mark()
+        self.peaks = {"scoring_peak": 0}
+        take_step = Optimizer.step
+
+        def step(optimizer: Any) -> Any:
+            self.peaks["passes_peak_in"] = self.watched.peak_in
+            self.peaks["passes_peak"] = self.watched.mark()
+            return take_step(optimizer)
+
+        with _no_kernels(), patch.object(Optimizer, "step", step):
+            if self.config.parallel.pipeline > 1:
+                self._stage(rows[0])
+            else:
+                self._whole(rows)
+        self.peaks["step_peak"] = self.watched.mark()
+        return self.peaks
+
+    def _whole(self, rows: Any) -> None:
+        from megatron_papo.losses import LossSettings, papo_loss
+        from megatron_papo.model.policy import HeadRequest
+        from megatron_papo.pipeline import score_logprobs, update_policy
+
+        head = HeadRequest(banned_ids=())
+        (rows,) = score_logprobs(self.optimizer.policy.module, [rows], self.config, head, None)
+        self.peaks["scoring_peak"] = self.watched.mark()
+        loss = partial(papo_loss, settings=LossSettings.at_step(self.config, step=0))
+        update_policy(self.optimizer, rows, head, loss)
+
+    def _stage(self, row: Any) -> None:
+        """The rows of a stage that are in flight, all forward and then all backward."""
+        import torch
+
+        from megatron_papo.accelerator import device
+        from megatron_papo.model.policy import HeadRequest
+
+        self.optimizer.zero_grad()
+        policy, row = self.optimizer.policy, row.to(device())
+        outputs = []
+        for _ in range(self.case.in_flight):
+            policy.module.set_input_tensor(None if policy.module.pre_process else self._received(row))
+            output = policy(row, HeadRequest(banned_ids=()))
+            outputs.append(output if isinstance(output, torch.Tensor) else output.policy_logprobs_R)
+        while outputs:
+            output = outputs.pop(0)
+            output.backward(torch.ones_like(output))
+        self.optimizer.step()
+
+    def _received(self, row: Any) -> Any:
+        """Hidden states as the stage before would send them."""
+        import torch
+
+        from megatron_papo.accelerator import device, parameter_dtype
+
+        parallel, hidden = self.config.parallel, self.optimizer.policy.module.shape.language.hidden_size
+        num_tokens = row.num_tokens // (parallel.tensor if parallel.sequence else 1)
+        dtype = parameter_dtype(self.config.model.dtype)
+        return torch.empty(num_tokens, 1, hidden, dtype=dtype, device=device(), requires_grad=True)
+
+
+class _NoKernel:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **__: None
+
+
+@contextmanager
+def _no_kernels() -> Iterator[None]:
+    """The head's kernels are launched on nothing: they need addresses of memory."""
+    from megatron_papo.logprobs import triton_tile
+
+    with patch.multiple(triton_tile, _sums_kernel=_NoKernel(), _gradients_kernel=_NoKernel()):
+        yield
+
+
+if __name__ == "__main__":
+    main()
