@@ -74,7 +74,8 @@ class VisionLanguageModel(MegatronModule):
         return self.shape.banned_ids if head.banned_ids is None else head.banned_ids
 
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
-        """Of a row that `check` has passed: hidden states for the next stage; on the last, what the head says of the micro-batch's response tokens."""
+        """Of a row that `check` has passed: hidden states for the next stage; on the last, what the head says of its
+        response tokens."""
         embeddings = self._embed(micro_batch) if self.pre_process else None
         hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segments)
         return self._head(hidden, micro_batch, head) if self.post_process else hidden
