@@ -56,8 +56,9 @@ class ModelConfig(Section):
     spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer specs; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     freeze: FreezeConfig = FreezeConfig()
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in backward: none, those of attention, or whole layers."""
+    recompute: Literal["none", "selective", "mlp", "full"] = "none"
+    """Activations computed again in backward: none; selective: what costs no product of matrices, norms' outputs and
+    SwiGLU's; mlp: the output of the MLP's first linear too; full: whole layers."""
     cuda_graphs: bool = False
     """Capture each layer's MLP as a CUDA graph. Needs a GPU, the spec transformer_engine and train.fixed_rows."""
     random_init: bool = False
@@ -506,5 +507,7 @@ class Config(Section):
                 raise ValueError(f"{key} needs train.fixed_rows=true: its buffers have one size")
             if asked and model.spec == "local":
                 raise ValueError(f"{key} needs model.spec=transformer_engine")
+        if model.cuda_graphs and model.recompute != "none":
+            raise ValueError(f"model.cuda_graphs captures the MLP that model.recompute={model.recompute} changes")
         if parallel.overlap_tensor and not parallel.sequence:
             raise ValueError("parallel.overlap_tensor needs parallel.sequence=true")

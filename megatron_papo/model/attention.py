@@ -59,6 +59,7 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:
         if segments.rotation is not None:
             q_TND, k_TGD = segments.rotation.turn(q_TND), segments.rotation.turn(k_TGD)
+            v_TGD = v_TGD.contiguous()  # a view would keep the whole output of the projection beside the turned copies
         plan = _varlen_plan(q_TND, segments)
         if plan is not None:
             out_TND, lse = varlen_attend(q_TND, k_TGD, v_TGD, plan, scale)

@@ -22,8 +22,10 @@ def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:
     """Fields of the TransformerConfig; `language`: of the language model, whose rows may have one length."""
     if not has_gpu():
         return {"gradient_accumulation_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False}
+    # it marks the weight that a linear kept, which under these two is not the parameter itself (`recompute.py`)
+    fused_in_apex = has_apex() and config.model.recompute not in ("selective", "mlp")
     fields: dict[str, Any] = {
-        "gradient_accumulation_fusion": spec == "transformer_engine" or has_apex(),
+        "gradient_accumulation_fusion": spec == "transformer_engine" or fused_in_apex,
         "bias_activation_fusion": True,
         "bias_dropout_fusion": True,
     }

@@ -27,7 +27,7 @@ from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.rotary import mrope
 from megatron_papo.model.shape import ModelShape, padded
-from megatron_papo.model.specs import block_spec
+from megatron_papo.model.specs import block_spec, recompute_in
 from megatron_papo.types import Segment
 
 
@@ -42,10 +42,11 @@ class LanguageModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         fp8: Fp8Switch,
+        recompute: str = "none",
         row_length: int | None = None,
     ):
-        """`num_layers`: decoder layers of this stage. `row_length`: tokens that every row is padded to; None: as few as
-        the layout and FP8 ask for."""
+        """`num_layers`: decoder layers of this stage. `recompute`: as in the settings. `row_length`: tokens that every
+        row is padded to; None: as few as the layout and FP8 ask for."""
         super().__init__(config)
         self.fp8, self.row_length = fp8, row_length
         self.shape, self.pre_process, self.post_process = shape.language, pre_process, post_process
@@ -61,6 +62,7 @@ class LanguageModel(LanguageModule):
             pre_process=pre_process,
             post_process=post_process,
         )
+        recompute_in(self.decoder.layers, recompute)
         num_all, first, last = shape.language.num_layers, fp8.settings.first_layers, fp8.settings.last_layers
         ends = frozenset((*range(first), *range(num_all - last, num_all)))
         fp8.take("language", self.decoder.layers, config, skip=ends)

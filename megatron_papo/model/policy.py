@@ -145,10 +145,13 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         pre_process=here.is_first_stage,
         post_process=here.is_last_stage,
         fp8=fp8,
+        recompute=config.model.recompute,
         row_length=config.train.tokens_per_micro_batch if config.train.fixed_rows else None,
     )
     start_overlap(config, language.config)
-    vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec, fp8) if here.is_first_stage else None
+    vision = None
+    if here.is_first_stage:
+        vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec, fp8, config.model.recompute)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(

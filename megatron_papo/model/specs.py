@@ -8,48 +8,27 @@ means the same to both.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor
 
 from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention import StructuredAttention
 from megatron_papo.model.fp8.layer import ZeroPaddedLayer
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32, as Qwen2 computes it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
-        super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
-        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight = replicated_parameter(ones, config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden.float(), (self.hidden_size,), eps=self.eps)
-        return self.weight * normed.to(hidden.dtype)
-
-
-def replicated_parameter(values: Tensor, config: TransformerConfig) -> torch.nn.Parameter:
-    """A weight that every tensor rank holds whole. Under sequence parallelism each rank sees its own tokens, and
-    Megatron-Core adds up the gradients of weights with this mark."""
-    parameter: Any = torch.nn.Parameter(values)
-    parameter.sequence_parallel = config.sequence_parallel
-    return parameter
+from megatron_papo.model.mlp import GatedMLP
+from megatron_papo.model.norm import RMSNorm
 
 
 def choose_spec(model: ModelConfig) -> str:
@@ -81,7 +60,7 @@ def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockS
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=modules["norm"],
             mlp=functools.partial(
-                MLP.as_mlp_submodule,
+                GatedMLP.as_mlp_submodule,
                 submodules=MLPSubmodules(linear_fc1=modules["normed_column"], linear_fc2=modules["row"]),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -89,6 +68,19 @@ def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockS
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules["final_norm"])
+
+
+def recompute_in(layers: Iterable[Any], mode: str) -> None:
+    """Makes transformer layers compute again in backward what `model.recompute` says, but for whole layers and for
+    MLPs that Megatron-Core computes again itself. Norms within Transformer Engine's linears are kept as ever."""
+    if mode not in ("selective", "mlp"):
+        return
+    for layer in layers:
+        if not layer.recompute_mlp:
+            layer.mlp.recompute = "product" if mode == "selective" else "inner"
+        for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+            if isinstance(norm, RMSNorm):
+                norm.computed_again = True
 
 
 def _local_modules() -> dict[str, Any]:

@@ -17,12 +17,6 @@ from megatron_papo.config import Config
 from megatron_papo.model.fusions import fusions
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-
 
 def language_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
     language, parallel = shape.language, config.parallel
@@ -42,6 +36,7 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         num_layers_at_start_in_bf16=config.fp8.first_layers,
         num_layers_at_end_in_bf16=config.fp8.last_layers,
         **_fp8(config, spec),
+        **_recompute(config, spec, fp8=config.fp8.enabled),
         **_common(config, spec),
         **fusions(config, spec, language=True),
     )
@@ -61,6 +56,7 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         add_bias_linear=True,
         add_qkv_bias=True,
         **(_fp8(config, spec) if config.fp8.vision else {}),
+        **_recompute(config, spec, fp8=config.fp8.vision),
         **_common(config, spec),
         **fusions(config, spec, language=False),
     )
@@ -85,6 +81,17 @@ def _fp8(config: Config, spec: str) -> dict[str, Any]:
     }
 
 
+def _recompute(config: Config, spec: str, *, fp8: bool) -> dict[str, Any]:
+    """What Megatron-Core itself computes again: whole layers, and whole MLPs where Transformer Engine must know of it,
+    for the scales of FP8 and for the buffers that it exchanges through. All else is `model.recompute`'s."""
+    if config.model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    told = spec == "transformer_engine" and (fp8 or config.parallel.overlap_tensor)
+    if config.model.recompute == "mlp" and told:
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {}
+
+
 def _common(config: Config, spec: str) -> dict[str, Any]:
     dtype = parameter_dtype(config.model.dtype)
     return {
@@ -106,7 +113,6 @@ def _common(config: Config, spec: str) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
         "transformer_impl": spec,
-        **_RECOMPUTE[config.model.recompute],
     }
 
 

@@ -24,19 +24,23 @@ from torch import Tensor
 from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
+from megatron_papo.model.norm import RMSNorm, replicated_parameter
 from megatron_papo.model.patches import plan_patches
 from megatron_papo.model.shape import VisionShape
-from megatron_papo.model.specs import RMSNorm, block_spec, replicated_parameter
+from megatron_papo.model.specs import block_spec, recompute_in
 
 
 class VisionTower(MegatronModule):
-    def __init__(self, config: TransformerConfig, shape: VisionShape, spec: str, fp8: Fp8Switch):
+    def __init__(
+        self, config: TransformerConfig, shape: VisionShape, spec: str, fp8: Fp8Switch, recompute: str = "none"
+    ):
         super().__init__(config)
         self.shape, self.fp8 = shape, fp8
         self.patch_embed = PatchEmbed(config, shape)
         self.decoder = TransformerBlock(
             config, block_spec(spec, shape.num_layers, causal=False), post_layer_norm=False, post_process=False
         )
+        recompute_in(self.decoder.layers, recompute)
         self.merger = PatchMerger(of_plain_linears(config), shape)
         if fp8.settings.vision:
             fp8.take("vision", self.decoder.layers, config, skip=frozenset())

@@ -19,10 +19,12 @@ TOLERANCE = 1e-4
 LAYOUTS = {
     "single": (1, ()),
     "single, selective recompute": (1, ("model.recompute=selective",)),
+    "single, mlp recompute": (1, ("model.recompute=mlp",)),
     "single, full recompute": (1, ("model.recompute=full",)),
     "TP2": (2, ("parallel.tensor=2",)),
     "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
     "TP2 SP, selective recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=selective")),
+    "TP2 SP, mlp recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=mlp")),
     "PP2": (2, ("parallel.pipeline=2",)),
     "PP2, more layers first": (2, ("parallel.pipeline=2", "parallel.pipeline_layers=[2,1]")),
     "PP3, full recompute": (3, ("parallel.pipeline=3", "model.recompute=full")),

@@ -9,11 +9,11 @@ from megatron_papo.config import Config, ConfigError
 
 def check_hardware(config: Config, spec: str) -> None:
     """Raises ConfigError for a recipe that this rank's GPU cannot compute, or that `local`, the emulation, does not."""
-    recipe = config.fp8.recipe
-    if recipe == "delayed" and spec == "local" and config.model.recompute == "full":
+    recipe, recompute = config.fp8.recipe, config.model.recompute
+    if recipe == "delayed" and spec == "local" and recompute in ("mlp", "full"):
         raise ConfigError(
-            "model.recompute: full computes a layer again after the scales of an emulated fp8.recipe=delayed have "
-            "moved on; take selective"
+            f"model.recompute: {recompute} computes a layer again after the scales of an emulated fp8.recipe=delayed "
+            "have moved on; take selective"
         )
     if recipe == "off" or spec == "local":
         return

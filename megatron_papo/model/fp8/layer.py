@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_papo.model.attention_layout import Segments, WindowedSegments
 from megatron_papo.model.fp8.padding import zero_end
@@ -20,7 +20,6 @@ class ZeroPaddedLayer(TransformerLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._num_padding = 0
-        self.mlp.linear_fc2.register_forward_pre_hook(self._zero_inner)
 
     def _forward_attention(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Segments | WindowedSegments, **kwargs: Any
@@ -30,6 +29,7 @@ class ZeroPaddedLayer(TransformerLayer):
         )
         # the MLP follows within the same call, also when a layer is computed again in backward
         self._num_padding = packed_seq_params.num_padding
+        self.mlp.num_padding = self._num_padding  # within it all places are there, under sequence parallelism too
         return self._zeroed(hidden), context
 
     def _forward_mlp(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,3 @@ class ZeroPaddedLayer(TransformerLayer):
             return zero_end(hidden, self._num_padding)
         rank = parallel_state.get_tensor_model_parallel_rank()
         return zero_end(hidden, self._num_padding, rank, self.config.tensor_model_parallel_size)
-
-    def _zero_inner(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Its input holds all places of the row, under sequence parallelism too."""
-        return (zero_end(inputs[0], self._num_padding), *inputs[1:])

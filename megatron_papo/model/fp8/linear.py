@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_papo.model.fp8.operands import Operands
+from megatron_papo.model.recompute import by_recipe
 
 
 class RoundedColumnLinear(ColumnParallelLinear):
@@ -27,6 +28,11 @@ class RoundedColumnLinear(ColumnParallelLinear):
 
     operands: Operands | None = None
     rounds: bool = False
+
+    def forward(self, input_: Tensor, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
+        """Of an input that has a recipe, that is kept."""
+        with by_recipe(input_):
+            return super().forward(input_, *args, **how)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:
         if self.operands is None or not self.rounds:
