@@ -144,9 +144,11 @@ def _call_here(work: Work, rank: int) -> int:
 
 
 def _launch_local(work: Work, num_ranks: int) -> int:
-    _imported(work.target.partition(":")[0])  # once, for all forked ranks
+    spawned = _has_gpu()
+    if not spawned:
+        _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
-    context = multiprocessing.get_context("spawn" if _has_gpu() else "fork")
+    context = multiprocessing.get_context("spawn" if spawned else "fork")
     with tempfile.TemporaryDirectory(prefix="papo_") as folder, _stop_on_sigterm():
         addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
         ranks = [

@@ -1,6 +1,7 @@
 """What the launched ranks of `test_launch.py` do; a module of its own, since a launcher imports it by name."""
 
 import datetime
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -27,7 +28,9 @@ def sum_ranks(folder: str) -> None:
     rank = _start()
     value = torch.tensor(float(rank + 1))
     dist.all_reduce(value)
-    Path(folder, f"sum_{rank}").write_text(f"{value.item()} {torch.get_num_threads()} {os.environ['LOCAL_RANK']}")
+    kind = type(multiprocessing.current_process()).__name__
+    found = f"{value.item()} {torch.get_num_threads()} {os.environ['LOCAL_RANK']} {kind}"
+    Path(folder, f"sum_{rank}").write_text(found)
     dist.destroy_process_group()  # as `open_run` does: gloo's threads abort an interpreter that ends without it
 
 

@@ -50,8 +50,18 @@ def test_ranks_talk_with_one_thread_each_and_leave_no_empty_files(tmp_path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, _ = run("sum_ranks", tmp_path, num_ranks=3)
     assert code == 0
-    assert [(tmp_path / f"sum_{rank}").read_text() for rank in range(3)] == ["6.0 1 0", "6.0 1 1", "6.0 1 2"]
+    found = [(tmp_path / f"sum_{rank}").read_text() for rank in range(3)]
+    assert found == ["6.0 1 0 ForkProcess", "6.0 1 1 ForkProcess", "6.0 1 2 ForkProcess"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sum_0", "sum_1", "sum_2"]
+
+
+def test_ranks_that_have_gpus_are_spawned(tmp_path, monkeypatch):
+    """A forked process cannot use a GPU that its parent has asked about."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("megatron_papo.launch._has_gpu", lambda: True)
+    assert run("sum_ranks", tmp_path)[0] == 0
+    found = [(tmp_path / f"sum_{rank}").read_text() for rank in range(2)]
+    assert found == ["3.0 1 0 SpawnProcess", "3.0 1 1 SpawnProcess"]
 
 
 def test_the_rank_that_failed_is_named_last_and_its_victims_are_not(tmp_path, capfd):

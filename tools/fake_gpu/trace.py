@@ -3,7 +3,8 @@
 A process of its own that was started with the fake GPU answers every case on a line of JSON. Without pipeline the
 update is the real one, from rows on the host to the optimizer's step (`pipeline.py`); of a pipeline's stage its forward
 passes, then as many backward passes, and the step, since a schedule would wait for stages that are not there.
-torch.compile is off: what it would fuse is counted by its parts. Head kernels of Triton are left out.
+Kernels that are compiled at run time are left out (`_no_kernels`); what else torch.compile would fuse is counted by its
+parts.
 """
 
 from __future__ import annotations
@@ -270,10 +271,23 @@ class _NoKernel:
 
 @contextmanager
 def _no_kernels() -> Iterator[None]:
-    """The head's kernels are launched on nothing: they need addresses of memory."""
+    """Kernels that are compiled at run time only allocate their outputs: the head's by Triton, which need addresses of
+    memory, and those that torch.compile makes of Megatron-Core's SwiGLU, whose parts would else be counted one by one."""
+    from megatron.core.fusions import fused_bias_swiglu
+
     from megatron_papo.logprobs import triton_tile
 
-    with patch.multiple(triton_tile, _sums_kernel=_NoKernel(), _gradients_kernel=_NoKernel()):
+    def half(values: Any, *_: Any) -> Any:
+        return values.new_empty(*values.shape[:-1], values.shape[-1] // 2)
+
+    def alike(_: Any, values: Any, *__: Any) -> Any:
+        return values.new_empty(values.shape)
+
+    swiglu = {"swiglu": half, "bias_swiglu": half, "swiglu_back": alike, "bias_swiglu_back": alike}
+    with (
+        patch.multiple(triton_tile, _sums_kernel=_NoKernel(), _gradients_kernel=_NoKernel()),
+        patch.multiple(fused_bias_swiglu, **swiglu),
+    ):
         yield
 
 
