@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from megatron_papo.checkpoint.parameters import Held
+from megatron_papo.gradient_norm import members
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,9 +58,11 @@ def slots(optimizer: MegatronOptimizer, held: Mapping[str, Held]) -> list[Slot]:
 def step_count(optimizer: MegatronOptimizer) -> int:
     """Updates that the optimizer has made, as Adam's bias correction counts them; 0 on a rank without parameters."""
     counts = [0]
-    for inner in _inner(optimizer):
-        counts += [int(state["step"]) for state in inner.optimizer.state.values() if "step" in state]
-        counts += [int(group["step"]) for group in inner.optimizer.param_groups if "step" in group]
+    for adam in (adam for inner in _inner(optimizer) for adam in _adams(inner)):
+        steps = [state["step"] for state in adam.state.values() if "step" in state]
+        if steps:
+            counts.append(int(torch.stack(steps).max()))  # one copy to the host for each Adam
+        counts += [int(group["step"]) for group in adam.param_groups if "step" in group]
     return max(counts)
 
 
@@ -66,24 +70,58 @@ def allocate(optimizer: MegatronOptimizer, step: int) -> None:
     """Gives every parameter zero moments and the step count, as if `step` updates had been made."""
     for inner in _inner(optimizer):
         if isinstance(inner.optimizer, HybridDeviceOptimizer):
-            inner.optimizer.dummy_step()  # moves weights too; the caller loads them afterwards
+            _step_in_place(inner.optimizer)
+        elif inner.config.use_precision_aware_optimizer:
+            _initialize(inner.optimizer)
         else:
             inner.init_state_fn(inner.optimizer, inner.config)
-        for state in inner.optimizer.state.values():
-            for moment in MOMENTS:
-                state[moment].zero_()
-            # of torch's Adam and AdamW, of the latter on the host too; the fused Adams count in the group
-            if isinstance(inner.optimizer, torch.optim.Adam) or "step" in state:
-                state["step"] = torch.tensor(float(step))
-        if not isinstance(inner.optimizer, torch.optim.Adam):
-            for group in inner.optimizer.param_groups:
-                group["step"] = step
+        for adam in _adams(inner):
+            for state in adam.state.values():
+                for moment in MOMENTS:
+                    state[moment].zero_()
+            _count_from(adam, step)
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains optimizers; those without parameters are stubs."""
-    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [inner for inner in chain if inner.optimizer is not None]
+    """Those of the chain that update parameters; without any Megatron makes a stub."""
+    return [inner for inner in members(optimizer) if inner.optimizer is not None]
+
+
+def _adams(inner: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """What counts steps: the Adam itself, or those that an offloading one is made of, one on the GPU and many on the
+    host. Before each step these get the offloading one's groups, so that a count there would come back every time."""
+    adam = inner.optimizer
+    return adam.sub_optimizers if isinstance(adam, HybridDeviceOptimizer) else [adam]
+
+
+def _step_in_place(adam: HybridDeviceOptimizer) -> None:
+    """An update that makes the states and moves no weight: padding has to stay zero, and no checkpoint holds it."""
+    rates = [group["lr"] for group in adam.param_groups]
+    for group in adam.param_groups:
+        group["lr"] = 0.0
+    adam.dummy_step()
+    for group, rate in zip(adam.param_groups, rates):
+        group["lr"] = rate
+
+
+def _initialize(adam: Any) -> None:
+    """What Megatron-Core 0.19.2 does for Transformer Engine's FusedAdam, whose method takes a second argument since
+    2.1: whether the master copy is stored as the bits that bfloat16 leaves out."""
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        if not adam.state[parameter]:
+            adam.initialize_state(parameter, adam.store_param_remainders and parameter.dtype == torch.bfloat16)
+
+
+def _count_from(adam: torch.optim.Optimizer, step: int) -> None:
+    """The next update is number `step` + 1. Torch's Adam counts in every state, on the host or, with its fused kernel,
+    beside the moments; the fused Adams of others count in the group."""
+    for group in adam.param_groups:
+        if not isinstance(adam, torch.optim.Adam):
+            group["step"] = step
+            continue
+        for parameter in group["params"]:
+            place = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            adam.state[parameter]["step"] = torch.full((), float(step), device=place)
 
 
 def _mains(inner: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, int | None]]:

@@ -14,7 +14,7 @@ import torch
 from megatron_papo.accelerator import adapt_megatron
 from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
 from megatron_papo.checkpoint.state import TrainState
-from megatron_papo.config import load_config
+from megatron_papo.config import Config, load_config
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import make_tiny_folder
 
@@ -33,17 +33,27 @@ def make_source(folder: Path) -> Path:
 
 
 def start(source: str | Path, setup: Setup) -> TrainState:
-    """A fresh run: the model of `source`, its optimizer, nothing trained."""
-    from megatron_papo.accelerator import seed_all
-    from megatron_papo.model.policy import build_policy
-    from megatron_papo.optim import build_optimizer, wrap_policy
+    """A fresh run in a fresh process: the model of `source`, its optimizer, nothing trained."""
     from megatron_papo.parallel import initialize
 
     adapt_megatron()
+    config = settings_of(setup)
+    initialize(config.parallel)
+    return build(source, config)
+
+
+def settings_of(setup: Setup, *overrides: str) -> Config:
     sizes = [f"parallel.tensor={setup['tensor']}", f"parallel.pipeline={setup['pipeline']}"]
     kind = [f"model.dtype={setup['dtype']}", f"parallel.distributed_optimizer={setup['distributed']}"]
-    config = load_config(None, [*sizes, *kind, *OPTIM, "model.spec=local"])
-    initialize(config.parallel)
+    return load_config(None, [*sizes, *kind, *OPTIM, "model.spec=local", *overrides])
+
+
+def build(source: str | Path, config: Config) -> TrainState:
+    """As `start`, once the parallel groups exist."""
+    from megatron_papo.accelerator import seed_all
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.optim import build_optimizer, wrap_policy
+
     seed_all(7)
     shape = ModelShape.from_folder(source)
     model = build_policy(config, shape)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_papo.config import load_config
 from tests.ranks import run_ranks
@@ -40,8 +44,6 @@ def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, 
 def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool], str]:
     """`skipped` of five updates, whether each moved the weights, and the reason to stop. Rank 0's gradient is not
     finite in the third and fourth, in one element of one weight."""
-    import torch
-
     from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
@@ -65,6 +67,60 @@ def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool
         skipped.append(optimizer.step()["skipped"])
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, policy.parameters())))
     return skipped, moved, optimizer.guard.reason_to_stop
+
+
+def _norms(folder: Path, overrides: list[str]) -> dict[str, float]:
+    """Of random gradients: the norm by Megatron and by an update, by Megatron once more after the update has clipped
+    them, and how often the update has read a value from the device."""
+    from megatron_papo import optim
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.model.policy import build_policy
+    from megatron_papo.model.shape import ModelShape
+    from megatron_papo.parallel import initialize, layout
+
+    config = load_config(None, [f"model.path={folder}", "model.random_init=true", "optim.clip_grad=0.5", *overrides])
+    adapt_megatron()
+    initialize(config.parallel)
+    policy = optim.wrap_policy(build_policy(config, ModelShape.from_folder(folder)), config)
+    with mock.patch.object(optim, "has_gpu", lambda: True):  # the fused Adam, as there
+        optimizer = optim.build_optimizer(policy, config, num_updates=10)
+    generator = torch.Generator().manual_seed(layout().rank)
+    for parameter in policy.parameters():
+        parameter.main_grad.normal_(generator=generator)
+    policy.finish_grad_sync()
+    optimizer.megatron.prepare_grads()
+    found = {"megatron": float(optimizer.megatron.get_grad_norm())}
+    with _Reads() as reads:
+        found["update"] = optimizer.step()["grad_norm"]
+    return found | {"clipped": float(optimizer.megatron.get_grad_norm()), "reads": reads.count}
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the values that are read from tensors: on a GPU, how often the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["parallel.tensor=2", "model.dtype=float32"],
+        ["parallel.pipeline=2", "model.dtype=bfloat16"],
+        ["parallel.distributed_optimizer=true", "model.dtype=bfloat16"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_an_update_takes_one_norm_and_reads_one_value(folder, settings):
+    found = run_ranks(_norms, 2, folder, settings)
+    assert found[0] == found[1] and found[0]["reads"] == 1
+    assert found[0]["update"] == pytest.approx(found[0]["megatron"], rel=1e-6) and found[0]["update"] > 10
+    assert found[0]["clipped"] == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", [["parallel.tensor=2"], ["parallel.distributed_optimizer=true"]])

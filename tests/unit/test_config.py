@@ -97,6 +97,10 @@ def test_every_fault_has_its_line():
         (["train.ahead=true"], "train.ahead needs generation.placement=separate"),
         (["optim.precision_aware=true"], "optim.precision_aware needs parallel.distributed_optimizer=true"),
         (["optim.offload_fraction=0.5"], "optim.offload_fraction needs parallel.distributed_optimizer=true"),
+        (
+            ["optim.offload_fraction=0.5", "parallel.distributed_optimizer=true", "model.dtype=float32"],
+            "optim.offload_fraction needs model.dtype=bfloat16",
+        ),
         (["model.cuda_graphs=true"], "model.cuda_graphs needs train.fixed_rows=true"),
         (
             ["model.cuda_graphs=true", "train.fixed_rows=true", "model.spec=local"],

@@ -46,7 +46,7 @@ LAYERS = (
     ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
     ("activations",),
     ("model", "optim", "reference"),
-    ("parallel", "logprobs"),
+    ("parallel", "logprobs", "gradient_norm"),
     ("advantages", "guard", "update_guard", "losses", "packing", "data", "rewards"),
     ("correction",),
     ("types",),
@@ -55,7 +55,7 @@ LAYERS = (
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])
 PLACES = {
-    "megatron": {"accelerator", "parallel", "model", "optim", "pipeline", "checkpoint"},
+    "megatron": {"accelerator", "parallel", "model", "gradient_norm", "optim", "pipeline", "checkpoint"},
     "vllm": {"generation"},
 }
 HEAVY = {"torch", "megatron", "transformers", "vllm", "datasets", "numpy", "sklearn"}
