@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_papo.activations import RowSize
 from megatron_papo.config import LossConfig
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.packing import joint_row, pack, token_totals
@@ -35,6 +36,10 @@ class Work:
     @property
     def row_tokens(self) -> int:
         return (1 + self.joint) * (self.prompt_tokens + self.group_size * self.response_tokens)
+
+    def row_size(self, shape: ModelShape) -> RowSize:
+        patches, responses = self.image_edge**2 * shape.vision.merge_unit, self.group_size * self.response_tokens
+        return RowSize(self.row_tokens, (1 + self.joint) * patches, (1 + self.joint) * responses)
 
 
 def make_rows(work: Work, shape: ModelShape) -> Batch:

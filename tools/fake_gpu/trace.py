@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes on the GPU, and what else was seen; a first update makes the optimizer's states, a second is traced."""
+    """Bytes on the GPU, and what else was seen of one update, with the optimizer's states there before."""
 
     weights_and_gradients: int
     states: int
@@ -59,9 +59,9 @@ class Traced:
     step_peak: int
     """Of the optimizer's step."""
     waits: dict[str, int]
-    """Of the second update: `file:function: how` to how often."""
+    """Of the update: `file:function: how` to how often."""
     products: dict[str, int]
-    """Products of matrices of the second update, by dtypes."""
+    """Products of matrices on the GPU, by dtypes."""
     parameters: list[str]
     """Kinds of parameters there are: `dtype on device`."""
 
@@ -174,6 +174,7 @@ def trace(case: Case) -> Traced:
 
 def _traced(case: Case, config: Any, shape: Any, rows: Any, watched: Any) -> Traced:
     from megatron_papo.accelerator import adapt_megatron, seed_all
+    from megatron_papo.checkpoint.optimizer_state import allocate
     from megatron_papo.model.policy import build_policy
     from megatron_papo.optim import build_optimizer, wrap_policy
     from megatron_papo.parallel import initialize
@@ -185,10 +186,9 @@ def _traced(case: Case, config: Any, shape: Any, rows: Any, watched: Any) -> Tra
     optimizer = build_optimizer(wrap_policy(policy, config), config, num_updates=100)
     update = _Update(case, config, optimizer, watched)
     built = watched.now
-    update(rows)
+    allocate(optimizer.megatron, step=1)  # as on resuming: an update from then on is as all that follow
     states = watched.now
     watched.waits.clear()
-    watched.products.clear()
     peaks = update(rows)
     kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in policy.parameters()}
     seen = {"waits": dict(watched.waits), "products": dict(watched.products), "parameters": sorted(kinds)}
@@ -272,7 +272,7 @@ class _NoKernel:
 @contextmanager
 def _no_kernels() -> Iterator[None]:
     """Kernels that are compiled at run time only allocate their outputs: the head's by Triton, which need addresses of
-    memory, and those that torch.compile makes of Megatron-Core's SwiGLU, whose parts would else be counted one by one."""
+    memory, and those that torch.compile makes of Megatron-Core's SwiGLU."""
     from megatron.core.fusions import fused_bias_swiglu
 
     from megatron_papo.logprobs import triton_tile

@@ -1,0 +1,45 @@
+"""Which updates are traced: a published model's shape, whole or with few of its layers, on one GPU or as one stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_papo.planning.published import published_config
+from tools.fake_gpu.rows import Work
+from tools.fake_gpu.trace import Case
+
+BENCHMARK = Work(image_edge=34, text_tokens=344, response_tokens=512, group_size=8)
+"""The GPU benchmark's: 1,500 tokens of prompt and 8 responses of 512; 5,596 tokens a row, 11,192 with both views."""
+
+
+def shape_tree(size: str, language_layers: int | None = None, vision_layers: int | None = None) -> dict[str, Any]:
+    """config.json of Qwen2.5-VL `size`, with so many of its layers: every layer more adds the same, so two depths
+    tell what the whole takes."""
+    tree = published_config(f"Qwen2.5-VL-{size}")
+    vision = dict(tree["vision_config"])
+    if vision_layers is not None:
+        vision |= {"depth": vision_layers, "fullatt_block_indexes": [vision_layers - 1]}
+    layers = tree["num_hidden_layers"] if language_layers is None else language_layers
+    return tree | {"num_hidden_layers": layers, "vision_config": vision}
+
+
+def update_case(
+    tree: dict[str, Any],
+    work: Work = BENCHMARK,
+    *,
+    num_ranks: int = 1,
+    rank: int = 0,
+    in_flight: int = 1,
+    **settings: Any,
+) -> Case:
+    """`settings` by key with `__` for the dot, over those of an update in bfloat16 without a reference."""
+    own: dict[str, Any] = {
+        "model.dtype": "bfloat16",
+        "model.spec": "local",
+        "perception.masked_branch": "joint" if work.joint else "frozen",
+        "loss.reference_coef": 0,
+        "parallel.distributed_optimizer": True,
+        "train.tokens_per_micro_batch": work.row_tokens,
+    }
+    own |= {name.replace("__", "."): value for name, value in settings.items()}
+    return Case(tree, work, own, num_ranks, rank, in_flight)
