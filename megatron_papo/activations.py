@@ -1,9 +1,9 @@
 """What forward keeps for backward, by counting what each operation of a layer saves. Imports no torch.
 
-Counted from the modules as they are, as Korthikanti et al. 2022 (arXiv 2205.05198) do, and compared with what autograd
-saves in tests/parallel/test_activations.py. Two kinds of layer: plain (the local spec without a GPU) and fused
-(Transformer Engine's linears with their norms, one kernel for SwiGLU), of which the second is not measured yet. Leaves
-out what lives only within an operation.
+Counted from the modules as they are, as Korthikanti et al. 2022 (arXiv 2205.05198) do, and compared with what is held
+after a forward pass in tests/parallel/test_activations.py. Of two kinds of layer, plain (the local spec) and fused
+(Transformer Engine's linears with their norms within), the second is not measured yet; they differ where norms are
+computed again, which the fused ones cannot. Leaves out what lives only within an operation.
 Per token or patch, `b` bytes a value, H the width, A the width of all heads, G that of keys (or values), N heads, F the
 FFN's width; under tensor parallelism A, G, N and F are a rank's share, and under sequence parallelism H is too.
 """
@@ -46,18 +46,18 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
     total = row.tokens * layer * stage_layers(config.parallel, shape)[stage]
     if stage == 0 and row.patches and not (config.model.freeze.vision and config.model.freeze.projector):
         total += _vision_bytes(config, shape, row, width, spread, fused)
+    total += row.tokens * 4 * shape.language.head_dim  # cosines and sines of the turns, half a head's width each
     hidden = shape.language.hidden_size
     if stage == 0:  # a rank's share of the embeddings is a view, which keeps the whole
         total += row.tokens * (hidden - hidden // spread) * width
     if stage == config.parallel.pipeline - 1:
-        total += row.tokens * _norm_bytes(hidden // spread, width, fused, linear=False)
+        total += row.tokens * _norm_bytes(hidden // spread, width, outputs=0)
         total += row.responses * hidden * width
     return total
 
 
 def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_flight: int, *, fused: bool) -> int:
-    """The most at a time on one rank: of `in_flight` rows what is kept, what full recomputation holds again of one
-    layer, and on the first and last stage a row's states and gradients whole, at embedding and head."""
+    """The most at a time on one rank: of `in_flight` rows what is kept, what recomputation holds again of one layer, and on the first and last stage a row's states and gradients whole, at embedding and head."""
     held = in_flight * saved_bytes(config, shape, stage, row, fused=fused)
     held += one_layer_bytes(config, shape, row, fused=fused)
     if stage in (0, config.parallel.pipeline - 1):
@@ -66,14 +66,17 @@ def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_f
 
 
 def one_layer_bytes(config: Config, shape: ModelShape, row: RowSize, *, fused: bool) -> int:
-    """What full recomputation holds again of one layer at a time: the larger of a language layer's and a vision
-    layer's; 0 without it."""
-    if config.model.recompute != "full":
-        return 0
+    """What recomputation holds again of one layer at a time: the larger of a language layer's and a vision layer's; 0
+    without it."""
     width, spread = _value_bytes(config), config.parallel.tensor if config.parallel.sequence else 1
-    language = row.tokens * _layer_bytes(_language(shape.language, config), "none", width, spread, fused)
-    vision = row.patches * _layer_bytes(_vision(shape.vision, config), "none", width, spread, fused)
-    return max(language, vision)
+
+    def again(layer: _Layer) -> int:
+        whole, kept = (_layer_bytes(layer, each, width, spread, fused) for each in ("none", config.model.recompute))
+        return whole - kept
+
+    return max(
+        row.tokens * again(_language(shape.language, config)), row.patches * again(_vision(shape.vision, config))
+    )
 
 
 def _layer_bytes(layer: _Layer, recompute: str, width: int, spread: int, fused: bool) -> int:
@@ -81,32 +84,26 @@ def _layer_bytes(layer: _Layer, recompute: str, width: int, spread: int, fused: 
     hidden = layer.hidden // spread
     if recompute == "full":
         return width * hidden
-    norms = 2 * _norm_bytes(hidden, width, fused, linear=True)
-    qkv = width * (layer.head_width + 2 * layer.key_width)
-    attention = qkv + width * layer.head_width  # its output is what the projection reads
-    if recompute == "none":
-        attention += width * (layer.head_width + layer.key_width) + 4 * layer.heads  # rotated, and log-sum-exp
-    ffn = width * layer.ffn * (3 if fused else 5)  # gate and up, their product; apart also silu and a copy
-    return norms + attention + ffn
+    norms = 2 * _norm_bytes(hidden, width, outputs=0 if recompute != "none" and not fused else 1)
+    # turned queries and keys, values, log-sum-exp; the output, which the projection reads
+    attention = 2 * width * (layer.head_width + layer.key_width) + 4 * layer.heads
+    values = {"none": 3, "selective": 2, "mlp": 0}[recompute]  # gate and up, their product
+    return norms + attention + width * layer.ffn * values
 
 
-def _norm_bytes(hidden: int, width: int, fused: bool, *, linear: bool) -> int:
-    """Of a norm and, with `linear`, the input of the linear layer behind it."""
-    if fused:
-        return width * hidden * (2 if linear else 1) + 4
-    if width == 4:  # fp32 is normed as it is
-        return width * hidden * (3 if linear else 2) + 4
-    return 4 * hidden + width * hidden * (2 if linear else 1) + 4
+def _norm_bytes(hidden: int, width: int, *, outputs: int) -> int:
+    """Of a norm: its input, what it multiplies by, and its output where the linear layer behind keeps that."""
+    return width * hidden * (1 + outputs) + 4
 
 
 def _vision_bytes(config: Config, shape: ModelShape, row: RowSize, width: int, spread: int, fused: bool) -> int:
     vision = shape.vision
     layers = _layer_bytes(_vision(vision, config), config.model.recompute, width, spread, fused) * vision.num_layers
-    merger = _norm_bytes(vision.hidden_size // spread, width, False, linear=True)
+    merger = _norm_bytes(vision.hidden_size // spread, width, outputs=1)
     blocks = row.patches // vision.merge_unit
     merged = vision.hidden_size * vision.merge_unit // config.parallel.tensor
-    pixels = width * vision.patch_dim // spread
-    return row.patches * (layers + merger + pixels) + blocks * 2 * width * merged
+    pixels, turns = width * vision.patch_dim // spread, 4 * vision.head_dim
+    return row.patches * (layers + merger + pixels + turns) + blocks * 2 * width * merged
 
 
 def _language(shape: LanguageShape, config: Config) -> _Layer:

@@ -47,16 +47,17 @@ class StructuredAttention(torch.nn.Module):
         num_padding = packed_seq_params.num_padding
         num_places = query_T1ND.shape[0] - num_padding
         row = (tensor.squeeze(1)[:num_places] for tensor in (query_T1ND, key_T1GD, value_T1GD))
-        out_TND = _RowAttention.apply(*row, packed_seq_params.of_layer(self.layer), scale)
-        out_T1H = out_TND.flatten(1).unsqueeze(1)
-        return F.pad(out_T1H, (0, 0, 0, 0, 0, num_padding)) if num_padding else out_T1H
+        out_TND = _RowAttention.apply(*row, packed_seq_params.of_layer(self.layer), scale, num_padding)
+        return out_TND.flatten(1).unsqueeze(1)
 
 
 class _RowAttention(torch.autograd.Function):
     """Copies of blocks are made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float, num_padding: int
+    ) -> Tensor:
         if segments.rotation is not None:
             q_TND, k_TGD = segments.rotation.turn(q_TND), segments.rotation.turn(k_TGD)
             v_TGD = v_TGD.contiguous()  # a view would keep the whole output of the projection beside the turned copies
@@ -65,6 +66,8 @@ class _RowAttention(torch.autograd.Function):
             out_TND, lse = varlen_attend(q_TND, k_TGD, v_TGD, plan, scale)
         else:
             out_TND, lse = _attend_blocks(q_TND, k_TGD, v_TGD, segments, scale)
+        if num_padding:  # here, so that the output is kept once: as the projection reads it
+            out_TND = F.pad(out_TND, (0, 0, 0, 0, 0, num_padding))
         ctx.save_for_backward(q_TND, k_TGD, v_TGD, out_TND, lse)
         ctx.segments, ctx.scale = segments, scale
         return out_TND
@@ -73,6 +76,7 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q_TND, k_TGD, v_TGD, out_TND, lse = ctx.saved_tensors
+        grad_TND, out_TND = grad_TND[: q_TND.shape[0]], out_TND[: q_TND.shape[0]]
         plan = _varlen_plan(q_TND, ctx.segments)
         if plan is not None:
             grads = varlen_attend_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, plan, ctx.scale)
@@ -80,7 +84,7 @@ class _RowAttention(torch.autograd.Function):
             grads = _attend_blocks_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, ctx.segments, ctx.scale)
         if ctx.segments.rotation is not None:
             grads = *(ctx.segments.rotation.turn_back(grad) for grad in grads[:2]), grads[2]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _varlen_plan(query: Tensor, segments: Segments) -> VarlenPlan | None:
