@@ -7,7 +7,6 @@ processor files are read; weights come from the trainer. Left out: pipeline para
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.generation.vllm_requests import Requests, bare
-from megatron_papo.generation.vllm_sleep import Sleeper
+from megatron_papo.generation.vllm_sleep import Sleeper, free_remains, keep_allocators
 from megatron_papo.generation.vllm_start import (
     check,
     end,
@@ -168,7 +167,7 @@ class VllmGenerator:
 
     def restart(self) -> None:
         self.close()
-        gc.collect()  # the old engine's weights and cache go before the new one's come
+        free_remains()  # the old engine's weights and cache go before the new one's come
         self._start()
 
     def take_metrics(self) -> Metrics:
@@ -178,6 +177,8 @@ class VllmGenerator:
         return metrics
 
     def close(self) -> None:
+        self.sleeper.wake()  # vLLM unmaps all that its allocator lists, and what sleeps is unmapped already
+        keep_allocators()
         end(self.llm)
         del self.llm, self.sleeper
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):

@@ -7,14 +7,20 @@ looks at log-probs after every waking. Without a GPU there is no sleep: the call
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from megatron_papo.generation.vllm_versions import allocators_of
 
 if TYPE_CHECKING:
     from vllm import LLM
 
+_GIB = 1024**3
 _WEIGHTS, _KV_CACHE = "weights", "kv_cache"
+_kept_allocators: list[Any] = []
 
 
 class Sleeper:
@@ -48,3 +54,37 @@ class Sleeper:
                 torch.cuda.empty_cache()  # what the trainer's allocator holds and does not use
             self._llm.wake_up(tags=[part])
             self._asleep.discard(part)
+
+
+def keep_allocators() -> None:
+    """Before an engine ends, until `free_remains`: vLLM drops its allocators as it ends, while its compiled model goes
+    only with the engine object itself, and torch, which knows them by pointers that own nothing, then calls them."""
+    cumem = _cumem()
+    if cumem is not None:
+        _kept_allocators.extend(allocators_of(cumem))
+
+
+def free_remains() -> None:
+    """After an engine ended and before the next starts: frees what only the garbage collector reaches.
+
+    Raises RuntimeError when vLLM's allocator still lists memory, mapped or asleep: it serves one engine a process.
+    """
+    gc.collect()
+    cumem = _cumem()
+    if cumem is None:
+        return
+    gc.collect()  # a model that was compiled becomes garbage only as its engine is collected
+    torch.cuda.empty_cache()
+    left = cumem.get_current_usage()
+    if left:
+        raise RuntimeError(
+            f"the engine that was closed still holds {left / _GIB:.2f} GiB in {len(cumem.pointer_to_data)} pieces of "
+            "vLLM's sleeping memory: something keeps its tensors, and no other engine can start in this process"
+        )
+    _kept_allocators.clear()
+
+
+def _cumem() -> Any:
+    """vLLM's allocator of memory that can sleep; None where no engine of this process ever had any."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    return None if module is None else module.CuMemAllocator.instance
