@@ -38,6 +38,8 @@ class InProcessUpdate(WeightTransferUpdateInfo):
 class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
     init_info_cls = InProcessInit
     update_info_cls = InProcessUpdate
+    model: Any
+    """The engine's; None once it has ended."""
 
     def init_transfer_engine(self, init_info: InProcessInit) -> None: ...
 
