@@ -45,7 +45,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
     "vllm": (
         Call(_START, "LLM", (_LLM, "vllm.engine.arg_utils:EngineArgs")),
         Call(_START, "WeightTransferConfig", ("vllm.config.weight_transfer:WeightTransferConfig",)),
-        Call(_START, "shutdown", ("vllm.v1.engine.core:EngineCore.shutdown",)),
+        Call(_START, "shutdown", ("vllm.v1.engine.core_client:InprocClient.shutdown",)),
         Call("generation/vllm_requests.py", "SamplingParams", ("vllm.sampling_params:SamplingParams",)),
         Call("generation/vllm_inspection.py", "apply_model", (f"{_LLM}.apply_model",)),
         *(
@@ -109,7 +109,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm": {
         _LLM: ("llm_engine",),
-        _LLM_ENGINE: ("engine_core", "model_executor", "vllm_config"),
+        _LLM_ENGINE: ("engine_core", "vllm_config"),
         "vllm.config.vllm:VllmConfig": ("model_config", "use_v2_model_runner"),
         "vllm.outputs:RequestOutput": ("finished", "num_cached_tokens", "outputs", "prompt_token_ids", "request_id"),
         "vllm.outputs:CompletionOutput": ("finish_reason", "logprobs", "token_ids"),

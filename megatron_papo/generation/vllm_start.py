@@ -36,6 +36,9 @@ less than it is free."""
 _MAX_IMAGES = 64
 """Of a prompt; vLLM wants a bound."""
 _MAX_TEMPERATURE = 2
+_MOST_BIASES = 1024
+"""Of a request, in vLLM's model runner V2 (vllm/v1/worker/gpu/sample/logit_bias.py of 0.26 to 0.32), which vLLM takes
+on a GPU; its older runner takes any number."""
 _SHM = "megatron_papo_"
 """Our shared-memory segments begin so, then the process id of the rank that leads the engine."""
 
@@ -56,6 +59,16 @@ def check_settings(config: Config) -> None:
     for key, value in (("generation", config.generation.temperature), ("eval", config.eval.temperature)):
         if value > _MAX_TEMPERATURE:
             raise ValueError(f"{key}.temperature={value}: vLLM takes 0 to {_MAX_TEMPERATURE}")
+
+
+def check_bans(num_banned: int, llm: LLM) -> None:
+    """Raises ValueError for more banned ids than the engine takes: it would fail at the first request."""
+    runner_v2 = accelerator.has_gpu() and llm.llm_engine.vllm_config.use_v2_model_runner
+    if runner_v2 and num_banned > _MOST_BIASES:
+        raise ValueError(
+            f"model.path: {num_banned} ids of the vocabulary are none of the tokenizer's words and are banned in every "
+            f"request; vLLM's model runner V2 takes {_MOST_BIASES}, the older any number: VLLM_USE_V2_MODEL_RUNNER=0"
+        )
 
 
 def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model_len: int) -> LLM:

@@ -77,12 +77,14 @@ def _without_a_gpu(driver: _Driver) -> None:
     torch.cuda.mem_get_info = lambda *_: (2**36 - 2**20 * len(driver.mapped), 2**36)  # type: ignore[assignment]
 
 
-def _generator(engine: _Engine) -> Any:
+def _generator(engine: _Engine, keeps_weights: bool = True) -> Any:
     from megatron_papo.generation.vllm_engine import VllmGenerator
     from megatron_papo.generation.vllm_sleep import Sleeper
 
     generator = VllmGenerator.__new__(VllmGenerator)
-    generator.llm, generator.sleeper, generator.shm_name = engine, Sleeper(engine, True), "of_no_engine"  # type: ignore
+    generator.llm, generator.shm_name = engine, "of_no_engine"  # type: ignore[assignment]
+    generator.sleeper = Sleeper(engine, True, keeps_weights)  # type: ignore[arg-type]
+    generator.policy_version, generator.forgotten_version = 7, None
     generator._start = lambda: engine.driver.told.append("start")  # type: ignore[method-assign]
     return generator
 
@@ -101,6 +103,11 @@ def _ended() -> dict[str, Any]:
         generator.restart()
         found[name] = (freed, driver.told.copy(), len(driver.mapped))
         driver.told.clear()
+    generator = _generator(_Engine(driver), keeps_weights=False)
+    generator._sleep()
+    generator._sleep()  # of a call that found it asleep
+    found["forgot"] = generator.policy_version, generator.forgotten_version, driver.told.copy()
+    generator.restart()
     try:
         _generator(_Engine(driver, leaves=1)).restart()
     except RuntimeError as error:
@@ -113,4 +120,5 @@ def test_a_sleeping_engine_wakes_before_it_ends_and_leaves_nothing_mapped():
     steps = ["sleep 1", "wake weights", "wake kv_cache", "shutdown", "start"]
     for name in ("asleep", "weights", "awake"):
         assert found[name] == (3 * 2**20, steps, 0), name
+    assert found["forgot"] == (None, 7, ["sleep 2"])
     assert found["left"].startswith("the engine that was closed still holds 0.00 GiB in 1 pieces of vLLM's sleeping")
