@@ -30,6 +30,9 @@ less: 79.1 of an H100, 178.4 of a B200). A100 of 80 GB and of 40 GB (SXM), H100 
 of 180 GB. A100 and H100: github.com/modal-labs/modal-client/pull/2797; B200 as CUDA sees it:
 github.com/pytorch/ao/pull/4002; the others are nvidia-smi's lines on HGX machines."""
 
+_CUDA_TAKES = GIB
+"""The least that CUDA's context, NCCL and the allocator take of a GPU for themselves."""
+
 Part = Literal["language", "vision", "projector"]
 
 
@@ -71,6 +74,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
+        """At the fullest moment: rollouts, with the engine awake and no activations, or an update while it sleeps."""
         if self.engine_sleeps:
             return self.weights + self.gradients + self.optimizer + max(self.engine, self.activations)
         return self.counted + self.activations
@@ -140,11 +144,14 @@ def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str
         known = ", ".join(GPU_MEMORY_GIB)
         return [f"cluster.gpu: {config.cluster.gpu} is none of {known}; cluster.gpu_memory_gib says what it has"]
     name = f"{config.cluster.gpu} has {has / GIB:.1f}"
+    stages, wakes = stage_memory(config, shape, num_ranks), _engine_wakes(config)
     faults = [
         f"cluster: stage {stage.stage} needs {stage.counted / GIB:.1f} GiB a GPU ({stage.parts()}), {name}"
-        for stage in stage_memory(config, shape, num_ranks)
-        if stage.counted > has
+        for stage in stages
+        if stage.counted - (stage.engine if wakes else 0) > has
     ]
+    if wakes and not faults:
+        faults += _waking_faults(config, shape, max(stages, key=lambda stage: stage.counted), has)
     weights, share = _engine_weights(config, shape), _engine_share(config, shape)
     if weights > share:
         faults.append(
@@ -211,6 +218,42 @@ def _engine_share(config: Config, shape: ModelShape) -> int:
     if generation.kv_cache_gib is not None:
         return _engine_weights(config, shape) + int(generation.kv_cache_gib * GIB)
     return int(generation.gpu_memory_fraction * (gpu_bytes(config) or 0))
+
+
+def _engine_wakes(config: Config) -> bool:
+    """Whether a vLLM takes its share of the GPU again and again, beside what the trainer keeps there."""
+    return config.generation.engine == "vllm" and config.generation.placement == "colocated"
+
+
+def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: int) -> Iterator[str]:
+    """A line for an engine's share that does not fit beside what the trainer keeps between two updates.
+
+    So much it needs to wake for rollouts, and to be started again after it died, when vLLM (0.26 to 0.32) refuses to
+    start while `gpu_memory_utilization` of the GPU is not free. Its first start comes before gradients and states, and
+    to be handed weights it wakes without its cache: both need less. Where the cache has a size of its own, what a
+    forward pass of the engine takes beside it (some GiB) is not counted.
+    """
+    generation, weights, share = config.generation, _engine_weights(config, shape), stage.engine
+    kept = stage.counted - share
+    room = has - kept - _CUDA_TAKES
+    if share <= room:
+        return
+    if generation.kv_cache_gib is None:
+        key, most = "gpu_memory_fraction", room / has
+        what = f"{generation.gpu_memory_fraction} of {has / GIB:.1f} GiB is {share / GIB:.1f}"
+    else:
+        key, most = "kv_cache_gib", (room - weights) / GIB
+        what = f"{generation.kv_cache_gib} beside {weights / GIB:.1f} of weights is {share / GIB:.1f} GiB"
+    if room > weights and most >= 0.01:
+        remedy = f"the largest that would do is {int(most * 100) / 100}"
+    else:
+        helps = "more ranks, optim.offload_fraction or generation.placement=separate"
+        remedy = f"none would do, its weights alone take {weights / GIB:.1f}: what helps is {helps}"
+    parts = stage.parts().partition(", engine")[0]
+    yield (
+        f"generation.{key}: {what}, and stage {stage.stage} of the trainer keeps {kept / GIB:.1f} on the same GPU "
+        f"({parts}): the engine could neither wake after an update nor be started again; {remedy}"
+    )
 
 
 def _engine_weights(config: Config, shape: ModelShape) -> int:

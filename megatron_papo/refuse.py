@@ -20,8 +20,9 @@ from megatron_papo.model.shape import ModelShape, padded
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 """Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
-OLDEST_VLLM = (0, 32)
-"""With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them."""
+OLDEST_VLLM = (0, 26)
+"""With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them. What differs
+from there to 0.32 stands in `generation/vllm_versions.py`."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""

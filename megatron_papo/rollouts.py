@@ -18,6 +18,7 @@ from megatron_papo.types import Group, Prompt
 def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
     """The generator's rollouts: those of an engine started anew are the same."""
     while True:
+        remind(run, generator)
         version = generator.policy_version
         try:
             return generator.generate(prompts, sampling)
@@ -45,6 +46,12 @@ def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
             return give_weights(run, generator, policy_version)
         except EngineLost as lost:
             _restart(run, generator, lost)
+
+
+def remind(run: Run, generator: Generator) -> None:
+    """Gives an engine that forgot its weights as it slept the policy's again: nothing has updated these since."""
+    if generator.forgotten_version is not None:
+        hand_over(run, generator, generator.forgotten_version)
 
 
 def recover(run: Run, generator: Generator, lost: EngineLost, policy_version: int | None) -> None:

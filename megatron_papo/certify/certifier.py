@@ -32,7 +32,7 @@ from megatron_papo.generation.vllm_start import trainer_state_kept
 from megatron_papo.observe.failures import RunStopped
 from megatron_papo.parallel import everyone, gather_objects
 from megatron_papo.record import say, warn
-from megatron_papo.rollouts import recover
+from megatron_papo.rollouts import recover, remind
 from megatron_papo.run import Run, model_folder
 from megatron_papo.types import Metrics, Prompt
 
@@ -137,6 +137,7 @@ class Certifier:
             seed=config.run.seed,
         )
         while True:
+            remind(self._run, self._generator)
             version = self._generator.policy_version
             try:
                 answer, reading = _together(lambda: inspect(self._generator, prompt, sampling))

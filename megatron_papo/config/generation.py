@@ -40,6 +40,9 @@ class GenerationConfig(Section):
     """vLLM reads a prompt once for all rollouts of its group."""
     sleep: bool = True
     """A colocated vLLM gives its memory back while the trainer works; on a GPU."""
+    keep_weights_asleep: bool = True
+    """A sleeping vLLM keeps its weights in pinned host memory. False: it forgets them, since a hand-over writes them
+    anew; rollouts that follow rollouts with no update between then begin with a hand-over. Not tried on a GPU yet."""
     bucket_mib: Count = 64
     """Weights are handed over in buckets of about this size."""
     restarts: Annotated[int, Field(ge=0)] = 2

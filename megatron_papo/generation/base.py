@@ -50,7 +50,10 @@ class Generator(Protocol):
     """An engine on every rank. The ranks of a model-parallel group call each method together."""
 
     policy_version: int | None
-    """Of the weights it has; None before the first hand-over and after a restart."""
+    """Of the weights it has; None before the first hand-over, after a restart, and while they are forgotten."""
+    forgotten_version: int | None
+    """Of the weights that it had as it fell asleep and has no more: they have to be handed over again. None while it
+    has weights and where it never had any."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.

@@ -44,6 +44,7 @@ class SeparateGenerator:
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         check_settings(config)
         self.policy_version: int | None = None
+        self.forgotten_version: int | None = None  # engines on GPUs of their own do not sleep
         self.requests = Requests.of(config, processor)
         self._config, self._layout, self._report = config, layout, report
         self._world_store = world_store(config.parallel.timeout_s)

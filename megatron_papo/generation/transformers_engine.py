@@ -50,6 +50,7 @@ class TransformersGenerator:
         self.eos_ids = torch.tensor(sorted(processor.eos_ids), dtype=torch.int64, device=device)
         self.expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.policy_version: int | None = None
+        self.forgotten_version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return generate_in_shares(

@@ -7,8 +7,7 @@ processor files are read; weights come from the trainer. Left out: pipeline para
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,16 @@ from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.generation.vllm_requests import Requests, bare
-from megatron_papo.generation.vllm_sleep import Sleeper
+from megatron_papo.generation.vllm_sleep import (
+    Sleeper,
+    forget_weights,
+    free_remains,
+    keep_allocators,
+    unwritten,
+)
 from megatron_papo.generation.vllm_start import (
     check,
+    check_bans,
     end,
     engine_group_of,
     remove_leftovers,
@@ -60,30 +66,43 @@ class VllmGenerator:
 
     def _start(self) -> None:
         self.policy_version: int | None = None
+        self.forgotten_version: int | None = None
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
         self.llm = start(self.config, self.processor.folder, self.layout, self.shm_name, self.requests.max_model_len)
-        self.sleeper = Sleeper(self.llm, sleeps(self.config))
+        check_bans(len(self.requests.banned_ids), self.llm)
+        self.sleeper = Sleeper(self.llm, sleeps(self.config), self.config.generation.keep_weights_asleep)
         self.sleeper.sleep()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         self.requests.check(prompts, sampling)
         self.sleeper.wake()
         groups = self._generate(prompts, sampling)
-        self.sleeper.sleep()
+        self._sleep()
         return groups
 
-    def answer_alone(self, prompt: Prompt, sampling: Sampling) -> Answer:
+    def _sleep(self) -> None:
+        self.sleeper.sleep()
+        if self.sleeper.forgets and self.policy_version is not None:
+            self.policy_version, self.forgotten_version = None, self.policy_version
+
+    def answer_alone(self, prompt: Prompt, sampling: Sampling, read: Callable[[], None] = lambda: None) -> Answer:
         """The first rollout of the prompt, by this rank's own engine and with nothing that it keeps of others; it keeps
-        nothing of this one either. All ranks call it, those of an engine with the same prompt."""
+        nothing of this one either. All ranks call it, those of an engine with the same prompt.
+
+        `read` is called before the engine sleeps again, and its tensors are out of reach.
+        """
         self.requests.check([prompt], sampling)
+        if self.policy_version is None:
+            raise RuntimeError("answer before the first load_weights: the generator has no weights")
         self.sleeper.wake()
         self._forget_prompts()
         metrics, jobs = dict(self.metrics), make_jobs([prompt], sampling)[:1]
         (answer,) = self._run(jobs, [self.requests.request(prompt, sampling)], sampling)
         self.metrics = metrics
         self._forget_prompts()
-        self.sleeper.sleep()
+        read()
+        self._sleep()
         return answer
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -148,6 +167,8 @@ class VllmGenerator:
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         self.policy_version = None
         self.sleeper.wake_weights()
+        if self.sleeper.forgets:
+            self.llm.apply_model(forget_weights)
         tied = self.requests.shape.tie_word_embeddings
         with trainer_state_kept(), torch.no_grad():
             self.llm.start_weight_update()
@@ -156,7 +177,10 @@ class VllmGenerator:
                     self.llm.update_weights({"update_info": {"name": own_name, "tensor": tensor}})
             self.llm.finish_weight_update()
             self._forget_prompts()
-        self.policy_version = policy_version
+        if self.sleeper.forgets:
+            (left,) = self.llm.apply_model(unwritten)
+            assert not left, f"the hand-over left out {', '.join(left[:10])}, which the engine forgot as it slept"
+        self.policy_version, self.forgotten_version = policy_version, None
 
     def _forget_prompts(self) -> None:
         """Everything computed so far, with weights that may be old: keys and values, and image features."""
@@ -168,7 +192,7 @@ class VllmGenerator:
 
     def restart(self) -> None:
         self.close()
-        gc.collect()  # the old engine's weights and cache go before the new one's come
+        free_remains()  # the old engine's weights and cache go before the new one's come
         self._start()
 
     def take_metrics(self) -> Metrics:
@@ -178,6 +202,8 @@ class VllmGenerator:
         return metrics
 
     def close(self) -> None:
+        self.sleeper.wake()  # vLLM unmaps all that its allocator lists, and what sleeps is unmapped already
+        keep_allocators()
         end(self.llm)
         del self.llm, self.sleeper
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):

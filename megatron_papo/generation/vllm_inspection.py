@@ -39,15 +39,23 @@ def inspect_vllm(
     (model,) = generator.llm.apply_model(_itself)
     eager = generator.llm.llm_engine.vllm_config.model_config.enforce_eager
     places = places_of(prompt, prompt.inputs.token_ids_S.numel() + sampling.max_response_tokens + 1)
+    angles: list[Tensor] = []
+
+    def read() -> None:
+        if eager:
+            angles.append(
+                _angles(model.language_model.model.layers[0].self_attn.rotary_emb, tape.parts()[POSITION_IDS])
+            )
+
     with Tape() as tape:
         tape.after(model.visual, lambda args, _, out: note_vision(tape, args[0], out))
         if eager:
             _tape_language(tape, model.language_model.model, places)
-        answer = generator.answer_alone(prompt, sampling)
+        answer = generator.answer_alone(prompt, sampling, read)
     parts = tape.parts()
     missing = {VISION_LAYER: "vLLM calls them past any hook"}
     if eager:
-        parts[ANGLES] = _angles(model.language_model.model.layers[0].self_attn.rotary_emb, parts[POSITION_IDS])
+        (parts[ANGLES],) = angles
     else:
         # the engine refuses an answer to any other prompt than the trainer's
         parts[TOKEN_IDS] = torch.cat((prompt.inputs.token_ids_S, torch.tensor(answer.response_ids)))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_papo import accelerator
 from megatron_papo.config import Config
+from megatron_papo.generation.vllm_versions import forget_towers, settings_if_known
 from megatron_papo.parallel import Layout, gather_objects
 
 if TYPE_CHECKING:
@@ -29,9 +30,15 @@ _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 0.5
 _CPU_BATCHED_TOKENS = 4096
 """Of a forward pass; vLLM's own default."""
+_NO_SHARE = 0.01
+"""Of the GPU, where the cache has a size of its own: vLLM then uses the share for nothing, but refuses to start while
+less than it is free."""
 _MAX_IMAGES = 64
 """Of a prompt; vLLM wants a bound."""
 _MAX_TEMPERATURE = 2
+_MOST_BIASES = 1024
+"""Of a request, in vLLM's model runner V2 (vllm/v1/worker/gpu/sample/logit_bias.py of 0.26 to 0.32), which vLLM takes
+on a GPU; its older runner takes any number."""
 _SHM = "megatron_papo_"
 """Our shared-memory segments begin so, then the process id of the rank that leads the engine."""
 
@@ -54,9 +61,20 @@ def check_settings(config: Config) -> None:
             raise ValueError(f"{key}.temperature={value}: vLLM takes 0 to {_MAX_TEMPERATURE}")
 
 
+def check_bans(num_banned: int, llm: LLM) -> None:
+    """Raises ValueError for more banned ids than the engine takes: it would fail at the first request."""
+    runner_v2 = accelerator.has_gpu() and llm.llm_engine.vllm_config.use_v2_model_runner
+    if runner_v2 and num_banned > _MOST_BIASES:
+        raise ValueError(
+            f"model.path: {num_banned} ids of the vocabulary are none of the tokenizer's words and are banned in every "
+            f"request; vLLM's model runner V2 takes {_MOST_BIASES}, the older any number: VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
 def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM has no other switch for these three
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it does not heed a request's seed, and needs nvcc
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if accelerator.has_gpu() else "ERROR")
     with trainer_state_kept():
         from vllm import LLM
@@ -77,7 +95,7 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             max_model_len=max_model_len,
             **({} if on_gpu else _whole_prompts(max_model_len)),
             kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
-            gpu_memory_utilization=generation.gpu_memory_fraction,
+            gpu_memory_utilization=generation.gpu_memory_fraction if kv_cache_gib is None else _NO_SHARE,
             enforce_eager=generation.enforce_eager or not on_gpu,
             enable_prefix_caching=generation.prefix_caching,
             enable_sleep_mode=sleeps(config),
@@ -86,11 +104,11 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             mm_processor_kwargs={
                 "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
             },
-            mm_device_do_normalize=False,  # dummy loading would fill the constants of the normalisation at random
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # none of the folder's sampling defaults
             disable_log_stats=True,
             seed=0,  # every request has its own
+            **settings_if_known(),
         )
 
 
@@ -111,6 +129,7 @@ def end(llm: LLM) -> None:
         gc.collect = _collect_nothing
     try:
         llm.llm_engine.engine_core.shutdown()
+        forget_towers()
     finally:
         parallel_state.destroy_distributed_environment, gc.collect = theirs
 

@@ -38,6 +38,8 @@ class InProcessUpdate(WeightTransferUpdateInfo):
 class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
     init_info_cls = InProcessInit
     update_info_cls = InProcessUpdate
+    model: Any
+    """The engine's; None once it has ended."""
 
     def init_transfer_engine(self, init_info: InProcessInit) -> None: ...
 
@@ -54,7 +56,14 @@ class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def shutdown(self) -> None: ...
+    @staticmethod
+    def trainer_send_weights(*_: Any, **__: Any) -> None:
+        """Releases before 0.32 ask every backend for it, for a trainer in another process."""
+        raise NotImplementedError("the trainer is in this process: weights go by update_weights")
+
+    def shutdown(self) -> None:
+        """Lets the model go: vLLM frees the memory of a closed engine while this object is still there."""
+        self.model = self._default_model = None
 
 
 def register() -> None:

@@ -1,5 +1,6 @@
-"""vLLM's sleep beside a trainer: the memory comes back, and a prompt's log-probs after waking are those before.
-Skipped without a GPU or vLLM."""
+"""vLLM's sleep beside a trainer: the memory comes back, and a prompt's log-probs after waking are those before; also of
+an engine that forgets its weights as it sleeps, and of one that was started again out of its sleep.
+Skipped without a GPU or vLLM. Not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ CLOSE = 1e-5
 """Nats: the same kernels on the same weights; only a sum in another order could differ."""
 
 
-def _asked_three_times(folder: Path) -> dict[str, Any]:
-    """Greedy answers before a sleep, after one, and after another hand-over of the same weights."""
+def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
+    """Greedy answers before a sleep, after one, after another hand-over of the same weights, and of an engine started
+    again; an engine that does not `keep` its weights gets them before each."""
     from transformers import Qwen2_5_VLConfig
 
     from megatron_papo.config import ParallelConfig
@@ -32,26 +34,38 @@ def _asked_three_times(folder: Path) -> dict[str, Any]:
     from tests.tiny import tiny_model
 
     layout = initialize(ParallelConfig())
-    config = make_config(folder, engine="vllm", dtype="bfloat16", kv_cache_gib=1.0)
+    config = make_config(folder, engine="vllm", dtype="bfloat16", kv_cache_gib=1.0, keep_weights_asleep=keep)
     processor, prompts = make_prompts(config)
     model = tiny_model(Qwen2_5_VLConfig.from_pretrained(folder), seed=11, std=0.12).cuda()
     engine, sampling = VllmGenerator(config, processor, layout), make_sampling(temperature=0.0, group_size=1)
     freed_bytes = engine.sleeper.freed_bytes  # it starts asleep
-    answers = []
-    for hand_over in (True, False, True):
-        if hand_over:
-            engine.load_weights(named_tensors(model), 0)
+    answers, buffers = [], []
+    for again, hand_over in enumerate((True, False, True, True)):
+        if again == 3:
+            engine.restart()
+        if hand_over or not keep:
+            engine.load_weights(iter(named_tensors(model)), 0)
+            buffers.append(engine.llm.apply_model(_buffers)[0])
         groups = engine.generate(prompts, sampling)  # wakes what sleeps, and sleeps again
         answers.append([(r.response_ids, r.rollout_logprobs) for group in groups for r in group.rollouts])
     engine.close()
-    return {"answers": answers, "freed_gib": freed_bytes / 2**30}
+    return {"answers": answers, "freed_gib": freed_bytes / 2**30, "buffers": buffers}
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.cpu() for name, buffer in model.named_buffers()}
 
 
 def test_answers_after_a_sleep_are_those_before(tmp_path):
-    (found,) = run_ranks(_asked_three_times, 1, make_folder(tmp_path / "model"))
-    assert found["freed_gib"] > 0.9, "the cache of 1 GiB came back"
-    first, *later = found["answers"]
+    folder = make_folder(tmp_path / "model")
+    kept, forgot = (run_ranks(_asked_four_times, 1, folder, keep, vllm=True)[0] for keep in (True, False))
+    assert kept["freed_gib"] > 0.9 and forgot["freed_gib"] > 0.9, "the cache of 1 GiB came back"
+    first, *later = kept["answers"] + forgot["answers"]
     for answers in later:
         assert [ids for ids, _ in answers] == [ids for ids, _ in first]
         for (_, own), (_, before) in zip(answers, first, strict=True):
             assert own == pytest.approx(before, abs=CLOSE)
+    before, *after = kept["buffers"] + forgot["buffers"]
+    for buffers in after:
+        assert buffers.keys() == before.keys() and any("cos_sin_cache" in name for name in buffers)
+        assert all(torch.equal(buffers[name], before[name]) for name in before)

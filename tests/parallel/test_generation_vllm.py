@@ -19,6 +19,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from megatron_papo.accelerator import adapt_megatron
 from megatron_papo.config import ParallelConfig
 from megatron_papo.generation import build_generator
+from megatron_papo.generation.vllm_engine import VllmGenerator
+from megatron_papo.generation.vllm_sleep import forget_weights, unwritten
 from megatron_papo.parallel import initialize, shutdown
 from tests.parallel.generation_cases import (
     BANNED,
@@ -89,6 +91,9 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
     if layout.data_size == 1:
         long = make_sampling(max_response_tokens=200)
         found["refused"] |= _refusals({"too long": lambda: vllm.generate(prompts[2:], long)})
+    found["unwritten"] = [_forgotten(vllm)]
+    vllm.load_weights(iter(named_tensors(models[1])), 1)
+    found["unwritten"].append(vllm.llm.apply_model(unwritten)[0])
     found["again"] = vllm.generate(mine, make_sampling())
     found["random state kept"] = state == _random_state()
     found["threads kept"] = torch.set_num_threads is set_num_threads and torch.get_num_threads() == 1
@@ -97,6 +102,12 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
     found["shared memory left"] = [file.name for file in Path("/dev/shm").glob(f"*{vllm.shm_name}*")]
     shutdown()
     return found
+
+
+def _forgotten(vllm: VllmGenerator) -> list[str]:
+    """Parameters that are seen to be unwritten once all were forgotten."""
+    vllm.llm.apply_model(forget_weights)
+    return vllm.llm.apply_model(unwritten)[0]
 
 
 def _random_state() -> tuple:
@@ -132,6 +143,8 @@ def _check(found: dict[str, Any]) -> None:
         assert len({rollout.response_ids for rollout in group.rollouts}) == 4
         assert not {r.response_ids for r in group.rollouts} & {r.response_ids for r in later.rollouts}
     assert tokens(found["again"]) == tokens(after["plain"])
+    forgotten, left = found["unwritten"]
+    assert {"language_model.model.norm.weight", "visual.blocks.0.norm1.weight"} <= set(forgotten) and left == []
     assert found["random state kept"] and found["threads kept"]
     assert not found["shared memory left"]
     assert found["megatron"] == [16.0, 16.0]  # 16 outputs of 8 x 0.5

@@ -81,8 +81,10 @@ def test_memory_heads_and_disk(big):
     assert done.returncode == 2
     memory, disk = done.stderr.splitlines()
     assert memory == (
-        "papo: error: cluster: stage 0 needs 100.0 GiB a GPU "
-        "(weights 17.1, gradients 34.2, optimizer 12.8, engine 35.8), H100 has 79.6"
+        "papo: error: generation.gpu_memory_fraction: 0.45 of 79.6 GiB is 35.8, and stage 0 of the trainer keeps 64.1 "
+        "on the same GPU (weights 17.1, gradients 34.2, optimizer 12.8): the engine could neither wake after an update "
+        "nor be started again; none would do, its weights alone take 17.1: what helps is more ranks, "
+        "optim.offload_fraction or generation.placement=separate"
     )
     assert disk.startswith("papo: error: run.dir: ") and ": one checkpoint takes 957.2 GiB, " in disk
     done = check(EXAMPLES / "papo_g_72b.yaml", *big, "parallel.tensor=32", "parallel.pipeline=1")

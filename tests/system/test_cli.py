@@ -204,10 +204,10 @@ def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
 
 
 def test_an_engine_that_is_too_old_is_refused(model, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.25.1")
     config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # installed
-    assert faults_of_inputs("train", config) == ["generation.engine: vLLM 0.31.1 is too old: at least 0.32 is needed"]
+    assert faults_of_inputs("train", config) == ["generation.engine: vLLM 0.25.1 is too old: at least 0.26 is needed"]
 
 
 @pytest.mark.parametrize(

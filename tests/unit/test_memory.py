@@ -87,9 +87,15 @@ def test_a_tied_matrix_lies_on_the_first_stage_and_on_the_last():
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers():
-    config = recipe("papo_g_7b", "parallel.tensor=1", "parallel.sequence=false", "cluster.nodes=1")
-    assert memory_faults(config, shape_of("7B"), 8) == [
-        "cluster: stage 0 needs 97.7 GiB a GPU (weights 15.4, gradients 30.9, optimizer 11.6, engine 39.8), "
+    words = ("parallel.tensor=1", "parallel.sequence=false", "cluster.nodes=1")
+    assert memory_faults(recipe("papo_g_7b", *words), shape_of("7B"), 8) == [
+        "generation.gpu_memory_fraction: 0.5 of 79.6 GiB is 39.8, and stage 0 of the trainer keeps 57.9 on the same "
+        "GPU (weights 15.4, gradients 30.9, optimizer 11.6): the engine could neither wake after an update nor be "
+        "started again; the largest that would do is 0.26"
+    ]
+    alone = [*words, "generation.placement=separate", "parallel.distributed_optimizer=false"]
+    assert memory_faults(recipe("papo_g_7b", *alone), shape_of("7B"), 8) == [
+        "cluster: stage 0 needs 139.0 GiB a GPU (weights 15.4, gradients 30.9, optimizer 92.7, engine 0.0), "
         "H100 has 79.6"
     ]
     engine = recipe("papo_g_7b", "generation.tensor=1", "generation.gpu_memory_fraction=0.1")
@@ -104,6 +110,25 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
     assert (
         memory_faults(recipe("papo_g_7b", "cluster.gpu=MI300", "cluster.gpu_memory_gib=192"), shape_of("7B"), 8) == []
     )
+
+
+def test_an_engine_that_could_not_wake_is_refused_with_what_would_do():
+    """3B on one H100 by hand: 18 bytes a parameter are 62.9 GiB, and 1 is CUDA's: 15.7 of 79.6 are left."""
+    alone = ("parallel.tensor=1", "parallel.sequence=false", "cluster.nodes=1", "cluster.gpus_per_node=1")
+
+    def faults(*more: str) -> list[str]:
+        return memory_faults(recipe("papo_g_3b", *alone, *more), shape_of("3B"), 1)
+
+    said = "generation.gpu_memory_fraction: 0.5 of 79.6 GiB is 39.8, and stage 0 of the trainer keeps 63.0"
+    (fault,) = faults()
+    assert fault.startswith(said) and fault.endswith("started again; the largest that would do is 0.19")
+    assert faults("generation.gpu_memory_fraction=0.19") == []
+    (fault,) = faults("generation.kv_cache_gib=20")
+    assert fault.startswith("generation.kv_cache_gib: 20.0 beside 7.0 of weights is 27.0 GiB, and stage 0 ")
+    assert fault.endswith("the largest that would do is 8.7") and faults("generation.kv_cache_gib=8.6") == []
+    (fault,) = faults("generation.gpu_memory_fraction=0.2", "generation.dtype=float32", "cluster.gpu_memory_gib=70")
+    assert "none would do, its weights alone take 14.0: what helps is more ranks" in fault
+    assert faults("generation.placement=separate") == []
 
 
 def test_where_states_and_engines_lie_changes_what_a_gpu_holds():

@@ -1,6 +1,7 @@
 """The draw itself: seeds, the processed distribution on a vocabulary small enough to do by hand, hand-over."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
 from megatron_papo.generation.vllm_requests import _compact
-from megatron_papo.generation.vllm_start import remove_leftovers
+from megatron_papo.generation.vllm_start import check_bans, remove_leftovers
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import tiny_config
 
@@ -152,3 +153,16 @@ def test_leftover_shared_memory_of_dead_engines_alone_is_removed():
     finally:
         for file in (left, live, other):
             file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "runner_v2", "num_banned", "refused"),
+    [(True, True, 1024, False), (True, True, 1025, True), (True, False, 1025, False), (False, True, 1025, False)],
+)
+def test_more_banned_ids_than_the_engine_takes_are_refused(monkeypatch, on_gpu, runner_v2, num_banned, refused):
+    monkeypatch.setattr("megatron_papo.accelerator.has_gpu", lambda: on_gpu)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=runner_v2)))
+    if not refused:
+        return check_bans(num_banned, llm)
+    with pytest.raises(ValueError, match=r"1025 ids .* takes 1024, .* VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_bans(num_banned, llm)
