@@ -65,6 +65,12 @@ def peak_memory() -> int:
     return int(fields["VmHWM"].removesuffix("kB")) * 1024
 
 
+def wait_for_device() -> None:
+    """Until the GPU has done all that this process has asked of it; nothing where none has been used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def backend() -> str:
     """What torch.distributed communicates with."""
     return "nccl" if has_gpu() else "gloo"
