@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,23 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].removesuffix("kB")) * 1024
+
+
+def wait_for_device() -> None:
+    """Until the GPU has done all that this process has asked of it; nothing where none has been used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def host_threads(count: int) -> Iterator[None]:
+    """Within the block torch computes on the host with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def backend() -> str:

@@ -115,7 +115,7 @@ def first_host(nodelist: str) -> str:
 
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # an Adam on the host gets more, for its part of a step (optim.py)
     _quieten()
     outer = outer_rank(os.environ)
     if outer is not None:

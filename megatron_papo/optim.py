@@ -6,6 +6,7 @@ Gradients are sums, not means: every micro-batch's loss carries each token's sha
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_model_config
 
-from megatron_papo.accelerator import has_gpu, parameter_dtype
+from megatron_papo.accelerator import has_gpu, host_threads, parameter_dtype
 from megatron_papo.config import Config, ConfigError, OptimConfig
 from megatron_papo.gradient_norm import clip_gradients, gradient_norm, members
+from megatron_papo.parallel import share_of_cores
 from megatron_papo.update_guard import UpdateGuard
 
 
@@ -35,6 +37,8 @@ class Optimizer:
     guard: UpdateGuard
     clip_grad: float
     """The largest norm of the gradients; 0: no clipping."""
+    num_host_threads: int | None = None
+    """Of an Adam that lies on the host; all else on the host does with the one thread that a rank has."""
 
     def zero_grad(self) -> None:
         self.policy.zero_grad_buffer()
@@ -50,7 +54,8 @@ class Optimizer:
         skipped = self.guard.skips(grad_norm)
         if not skipped:
             clip_gradients(self.megatron, grad_norm, self.clip_grad)
-            self.megatron.step_with_ready_grads()
+            with host_threads(self.num_host_threads) if self.num_host_threads else nullcontext():
+                self.megatron.step_with_ready_grads()
         values = {
             "grad_norm": grad_norm,
             "lr": float(get_canonical_lr_for_logging(self.megatron.param_groups) or 0.0),
@@ -86,7 +91,7 @@ def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = N
 
 
 def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates: int) -> Optimizer:
-    """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates."""
+    """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates; collective."""
     optim, dtype = config.optim, parameter_dtype(config.model.dtype)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -121,7 +126,8 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
     )
     if optim.warmup_steps:
         schedule.step(increment=1)  # Megatron's warm-up begins at a rate of zero: the first update would do nothing
-    return Optimizer(policy, megatron, schedule, UpdateGuard(optim), optim.clip_grad)
+    num_host_threads = share_of_cores() if optim.offload_fraction else None
+    return Optimizer(policy, megatron, schedule, UpdateGuard(optim), optim.clip_grad, num_host_threads)
 
 
 def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:

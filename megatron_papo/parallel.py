@@ -11,8 +11,10 @@ import datetime
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -163,6 +165,14 @@ def everyone() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def share_of_cores() -> int:
+    """How many cores this rank may keep busy: those that it may run on (`taskset`, Slurm's binding), each divided by
+    the ranks of the machine that may run on it too; at least one. Collective over all ranks."""
+    host, own = socket.gethostname(), os.sched_getaffinity(0)
+    users = Counter(core for name, cores in gather_objects((host, own), everyone()) if name == host for core in cores)
+    return max(1, int(sum(Fraction(1, users[core]) for core in own)))
 
 
 def any_rank(value: bool) -> bool:

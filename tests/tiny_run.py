@@ -84,6 +84,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         "tokens_",
         "tflops_per_gpu",
         "mfu",
+        "mfu_fp8",
         "memory/",
         "flops/",
         "checkpoints_",

@@ -372,7 +372,8 @@ class OptimConfig(Section):
     precision_aware: bool = False
     """Adam's moments in bfloat16. Needs a GPU, Transformer Engine and parallel.distributed_optimizer."""
     offload_fraction: Fraction = 0.0
-    """Share of the optimizer's state and work that lies on the host's CPU. Needs parallel.distributed_optimizer."""
+    """Share of the optimizer's state and work that lies on the host's CPU, where it takes this rank's share of the
+    cores. Needs parallel.distributed_optimizer and bfloat16."""
 
 
 class CheckpointConfig(Section):

@@ -6,9 +6,11 @@ Four language-model layers of which the middle two are in FP8, unless a test say
 from __future__ import annotations
 
 import io
+import json
 import math
 from contextlib import redirect_stderr
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -41,6 +43,12 @@ def _train(*configs: Config) -> str:
         for config in configs:
             main(config)
     return told.getvalue()
+
+
+def _train_as_on_an_h100(*configs: Config) -> None:
+    """The records are those of a GPU with known peaks."""
+    with mock.patch("megatron_papo.record.device_name", return_value="NVIDIA H100 80GB HBM3"):
+        _train(*configs)
 
 
 def _sft(*configs: Config) -> None:
@@ -88,15 +96,20 @@ def test_beyond_the_limit_the_run_is_the_one_without_fp8(inputs, tmp_path):
 
 def test_scores_and_updates_are_set_apart(inputs, tmp_path):
     """The first update compares with itself, so that scores alone decide about the KL to the reference; the gradient is
-    the update's."""
+    the update's, and so is the share of FP8's peak."""
     wanted = {"train__steps": 1, "train__updates_per_step": 1, "loss__reference_coef": 0.1, "fp8__recipe": "tensorwise"}
     which = {"none": (False, False), "score": (True, False), "update": (False, True), "both": (True, True)}
     configs = [
         tiny_run(inputs, tmp_path / name, fp8__score=score, fp8__update=update, **wanted)
         for name, (score, update) in which.items()
     ]
-    run_ranks(_train, 1, *configs)
+    run_ranks(_train_as_on_an_h100, 1, *configs)
     found = {name: metrics(tmp_path / name)[0] for name in which}
+    records = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in which}
+    of_float32 = 67.0 / 1979.0
+    for name, (_, update) in which.items():
+        expected = pytest.approx(records[name]["mfu"] * of_float32) if update else None
+        assert records[name].get("mfu_fp8") == expected, name
     kl = {name: step["ref_kl"] for name, step in found.items()}
     # an untouched policy is its reference: rounding is all that lies between them, where they are rounded differently
     assert kl["none"] == pytest.approx(0.0, abs=1e-10) and kl["both"] == pytest.approx(0.0, abs=1e-10)

@@ -69,6 +69,26 @@ def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool
     return skipped, moved, optimizer.guard.reason_to_stop
 
 
+def _shares(cores: list[set[int]]) -> int:
+    from megatron_papo.parallel import share_of_cores
+
+    torch.distributed.init_process_group("gloo")
+    with mock.patch("os.sched_getaffinity", return_value=cores[torch.distributed.get_rank()]):
+        return share_of_cores()
+
+
+@pytest.mark.parametrize(
+    ("cores", "shares"),
+    [
+        ([set(range(16))] * 3, [5, 5, 5]),  # torchrun: every rank may run everywhere
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9}], [4, 4, 2]),  # Slurm: every rank has its own
+        ([{0, 1, 2}, {2, 3}, {4}], [2, 1, 1]),
+    ],
+)
+def test_a_rank_takes_its_share_of_the_cores(cores, shares):
+    assert run_ranks(_shares, 3, cores) == shares
+
+
 def _norms(folder: Path, overrides: list[str]) -> dict[str, float]:
     """Of random gradients: the norm by Megatron and by an update, by Megatron once more after the update has clipped
     them, and how often the update has read a value from the device."""

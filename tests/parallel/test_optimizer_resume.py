@@ -56,7 +56,8 @@ def _all_kinds(source: str, folder: str) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         has_gpu = mock.Mock(return_value="without a GPU" not in kind)
-        with mock.patch.object(optim, "has_gpu", has_gpu), gpu_optimizers.a_host_beside_it():
+        patches = mock.patch.multiple(optim, has_gpu=has_gpu, share_of_cores=lambda: 2)
+        with patches, gpu_optimizers.a_host_beside_it():
             found[kind] = _resumed(source, Path(folder) / kind, kind)
     return found
 
@@ -86,10 +87,13 @@ def _fresh(source: str, kind: str) -> TrainState:
 def _go_on(run: TrainState) -> dict[str, Any]:
     """Three updates: what every Adam has counted after each, which Adams these are, weights and states at the end."""
     megatron = run.optimizer.megatron  # type: ignore[union-attr]
-    counts = []
+    counts, threads = [], set()
+    for adam in _adams(megatron):
+        adam.register_step_pre_hook(lambda *_: threads.add(torch.get_num_threads()))
     for step in range(FIRST, LAST):
         train(run, range(step, step + 1))
         counts.append(sorted(_counts(megatron)))
+        assert torch.get_num_threads() == 1
     assert step_count(megatron) == LAST
     states = {}
     for slot in slots(megatron, held_parameters(run.model, run.shape, 1)):
@@ -97,7 +101,7 @@ def _go_on(run: TrainState) -> dict[str, Any]:
         states[slot.name] = {name: tensor.as_subclass(torch.Tensor) for name, tensor in kept.items()}
         states[slot.name] |= {"main": slot.main.detach().clone().as_subclass(torch.Tensor)}
     kinds = sorted({f"{_name(adam)} on {place}" for adam in _adams(megatron) for place in _places(adam)})
-    return {"counts": counts, "adams": kinds, "weights": weights(run), "states": states}
+    return {"counts": counts, "threads": threads, "adams": kinds, "weights": weights(run), "states": states}
 
 
 def _adams(megatron: Any) -> list[Any]:
@@ -153,6 +157,8 @@ def test_the_optimizers_were_those_that_are_meant(found):
         "torch, as without a GPU": ["AdamW on the GPU"],
         "torch, half on the host": ["fused AdamW on the GPU", "fused AdamW on the host"],
     }
+    for kind in KINDS:
+        assert found[kind]["expected"]["threads"] == ({2} if "on the host" in kind else {1})
     moments = {state["exp_avg"].dtype for state in found["TE, moments in bf16"]["expected"]["states"].values()}
     assert moments == {torch.bfloat16}
 

@@ -202,6 +202,8 @@ def test_the_published_3b_model_costs_two_flops_a_parameter_and_token():
         ("NVIDIA H100 PCIe", "bfloat16", 756.5),
         ("NVIDIA H200", "float32", 67.0),
         ("NVIDIA H200 NVL", "bfloat16", 835.5),
+        ("NVIDIA H100 80GB HBM3", "float8", 1979.0),
+        ("NVIDIA A100-SXM4-80GB", "float8", None),
         ("NVIDIA B200", "bfloat16", 2250.0),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA GB200", "bfloat16", None),

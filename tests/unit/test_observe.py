@@ -174,6 +174,24 @@ def test_the_clock_adds_up_the_seconds_of_each_stage(tmp_path):
     assert clock.take() == {}
 
 
+def test_a_stage_ends_when_the_gpu_has_done_its_work(tmp_path, monkeypatch):
+    waits = []
+
+    def wait():
+        waits.append(clock.running())
+        time.sleep(0.05)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    clock = StageClock(RunConfig(dir=tmp_path), rank=1)
+    with clock.stage("update"):
+        pass
+    with pytest.raises(KeyError), clock.stage("save"):
+        raise KeyError("x")  # a failure is not waited for: the GPU may be what failed
+    taken = clock.take()
+    assert waits == ["update"] and taken["time/update"] >= 0.05 > taken["time/save"]
+
+
 @pytest.mark.skipif(not reset_peak_memory(), reason="this machine does not tell a process's peak memory")
 def test_a_stage_has_its_own_peak_and_at_least_that_of_the_stages_within(tmp_path):
     def hold(megabytes):
