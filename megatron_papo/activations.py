@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from megatron_papo.config import Config
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
 
+_HEAD_TILE = 8192 * 8192
+"""Values of a tile of logits on a GPU, as `logprobs.tiling.CUDA_TILE`."""
+
 
 @dataclass(frozen=True)
 class RowSize:
@@ -57,12 +60,49 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
 
 
 def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_flight: int, *, fused: bool) -> int:
-    """The most at a time on one rank: of `in_flight` rows what is kept, what recomputation holds again of one layer, and on the first and last stage a row's states and gradients whole, at embedding and head."""
-    held = in_flight * saved_bytes(config, shape, stage, row, fused=fused)
-    held += one_layer_bytes(config, shape, row, fused=fused)
-    if stage in (0, config.parallel.pipeline - 1):
-        held += 3 * _value_bytes(config) * row.tokens * shape.language.hidden_size
-    return held
+    """The most at a time on one rank: of `in_flight` rows what is kept, and beside it what backward works with in the
+    last layer, recomputation included, or in the head, whichever is more."""
+    working = one_layer_bytes(config, shape, row, fused=fused) + _mlp_work_bytes(config, shape, row)
+    if stage == config.parallel.pipeline - 1:
+        if shape.tie_word_embeddings and config.parallel.pipeline == 1:
+            working += _head_weight_bytes(
+                config, shape
+            )  # its gradient waits for that of the embeddings, the same weight
+        working = max(working, _head_work_bytes(config, shape, row))
+    return in_flight * saved_bytes(config, shape, stage, row, fused=fused) + working
+
+
+def _mlp_work_bytes(config: Config, shape: ModelShape, row: RowSize) -> int:
+    """Gradients in the middle of an MLP's backward: of its output and what came before, of its product and of the
+    first linear's output, less the product, which is no longer kept by then; and of that linear's weight. Sequence
+    parallelism gathers the first linear's input, and has that input's gradient whole before it is shared out."""
+    width, spread, gathered = _value_bytes(config), 1, 0
+    if config.parallel.sequence:
+        spread, gathered = config.parallel.tensor, 2
+
+    def work(layer: _Layer, tokens: int) -> int:
+        values = 2 * layer.ffn + 2 * layer.hidden // spread + gathered * layer.hidden
+        return width * (tokens * values + 2 * layer.ffn * layer.hidden)
+
+    return max(work(_language(shape.language, config), row.tokens), work(_vision(shape.vision, config), row.patches))
+
+
+def _head_work_bytes(config: Config, shape: ModelShape, row: RowSize) -> int:
+    """In the head's backward: the gradient of its weight and, in fp32, those of the hidden states, of a block of the
+    weight and what is added to it, and a tile of logits with its gradient."""
+    hidden, width = shape.language.hidden_size, _value_bytes(config)
+    rows = row.responses // (2 if config.reads_joint_rows else 1)
+    words = min(
+        _HEAD_TILE // max(1, min(rows, 8192)), 4 * 8192, padded(shape.language.vocab_size, config.parallel.tensor)
+    )
+    tile = _HEAD_TILE * (4 if width == 4 else 4 + width)
+    return _head_weight_bytes(config, shape) + 4 * hidden * (row.responses + 2 * words) + tile
+
+
+def _head_weight_bytes(config: Config, shape: ModelShape) -> int:
+    """A rank's share of the head's weight, or of its gradient."""
+    words = padded(shape.language.vocab_size, config.parallel.tensor) // config.parallel.tensor
+    return words * shape.language.hidden_size * _value_bytes(config)
 
 
 def one_layer_bytes(config: Config, shape: ModelShape, row: RowSize, *, fused: bool) -> int:

@@ -131,6 +131,25 @@ def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[Sta
     return tuple(stages)
 
 
+@dataclass(frozen=True)
+class UpdateBytes:
+    """Of an update of given rows on one GPU: what stays between updates, and the peaks of its two halves."""
+
+    states: int
+    passes: int
+    """Of forward and backward."""
+    step: int
+    """Of the optimizer's step: its Adam works in place, one kernel for all."""
+
+
+def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: int, stage: int = 0) -> UpdateBytes:
+    """Of rows of that size on a GPU of pipeline stage `stage`; traced in tests/cuda/test_update.py."""
+    of = stage_memory(config, shape, num_ranks)[stage]
+    states = of.weights + of.gradients + of.optimizer
+    held = held_bytes(config, shape, stage, row, config.parallel.pipeline - stage, fused=config.model.spec != "local")
+    return UpdateBytes(states, states + held, states)
+
+
 def gpu_bytes(config: Config) -> int | None:
     """Of one GPU of `cluster.gpu`; None where nothing is known of it."""
     gib = config.cluster.gpu_memory_gib or GPU_MEMORY_GIB.get(config.cluster.gpu)

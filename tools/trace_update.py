@@ -59,7 +59,7 @@ def main() -> int:
 def _cells(case: Case, traced: Traced) -> list[str]:
     config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
     shape = ModelShape.from_dict(case.tree)
-    counted = update_bytes(config, shape, case.work.row_size(shape))
+    counted = update_bytes(config, shape, case.work.row_size(shape), num_ranks=1)
     values = (traced.states, traced.passes_peak, counted.passes, traced.step_peak, counted.step)
     return [*(f"{value / GIB:.2f}" for value in values), str(sum(traced.waits.values()))]
 

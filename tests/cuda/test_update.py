@@ -20,7 +20,7 @@ from tools.fake_gpu.trace import FakeGpu
 RECOMPUTE = get_args(ModelConfig.model_fields["recompute"].annotation)
 WAITS = {
     "megatron_papo/losses.py:_metrics: read a list": "all that a row's loss reports, in one copy",
-    "megatron_papo/gradient_norm.py:gradient_norm: read a value": "the norm of the gradients, which decides about the step",
+    "megatron_papo/gradient_norm.py:gradient_norm: read a value": "their norm decides about the step",
 }
 """Where an update of one row may make the host wait for the GPU, once each, and what for."""
 CLOSE = 0.05
@@ -44,12 +44,18 @@ def test_a_process_forked_after_all_imports_can_use_the_gpu(gpu):
     assert gpu.after_fork() == "cuda:0"
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("recompute", "dtype", "joint"),
+    [  # every recomputation in both dtypes, and with either branch
+        (recompute, dtype, (place + (dtype == "float32")) % 2 == 0)
+        for place, recompute in enumerate(RECOMPUTE)
+        for dtype in ("bfloat16", "float32")
+    ],
+)
 def test_an_update_stays_on_the_gpu_in_its_dtype_and_waits_where_it_must(gpu, recompute, dtype, joint):
-    tree = shape_tree("3B", 2, 2) | {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-    tree |= {"intermediate_size": 512}
+    tree = shape_tree("3B", 1, 2) | {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tree |= {"intermediate_size": 512, "vocab_size": 2048, "image_token_id": 2000, "video_token_id": 2001}
+    tree |= {"vision_start_token_id": 2002, "vision_end_token_id": 2003}
     tree["vision_config"] |= {"out_hidden_size": 256, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96}
     work = Work(image_edge=6, text_tokens=20, response_tokens=12, group_size=4, joint=joint)
     traced = gpu.trace(update_case(tree, work, model__dtype=dtype, model__recompute=recompute))
@@ -68,7 +74,10 @@ def check_peaks(gpu: FakeGpu, size: str, work: Work, *, stage: int = 0, **settin
     )  # fmt: skip
     config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
     shape = ModelShape.from_dict(case.tree)
-    traced, counted = gpu.trace(case), update_bytes(config, shape, work.row_size(shape), stage=stage)
+    traced, counted = (
+        gpu.trace(case),
+        update_bytes(config, shape, work.row_size(shape), num_ranks=tensor * pipeline, stage=stage),
+    )
     found = {"states": traced.states, "passes": traced.passes_peak, "step": traced.step_peak}
     expected = {"states": counted.states, "passes": counted.passes, "step": counted.step}
     gaps = {name: expected[name] / found[name] - 1 for name in found}

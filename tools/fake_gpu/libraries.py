@@ -44,7 +44,7 @@ def build(folder: Path) -> None:
     every = dict.fromkeys(name + ending for name in names for ending in _VARIANTS)
     driver = folder / "driver.c"
     driver.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in every))
-    shared = [compiler, "-shared", "-fPIC", "-O1", "-w", "-I", str(include)]
+    shared = [compiler, "-shared", "-fPIC", "-w", "-I", str(include)]
     _run([*shared, str(_HERE / "runtime.c"), "-o", str(folder / "libruntime.so")])
     _run([*shared, str(_HERE / "nvml.c"), "-o", str(folder / "libnvidia-ml.so.1")])
     _run([*shared, "-Wl,-soname,libcuda.so.1", str(driver), "-o", str(folder / "libcuda.so.1")])
