@@ -57,7 +57,8 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
 
 
 def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_flight: int, *, fused: bool) -> int:
-    """The most at a time on one rank: of `in_flight` rows what is kept, what recomputation holds again of one layer, and on the first and last stage a row's states and gradients whole, at embedding and head."""
+    """The most at a time on one rank: of `in_flight` rows what is kept, what recomputation holds again of one layer,
+    and on the first and last stage a row's states and gradients whole, at embedding and head."""
     held = in_flight * saved_bytes(config, shape, stage, row, fused=fused)
     held += one_layer_bytes(config, shape, row, fused=fused)
     if stage in (0, config.parallel.pipeline - 1):
