@@ -65,9 +65,7 @@ def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_f
     working = one_layer_bytes(config, shape, row, fused=fused) + _mlp_work_bytes(config, shape, row)
     if stage == config.parallel.pipeline - 1:
         if shape.tie_word_embeddings and config.parallel.pipeline == 1:
-            working += _head_weight_bytes(
-                config, shape
-            )  # its gradient waits for that of the embeddings, the same weight
+            working += _head_weight_bytes(config, shape)  # waits, as a gradient, for that of the same embeddings
         working = max(working, _head_work_bytes(config, shape, row))
     return in_flight * saved_bytes(config, shape, stage, row, fused=fused) + working
 
@@ -92,9 +90,7 @@ def _head_work_bytes(config: Config, shape: ModelShape, row: RowSize) -> int:
     weight and what is added to it, and a tile of logits with its gradient."""
     hidden, width = shape.language.hidden_size, _value_bytes(config)
     rows = row.responses // (2 if config.reads_joint_rows else 1)
-    words = min(
-        _HEAD_TILE // max(1, min(rows, 8192)), 4 * 8192, padded(shape.language.vocab_size, config.parallel.tensor)
-    )
+    words = min(_HEAD_TILE // max(1, min(rows, 8192)), 4 * 8192, shape.language.vocab_size // config.parallel.tensor)
     tile = _HEAD_TILE * (4 if width == 4 else 4 + width)
     return _head_weight_bytes(config, shape) + 4 * hidden * (row.responses + 2 * words) + tile
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_papo.accounting import Flops
 from megatron_papo.activations import RowSize, saved_bytes
 from megatron_papo.config import Config
-from megatron_papo.model.shape import ModelShape
+from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.hardware import Cluster
@@ -54,11 +54,16 @@ def stage_seconds(
     for stage, count in enumerate(layers):
         ends = (vision + vision_exchange if stage == 0 else 0.0) + (head if stage == len(layers) - 1 else 0.0)
         once = count * (own + exchange) + ends
-        again = {"none": 0.0, "selective": count * attention, "full": count * (own + exchange) + ends}
+        gathers = _gathers_s(config, shape, cluster, assumed, size, count)
         forward.append(once)
-        backward.append(
-            2 * once + _gathers_s(config, shape, cluster, assumed, size, count) + again[config.model.recompute]
-        )
+        backward.append(2 * once + gathers)
+        if config.model.recompute == "full":
+            backward[-1] += once
+        elif config.model.recompute != "none":
+            backward[-1] += count * _elementwise_again_s(config, shape, size, rates)
+        if config.model.recompute == "mlp":
+            tower = vision * _first_linear_share(shape.vision) if stage == 0 else 0.0
+            backward[-1] += count * product * _first_linear_share(shape.language) + tower + gathers / 2
     slowest = max(range(len(layers)), key=lambda stage: forward[stage])
     return StageSeconds(tuple(forward), tuple(backward), layers[slowest] * exchange, vision + vision_exchange)
 
@@ -101,12 +106,29 @@ def _gathers_s(
     return count * 2 * gather_s(num_bytes, config.parallel.tensor, cluster, assumed) * _in_sight(config, assumed)
 
 
-def _layer_bytes(config: Config, shape: ModelShape, size: RowSize) -> float:
-    """What a layer writes for backward, a measure of its element-wise work."""
+def _elementwise_again_s(config: Config, shape: ModelShape, size: RowSize, rates: _Rates) -> float:
+    """Of a layer's SwiGLU, and norms where they are computed again: they read at most twice what they write."""
+    fused = config.model.spec != "local"
+    whole, kept = (_layer_bytes(config, shape, size, which, fused=fused) for which in ("none", "selective"))
+    return 3 * (whole - kept) / rates.memory
+
+
+def _first_linear_share(shape: LanguageShape | VisionShape) -> float:
+    """Of a layer's products, those of the MLP's first linear."""
+    heads = shape.num_heads * shape.head_dim
+    keys = heads if isinstance(shape, VisionShape) else shape.num_kv_heads * shape.head_dim
+    attention, ffn = 2 * heads + 2 * keys, 3 * shape.intermediate_size
+    return 2 * shape.intermediate_size / (attention + ffn)
+
+
+def _layer_bytes(
+    config: Config, shape: ModelShape, size: RowSize, recompute: str = "none", *, fused: bool = True
+) -> float:
+    """What a layer keeps for backward; with nothing computed again a measure of its element-wise work."""
     alone = RowSize(size.tokens, 0, 0)
-    model = config.model.model_copy(update={"recompute": "none"})
+    model = config.model.model_copy(update={"recompute": recompute})
     parallel = config.parallel.model_copy(update={"pipeline": 1, "pipeline_layers": None})
-    whole = saved_bytes(config.model_copy(update={"model": model, "parallel": parallel}), shape, 0, alone, fused=True)
+    whole = saved_bytes(config.model_copy(update={"model": model, "parallel": parallel}), shape, 0, alone, fused=fused)
     return whole / shape.language.num_layers
 
 

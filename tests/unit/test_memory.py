@@ -152,16 +152,26 @@ def test_activations_that_may_not_fit_are_warned_of():
     assert warning.startswith("cluster: stage 0 needs about ") and "H100 has 79.6" in warning
 
 
-def test_recomputation_keeps_a_layers_input_alone():
-    """3B's second stage, 1000 tokens of which 500 are responses, two bytes a value, by hand from what a layer saves
-    with norms fused into its linears."""
+@pytest.mark.parametrize("recompute", ["none", "selective", "mlp", "full"])
+@pytest.mark.parametrize("spec", ["local", "transformer_engine"])
+def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
+    """3B's second stage, 1000 tokens of which 500 are responses, two bytes a value, by hand from what a layer saves;
+    norms within Transformer Engine's linears keep their outputs."""
     words = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "train.tokens_per_micro_batch=1000")
-    config = recipe("papo_g_3b", *words, "model.recompute=full")
-    norms, qkv, attention, ffn = 2 * (4 * 2048 + 4), 2 * (2048 + 512), 2 * (2048 + 2048 + 256) + 4 * 16, 6 * 11008
-    layer = norms + qkv + attention + ffn  # held again; the largest of the model, one of the tower included
-    final = 1000 * (2 * 2048 + 4) + 500 * 2 * 2048
+    config = recipe("papo_g_3b", *words, f"model.spec={spec}", f"model.recompute={recompute}")
+    norms, outputs = 2 * (2 * 2048 + 4), 2 * 2 * 2048
+    attention = 2 * (2048 + 256 + 256) + 2 * 2048 + 4 * 16  # queries, keys, values; output; log-sum-exp
+    whole = norms + outputs + attention + 3 * 2 * 11008
+    kept = {
+        "none": whole,
+        "selective": norms + (0 if spec == "local" else outputs) + attention + 2 * 2 * 11008,
+        "mlp": norms + (0 if spec == "local" else outputs) + attention,
+        "full": 2 * 2048,
+    }[recompute]
+    ends = 1000 * (4 * 128 + 2 * 2048 + 4) + 500 * 2 * 2048  # turns of positions, final norm, head
     states = 6 * 1000 * 2048
-    assert activation_bytes(config, shape_of("3B"), 1) == 18 * 2 * 1000 * 2048 + final + 1000 * layer + states
+    again = whole - kept  # held again, of one layer; the tower's are smaller
+    assert activation_bytes(config, shape_of("3B"), 1) == 1000 * (18 * kept + again) + ends + states
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():
