@@ -40,6 +40,7 @@ class Recorder:
         self._run, self._num_steps = run, num_steps
         dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
+        self._fp8_peak = peak_tflops(device_name(), "fp8") if config.fp8.enabled else None
         self._gpu = gpu_of(device_name())
         self._assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
         self._sinks = Sinks(
@@ -80,7 +81,8 @@ class Recorder:
 
     def _speeds(self, totals: dict[str, float], times: dict[str, float]) -> dict[str, float]:
         """`tokens_per_s` of the rollouts, each with its prompt, and `tokens_computed_per_s` of the rows of updates, in
-        which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`."""
+        which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`; of
+        one in FP8 `mfu` is still of the peak in model.dtype, and `mfu_fp8` of that in FP8."""
         seconds = sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
         tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
         values = {
@@ -88,7 +90,8 @@ class Recorder:
             "tokens_computed_per_s": totals["update_tokens"] / seconds,
             "tflops_per_gpu": tflops,
         }
-        return values | ({"mfu": tflops / self._peak} if self._peak else {})
+        peaks = {"mfu": self._peak, "mfu_fp8": self._fp8_peak}
+        return values | {name: tflops / peak for name, peak in peaks.items() if peak}
 
     def _planned(self, values: dict[str, float]) -> dict[str, float]:
         """What the planner says of this step, beside what was measured; nothing for an unknown kind of GPU."""

@@ -5,6 +5,7 @@ the head are compared exactly, attention with the counted formula over whole squ
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from megatron_papo.accounting import (
 )
 from megatron_papo.model.patches import _plan_image
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.record import Recorder
 from megatron_papo.types import MicroBatch, Segment
 from tests.tiny import tiny_config
 
@@ -203,6 +205,8 @@ def test_the_published_3b_model_costs_two_flops_a_parameter_and_token():
         ("NVIDIA H200", "float32", 67.0),
         ("NVIDIA H200 NVL", "bfloat16", 835.5),
         ("NVIDIA B200", "bfloat16", 2250.0),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979.0),
+        ("NVIDIA A100 80GB PCIe", "fp8", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA GB200", "bfloat16", None),
         (None, "float32", None),
@@ -210,3 +214,14 @@ def test_the_published_3b_model_costs_two_flops_a_parameter_and_token():
 )
 def test_peaks_are_known_by_the_gpus_name(name, dtype, peak):
     assert peak_tflops(name, dtype) == peak
+
+
+def test_an_update_in_fp8_has_both_peaks():
+    recorder = object.__new__(Recorder)
+    recorder._run = SimpleNamespace(layout=SimpleNamespace(world_size=2))
+    recorder._peak, recorder._fp8_peak = 100.0, 200.0
+    totals = {"tokens": 1.0, "update_tokens": 1.0, "update_flops": 2e14}
+    found = recorder._speeds(totals, {"time/update": 2.0})
+    assert (found["tflops_per_gpu"], found["mfu"], found["mfu_fp8"]) == (50.0, 0.5, 0.25)
+    recorder._fp8_peak = None
+    assert "mfu_fp8" not in recorder._speeds(totals, {"time/update": 2.0})
