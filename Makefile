@@ -108,11 +108,12 @@ bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (Q
 		$(RUN) tools/benchmark.py $$which $(if $(QUICK),--quick) || exit 1; done
 
 # Installs nothing: takes the environment with Transformer Engine where there is one.
-gpu-check: ## on a GPU: its tests, and every figure that needs one, into docs/benchmarks.md (30 minutes; PART=update: one)
+gpu-check: ## on a GPU: its tests, and every figure that needs one, into docs/benchmarks.md (30 minutes; BUDGET=600: seconds for all; PART=update: one)
 	@$(HAS_GPU) || { echo "make gpu-check: no GPU on this machine (neither /dev/nvidia0 nor /dev/dxg)" >&2; exit 1; }
 	@python=$(VENV)/bin/python; [ ! -e $(TE)/.installed ] || python=$(TE)/bin/python; \
 	[ -x $$python ] || { echo "make gpu-check: no $$python: run make vllm first" >&2; exit 1; }; \
-	OMP_NUM_THREADS=1 $$python tools/benchmark.py gpu --write $(if $(PART),--part $(PART))
+	OMP_NUM_THREADS=1 $$python tools/benchmark.py gpu --write $(if $(PART),--part $(PART)) \
+		$(if $(BUDGET),--budget $(BUDGET))
 
 check: $(BASE) ## formatting, lint, types, import order
 	$(VENV)/bin/ruff check .

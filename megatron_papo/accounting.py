@@ -161,16 +161,17 @@ _PEAKS = (
     ("NVIDIA B200", 2250.0, 75.0, 4500.0),
 )
 """How a GPU's name begins, and its peak without sparsity in bfloat16 (tensor cores), in float32 (without TF32, as torch
-computes by default) and in FP8, in TFLOPS. From NVIDIA's data sheets of A100, H100 (SXM and PCIe), H200 (SXM and NVL)
-and HGX B200, which print bfloat16 and FP8 of all but A100 with sparsity, twice what stands here."""
+computes by default) and in FP8 (None: it has none), in TFLOPS. From NVIDIA's data sheets of A100, H100 (SXM and PCIe),
+H200 (SXM and NVL) and HGX B200, which print the bfloat16 of all but A100, and FP8, with sparsity, twice what stands
+here."""
 
 
 def peak_tflops(device_name: str | None, dtype: str) -> float | None:
-    """Of a GPU by the name that CUDA gives it, in `bfloat16`, `float32` or `float8`; None where it is not known, as of
-    a slice of one (MIG) and of a CPU, and of FP8 on a GPU that has none."""
+    """Of a GPU by the name that CUDA gives it, in `bfloat16`, `float32` or `fp8`; None where it is not known, as of a
+    slice of one (MIG) and of a CPU, and where the GPU has no FP8."""
     if device_name is None or " MIG " in device_name:
         return None
-    for beginning, bfloat16, float32, float8 in _PEAKS:
+    for beginning, bfloat16, float32, fp8 in _PEAKS:
         if device_name.startswith(beginning):
-            return {"bfloat16": bfloat16, "float32": float32, "float8": float8}[dtype]
+            return {"bfloat16": bfloat16, "float32": float32, "fp8": fp8}[dtype]
     return None

@@ -40,7 +40,7 @@ class Recorder:
         self._run, self._num_steps = run, num_steps
         dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
-        self._fp8_peak = peak_tflops(device_name(), "float8")
+        self._fp8_peak = peak_tflops(device_name(), "fp8")
         self._gpu = gpu_of(device_name())
         self._assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
         self._sinks = Sinks(

@@ -57,23 +57,27 @@ def main() -> int:
 def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     import torch
 
-    from tools.benchmarks.gpu.command import DOCUMENT, Targets, run
+    from tools.benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
+    from tools.benchmarks.gpu.fitting import MODES
     from tools.benchmarks.gpu.one_part import PARTS
     from tools.benchmarks.gpu.rows import Options
 
     on_gpu = torch.cuda.is_available()
     shape = arguments.shape or ("3b" if on_gpu else "tiny")
-    for part in arguments.part or ():
-        if part not in PARTS:
-            parser.error(f"--part {part}: there are {', '.join(PARTS)}")
+    try:
+        parts = [Wanted.parse(part) for part in arguments.part or PARTS]
+    except ValueError as error:
+        parser.error(f"--part {error}")
+    if arguments.recompute not in (None, *MODES):
+        parser.error(f"--recompute {arguments.recompute}: there are {', '.join(MODES)}")
     if arguments.write and not on_gpu:
         parser.error(f"--write needs a GPU: {DOCUMENT.name} holds what a GPU measured, and there is none here")
     if shape == "3b" and not on_gpu:
         parser.error("--shape 3b needs a GPU: take tiny")
-    rounds = arguments.rounds or (1 if arguments.quick else 5)
+    rounds = arguments.rounds or (1 if arguments.quick else 5 if arguments.budget is None else 3)
     options = Options(shape, arguments.quick, rounds, arguments.recompute)
     targets = Targets(arguments.json, DOCUMENT if arguments.write else None)
-    return run(arguments.part or list(PARTS), options, targets)
+    return run(parts, options, targets, arguments.budget)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes-gb", type=float, nargs="+", metavar="GB", help="convert: these instead of 1, 2, 4, 8 "
                         "and the whole 7B model")  # fmt: skip
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="fp8: measure this Hugging Face folder")
-    parser.add_argument("--part", action="append", metavar="NAME", help="gpu: this part alone; may be given again")
+    parser.add_argument("--part", action="append", metavar="NAME[=S][:quick]", help="gpu: this part alone, small, or "
+                        "in S seconds where time is short; may be given again")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="S", help="gpu: seconds of all parts together; one for which "
+                        "too few are left is not begun")  # fmt: skip
     parser.add_argument("--shape", choices=("3b", "tiny"), help="gpu: of the model; 3b with a GPU, else tiny")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none",
-                        help="gpu: the least recomputation that update and fp8 try")  # fmt: skip
+    parser.add_argument("--recompute", metavar="MODE", help="gpu: update and fp8 measure this recomputation alone, and "
+                        "do not look for the least that fits")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="gpu: write the parts' tables into docs/benchmarks.md")
     return parser
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
-import xml.etree.ElementTree as ElementTree
+import time
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +16,18 @@ import pytest
 import torch
 
 from tests.commands import run
-from tools.benchmarks.gpu import document
-from tools.benchmarks.gpu.checks import rows_of
-from tools.benchmarks.gpu.command import has_failed
+from tools.benchmarks.gpu import command, document
+from tools.benchmarks.gpu.apart import apart
+from tools.benchmarks.gpu.checks import counts, results
+from tools.benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
+from tools.benchmarks.gpu.fitting import MODES, cannot_fit, least_that_fits, needed_by_mode
 from tools.benchmarks.gpu.folder import write_3b
-from tools.benchmarks.gpu.one_part import PARTS, run_part
-from tools.benchmarks.gpu.rows import NEEDS_GPU, GpuRow, Options, attempt
+from tools.benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
+from tools.benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt
+from tools.benchmarks.gpu.smoke import FAILED_PIECES
+from tools.benchmarks.gpu.stream import Found
+from tools.benchmarks.gpu.update import mfu_rows
+from tools.benchmarks.published import published_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -41,8 +48,8 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for row in json.loads((folder / "rows.json").read_text()):
         found.setdefault(row.pop("part"), []).append(row)
-    for name in PARTS:
-        assert f"gpu, {name} (quick)" in done.stdout
+    at = [(done.stdout.index(f"\n{name}: "), done.stdout.index(f"gpu, {name} (quick)")) for name in list(PARTS)[1:]]
+    assert all(first < table for first, table in at) and at == sorted(at), "rows come before the table of their part"
     return found
 
 
@@ -63,11 +70,13 @@ def test_every_part_ran_and_no_row_is_without_figure_and_reason(rows):
 
 @no_gpu
 def test_the_update_is_that_of_transformers_and_says_what_a_gpu_would_add(rows):
-    agreement, *timed = rows["update"]
+    ours, agreement, *beside = rows["update"][:5], *rows["update"][5:]
+    assert [row["unit"] for row in ours] == ["tokens/s", ""] * 2 + [""]
+    assert all(row["note"] == NEEDS_GPU for row in ours if not row["unit"])
+    assert [row["name"][:11] for row in ours] == ["PAPO frozen"] * 2 + ["PAPO joint,"] * 3
     assert agreement["value"] < agreement["baseline"] == 1e-4 and agreement["unit"] == "nats"
-    assert [row["unit"] for row in timed] == ["tokens/s", "", ""] * 2
-    assert all(row["note"] == NEEDS_GPU for row in timed if not row["unit"])
-    assert [row["name"][:11] for row in timed] == ["PAPO frozen"] * 3 + ["PAPO joint,"] * 3
+    assert [row["unit"] for row in beside] == ["tokens/s"] * 2
+    assert [row["value"] for row in beside] == [row["value"] for row in ours if row["unit"]]
 
 
 @no_gpu
@@ -76,11 +85,10 @@ def test_every_recipe_setting_and_baseline_has_its_row(rows):
         gap, *timed = [row for row in rows["fp8"] if row["name"].startswith(recipe)]
         assert 0 < gap["value"] < gap["baseline"] == 0.1 and gap["unit"] == "nats"  # emulated without a GPU
         assert [row["unit"] for row in timed] == ["tokens/s", "", ""] * 2
-    assert [row["unit"] for row in rows["memory"] if row["value"]] == ["tokens/s"] * 3  # by what is computed again
-    refused = [row for row in rows["memory"] if "need a GPU" in row["note"]]
-    assert [row["name"].rpartition(", ")[2] for row in refused] == [
-        "moments in bfloat16", "moments in bfloat16", "half of the states on the host"
-    ]  # fmt: skip
+    measured = [row for row in rows["memory"] if row["value"]]
+    assert [row["unit"] for row in measured] == ["tokens/s"] * (2 * len(MODES) - 1)  # alone, and beside the first
+    refused = [row["name"].rpartition(", ")[2] for row in rows["memory"] if row["note"] and "peak" not in row["name"]]
+    assert sorted(refused) == ["half of the states on the host"] + ["moments in bfloat16"] * len(MODES)
     assert [row["unit"] for row in rows["head"] if row["value"]] == ["ms", "ms"]
     assert "peak memory" in rows["head"][2]["name"] and rows["head"][2]["note"] == NEEDS_GPU
     for baseline in ("dense mask", "prompts repeated"):
@@ -115,7 +123,9 @@ def test_without_a_gpu_nothing_is_written_into_the_document(tmp_path):
     for arguments, reason in (
         (("--write",), "--write needs a GPU"),
         (("--shape", "3b"), "--shape 3b needs a GPU"),
-        (("--part", "heads"), "--part heads: there are checks, update"),
+        (("--part", "heads"), "--part heads: there are smoke, checks"),
+        (("--part", "head:slow"), "--part head:slow: behind the colon there can be quick"),
+        (("--recompute", "all"), "--recompute all: there are none, "),
     ):
         done = _run(tmp_path, "--quick", *arguments)
         assert done.returncode == 2 and reason in done.stderr
@@ -125,12 +135,123 @@ def test_without_a_gpu_nothing_is_written_into_the_document(tmp_path):
         assert made.returncode == 2 and "make gpu-check: no GPU on this machine" in made.stderr
 
 
-def test_a_part_that_raises_dies_or_takes_too_long_is_a_row():
+def test_a_part_that_raises_or_takes_too_long_is_a_row():
     (raised,) = run_part("nowhere", Options("tiny", True, 1))
     assert raised.note == "ModuleNotFoundError: No module named 'tools.benchmarks.gpu.nowhere'"
     *_, late = run_part("checks", Options("tiny", True, 1), limit_s=0.01)
     assert late == GpuRow("the rest of checks", None, note="took longer than 0 s")
     assert has_failed(raised) and has_failed(late) and not has_failed(GpuRow("recompute none", None, note="no room"))
+
+
+def _result_of(rows, made):
+    """What `made` returns, when it has given its rows."""
+    while True:
+        try:
+            rows.append(next(made))
+        except StopIteration as end:
+            return end.value
+
+
+def _works_and(end: str):
+    yield GpuRow("first", 1.0, "s")
+    if end == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    if end == "error":
+        raise ValueError("wrong")
+    if end == "death":
+        os.kill(os.getpid(), 9)
+    time.sleep(0.0 if end == "result" else 60.0)
+    return {"tensor": torch.ones(2)}
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("end", "raised", "said"),
+    [
+        ("memory", torch.OutOfMemoryError, "out of memory"),
+        ("error", Failed, "ValueError: wrong"),
+        ("death", Failed, "its process was ended by SIGKILL"),
+        ("late", Failed, "took longer than 1 s"),
+    ],
+)
+def test_rows_of_another_process_stay_whatever_becomes_of_it(end, raised, said):
+    rows = []
+    with pytest.raises(raised, match=said):
+        _result_of(rows, apart(_works_and, end, limit_s=1.0))
+    assert rows == [GpuRow("first", 1.0, "s")]
+
+
+@no_gpu
+def test_a_result_comes_from_another_process():
+    rows = []
+    assert _result_of(rows, apart(_works_and, "result"))["tensor"].tolist() == [1, 1] and len(rows) == 1
+
+
+def _fits_up_to(room: float, needed: dict[str, float], mode: str):
+    yield GpuRow(f"tried {mode}", 1.0, "s")
+    if needed[mode] > room:
+        raise torch.OutOfMemoryError
+    return f"with {mode}"
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("room", "has", "tried", "result"),
+    [
+        (90, 80, ["some", "out of memory", "all"], "all"),  # wrong by little: one more is computed again
+        (100, 101.6, ["some", "none", "out of memory"], "some"),  # fits, and less does not
+        (999, 110, ["some", "none"], "none"),  # fits, and less too
+        (40, 40, ["all", "not tried"], "all"),  # nothing else can
+        (999, None, ["none"], "none"),
+    ],
+)
+def test_the_least_recomputation_is_known_beforehand_and_then_looked_for(room, has, tried, result):
+    needed = {"none": 115 * GIB, "some": 95 * GIB, "all": 30 * GIB}
+    room, has = room * GIB, None if has is None else int(has * GIB)
+    if has == 80 * GIB:  # the arithmetic says too little
+        needed, room = needed | {"some": 70 * GIB}, 60 * GIB
+    rows = []
+    mode, found = _result_of(rows, least_that_fits(_fits_up_to, needed, has, room, needed))
+    assert (mode, found) == (result, f"with {result}")
+    said = [
+        row.name.removeprefix("tried ") if row.value else row.note.partition(";")[0].partition(":")[0] for row in rows
+    ]
+    assert said == tried
+
+
+def test_what_an_update_needs_is_counted_before_it_is_tried(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(published_config("3B")))
+    needed = needed_by_mode(tmp_path, Options("3b"))
+    assert set(needed) == set(MODES) and list(needed.values()) == sorted(needed.values(), reverse=True)
+    assert needed["none"] > needed["full"] > 50 * GIB
+    assert "needs about" in cannot_fit(needed["none"], 80 * GIB) and not cannot_fit(needed["full"], 80 * GIB)
+    assert needed["full"] - needed_by_mode(tmp_path, Options("3b"), optim__precision_aware=True)["full"] > 13 * GIB
+
+
+def test_a_budget_is_shared_and_a_part_without_time_is_not_begun(tmp_path, monkeypatch, capsys):
+    now, limits = [0.0], {}
+
+    def runs(name, options, limit_s, take):
+        limits[name] = limit_s
+        take(GpuRow("a figure", 1.0, "s"))
+        assert '"a figure"' in (tmp_path / "rows.json").read_text(), "a row is written as it comes"
+        now[0] += limit_s
+
+    monkeypatch.setattr(command, "run_part", runs)
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    wanted = [Wanted.parse(text) for text in ("update=100", "head=60:quick", "memory=90")]
+    targets = Targets(tmp_path / "rows.json")
+    assert command.run(wanted, Options("tiny"), targets, budget_s=125) == 0
+    assert limits == {"update": 100, "head": 25}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["part"], row["note"]) for row in rows] == [("update", ""), ("head", ""), ("memory", NO_TIME)]
+    assert "update: a figure: 1 s" in capsys.readouterr().out
+    command.run(wanted, Options("tiny"), targets, budget_s=500)
+    assert limits == {"update": 200, "head": 120, "memory": 180}
+    command.run(wanted[:1], Options("tiny"), targets)
+    assert limits["update"] == LIMIT_S and len(json.loads((tmp_path / "rows.json").read_text())) == 3
+    assert set(USUAL_S) == set(PARTS)
 
 
 def test_what_was_measured_before_a_failure_stays():
@@ -141,22 +262,51 @@ def test_what_was_measured_before_a_failure_stays():
     assert list(attempt("second", measure)) == [GpuRow("first", 1.0, "s"), GpuRow("second", None, note="out of memory")]
 
 
-def test_failed_gpu_tests_are_rows_and_fail_the_command():
-    report = ElementTree.fromstring(
-        "<testsuites><testsuite><testcase classname='a' name='good'/>"
-        "<testcase classname='a' name='bad'><failure message='assert 2 &lt; 1&#10;more'/></testcase>"
-        "<testcase classname='a' name='broken'><error message=''/></testcase>"
-        "<testcase classname='a' name='none'><skipped message='needs'/></testcase></testsuite></testsuites>"
+def test_results_of_tests_stay_when_the_rest_is_cut_off(tmp_path):
+    file = tmp_path / "test_made_up.py"
+    file.write_text(
+        "import time, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no such card')\n"
+        "def test_broken(broken): pass\n"
+        "@pytest.mark.skip(reason='needs two')\n"
+        "def test_none(): pass\n"
+        "def test_late(): time.sleep(600)\n"
     )
-    rows = list(rows_of(report))
-    assert [row.value for row in rows[:3]] == [1, 2, 1] and [has_failed(row) for row in rows[:3]] == [
-        False,
-        True,
-        False,
-    ]
-    assert [(row.name, row.note) for row in rows[3:]] == [
-        ("a::bad", "failure: assert 2 < 1"), ("a::broken", "error: no message")
+    (tmp_path / "test_not_python.py").write_text("import nothing_at_all\n")
+    found, rows = Found(), []
+
+    def is_over() -> bool:
+        return bool(found.passed and found.skipped and found.running)
+
+    arguments = [str(tmp_path), "--continue-on-collection-errors", "-p", "no:randomly"]
+    _result_of(rows, results(arguments, found, is_over))
+    names = {row.name.rpartition("/")[2].rpartition("::")[2]: row.note for row in rows}
+    assert names == {
+        "test_not_python.py": "failed: ModuleNotFoundError: No module named 'nothing_at_all'",
+        "test_bad": "failed: assert 1 == 2",
+        "test_broken": "failed: OSError: no such card",
+    }
+    passed, failed, skipped, longest, cut_off = counts(found)
+    assert (passed.value, failed.value, skipped.value) == (1, 3, 1) and longest.name.endswith("test_good")
+    assert cut_off.name.endswith("test_late") and cut_off.note == "cut off: the time was over"
+    assert has_failed(failed) and not has_failed(passed)
+    assert next(iter(found.lines())).startswith("passed 1, failed 3, skipped 1; cut off: ")
+
+
+def test_pieces_that_failed_fail_the_command():
+    assert has_failed(GpuRow(FAILED_PIECES, 1.0, "pieces")) and not has_failed(GpuRow(FAILED_PIECES, 0.0, "pieces"))
+
+
+def test_an_update_in_fp8_is_beside_both_peaks(monkeypatch):
+    monkeypatch.setattr("tools.benchmarks.gpu.update.device_name", lambda: "NVIDIA H100 80GB HBM3")
+    rows = list(mfu_rows("delayed", 1.0, int(989.5e12), fp8=True))
+    assert [(row.name, row.value) for row in rows] == [
+        ("delayed: MFU of bfloat16's peak / aim", 100.0), ("delayed: MFU of FP8's peak", 50.0)
     ]  # fmt: skip
+    assert len(list(mfu_rows("PAPO joint", 1.0, 1))) == 1
 
 
 def test_the_document_is_rewritten_part_by_part(tmp_path):

@@ -19,9 +19,9 @@ from tools.benchmarks.timing import Seconds, measure
 Side = Callable[[], object]
 
 
-def in_turns(sides: Mapping[str, Side], rounds: int, what: str) -> Seconds:
-    """Every side once to warm up, then once a round."""
-    for side in sides.values():
+def in_turns(sides: Mapping[str, Side], rounds: int, what: str, warm_up: bool = True) -> Seconds:
+    """Every side once to warm up, where `peaks` has not done that, then once a round."""
+    for side in sides.values() if warm_up else ():
         side()
     return measure(sides, rounds, what, clock)
 

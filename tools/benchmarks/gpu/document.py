@@ -18,10 +18,11 @@ from tools.benchmarks.gpu.rows import GpuRow
 BEGIN, END = "<!-- gpu-check -->", "<!-- /gpu-check -->"
 NOT_RUN = "not run"
 _INTRODUCTION = """\
-`make gpu-check` measures all of this on a GPU and writes it here; `python tools/benchmark.py gpu --part NAME --write`
-one part. Each part is a process of its own and says in its file (`tools/benchmarks/gpu/NAME.py`) what it compares. A
-ratio is value over baseline. Aims: MFU 50 % in bfloat16, FP8 1.25 times bfloat16's tokens/s.
-No other figure of this page comes from a GPU."""
+`make gpu-check` measures all of this on a GPU and writes it here, what says most about the rest first;
+`make gpu-check BUDGET=600` what ten minutes allow, and `python tools/benchmark.py gpu --part NAME --write` one part.
+Each part is a process of its own and says in its file (`tools/benchmarks/gpu/NAME.py`) what it compares. A ratio is
+value over baseline. Aims: MFU 50 % in bfloat16, FP8 1.25 times bfloat16's tokens/s. No other table of this page comes
+from a GPU but that of the first run above."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The same update with its matrix products in FP8, by recipe, against bfloat16 on the same card.
 
-One policy at a time, all from the same weights; the first is bfloat16, with the least recomputation that fits, and the
-others take the same. Each recipe's log-probs are compared with bfloat16's first: a gap of exactly zero is no FP8, and
-nothing is timed. MFU is of the peak in bfloat16, so that it can exceed what bfloat16 can reach. A recipe that the
-machine cannot compute is a row with the reason. Without a GPU the rounding is emulated, which is slower.
+One policy at a time, each in a process of its own, all from the same weights; the first is bfloat16, with the least
+recomputation that fits by arithmetic, and the others take the same. Each recipe's log-probs are compared with
+bfloat16's first: a gap of exactly zero is no FP8, and nothing is timed. MFU is of the peak in bfloat16, beside which it
+can exceed 100 %, and of that in FP8. A recipe that the machine cannot compute is a row with the reason. Without a GPU
+the rounding is emulated, which is slower.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor
 
 from megatron_papo.config import Fp8Config
+from megatron_papo.types import Group
 from tools.benchmarks.floor import update_flops
+from tools.benchmarks.gpu.apart import Rows, apart
 from tools.benchmarks.gpu.clock import in_turns, peak_row, peaks, rate_row
+from tools.benchmarks.gpu.fitting import device_bytes, least_that_fits, needed_by_mode
 from tools.benchmarks.gpu.folder import model_folder
-from tools.benchmarks.gpu.policy import PERCEPTION, mean_gap, open_ours, workload
-from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, least_recompute, not_measured, release
-from tools.benchmarks.gpu.update import mfu_row, optimizer_settings
+from tools.benchmarks.gpu.policy import PERCEPTION, batch, mean_gap, on_host, open_ours, workload
+from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, not_measured
+from tools.benchmarks.gpu.update import mfu_rows, optimizer_settings
 from tools.benchmarks.ours import Key
-from tools.benchmarks.rollouts import make_groups, num_tokens
+from tools.benchmarks.rollouts import num_tokens
 from tools.benchmarks.timing import Seconds
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -55,14 +58,22 @@ def run(options: Options) -> Iterator[GpuRow]:
 
 
 def _all_recipes(folder: Path, options: Options) -> Iterator[GpuRow]:
-    recompute, plain = least_recompute(lambda which: _measure(folder, options, which, "off"), options.recompute)
-    release()  # two policies do not fit
+    needed, groups = needed_by_mode(folder, options, **optimizer_settings()), batch(folder, options)
+    recompute, plain = yield from least_that_fits(
+        _without, needed, device_bytes(), folder, options, groups, only=options.recompute, try_less=False
+    )
     for recipe in RECIPES:
-        yield from attempt(recipe, partial(_one_recipe, folder, options, recompute, recipe, plain))
+        yield from attempt(recipe, partial(apart, _one_recipe, folder, options, groups, recompute, recipe, plain))
 
 
-def _one_recipe(folder: Path, options: Options, recompute: str, recipe: str, plain: Side) -> Iterator[GpuRow]:
-    found = _measure(folder, options, recompute, recipe)
+def _without(folder: Path, options: Options, groups: list[Group], recompute: str) -> Rows:
+    """What the recipes are compared with; its figures are those of the part `update`."""
+    yield from ()
+    return _measure(folder, options, groups, recompute, "off")
+
+
+def _one_recipe(folder: Path, options: Options, groups: list[Group], recompute: str, recipe: str, plain: Side) -> Rows:
+    found = _measure(folder, options, groups, recompute, recipe)
     gap = mean_gap(found.logprobs, plain.logprobs)
     if mean_gap(found.fresh, plain.fresh) == 0:
         yield not_measured(recipe, "its log-probs are those without FP8: it has no effect")
@@ -73,29 +84,19 @@ def _one_recipe(folder: Path, options: Options, recompute: str, recipe: str, pla
         name = f"{recipe}, {kind}, recompute {recompute}"
         seconds = Seconds({"FP8": found.seconds[kind], "off": plain.seconds[kind]})
         yield rate_row(seconds, f"{name} / without FP8", "FP8", "off", plain.tokens)
-        yield mfu_row(f"{name}: MFU of bfloat16's peak / aim", seconds.median("FP8"), found.flops[kind])
+        yield from mfu_rows(name, seconds.median("FP8"), found.flops[kind], fp8=True)
         most = {"FP8": found.peaks[kind], "off": plain.peaks[kind]} if found.peaks else {}
         yield peak_row(most, f"{name}: peak memory / without FP8", "FP8", "off")
 
 
-def _measure(folder: Path, options: Options, recompute: str, recipe: str) -> Side:
-    _forget_scales()
-    work, more = workload(options), optimizer_settings() | RECIPES.get(recipe, {})
-    with open_ours(folder, work, model__recompute=recompute, fp8__recipe=recipe, **more) as ours:
-        groups = make_groups(work, ours.run.processor)
-        fresh = ours.logprobs(groups[:1])
+def _measure(folder: Path, options: Options, groups: list[Group], recompute: str, recipe: str) -> Side:
+    more = optimizer_settings() | RECIPES.get(recipe, {})
+    with open_ours(folder, workload(options), model__recompute=recompute, fp8__recipe=recipe, **more) as ours:
+        fresh = on_host(ours.logprobs(groups[:1]))
         ours.update(PERCEPTION[0], groups)
-        logprobs = ours.logprobs(groups[:1])
+        logprobs = on_host(ours.logprobs(groups[:1]))
         sides = {kind: partial(ours.update, kind, groups) for kind in PERCEPTION}
         most = peaks(sides)
-        seconds = in_turns(sides, options.rounds, f"update, fp8.recipe={recipe}")
+        seconds = in_turns(sides, options.rounds, f"update, fp8.recipe={recipe}", warm_up=False)
         flops = {kind: update_flops(groups, kind, ours.run.shape) for kind in PERCEPTION}
         return Side(fresh, logprobs, seconds.of, most, num_tokens(groups), flops)
-
-
-def _forget_scales() -> None:
-    """Transformer Engine's, of the policy before: it keeps them for the process."""
-    if HAVE_TE:
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-        FP8GlobalStateManager.reset()

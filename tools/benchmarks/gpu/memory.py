@@ -1,8 +1,9 @@
 """What recomputation and smaller moments save of an update's memory, and what they cost in tokens/s.
 
-PAPO joint, one policy at a time on the same batch; each is compared with the first, which keeps every activation and
-has moments in fp32. A setting that does not fit the device is a row that says so; where the first does not, the others
-stand alone.
+PAPO joint, one policy at a time on the same batch, each in a process of its own, what needs least memory first, so that
+a time that is short has figures. Each peak stands beside what `papo check` counts, and each is compared with the
+setting that keeps every activation and has moments in fp32, where that fits. What cannot fit by arithmetic is not
+tried; both that and what runs out of memory are rows that say so.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.types import Group
+from tools.benchmarks.gpu.apart import Rows, apart
 from tools.benchmarks.gpu.clock import in_turns, peak_row, peaks, rate_row
+from tools.benchmarks.gpu.fitting import MODES, cannot_fit, device_bytes, needed_bytes
 from tools.benchmarks.gpu.folder import model_folder
-from tools.benchmarks.gpu.policy import open_ours, workload
-from tools.benchmarks.gpu.rows import GIB, GpuRow, Options, attempt
-from tools.benchmarks.rollouts import make_groups, num_tokens
+from tools.benchmarks.gpu.policy import batch, open_ours, workload
+from tools.benchmarks.gpu.rows import NEEDS_GPU, GpuRow, Options, attempt, not_measured
+from tools.benchmarks.gpu.update import predicted_row
+from tools.benchmarks.rollouts import num_tokens
 from tools.benchmarks.timing import Seconds
 
 KIND = "PAPO joint"
-FIRST = "recompute none, moments in fp32"
+FIRST = f"recompute {MODES[0]}, moments in fp32"
 SETTINGS: dict[str, dict[str, Any]] = {
-    FIRST: {"model__recompute": "none"},
-    "recompute selective": {"model__recompute": "selective"},
-    "recompute full": {"model__recompute": "full"},
-    "recompute full, moments in bfloat16": {"model__recompute": "full", "optim__precision_aware": True},
-    "recompute none, moments in bfloat16": {"model__recompute": "none", "optim__precision_aware": True},
+    FIRST: {"model__recompute": MODES[0]},
+    **{f"recompute {mode}": {"model__recompute": mode} for mode in MODES[1:]},
+    **{
+        f"recompute {mode}, moments in bfloat16": {"model__recompute": mode, "optim__precision_aware": True}
+        for mode in MODES
+    },
     "recompute full, half of the states on the host": {"model__recompute": "full", "optim__offload_fraction": 0.5},
 }
 
@@ -36,29 +42,52 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Found:
     """By setting, as far as it was measured."""
 
+    tokens: int
+    """Of every update."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
 
 def run(options: Options) -> Iterator[GpuRow]:
-    found = Found()
     with model_folder(options.shape) as folder:
-        for name in SETTINGS:
-            yield from attempt(name, partial(_rows, folder, options, name, found))
+        has, groups = device_bytes(), batch(folder, options)
+        found = Found(num_tokens(groups))
+        needed = {name: needed_bytes(folder, options, **settings) for name, settings in SETTINGS.items()}
+        for name in sorted(SETTINGS, key=lambda name: (has is not None, needed[name])):
+            reason = cannot_fit(needed[name], has) if has or not _wants_gpu(name) else NEEDS_GPU
+            if reason:
+                yield not_measured(name, reason)
+            else:
+                yield from attempt(name, partial(_rows, folder, options, groups, name, needed[name], found))
+    yield from _compared(found)
 
 
-def _rows(folder: Path, options: Options, name: str, found: Found) -> Iterator[GpuRow]:
-    work = workload(options)
-    with open_ours(folder, work, **SETTINGS[name]) as ours:
-        groups = make_groups(work, ours.run.processor)
+def _wants_gpu(name: str) -> bool:
+    """As `megatron_papo.optim` refuses."""
+    return any(key.startswith("optim__") for key in SETTINGS[name])
+
+
+def _rows(
+    folder: Path, options: Options, groups: list[Group], name: str, needed: int, found: Found
+) -> Iterator[GpuRow]:
+    found.seconds[name], peak = yield from apart(_measure, folder, options, groups, name, needed)
+    found.peaks |= peak
+
+
+def _measure(folder: Path, options: Options, groups: list[Group], name: str, needed: int) -> Rows:
+    with open_ours(folder, workload(options), **SETTINGS[name]) as ours:
         sides = {name: partial(ours.update, KIND, groups)}
-        found.peaks |= peaks(sides)
-        found.seconds |= in_turns(sides, options.rounds, "update").of
-    tokens, seconds = num_tokens(groups), Seconds(found.seconds)
-    if name != FIRST and FIRST in found.seconds:
-        yield rate_row(seconds, f"{name} / {FIRST}", name, FIRST, tokens)
-        yield peak_row(found.peaks, f"{name}: peak memory / {FIRST}", name, FIRST)
-    else:
-        yield GpuRow(name, tokens / seconds.median(name), "tokens/s")
-        if name in found.peaks:
-            yield GpuRow(f"{name}: peak memory", found.peaks[name] / GIB, "GiB")
+        most = peaks(sides)
+        for peak in most.values():
+            yield predicted_row(name, peak, needed)
+        seconds = in_turns(sides, options.rounds, "update", warm_up=False)
+        yield GpuRow(name, num_tokens(groups) / seconds.median(name), "tokens/s")
+    return seconds.of[name], most
+
+
+def _compared(found: Found) -> Iterator[GpuRow]:
+    """Beside the first setting, where that was measured."""
+    for name in found.seconds:
+        if name != FIRST and FIRST in found.seconds:
+            yield rate_row(Seconds(found.seconds), f"{name} / {FIRST}", name, FIRST, found.tokens)
+            yield peak_row(found.peaks, f"{name}: peak memory / {FIRST}", name, FIRST)

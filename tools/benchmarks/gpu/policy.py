@@ -21,10 +21,11 @@ from megatron_papo.observe.watchdog import StageClock
 from megatron_papo.optim import build_optimizer, wrap_policy
 from megatron_papo.parallel import initialize, own_rank, shutdown
 from megatron_papo.run import Run
+from megatron_papo.types import Group
 from tools.benchmarks.gpu.folder import draw_into
 from tools.benchmarks.gpu.rows import Options
 from tools.benchmarks.ours import Key, Ours, settings
-from tools.benchmarks.rollouts import Workload
+from tools.benchmarks.rollouts import Workload, make_groups
 
 PERCEPTION = ("PAPO frozen", "PAPO joint")
 
@@ -40,6 +41,13 @@ def row_budget(work: Workload) -> int:
     """Tokens of a micro-batch: one group in both views, with room to spare."""
     tokens = 2 * (work.prompt_tokens + work.group_size * work.response_tokens)
     return -(-tokens // 1024) * 1024
+
+
+def batch(folder: Path, options: Options) -> list[Group]:
+    """What an update trains on. Made before other processes are forked it also spares each of them the import of what
+    reads a processor."""
+    work = workload(options)
+    return make_groups(work, load_processor(folder / "model", our_settings(folder, PERCEPTION[0], work).data))
 
 
 def our_settings(folder: Path, kind: str, work: Workload, **more: Any) -> Config:
@@ -79,3 +87,8 @@ def open_ours(folder: Path, work: Workload, **more: Any) -> Iterator[Ours]:
 def mean_gap(ours: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]) -> float:
     """Of two sides' log-probs of the same rollouts, mean absolute difference in nats."""
     return float(torch.cat([(ours[key].cpu() - theirs[key].cpu()).abs() for key in ours]).mean())
+
+
+def on_host(logprobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """For another process."""
+    return {key: values.cpu() for key, values in logprobs.items()}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 
-from megatron_papo.accelerator import has_gpu
-
 GIB = 2**30
 NEEDS_GPU = "needs a GPU"
-Recompute = Literal["none", "selective", "full"]
 _MOST_LETTERS = 200
 """Of a reason."""
+_FRAMES = 8
+"""Of a failure's traceback, innermost."""
 _LITTLE_GIB = 0.5
+
+
+class Failed(Exception):
+    """Whose message alone is a row's reason."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,10 @@ class Options:
     """Small and few: to see that it runs."""
     rounds: int = 5
     """Times that every side is measured, in turns."""
-    recompute: Recompute = "none"
-    """The least that is tried: a device that is known not to hold less need not be filled to find out."""
+    recompute: str | None = None
+    """As `model.recompute`: that alone is measured where what fits would otherwise be looked for."""
+    ends_at: float | None = None
+    """When the part will be cut off, by time.monotonic."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,17 @@ def attempt(name: str, measure: Callable[[], Iterable[GpuRow]]) -> Iterator[GpuR
     try:
         yield from measure()
     except Exception as error:  # whatever it is, the other rows are still worth having
+        show_failure(error)
         reason = reason_of(error)
     release()
     if reason:
         yield not_measured(name, reason + _still_held())
+
+
+def show_failure(error: Exception) -> None:
+    """On stderr: a row has room for one line."""
+    if not isinstance(error, Failed):  # its process has shown it
+        traceback.print_exception(error, limit=-_FRAMES)
 
 
 def reason_of(error: BaseException) -> str:
@@ -69,33 +82,17 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:_MOST_LETTERS]
+    return (lines[0] if isinstance(error, Failed) else f"{type(error).__name__}: {lines[0]}")[:_MOST_LETTERS]
 
 
 def _still_held() -> str:
-    """What memory a failure has left behind, which those after it will lack."""
-    gib = torch.cuda.memory_allocated() / GIB if has_gpu() else 0.0
+    """What memory of this process's own a failure has left behind, which those after it will lack."""
+    gib = torch.cuda.memory_allocated() / GIB if torch.cuda.is_initialized() else 0.0
     return f"; {gib:.1f} GiB stay taken" if gib > _LITTLE_GIB else ""
 
 
 def release() -> None:
     """Memory of what is no longer referred to."""
     gc.collect()
-    if has_gpu():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def least_recompute(measure: Callable[[Recompute], Any], first: Recompute = "none") -> tuple[Recompute, Any]:
-    """`measure` under the first of model.recompute=none, selective, full, from `first` on, that fits the memory;
-    which, and the result.
-
-    Raises torch.OutOfMemoryError when none does.
-    """
-    every = get_args(Recompute)
-    for recompute in every[every.index(first) : -1]:
-        try:
-            return recompute, measure(recompute)
-        except torch.OutOfMemoryError as error:
-            reason_of(error)
-        release()
-    return "full", measure("full")
