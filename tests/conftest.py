@@ -10,6 +10,12 @@ import pytest
 from tests import processes, workers
 from tests.slurm_lab import slurm as slurm
 
+CORE = tuple(
+    f"tests/parallel/test_{name}.py"
+    for name in ("model_parity", "optim", "generation_transformers", "generation_vllm", "generation_trainer")
+)
+"""What depends most on versions of torch, transformers and vLLM; the fast tests have a case of training."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "every rank and command is a process that imports everything itself, nothing is forked from a server"
@@ -29,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.nodeid.startswith("tests/unit/"):
             item.add_marker("fast")
+        if item.nodeid.startswith(CORE):
+            item.add_marker("core")
     if not config.pluginmanager.has_plugin("randomly"):
         items.sort(key=lambda item: workers.place_of(item.nodeid))
 

@@ -6,11 +6,13 @@ GPU can show, that they compile, is in `tests/gpu`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import multiprocessing
 import os
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from megatron_papo.logprobs import torch_tile
@@ -40,19 +42,39 @@ def _pulls(num_views: int, slope: bool) -> RowPulls:
     return RowPulls(draw() + 15, draw(), draw(), draw() if slope else None, draw()[0] if num_views == 2 else None)
 
 
-def _kernels(name: str, *args) -> object:
+def _start_interpreter() -> None:
+    """In the process of the kernels: Triton reads the variable as it is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    if Version(importlib.metadata.version("triton")) < Version("3.7"):
+        _take_scalars_as_indices()
+
+
+def _take_scalars_as_indices() -> None:
+    """What Triton 3.7 does by itself: the interpreter of 3.6 holds a scalar as an array of one number, which NumPy
+    from 2.5 on does not take for the end of a `range`."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def _kernels(name: str, *args) -> object:
     from megatron_papo.logprobs import triton_tile
 
-    torch.set_num_threads(1)
     return getattr(triton_tile, name)(*args)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
     context = multiprocessing.get_context("spawn")
-    context.set_executable(PYTHON)  # Triton reads the variable as it is imported
-    with context.Pool(1) as pool:
+    context.set_executable(PYTHON)
+    with context.Pool(1, _start_interpreter) as pool:
         yield lambda name, *args: pool.apply(_kernels, (name, *args))
 
 
