@@ -107,6 +107,7 @@ def _ended() -> dict[str, Any]:
     generator._sleep()
     generator._sleep()  # of a call that found it asleep
     found["forgot"] = generator.policy_version, generator.forgotten_version, driver.told.copy()
+    found["reminded"] = [_reminded(generator), _reminded(_generator(generator.llm))]
     generator.restart()
     try:
         _generator(_Engine(driver, leaves=1)).restart()
@@ -115,10 +116,20 @@ def _ended() -> dict[str, Any]:
     return found
 
 
+def _reminded(generator: Any) -> list[int]:
+    """Versions of the weights that it is given before it is asked."""
+    from megatron_papo import rollouts
+
+    given: list[int] = []
+    rollouts.hand_over = lambda run, generator, policy_version: given.append(policy_version)
+    rollouts.remind(None, generator)  # type: ignore[arg-type]
+    return given
+
+
 def test_a_sleeping_engine_wakes_before_it_ends_and_leaves_nothing_mapped():
     (found,) = run_ranks(_ended, 1, vllm=True)
     steps = ["sleep 1", "wake weights", "wake kv_cache", "shutdown", "start"]
     for name in ("asleep", "weights", "awake"):
         assert found[name] == (3 * 2**20, steps, 0), name
-    assert found["forgot"] == (None, 7, ["sleep 2"])
+    assert found["forgot"] == (None, 7, ["sleep 2"]) and found["reminded"] == [[7], []]
     assert found["left"].startswith("the engine that was closed still holds 0.00 GiB in 1 pieces of vLLM's sleeping")
