@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_papo.checkpoint import store
+from megatron_papo.checkpoint import staging, store
 from megatron_papo.checkpoint.faults import RanksFailed
 from megatron_papo.checkpoint.store import CheckpointStore, SaveFailed
 from tests.parallel.checkpoint_cases import Setup, make_source, ranks, start, train, weights
@@ -195,3 +199,48 @@ def test_a_mistake_of_the_program_is_no_fault_of_the_disk(source, tmp_path):
     for message in run_ranks(_mistake, 2, str(source), str(tmp_path)):
         assert message.startswith("rank 0: AssertionError: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001"]
+
+
+class _Runtime:
+    """CUDA's, of which a checkpoint pins and unpins memory."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.calls: list[str] = []
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert address % mmap.PAGESIZE == 0 and flags == 0
+        self.pinned[address] = num_bytes
+        self.calls.append("pin")
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        self.calls.append("unpin")
+        return 0
+
+
+def _tree(num_rows: int, value: float) -> dict[str, Any]:
+    tensors = {"a": torch.full((num_rows, 1025), value), "b": torch.full((3,), value, dtype=torch.bfloat16)}
+    tensors |= {"none": torch.empty(0, 4)}
+    return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
+
+
+def test_what_a_checkpoint_pins_is_as_large_as_what_it_copies(monkeypatch):
+    runtime = _Runtime()
+    monkeypatch.setattr(staging, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    memory = staging.Staging()
+    for value in (1.0, 2.0):  # the second save finds the first one's memory
+        copied = memory.copy(_tree(9, value))
+        assert all(bool((part.data == value).all()) for part in copied.values())
+        assert copied["a"].data.untyped_storage().nbytes() == copied["a"].data.nbytes  # is written without its like
+    assert runtime.calls == ["pin"] and memory.num_bytes == 9 * 1025 * 4 + 3 * 2
+    assert 0 <= sum(runtime.pinned.values()) - memory.num_bytes < 2 * 64
+    memory.copy(_tree(5, 3.0))
+    assert runtime.calls == ["pin", "unpin", "pin"] and len(runtime.pinned) == 1
+    del memory, copied
+    gc.collect()
+    assert runtime.calls[3:] == ["unpin"]
