@@ -154,8 +154,9 @@ def _prepare_vllm() -> None:
         return
 
     pick_vec_isa()
-    CpuPlatform.register_triton_kernel_overrides()
-    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)  # forked processes have it
+    if hasattr(CpuPlatform, "register_triton_kernel_overrides"):  # vLLM 0.26 has none
+        CpuPlatform.register_triton_kernel_overrides()
+        CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)  # forked processes have it
     config.compile_threads = 1  # in this process, which must not have threads when it forks
     torch.set_num_threads(1)
     for mode in (contextlib.nullcontext(), _CudaMeansCpu()):  # an engine on ranks of its own, and one in the trainer's
