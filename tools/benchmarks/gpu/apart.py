@@ -32,6 +32,8 @@ def apart(function: Callable[..., Rows], *args: Any, start: str = "fork", limit_
     `start`: multiprocessing's method; rows and result are pickled. Raises torch.OutOfMemoryError where the function
     does, and Failed where it raises anything else, its process dies, or it takes longer than `limit_s` seconds.
     """
+    if start == "fork" and torch.cuda.is_initialized():
+        raise RuntimeError("this process has used CUDA, which a forked one could not use again")
     context: Any = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, os.getpid() if start == "fork" else None, function, args))
