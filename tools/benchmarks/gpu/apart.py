@@ -48,6 +48,21 @@ def apart(function: Callable[..., Rows], *args: Any, start: str = "fork", limit_
         receiver.close()
 
 
+def result_apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` returns, called in a process forked from this one: it may use CUDA."""
+    rows = apart(_without_rows, function, args)
+    try:
+        next(rows)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it makes no rows")
+
+
+def _without_rows(function: Callable[..., Any], args: tuple[Any, ...]) -> Rows:
+    yield from ()
+    return function(*args)
+
+
 def end_with_parent(parent: int | None = None) -> None:
     """This process is killed when the one that started it ends, which is `parent` where that is known."""
     with suppress(AttributeError):  # elsewhere than on Linux
