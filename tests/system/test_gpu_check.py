@@ -12,12 +12,13 @@ import weakref
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.commands import run
-from tools.benchmarks.gpu import command, document
+from tools.benchmarks.gpu import command, document, fitting, fp8, memory, update
 from tools.benchmarks.gpu.apart import apart
 from tools.benchmarks.gpu.checks import counts, results
 from tools.benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
@@ -219,6 +220,36 @@ def test_the_least_recomputation_is_known_beforehand_and_then_looked_for(room, h
         row.name.removeprefix("tried ") if row.value else row.note.partition(";")[0].partition(":")[0] for row in rows
     ]
     assert said == tried
+
+
+@no_gpu
+def test_a_part_that_forks_others_leaves_cuda_to_them(monkeypatch):
+    """As on a GPU of 80 GiB: CUDA does not survive a fork, so the part itself must not begin it."""
+
+    def no_cuda() -> None:
+        raise AssertionError("the part itself asked CUDA")
+
+    def other_process(function, *args, **_):
+        asked.append(function.__name__)
+        yield from ()
+        if function.__name__ == "_measure":
+            return [1.0], {args[-2]: GIB}
+        return SimpleNamespace(seconds={}, peaks={}, tokens=1, logprobs={}, fresh={})
+
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
+    monkeypatch.setattr(fitting, "result_apart", lambda function: (0, 80 * GIB))
+    for module in (fitting, fp8, memory, update):
+        monkeypatch.setattr(module, "apart", other_process)
+    for module, functions in (
+        (update, ["_ours", "_plain"]),
+        (fp8, ["_without"] + ["_one_recipe"] * len(fp8.RECIPES)),
+        (memory, ["_measure"] * len(memory.SETTINGS)),
+    ):
+        asked.clear()
+        rows = list(module.run(Options("tiny", True, 1)))
+        assert asked == functions and [row.note for row in rows if row.value is None] == []
 
 
 def test_what_an_update_needs_is_counted_before_it_is_tried(tmp_path):
