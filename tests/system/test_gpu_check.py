@@ -8,22 +8,24 @@ import math
 import os
 import subprocess
 import time
+import weakref
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.commands import run
-from tools.benchmarks.gpu import command, document
+from tools.benchmarks.gpu import command, document, fitting, fp8, memory, update
 from tools.benchmarks.gpu.apart import apart
 from tools.benchmarks.gpu.checks import counts, results
 from tools.benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
 from tools.benchmarks.gpu.fitting import MODES, cannot_fit, least_that_fits, needed_by_mode
 from tools.benchmarks.gpu.folder import write_3b
 from tools.benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
-from tools.benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt
+from tools.benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt, reason_of
 from tools.benchmarks.gpu.smoke import FAILED_PIECES
 from tools.benchmarks.gpu.stream import Found
 from tools.benchmarks.gpu.update import mfu_rows
@@ -107,8 +109,9 @@ def test_the_tests_of_the_gpu_are_counted(rows):
 @no_gpu
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_engine_reads_a_prompt_once_a_group_and_sleeps_on_a_gpu(rows):
-    rate, cached = rows["rollouts"]
-    assert rate["unit"] == "tokens/s" and cached["baseline"] == 0
+    alone, share, rate, cached = rows["rollouts"]
+    assert alone["unit"] == rate["unit"] == "tokens/s" and alone["value"] == rate["value"]
+    assert cached["baseline"] == 0 and share["value"] == cached["value"]
     assert cached["value"] == pytest.approx(7 / 8 * 256 / 300, abs=1e-6)  # two whole blocks of the prompt's 300 tokens
     *buckets, sleep = rows["handover"]
     assert [row["unit"] for row in buckets] == ["s", "GB/s"] * 2 and sleep["note"] == NEEDS_GPU
@@ -219,6 +222,36 @@ def test_the_least_recomputation_is_known_beforehand_and_then_looked_for(room, h
     assert said == tried
 
 
+@no_gpu
+def test_a_part_that_forks_others_leaves_cuda_to_them(monkeypatch):
+    """As on a GPU of 80 GiB: CUDA does not survive a fork, so the part itself must not begin it."""
+
+    def no_cuda() -> None:
+        raise AssertionError("the part itself asked CUDA")
+
+    def other_process(function, *args, **_):
+        asked.append(function.__name__)
+        yield from ()
+        if function.__name__ == "_measure":
+            return [1.0], {args[-2]: GIB}
+        return SimpleNamespace(seconds={}, peaks={}, tokens=1, logprobs={}, fresh={})
+
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
+    monkeypatch.setattr(fitting, "result_apart", lambda function: (0, 80 * GIB))
+    for module in (fitting, fp8, memory, update):
+        monkeypatch.setattr(module, "apart", other_process)
+    for module, functions in (
+        (update, ["_ours", "_plain"]),
+        (fp8, ["_without"] + ["_one_recipe"] * len(fp8.RECIPES)),
+        (memory, ["_measure"] * len(memory.SETTINGS)),
+    ):
+        asked.clear()
+        rows = list(module.run(Options("tiny", True, 1)))
+        assert asked == functions and [row.note for row in rows if row.value is None] == []
+
+
 def test_what_an_update_needs_is_counted_before_it_is_tried(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(published_config("3B")))
@@ -260,6 +293,30 @@ def test_what_was_measured_before_a_failure_stays():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
     assert list(attempt("second", measure)) == [GpuRow("first", 1.0, "s"), GpuRow("second", None, note="out of memory")]
+
+
+class _Large:
+    pass
+
+
+def _runs_out_of_memory(held: list[weakref.ref]) -> None:
+    large = _Large()
+    held.append(weakref.ref(large))
+    try:
+        raise ValueError("a kernel that does not take this")
+    except ValueError:
+        raise torch.OutOfMemoryError("of what comes instead")  # noqa: B904 - as libraries do
+
+
+def test_a_failure_that_is_told_holds_nothing():
+    held: list[weakref.ref] = []
+    try:
+        _runs_out_of_memory(held)
+    except torch.OutOfMemoryError as error:
+        kept = error
+        assert held[0]() is not None
+        assert reason_of(error) == "out of memory"
+    assert isinstance(kept.__context__, ValueError) and held[0]() is None
 
 
 def test_results_of_tests_stay_when_the_rest_is_cut_off(tmp_path):

@@ -78,6 +78,7 @@ keep_logs() {
 		printf '\n======== %s\n' "$log"
 		tail -c 300000 "$logs/$log"
 	done >"$new"
+	chmod 644 "$new"
 	mv "$new" "$OUT/logs.txt"
 }
 

@@ -32,6 +32,8 @@ def apart(function: Callable[..., Rows], *args: Any, start: str = "fork", limit_
     `start`: multiprocessing's method; rows and result are pickled. Raises torch.OutOfMemoryError where the function
     does, and Failed where it raises anything else, its process dies, or it takes longer than `limit_s` seconds.
     """
+    if start == "fork" and torch.cuda.is_initialized():
+        raise RuntimeError("this process has used CUDA, which a forked one could not use again")
     context: Any = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, os.getpid() if start == "fork" else None, function, args))
@@ -44,6 +46,21 @@ def apart(function: Callable[..., Rows], *args: Any, start: str = "fork", limit_
             process.kill()
         process.join()
         receiver.close()
+
+
+def result_apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` returns, called in a process forked from this one: it may use CUDA."""
+    rows = apart(_without_rows, function, args)
+    try:
+        next(rows)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it makes no rows")
+
+
+def _without_rows(function: Callable[..., Any], args: tuple[Any, ...]) -> Rows:
+    yield from ()
+    return function(*args)
 
 
 def end_with_parent(parent: int | None = None) -> None:

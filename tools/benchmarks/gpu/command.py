@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.benchmarks.gpu import document
+from tools.benchmarks.gpu.apart import result_apart
 from tools.benchmarks.gpu.checks import FAILED_TESTS
 from tools.benchmarks.gpu.machine import machine
 from tools.benchmarks.gpu.one_part import LIMIT_S, PARTS, UNFINISHED, USUAL_S, run_part
@@ -86,8 +87,8 @@ def _one_part(wanted: Wanted, options: Options, limit_s: float, targets: Targets
         take(not_measured(name, NO_TIME))
     else:
         run_part(name, options, limit_s, take)
-        if targets.document is not None:
-            made = document.Made(command_of(name, options), machine(), date.today())
+        if targets.document is not None:  # what asks CUDA keeps some of its memory
+            made = document.Made(command_of(name, options), result_apart(machine), date.today())
             document.write(targets.document, {name: rows}, {name: made})
     title = f"gpu, {name}{' (quick)' if options.quick else ''}: {PARTS[name]}, {time.monotonic() - began:.0f} s"
     show(rows, title)

@@ -17,7 +17,7 @@ from megatron_papo.accelerator import has_gpu
 from megatron_papo.config import ModelConfig
 from megatron_papo.memory import stage_memory
 from megatron_papo.model.shape import ModelShape
-from tools.benchmarks.gpu.apart import Rows, apart
+from tools.benchmarks.gpu.apart import Rows, apart, result_apart
 from tools.benchmarks.gpu.policy import our_settings, workload
 from tools.benchmarks.gpu.rows import GIB, Options, not_measured
 
@@ -45,20 +45,8 @@ def needed_by_mode(folder: Path, options: Options, **settings: Any) -> dict[str,
 
 
 def device_bytes() -> int | None:
-    """Of the GPU, asked by another process, since this one must not use CUDA; None without one."""
-    if not has_gpu():
-        return None
-    rows = apart(_device_bytes)
-    while True:
-        try:
-            next(rows)
-        except StopIteration as end:
-            return end.value
-
-
-def _device_bytes() -> Rows:
-    yield from ()
-    return torch.cuda.mem_get_info()[1]
+    """Of the GPU; None without one."""
+    return result_apart(torch.cuda.mem_get_info)[1] if has_gpu() else None
 
 
 def cannot_fit(needed: float, has: int | None) -> str:

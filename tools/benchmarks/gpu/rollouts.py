@@ -22,7 +22,7 @@ from megatron_papo.parallel import initialize, shutdown
 from tools.benchmarks.gpu.clock import clock
 from tools.benchmarks.gpu.folder import drawn_tensors, model_folder
 from tools.benchmarks.gpu.policy import our_settings
-from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, not_measured, reason_of, release
+from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, not_measured, reason_of, release, show_failure
 from tools.benchmarks.rollouts import Workload, make_groups
 
 _KV_CACHE_GIB = {"3b": "null", "tiny": 0.05}
@@ -56,18 +56,17 @@ def engine_settings(folder: Path, options: Options, **more: object) -> Config:
 
 
 def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
-    on = _measure(folder, options, prefix_caching=True)
-    work = rollout_workload(options)
+    on, work = _measure(folder, options, prefix_caching=True), rollout_workload(options)
     what = f"{work.num_prompts} x {work.group_size} rollouts, {work.prompt_tokens} + {work.response_tokens} tokens"
+    yield GpuRow(f"{what}: with prefix caching", on.tokens_per_s, "tokens/s")
+    yield GpuRow(f"{what}: engine/prefix_cached", on.cached, "of prompt tokens")
     try:
         off = _measure(folder, options, prefix_caching=False)
     except Exception as error:  # of the second engine: the first stands without it
-        yield GpuRow(f"{what}: with prefix caching", on.tokens_per_s, "tokens/s")
-        yield GpuRow(f"{what}: engine/prefix_cached", on.cached, "of prompt tokens")
+        show_failure(error)
         yield not_measured(f"{what}: without prefix caching", reason_of(error))
         return
-    ratio = on.tokens_per_s / off.tokens_per_s
-    yield GpuRow(f"{what}: with prefix caching / without", on.tokens_per_s, "tokens/s", off.tokens_per_s, ratio)
+    yield compared(f"{what}: with prefix caching / without", on.tokens_per_s, off.tokens_per_s, "tokens/s")
     yield GpuRow(f"{what}: engine/prefix_cached, with / without", on.cached, "of prompt tokens", off.cached)
 
 

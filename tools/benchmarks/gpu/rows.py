@@ -78,11 +78,24 @@ def show_failure(error: Exception) -> None:
 
 def reason_of(error: BaseException) -> str:
     """One line; the frames of the failure, with the tensors that they hold, are let go of."""
-    error.__traceback__ = None
+    _let_go(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return (lines[0] if isinstance(error, Failed) else f"{type(error).__name__}: {lines[0]}")[:_MOST_LETTERS]
+
+
+def _let_go(error: BaseException) -> None:
+    """Of all frames that ended by it, and by what it was raised in the course of: a frame that is left somewhere keeps
+    its callers too, with all that they had."""
+    left, seen = [error], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
+            left += [more for more in (each.__context__, each.__cause__) if more is not None]
 
 
 def _still_held() -> str:
