@@ -25,7 +25,7 @@ from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
 from megatron_papo.model.specs import choose_spec
 from megatron_papo.model.transformer_configs import language_config, vision_config
-from megatron_papo.model.vision import VisionTower
+from megatron_papo.model.vision import VisionTower, pixels_beside
 from megatron_papo.parallel import layout
 from megatron_papo.types import HeadOutputs, MicroBatch
 
@@ -77,7 +77,8 @@ class VisionLanguageModel(MegatronModule):
         if not micro_batch.pixel_values:
             return embeddings_TH + self._untouched_vision(embeddings_TH)
         assert micro_batch.grid_thw_I3 is not None
-        tokens_MH = self.vision(torch.cat(micro_batch.pixel_values), micro_batch.grid_thw_I3)
+        pixels_PD = pixels_beside(self.vision.patch_embed.weight, micro_batch.pixel_values)
+        tokens_MH = self.vision(pixels_PD, micro_batch.grid_thw_I3)
         places_M = (micro_batch.token_ids_T == self.shape.image_token_id).nonzero().squeeze(1)
         assert len(places_M) == len(tokens_MH), (
             f"{len(places_M)} image tokens in the row, {len(tokens_MH)} from its images"
