@@ -25,7 +25,7 @@ from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
 from megatron_papo.model.specs import choose_spec
 from megatron_papo.model.transformer_configs import language_config, vision_config
-from megatron_papo.model.vision import VisionTower
+from megatron_papo.model.vision import VisionTower, pixels_beside
 from megatron_papo.parallel import layout
 from megatron_papo.types import HeadOutputs, MicroBatch
 
@@ -86,7 +86,8 @@ class VisionLanguageModel(MegatronModule):
         if not micro_batch.pixel_values:
             return embeddings_TH + self._untouched_vision(embeddings_TH)
         assert micro_batch.grid_thw_I3 is not None
-        tokens_MH = self.vision(torch.cat(micro_batch.pixel_values), micro_batch.grid_thw_I3)
+        pixels_PD = pixels_beside(self.vision.patch_embed.weight, micro_batch.pixel_values)
+        tokens_MH = self.vision(pixels_PD, micro_batch.grid_thw_I3)
         # how many there are is known, since packing has counted them: asking a GPU would be waiting for it
         is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
         places_M = torch.nonzero_static(is_image_T, size=len(tokens_MH)).squeeze(1)

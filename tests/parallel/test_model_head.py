@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests import gpu_optimizers
 from tests.parallel.model_cases import Case, write_case
 from tests.ranks import run_ranks
 
@@ -253,3 +257,33 @@ def test_the_ranks_of_the_first_stage_share_the_tower(tmp_path):
         assert flops == whole / 2
     stages = run_ranks(_vision_flops, 4, tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
     assert stages == [(whole - embedding) / 2 + embedding] * 2 + [0, 0]
+
+
+def _pixels_on_their_way(folder: Path) -> dict[str, Any]:
+    """To a GPU that is not there, which says where they are; and as to one, which says what the tower makes of them."""
+    from megatron_papo.model.vision import pixels_beside
+
+    found: dict[str, Any] = {}
+    with FakeTensorMode():
+        weight = torch.zeros(8, 6, dtype=torch.bfloat16, device="cuda")
+        patches = [torch.zeros(4, 6), torch.zeros(8, 6)]
+        with mock.patch.object(torch, "empty", wraps=torch.empty) as empty:
+            moved = pixels_beside(weight, patches)
+        found["arrives"] = moved.device.type, moved.dtype, tuple(moved.shape)
+        found["pinned"] = [call.kwargs.get("pin_memory") for call in empty.call_args_list]
+    model, rows = build(folder, "model.dtype=bfloat16")
+    views = (*rows[0].pixel_values, *(pixels * 0.3 for pixels in rows[0].pixel_values))
+    grids = rows[0].grid_thw_I3.repeat(2, 1)
+    with gpu_optimizers.a_host_beside_it():
+        rounded = pixels_beside(model.vision.patch_embed.weight, views)
+    found["dtypes"] = rounded.dtype, pixels_beside(model.vision.patch_embed.weight, views).dtype
+    with torch.no_grad():
+        found["tokens"] = model.vision(rounded, grids), model.vision(torch.cat(views), grids)
+    return found
+
+
+def test_pixels_go_to_a_gpu_rounded_as_the_tower_rounds_them(folder):
+    (found,) = run_ranks(_pixels_on_their_way, 1, folder)
+    assert found["arrives"] == ("cuda", torch.bfloat16, (12, 6)) and found["pinned"] == [True]
+    assert found["dtypes"] == (torch.bfloat16, torch.float32), "without a GPU they stay as they are"
+    assert torch.equal(*found["tokens"]) and found["tokens"][0].abs().max() > 0
