@@ -188,6 +188,9 @@ def test_the_tool_prints_writes_and_refuses(tmp_path):
     assert "ways fit" in done.stdout and "TP16" not in done.stdout
     assert yaml.safe_load(out.read_text())["parallel"]["distributed_optimizer"] is True
     assert page.read_text().startswith("| layout | stages |")
+    ways = ("--model", "Qwen2.5-VL-3B", "--nodes", "1", "--gpus-per-node", "1", "--every", "--rows", "12")
+    assert _tool(*ways, "--markdown", str(page)).returncode == 0
+    assert page.read_text().count("\n| TP1 PP1 DP1 ") == 12  # four recomputations of three optimizers
     for words, line in (
         (("--model", "Qwen3", "--nodes", "1"), "plan: error: --model: Qwen3 is none of Qwen2.5-VL-3B, "),
         (
