@@ -6,9 +6,9 @@
     python tools/plan.py ... --calibrate RUN_DIR --calibration this_cluster.json
 
 Every way to lay the model out is estimated: memory of each GPU by part, seconds of each stage of a step. Printed are
-the fastest that fit, one a layout; `--explain` says why the rest do not, `--out` writes the best (or --choose) as
-settings. Batch, group size and lengths are those of the settings; what the data is like is said by the options.
-Exit status: 0 found; 2 refused, or nothing fits.
+the fastest that fit, one a layout (`--every`: all ways); `--explain` says why the rest do not, `--out` writes the best
+(or --choose) as settings. Batch, group size and lengths are those of the settings; what the data is like is said by the
+options. Exit status: 0 found; 2 refused, or nothing fits.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-tokens", type=int, default=600, help="of a prompt")
     parser.add_argument("--response-tokens", type=int, help="mean; by default a quarter of the longest")
     parser.add_argument("--rows", type=int, default=10, help="layouts to print")
+    parser.add_argument("--every", action="store_true", help="every way of a layout, those that do not fit too")
     parser.add_argument("--explain", action="store_true", help="say why the other layouts do not fit")
     parser.add_argument("--choose", metavar="NAME", help="another layout than the fastest, as the table names it")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the chosen layout as settings")
@@ -99,7 +100,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(
             "\n".join([f"{options.model} fits {cluster.num_gpus} x {options.gpu} in no layout", *reasons])
         )
-    print_plan(found, options.rows, options.explain)
+    shown = (found.every() if options.every else found.best_of_each_layout())[: options.rows]
+    print_plan(found, shown, options.explain)
     chosen = found.best
     if options.choose is not None:
         named = [each for each in found.best_of_each_layout() if each.candidate.name == options.choose]
@@ -107,8 +109,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise ConfigError(f"--choose: {options.choose} is no layout that fits")
         chosen = named[0]
     if options.markdown is not None:
-        text = markdown(found.best_of_each_layout()[: options.rows]) + "\n" + markdown_reasons(found.reasons())
-        options.markdown.write_text(text)
+        options.markdown.write_text(markdown(shown) + "\n" + markdown_reasons(found.reasons()))
     if options.out is not None:
         options.out.write_text(overrides_yaml(chosen, cluster.gpu.memory_gib))
         print(f"plan: {chosen.candidate.name}: {options.out}")

@@ -66,7 +66,7 @@ class _Norm(torch.autograd.Function):
             grad_weight = above.flatten(0, -2).sum(0).to(weight.dtype)
         if wants_hidden:
             wide = weight.to(normed.dtype)
-            along_T1 = (above @ wide).unsqueeze(-1).div_(weight.numel())
+            along_T1 = (above * wide).mean(-1, keepdim=True)  # no product of matrices: a token's bits are its own
             grad_hidden = torch.addcmul(grad * wide, normed, along_T1, value=-1).mul_(scale_T1).to(hidden.dtype)
         return grad_hidden, grad_weight, None
 

@@ -43,11 +43,11 @@ def cells(found: Estimate) -> list[str]:
     ]
 
 
-def print_plan(plan: Plan, num_rows: int, explain: bool) -> None:
+def print_plan(plan: Plan, shown: Sequence[Estimate], explain: bool) -> None:
     console = Console()
     console.width = max(console.width, 220)
     table = Table(*HEADERS, title="fastest first; memory of the fullest GPU")
-    for found in plan.best_of_each_layout()[:num_rows]:
+    for found in shown:
         table.add_row(*cells(found))
     console.print(table)
     counts = plan.counts()

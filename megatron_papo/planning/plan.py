@@ -38,6 +38,10 @@ class Plan:
             seen.setdefault(found.candidate.name, found)
         return list(seen.values())
 
+    def every(self) -> list[Estimate]:
+        """What does not fit too, the fastest first: the peak says by how much."""
+        return sorted((*self.fitting, *self.too_large), key=lambda found: found.step_s)
+
     def reasons(self) -> list[Refused]:
         """Of every layout that fits in no way: the fault, or what is nearest to fitting lacks."""
         fits = {found.candidate.name for found in self.fitting}

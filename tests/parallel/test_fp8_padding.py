@@ -195,7 +195,8 @@ def hidden_at_padding(folder: Path, overrides: tuple[str, ...]) -> list[float]:
     return found
 
 
-def test_delayed_with_full_recompute_is_refused(case):
-    overrides = ("fp8.recipe=delayed", "fp8.first_layers=0", "fp8.last_layers=0", "model.recompute=full")
-    with pytest.raises(Exception, match=r"model.recompute: full computes a layer again"):
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_delayed_with_full_recompute_is_refused(case, recompute):
+    overrides = ("fp8.recipe=delayed", "fp8.first_layers=0", "fp8.last_layers=0", f"model.recompute={recompute}")
+    with pytest.raises(Exception, match=rf"model.recompute: {recompute} computes a layer again"):
         run_ranks(run_lengths, 1, case, overrides)

@@ -63,6 +63,29 @@ def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
                 )
 
 
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2", "parallel.sequence=true")], ids=["single", "TP2 SP"])
+def test_computed_again_gradients_are_the_same_bits(layout, cases):
+    """Of both stacks; rows of the second layout have padding."""
+    for rank in run_ranks(_gradients_of_each, max(1, len(layout)), cases[0][0], cases[0][1], layout):
+        for mode in ("selective", "mlp", "full"):
+            for name, kept in rank["none"].items():
+                assert torch.equal(rank[mode][name], kept), (mode, name)
+
+
+def _gradients_of_each(folder: Path, temperature: float, layout: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.config import load_config
+    from megatron_papo.parallel import initialize
+
+    adapt_megatron()
+    configs = {
+        mode: load_config(None, ("model.dtype=float32", f"model.recompute={mode}", *layout))
+        for mode in ("none", "selective", "mlp", "full")
+    }
+    initialize(configs["none"].parallel)
+    return {mode: _run(config, folder, temperature)["gradients"] for mode, config in configs.items()}
+
+
 def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[str, ...]) -> list[dict]:
     """On a rank: for every case, log-probs by row (where this rank has them) and the whole model's gradients."""
     from megatron_papo.accelerator import adapt_megatron

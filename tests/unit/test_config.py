@@ -103,6 +103,10 @@ def test_every_fault_has_its_line():
         ),
         (["model.cuda_graphs=true"], "model.cuda_graphs needs train.fixed_rows=true"),
         (
+            ["model.cuda_graphs=true", "train.fixed_rows=true", "model.recompute=selective"],
+            "model.cuda_graphs captures the MLP that model.recompute=selective changes",
+        ),
+        (
             ["model.cuda_graphs=true", "train.fixed_rows=true", "model.spec=local"],
             "model.cuda_graphs needs model.spec=transformer_engine",
         ),

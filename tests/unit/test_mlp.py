@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_papo.config import load_config
 from megatron_papo.model.mlp import GatedMLP, _SwiGLU
 
 WIDTH, ROWS = 24, 10
@@ -96,3 +97,20 @@ def test_a_graph_may_be_gone_through_twice():
     output = _mlp("inner", hidden, first, second, []).sum()
     once = torch.autograd.grad(output, first, retain_graph=True)
     assert torch.equal(*once, *torch.autograd.grad(output, first))
+
+
+def test_megatron_computes_again_what_transformer_engine_must_know_of():
+    from megatron_papo.model.transformer_configs import _recompute
+
+    def chosen(spec: str, mode: str, *words: str, fp8: bool = False) -> dict[str, object]:
+        config = load_config(None, [f"model.recompute={mode}", *words])
+        return _recompute(config, spec, fp8=fp8)
+
+    mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    assert chosen("transformer_engine", "mlp", fp8=True) == mlp
+    overlap = ("parallel.tensor=2", "parallel.sequence=true", "parallel.overlap_tensor=true", "train.fixed_rows=true")
+    assert chosen("transformer_engine", "mlp", *overlap) == mlp
+    for spec, mode, fp8 in (("local", "mlp", True), ("transformer_engine", "mlp", False)):
+        assert chosen(spec, mode, fp8=fp8) == {}
+    assert chosen("transformer_engine", "selective", fp8=True) == {}
+    assert chosen("local", "full")["recompute_granularity"] == "full"

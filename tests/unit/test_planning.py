@@ -11,7 +11,7 @@ import yaml
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.memory import GIB, num_parameters, stage_memory
 from megatron_papo.planning.assumptions import Assumptions
-from megatron_papo.planning.candidates import Candidate, stage_layers_by_cost
+from megatron_papo.planning.candidates import RECOMPUTE, Candidate, stage_layers_by_cost
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.estimate import estimate
 from megatron_papo.planning.hardware import GPUS, Cluster
@@ -88,6 +88,25 @@ def test_an_update_on_one_gpu_takes_its_flops_at_the_peak():
     assert 0 < elementwise < 0.35 * found.seconds["update"]
     assert found.mfu == pytest.approx(3 * flops / found.seconds["update"] / 989.5e12)
     assert found.bubble == 0 and found.seconds["update/gradients"] == 0
+
+
+@pytest.mark.parametrize("spec", ["local", "transformer_engine"])
+def test_each_recomputation_takes_more_time_and_less_memory_than_the_one_before(spec):
+    shape = shape_named("Qwen2.5-VL-3B")
+    config = load_config(ROOT / "examples" / "papo_g_3b.yaml", (f"model.spec={spec}",))
+    work, alone = Workload.of(config, shape), Cluster(GPUS["H100"], 1, gpus_per_node=1)
+    seconds, held = [], []
+    for recompute in RECOMPUTE:
+        candidate = Candidate(1, 1, 1, (36,), recompute, "bf16 moments", 1)
+        found = estimate(candidate, config, shape, alone, Assumptions(), work)
+        seconds.append(found.seconds["update"])
+        held.append(found.stages[0].activations)
+    assert RECOMPUTE == ("none", "selective", "mlp", "full")
+    assert seconds == sorted(seconds) and held == sorted(held, reverse=True)
+    none, selective, mlp, full = seconds
+    assert selective / none < 1.05 and 1.1 < mlp / none < 1.2 and 1.25 < full / none < 1.34
+    # of the layers' products a third is forward, and of that the first linear's share 2 F of 3 F + 2 (A + G) widths
+    assert (mlp - selective) / (full - none) < 2 * 11008 / (3 * 11008 + 2 * (2048 + 256))
 
 
 def test_memory_is_what_the_check_counts():
@@ -169,6 +188,9 @@ def test_the_tool_prints_writes_and_refuses(tmp_path):
     assert "ways fit" in done.stdout and "TP16" not in done.stdout
     assert yaml.safe_load(out.read_text())["parallel"]["distributed_optimizer"] is True
     assert page.read_text().startswith("| layout | stages |")
+    ways = ("--model", "Qwen2.5-VL-3B", "--nodes", "1", "--gpus-per-node", "1", "--every", "--rows", "12")
+    assert _tool(*ways, "--markdown", str(page)).returncode == 0
+    assert page.read_text().count("\n| TP1 PP1 DP1 ") == 12  # four recomputations of three optimizers
     for words, line in (
         (("--model", "Qwen3", "--nodes", "1"), "plan: error: --model: Qwen3 is none of Qwen2.5-VL-3B, "),
         (
