@@ -35,8 +35,8 @@ class GenerationConfig(Section):
     kv_cache_gib: Positive | None = None
     """Of vLLM; null: what gpu_memory_fraction leaves (1/2 GiB without a GPU)."""
     gpu_memory_fraction: Fraction = 0.5
-    """Of the GPU, for vLLM with its weights. A colocated one needs it free beside what the trainer keeps, as it wakes and
-    as it is started again; papo check says the largest that would do. Without effect where kv_cache_gib is given."""
+    """Of the GPU, for vLLM with its weights. A colocated one needs it free beside what the trainer keeps, as it wakes
+    and as it is started again; papo check says the largest that would do. Unused where kv_cache_gib is given."""
     prefix_caching: bool = True
     """vLLM reads a prompt once for all rollouts of its group."""
     sleep: bool = True
