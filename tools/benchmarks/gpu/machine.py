@@ -7,7 +7,7 @@ import subprocess
 import torch
 
 from megatron_papo.accelerator import device_name
-from megatron_papo.doctor import version
+from megatron_papo.doctor.finding import version
 
 _PACKAGES = {
     "torch": "torch",
