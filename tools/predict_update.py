@@ -44,8 +44,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def main() -> int:
     frozen = _arguments().frozen
     has = GPU_MEMORY_GIB["H100"] - RESERVE_BYTES / GIB
-    table = Table("model", "optimizer", "recompute", "states", "activations", f"all, of {has:.1f}", "update", "MFU",
-                  title=f"An update of {ROWS} rows a pipeline stage on H100s; GiB, seconds, % of bf16's peak")  # fmt: skip
+    columns = ("model", "optimizer", "recompute", "states", "activations", f"all, of {has:.1f}", "update", "MFU")
+    table = Table(*columns, title=f"An update of {ROWS} rows a pipeline stage on H100s; GiB, seconds, % of bf16's peak")
     for size, (ranks, layout) in LAYOUTS.items():
         for optimizer in OPTIMIZERS:
             for recompute in RECOMPUTE:
