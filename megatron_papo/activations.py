@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from megatron_papo.config import Config
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
 
-_HEAD_TILE = 8192 * 8192
-"""Values of a tile of logits on a GPU, as `logprobs.tiling.CUDA_TILE`."""
+_HEAD_TILE = 8192, 8192
+"""Rows and words of a tile of logits on a GPU, as `logprobs.tiling.CUDA_TILE`; of fewer rows up to four times as many
+words."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def _head_work_bytes(config: Config, shape: ModelShape, row: RowSize) -> int:
     """In the head's backward: the gradient of its weight and, in fp32, those of the hidden states, of a block of the
     weight and what is added to it, and a tile of logits with its gradient."""
     hidden, width = shape.language.hidden_size, _value_bytes(config)
-    rows = row.responses // (2 if config.reads_joint_rows else 1)
-    words = min(_HEAD_TILE // max(1, min(rows, 8192)), 4 * 8192, shape.language.vocab_size // config.parallel.tensor)
-    tile = _HEAD_TILE * (4 if width == 4 else 4 + width)
+    most_rows, most_words = _HEAD_TILE
+    rows = max(1, min(row.responses // (2 if config.reads_joint_rows else 1), most_rows))
+    words = min(most_rows * most_words // rows, 4 * most_words, shape.language.vocab_size // config.parallel.tensor)
+    tile = rows * words * (4 if width == 4 else 4 + width)
     return _head_weight_bytes(config, shape) + 4 * hidden * (row.responses + 2 * words) + tile
 
 

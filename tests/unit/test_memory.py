@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from megatron_papo import activations
 from megatron_papo.check import faults_of_layout
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.config import Config, load_config
+from megatron_papo.logprobs.tiling import CUDA_TILE
 from megatron_papo.memory import (
     GIB,
     GPU_MEMORY_GIB,
@@ -169,9 +171,15 @@ def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
         "full": 2 * 2048,
     }[recompute]
     ends = 1000 * (4 * 128 + 2 * 2048 + 4) + 500 * 2 * 2048  # turns of positions, final norm, head
-    states = 6 * 1000 * 2048
-    again = whole - kept  # held again, of one layer; the tower's are smaller
-    assert activation_bytes(config, shape_of("3B"), 1) == 1000 * (18 * kept + again) + ends + states
+    # in backward: a layer's parts computed again (the tower's are smaller) and gradients in its MLP; or the head, whose
+    # tile of logits has all 500 rows and four times 8192 words, with gradients of its weight and of a block of it
+    again = 1000 * (whole - kept) + 2 * (1000 * 2 * (11008 + 2048) + 2 * 11008 * 2048)
+    head = 2 * 151936 * 2048 + 4 * 2048 * (500 + 2 * 32768) + (4 + 2) * 500 * 32768
+    assert activation_bytes(config, shape_of("3B"), 1) == 18_000 * kept + ends + max(again, head)
+
+
+def test_the_head_is_counted_with_the_tile_that_it_takes():
+    assert activations._HEAD_TILE == CUDA_TILE
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():
