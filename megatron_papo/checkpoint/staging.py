@@ -69,7 +69,8 @@ class HostMemory:
     """Pages of the host; where there is a GPU it copies to them by itself, and the host meanwhile goes on."""
 
     def __init__(self, num_bytes: int):
-        self._pages = mmap.mmap(-1, max(num_bytes, 1))
+        # shared with processes that are forked: private pages would be copied on the next write, away from the GPU's
+        self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         if has_gpu():
             runtime, address = torch.cuda.cudart(), ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
             torch.cuda.check_error(int(runtime.cudaHostRegister(address, len(self._pages), 0)))

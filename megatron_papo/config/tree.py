@@ -503,7 +503,7 @@ class Config(Section):
             if getattr(self.optim, key) and not parallel.distributed_optimizer:
                 raise ValueError(f"optim.{key} needs parallel.distributed_optimizer=true")
         if self.optim.offload_fraction and model.dtype == "float32":
-            raise ValueError("optim.offload_fraction needs model.dtype=bfloat16: Megatron moves master copies alone")
+            raise ValueError("optim.offload_fraction needs model.dtype=bfloat16: Megatron-Core offloads no float32")
         fixed = {"parallel.overlap_tensor": parallel.overlap_tensor, "model.cuda_graphs": model.cuda_graphs}
         for key, asked in fixed.items():
             if asked and not self.train.fixed_rows:
