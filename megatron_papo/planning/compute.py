@@ -50,18 +50,16 @@ def stage_seconds(
     exchange = _exchange_s(size.tokens * shape.language.hidden_size * 2, config, cluster, assumed)
     vision, vision_exchange = _vision_s(config, shape, cluster, assumed, flops, size, rates)
     head = flops.head / tensor / rates.head
+    recompute = config.model.recompute
+    elementwise = _elementwise_again_s(config, shape, size, rates) if recompute in ("selective", "mlp") else 0.0
     forward, backward = [], []
     for stage, count in enumerate(layers):
         ends = (vision + vision_exchange if stage == 0 else 0.0) + (head if stage == len(layers) - 1 else 0.0)
         once = count * (own + exchange) + ends
         gathers = _gathers_s(config, shape, cluster, assumed, size, count)
         forward.append(once)
-        backward.append(2 * once + gathers)
-        if config.model.recompute == "full":
-            backward[-1] += once
-        elif config.model.recompute != "none":
-            backward[-1] += count * _elementwise_again_s(config, shape, size, rates)
-        if config.model.recompute == "mlp":
+        backward.append(2 * once + gathers + (once if recompute == "full" else count * elementwise))
+        if recompute == "mlp":
             tower = vision * _first_linear_share(shape.vision) if stage == 0 else 0.0
             backward[-1] += count * product * _first_linear_share(shape.language) + tower + gathers / 2
     slowest = max(range(len(layers)), key=lambda stage: forward[stage])
