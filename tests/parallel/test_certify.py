@@ -194,7 +194,7 @@ class _Elsewhere:
     """A real engine of which, as of one in other processes, only the answers are seen."""
 
     def __init__(self, engine: Any):
-        self.generate, self.policy_version = engine.generate, engine.policy_version
+        self.generate, self.policy_version, self.forgotten_version = engine.generate, engine.policy_version, None
 
 
 def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
