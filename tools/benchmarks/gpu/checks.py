@@ -48,7 +48,7 @@ def _calls(quick: bool) -> Iterator[list[str]]:
         yield ["tests/gpu"]
         return
     workers = min(AT_A_TIME, os.cpu_count() or 1)
-    several = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    several = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     yield ["tests/gpu", f"--ignore-glob={ROOT / ALONE}", *several]
     alone = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob(ALONE))
     if alone and not quick:

@@ -27,6 +27,7 @@ from tools.benchmarks.timing import Seconds
 
 KIND = "PAPO joint"
 FIRST = f"recompute {MODES[0]}, moments in fp32"
+_HALF = "recompute full, half of the states on the host"
 SETTINGS: dict[str, dict[str, Any]] = {
     FIRST: {"model__recompute": MODES[0]},
     **{f"recompute {mode}": {"model__recompute": mode} for mode in MODES[1:]},
@@ -34,8 +35,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"recompute {mode}, moments in bfloat16": {"model__recompute": mode, "optim__precision_aware": True}
         for mode in MODES
     },
-    "recompute full, half of the states on the host": {"model__recompute": "full", "optim__offload_fraction": 0.5},
+    _HALF: {"model__recompute": "full", "optim__offload_fraction": 0.5},
 }
+_QUICK = (FIRST, "recompute full", "recompute full, moments in bfloat16", _HALF)
+"""What is measured where it is to be quick."""
 
 
 @dataclass
@@ -51,9 +54,9 @@ class Found:
 def run(options: Options) -> Iterator[GpuRow]:
     with model_folder(options.shape) as folder:
         has, groups = device_bytes(), batch(folder, options)
-        found = Found(num_tokens(groups))
-        needed = {name: needed_bytes(folder, options, **settings) for name, settings in SETTINGS.items()}
-        for name in sorted(SETTINGS, key=lambda name: (has is not None, needed[name])):
+        found, names = Found(num_tokens(groups)), _QUICK if options.quick else tuple(SETTINGS)
+        needed = {name: needed_bytes(folder, options, **SETTINGS[name]) for name in names}
+        for name in sorted(names, key=lambda name: needed[name]):
             reason = cannot_fit(needed[name], has) if has or not _wants_gpu(name) else NEEDS_GPU
             if reason:
                 yield not_measured(name, reason)
