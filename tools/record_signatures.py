@@ -89,6 +89,11 @@ CALLS: dict[str, tuple[Call, ...]] = {
             "reduce_and_update_fp8_tensors",
             (f"{_TE}.quantization:FP8GlobalStateManager.reduce_and_update_fp8_tensors",),
         ),
+        Call(
+            "checkpoint/optimizer_state.py",
+            "initialize_state",
+            (f"{_TE}.optimizers.fused_adam:FusedAdam.initialize_state",),
+        ),
     ),
     "megatron": (
         Call(
