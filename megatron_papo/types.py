@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
+
 
 @dataclass(frozen=True)
 class ModelInputs:
@@ -145,7 +147,9 @@ class MicroBatch:
         grids, from which the first stage plans."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         own.pop("grid_thw_I3")
-        moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: to_device(value, device) for name, value in own.items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
 from megatron_papo.logprobs.sums import FORBIDDEN
 
 CPU_TILE, CUDA_TILE = (1024, 1024), (8192, 8192)
@@ -105,7 +106,7 @@ def tiles(
     for words in blocks(task.num_words, most_words):
         weight_WH = operand(weight_VH[words])
         banned = [word - words.start for word in task.banned if words.start <= word < words.stop]
-        banned_W = torch.tensor(banned, dtype=torch.int64, device=weight_VH.device) if banned else None
+        banned_W = to_device(torch.tensor(banned, dtype=torch.int64), weight_VH.device) if banned else None
         first = True
         for views in passes:
             for rows in blocks(num_rows, most_rows):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
 from megatron_papo.model.attention_varlen import VarlenPlan
 from megatron_papo.model.rotary import Rotation
 from megatron_papo.types import Segment
@@ -147,6 +148,6 @@ def _block(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Blo
         return Block(size, slice(first, first + places.size), None)
     return Block(
         size,
-        torch.from_numpy(places).to(device),
-        torch.from_numpy(padded).to(device) if padded.any() else None,
+        to_device(torch.from_numpy(places), device),
+        to_device(torch.from_numpy(padded), device) if padded.any() else None,
     )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
 from megatron_papo.model.attention_kernels import merge
 
 
@@ -28,7 +29,7 @@ class _Lengths:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> _Lengths:
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return cls(starts.to(device), max(lengths))
+        return cls(to_device(starts, device), max(lengths))
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class VarlenPlan:
         sides = list(zip(*prefixes))
         queries, keys = (_Lengths.of([part.stop - part.start for part in side], device) for side in sides)
         query_index, key_index = (
-            torch.cat([torch.arange(part.start, part.stop) for part in side]).to(device) for side in sides
+            to_device(torch.cat([torch.arange(part.start, part.stop) for part in side]), device) for side in sides
         )
         return cls(causal, segments, queries, keys, query_index, key_index)
 

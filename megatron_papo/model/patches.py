@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
 from megatron_papo.model.attention_layout import WindowedSegments, build_segments
 from megatron_papo.model.rotary import vision_rotation
 from megatron_papo.model.shape import VisionShape
@@ -45,11 +46,11 @@ def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, devi
     padding = -len(patch_order) % multiple
     windows = [Segment(length) for image in images for length in image.windows]
     frames = [Segment(length) for image in images for length in image.frames]
-    places = torch.from_numpy(positions).to(device)
+    places = to_device(torch.from_numpy(positions), device)
     rotation = vision_rotation(places, head_dim=shape.head_dim, theta=shape.rope_theta)
     return PatchPlan(
-        patch_order_P=torch.from_numpy(patch_order).to(device),
-        token_order_M=torch.from_numpy(np.argsort(block_order)).to(device),
+        patch_order_P=to_device(torch.from_numpy(patch_order), device),
+        token_order_M=to_device(torch.from_numpy(np.argsort(block_order)), device),
         num_padding=padding,
         segments=WindowedSegments(
             windows=build_segments(windows, causal=False, device=device, rotation=rotation, num_padding=padding),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_papo.host_copies import to_device
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -42,8 +44,9 @@ class Rotation:
 
 def mrope(position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int]) -> Rotation:
     """The first frequencies turn with time, then height, then width, by `sections`."""
-    axis = torch.tensor([axis for axis, num in enumerate(sections) for _ in range(num)]).to(position_ids_3T.device)
-    positions_TF = position_ids_3T.float().index_select(0, axis).T
+    axis_F = torch.tensor([axis for axis, num in enumerate(sections) for _ in range(num)])
+    axis_F = to_device(axis_F, position_ids_3T.device)
+    positions_TF = position_ids_3T.float().index_select(0, axis_F).T
     return Rotation.by(positions_TF * _inverse_frequencies(head_dim, theta, position_ids_3T.device))
 
 

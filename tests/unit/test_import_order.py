@@ -50,6 +50,7 @@ LAYERS = (
     ("advantages", "guard", "update_guard", "losses", "packing", "data", "rewards"),
     ("correction",),
     ("types",),
+    ("host_copies",),
     ("config", "accelerator", "tested"),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}

@@ -228,7 +228,7 @@ class _Update:
         from megatron_papo.model.policy import HeadRequest
         from megatron_papo.pipeline import score_logprobs, update_policy
 
-        head = HeadRequest(banned_ids=())
+        head = HeadRequest()
         (rows,) = score_logprobs(self.optimizer.policy.module, [rows], self.config, head, None)
         self.peaks["scoring_peak"] = self.watched.mark()
         loss = partial(papo_loss, settings=LossSettings.at_step(self.config, step=0))
@@ -246,7 +246,7 @@ class _Update:
         outputs = []
         for _ in range(self.case.in_flight):
             policy.module.set_input_tensor(None if policy.module.pre_process else self._received(row))
-            output = policy(row, HeadRequest(banned_ids=()))
+            output = policy(row, HeadRequest())
             outputs.append(output if isinstance(output, torch.Tensor) else output.policy_logprobs_R)
         while outputs:
             output = outputs.pop(0)

@@ -55,11 +55,13 @@ class Trace(TorchDispatchMode):
             if args[0].is_cuda:
                 self.wait("read a value")
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is _aten._pin_memory.default:  # FakeTensorMode has no such memory
+            return _aten.clone.default(args[0])
         if func in _SIZES_BY_VALUE and args[0].is_cuda:
             self.wait("asked for a size")
         result = func(*args, **kwargs)
-        if _copies_to_host(func, args, kwargs, result):
-            self.wait("copied to the host")
+        if how := _blocking_copy(func, args, kwargs, result):
+            self.wait(how)
         if func in (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.mm.dtype):
             operands = [tensor for tensor in args if isinstance(tensor, Tensor)][-2:]
             if operands[0].is_cuda:
@@ -90,12 +92,18 @@ class Trace(TorchDispatchMode):
         self.waits[f"{_line()}: {how}"] += 1
 
 
-def _copies_to_host(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> bool:
+def _blocking_copy(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> str:
+    """How a copy between host and GPU makes the host wait; empty where it does not. What is copied from memory that is
+    not pinned waits until it is done, and with it all that the GPU was given before."""
     if func is _aten._to_copy.default:
-        return args[0].is_cuda and result.device.type == "cpu" and not kwargs.get("non_blocking", False)
-    if func is _aten.copy_.default:
-        return args[1].is_cuda and args[0].device.type == "cpu" and not (len(args) > 2 and args[2])
-    return False
+        source, target, free = args[0], result, kwargs.get("non_blocking", False)
+    elif func is _aten.copy_.default:
+        target, source, free = args[0], args[1], len(args) > 2 and args[2]
+    else:
+        return ""
+    if source.is_cuda == target.is_cuda or free:
+        return ""
+    return "copied to the host" if source.is_cuda else "copied from the host"
 
 
 def _line() -> str:
