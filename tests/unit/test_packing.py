@@ -335,10 +335,10 @@ def test_masked_row_differs_in_its_pixels_alone():
     assert masked_row(text) is text
 
 
-def test_moving_a_row_leaves_its_pixels_where_they_are():
+def test_moving_a_row_leaves_its_pixels_and_grids_where_they_are():
     (row,) = _pack(_two_groups())
     moved = row.to(torch.device("meta"))
-    assert moved.token_ids_T.is_meta and moved.grid_thw_I3.is_meta and moved.weights_R.is_meta
+    assert moved.token_ids_T.is_meta and moved.weights_R.is_meta and moved.grid_thw_I3 is row.grid_thw_I3
     assert moved.pixel_values is row.pixel_values and moved.masked_pixel_values is row.masked_pixel_values
 
 
