@@ -12,6 +12,7 @@ import pytest
 from megatron_papo.config import ModelConfig, load_config
 from megatron_papo.memory import update_bytes
 from megatron_papo.model.shape import ModelShape
+from tests.interpreter import PYTHON
 from tools.fake_gpu.cases import BENCHMARK, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.rows import Work
@@ -33,7 +34,7 @@ BOTH_VIEWS = replace(BENCHMARK, joint=True)
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[FakeGpu]:
     try:
-        with FakeGpu() as process:
+        with FakeGpu(PYTHON) as process:  # not a forked one: the libraries are loaded as it starts
             yield process
     except NoFakeGpu as reason:
         pytest.skip(str(reason))

@@ -69,15 +69,18 @@ class Traced:
 class FakeGpu:
     """A process that sees a fake H100 and traces what it is asked for, one case at a time. A context manager.
 
-    Raises NoFakeGpu where there can be none.
+    `python`: an interpreter that loads libraries as it starts. Raises NoFakeGpu where there can be none.
     """
+
+    def __init__(self, python: str = sys.executable):
+        self._python = python
 
     def __enter__(self) -> FakeGpu:
         self._folder = Path(tempfile.mkdtemp(prefix="papo_fake_gpu_"))
         try:
             build(self._folder)
             self._log = (self._folder / "log").open("w+")
-            command = [sys.executable, "-m", "tools.fake_gpu.trace"]
+            command = [self._python, "-m", "tools.fake_gpu.trace"]
             streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
             environ = environment(self._folder)
             self._process = subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **streams)
@@ -118,8 +121,12 @@ class FakeGpu:
 
 def main() -> None:
     """In the process with the fake GPU: answers each line of standard input until there are no more."""
+    import torch
+
     import megatron_papo.train  # noqa: F401  all that a rank imports
 
+    if not torch.cuda.is_available():
+        raise SystemExit("the libraries of the fake GPU were not loaded as this interpreter started")
     for line in sys.stdin:
         asked = json.loads(line)
         try:
