@@ -28,6 +28,8 @@ PEER_EXIT = 3
 """Exit code of a rank that ended because another one had failed."""
 _CAUSE_WAIT_S = 2.0
 """From a note to the end of this rank: one that fails for the same cause leaves its own note in the meantime."""
+_LAST_BEAT_S = 5.0
+"""That a clean end waits for a beat under way, on a disk that may not answer."""
 
 
 class Heartbeat:
@@ -40,17 +42,19 @@ class Heartbeat:
         self._count = 0
         self._first_time = 0.0
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
         self._beat()
         with suppress(OSError):
             self._first_time = self._path.stat().st_mtime  # of the shared disk's clock, as the notes are
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         if error is None:
+            self._thread.join(_LAST_BEAT_S)  # a beat under way would bring the file back
             with suppress(OSError):
                 self._path.unlink()
                 self._path.parent.rmdir()  # fails as long as another rank's is there

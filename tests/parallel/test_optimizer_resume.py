@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from megatron_papo.checkpoint.optimizer_state import MOMENTS, allocate, slots, s
 from megatron_papo.checkpoint.parameters import held_parameters
 from megatron_papo.checkpoint.state import TrainState, read_state
 from megatron_papo.checkpoint.store import CheckpointStore
+from megatron_papo.tested import versions
 from tests import gpu_optimizers
 from tests.parallel.checkpoint_cases import SHAPE, VISION, build, ranks, settings_of, train, weights
 from tests.ranks import run_ranks
@@ -190,8 +190,8 @@ def _without_types(arguments: ast.arguments) -> str:
 
 
 def test_the_stand_in_is_called_as_transformer_engines_adam():
-    pinned = re.search(r"^TE_VERSION := (\S+)", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE)
-    assert pinned and pinned[1] == gpu_optimizers.TE_VERSION, "compare the stand-in with the new version's source"
+    pinned = versions("cuda")["transformer-engine"]
+    assert pinned == gpu_optimizers.TE_VERSION, "compare the stand-in with the new version's source"
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or spec.origin is None:
         pytest.skip(f"Transformer Engine is not installed: the signatures are those of {gpu_optimizers.TE_VERSION}")

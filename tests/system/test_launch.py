@@ -16,6 +16,7 @@ from megatron_papo.launch import Work, _free_port, _watch, first_host, launch, o
 from megatron_papo.observe.heartbeat import PEER_EXIT
 from megatron_papo.observe.watchdog import STALL_EXIT
 from tests.commands import begin, heeds_ctrl_c
+from tests.interpreter import PYTHON
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -59,9 +60,9 @@ def test_ranks_that_have_gpus_are_spawned(tmp_path, monkeypatch):
     """A forked process cannot use a GPU that its parent has asked about."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("megatron_papo.launch._has_gpu", lambda: True)
-    assert run("sum_ranks", tmp_path)[0] == 0
-    found = [(tmp_path / f"sum_{rank}").read_text() for rank in range(2)]
-    assert found == ["3.0 1 0 SpawnProcess", "3.0 1 1 SpawnProcess"]
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(PYTHON))  # a rank makes a process group
+    assert run("sum_ranks", tmp_path, num_ranks=1)[0] == 0
+    assert (tmp_path / "sum_0").read_text() == "1.0 1 0 SpawnProcess"
 
 
 def test_the_rank_that_failed_is_named_last_and_its_victims_are_not(tmp_path, capfd):
@@ -213,7 +214,10 @@ def torchrun(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_under_torchrun_it_takes_its_place_and_leaves_no_empty_files(tmp_path):
     done = torchrun("sum_ranks", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"sum_{rank}").read_text() for rank in range(2)] == ["3.0 1 0", "3.0 1 1"]
+    assert [(tmp_path / f"sum_{rank}").read_text() for rank in range(2)] == [
+        "3.0 1 0 _MainProcess",
+        "3.0 1 1 _MainProcess",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sum_0", "sum_1"]
 
 
