@@ -2,7 +2,7 @@
 
 `runtime.c` answers what torch asks of CUDA's runtime, `nvml.c` what it asks of NVIDIA's management library; a
 libcuda.so.1 exports every function of the driver that `cuda.h` names, each of which does nothing and succeeds. A C
-compiler is needed; CUDA's headers come with Triton.
+compiler is needed; CUDA's headers come with torch and Triton.
 """
 
 from __future__ import annotations
@@ -23,28 +23,32 @@ class NoFakeGpu(Exception):
     """There can be none on this machine, and why."""
 
 
-def headers() -> Path:
-    """The folder of CUDA's headers that comes with Triton. Raises NoFakeGpu."""
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        raise NoFakeGpu("Triton, which brings CUDA's headers, is not installed")
-    folder = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-    if not (folder / "cuda_runtime_api.h").exists():
-        raise NoFakeGpu("the installed Triton has no CUDA headers")
-    return folder
+def headers() -> list[Path]:
+    """Folders of CUDA's headers: first those of the runtime that torch loads, which lack a part (`crt`), then Triton's,
+    which may be of another version of CUDA. Raises NoFakeGpu."""
+    found = [folder for place in _places("nvidia") for folder in sorted(place.glob("cu[0-9]*/include"))]
+    found += [folder for place in _places("triton") if (folder := place / "backends" / "nvidia" / "include").is_dir()]
+    if not any((folder / "crt").is_dir() for folder in found):
+        raise NoFakeGpu("Triton, which brings CUDA's headers, is not installed or has none")
+    return found
+
+
+def _places(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
 
 
 def build(folder: Path) -> None:
     """The libraries into `folder`. Raises NoFakeGpu without a compiler or headers, and where the compiler fails."""
-    include = headers()
+    folders = headers()
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise NoFakeGpu("no C compiler (cc, gcc) is installed")
-    names = sorted(set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", (include / "cuda.h").read_text())))
+    names = sorted(set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", (folders[0] / "cuda.h").read_text())))
     every = dict.fromkeys(name + ending for name in names for ending in _VARIANTS)
     driver = folder / "driver.c"
     driver.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in every))
-    shared = [compiler, "-shared", "-fPIC", "-w", "-I", str(include)]
+    shared = [compiler, "-shared", "-fPIC", "-w", *(f"-I{each}" for each in folders)]
     _run([*shared, str(_HERE / "runtime.c"), "-o", str(folder / "libruntime.so")])
     _run([*shared, str(_HERE / "nvml.c"), "-o", str(folder / "libnvidia-ml.so.1")])
     _run([*shared, "-Wl,-soname,libcuda.so.1", str(driver), "-o", str(folder / "libcuda.so.1")])
