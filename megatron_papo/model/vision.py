@@ -70,8 +70,7 @@ def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
     """The patches of several images on the host, each [P, D], end to end where the tower's `weight` is.
 
     To a GPU they go rounded to the weight's dtype, as `PatchEmbed` would round them there, with nothing but moving of
-    whole patches between: half the bytes in bf16. From pinned memory, so that the host does not wait for the GPU; the
-    buffer may go out of scope at once, since torch gives its pinned memory to nobody before copies from it are done.
+    whole patches between: half the bytes in bf16. From pinned memory, as `host_copies` has it.
     """
     if not weight.is_cuda:
         return torch.cat(tuple(views))
