@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from megatron_papo.config import ModelConfig, load_config
-from megatron_papo.memory import GIB, update_bytes
-from megatron_papo.model.shape import ModelShape
-from tools.fake_gpu.cases import BENCHMARK, shape_tree, update_case
+from megatron_papo.config import ModelConfig
+from megatron_papo.memory import GIB
+from tools.fake_gpu.cases import BENCHMARK, counted, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.trace import Case, FakeGpu, Traced
 
@@ -57,10 +56,8 @@ def main() -> int:
 
 
 def _cells(case: Case, traced: Traced) -> list[str]:
-    config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
-    shape = ModelShape.from_dict(case.tree)
-    counted = update_bytes(config, shape, case.work.row_size(shape), num_ranks=1)
-    values = (traced.states, traced.passes_peak, counted.passes, traced.step_peak, counted.step)
+    said = counted(case)
+    values = (traced.states, traced.passes_peak, said.passes, traced.step_peak, said.step)
     return [*(f"{value / GIB:.2f}" for value in values), str(sum(traced.waits.values()))]
 
 

@@ -9,11 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_papo.config import ModelConfig, load_config
-from megatron_papo.memory import update_bytes
-from megatron_papo.model.shape import ModelShape
+from megatron_papo.config import ModelConfig
 from tests.interpreter import PYTHON
-from tools.fake_gpu.cases import BENCHMARK, shape_tree, update_case
+from tools.fake_gpu.cases import BENCHMARK, counted, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.rows import Work
 from tools.fake_gpu.trace import FakeGpu
@@ -73,14 +71,9 @@ def check_peaks(gpu: FakeGpu, size: str, work: Work, *, stage: int = 0, **settin
         shape_tree(size, layers, FEW), work, num_ranks=tensor * pipeline, rank=stage * tensor,
         in_flight=pipeline - stage, **settings,
     )  # fmt: skip
-    config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
-    shape = ModelShape.from_dict(case.tree)
-    traced, counted = (
-        gpu.trace(case),
-        update_bytes(config, shape, work.row_size(shape), num_ranks=tensor * pipeline, stage=stage),
-    )
+    traced, said = gpu.trace(case), counted(case)
     found = {"states": traced.states, "passes": traced.passes_peak, "step": traced.step_peak}
-    expected = {"states": counted.states, "passes": counted.passes, "step": counted.step}
+    expected = {"states": said.states, "passes": said.passes, "step": said.step}
     gaps = {name: expected[name] / found[name] - 1 for name in found}
     held = expected["passes"] - expected["states"], found["passes"] - found["states"]
     print(f"{size}, stage {stage}, {settings}: " + ", ".join(f"{name} {gap:+.1%}" for name, gap in gaps.items()),

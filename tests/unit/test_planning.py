@@ -22,6 +22,7 @@ from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
 from tests import commands
+from tools import predict_update
 
 ROOT = Path(__file__).parents[2]
 IDEAL = Assumptions(
@@ -237,3 +238,11 @@ def test_a_cluster_that_cannot_hold_the_weights_is_refused():
     shape = shape_named("Qwen2.5-VL-72B")
     with pytest.raises(ConfigError, match="the weights alone take 137: no layout can hold the model"):
         plan(recipe(), shape, Cluster(GPUS["H100"], 1, 1), Assumptions(), Workload.of(recipe(), shape))
+
+
+def test_the_table_of_predicted_updates_is_in_order_of_what_recomputation_costs():
+    ranks, layout = predict_update.LAYOUTS["3B"]
+    found = [predict_update.predicted("3B", ranks, layout, "bf16 moments", recompute) for recompute in RECOMPUTE]
+    assert [each.candidate.name for each in found] == ["TP1 PP1 DP1"] * len(RECOMPUTE)
+    held, rates = [each.stages[0].training for each in found], [each.mfu for each in found]
+    assert held == sorted(held, reverse=True) and rates == sorted(rates, reverse=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_papo.config import load_config
+from megatron_papo.memory import UpdateBytes, update_bytes
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.published import published_config
 from tools.fake_gpu.rows import Work
 from tools.fake_gpu.trace import Case
@@ -43,3 +46,11 @@ def update_case(
     }
     own |= {name.replace("__", "."): value for name, value in settings.items()}
     return Case(tree, work, own, num_ranks, rank, in_flight)
+
+
+def counted(case: Case) -> UpdateBytes:
+    """What `megatron_papo.memory` says of the update, to be held against its trace."""
+    config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
+    shape = ModelShape.from_dict(case.tree)
+    stage = case.rank // config.parallel.tensor
+    return update_bytes(config, shape, case.work.row_size(shape), num_ranks=case.num_ranks, stage=stage)
