@@ -24,6 +24,13 @@ class Fault:
     is_bug: bool = False
 
 
+class DamagedCheckpoint(ValueError):
+    """What was read of a checkpoint is not what was written, or may not be read: another one may be whole.
+
+    The message names the folder, and the file where one is known. Raised on every rank alike.
+    """
+
+
 class RanksFailed(Exception):
     """Raised on every rank alike when some failed; the message names each of them and its reason."""
 
