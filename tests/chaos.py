@@ -105,9 +105,16 @@ def killed_at(
         if kill is kill_one_process and command.poll() is None:
             deadline = time.monotonic() + _END_S  # a worker of rewards or data may be replaced, and the run go on
         time.sleep(0.02)
-    assert not left, f"{kill.__name__}: {left} outlived it"
+    assert not left, f"{kill.__name__}: outlived by {[_shown(process) for process in left]}"
     command.wait(timeout=_END_S)
     return killed
+
+
+def _shown(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        parents = [str(parent.pid) for parent in process.parents()]
+        return f"{process.pid} {' '.join(process.cmdline())[-200:]} ({process.status()}, of {', '.join(parents)})"
+    return f"{process.pid}, gone"
 
 
 def _kill(process: psutil.Process) -> None:

@@ -8,6 +8,7 @@ one batch. An error ends the process: `serve.py` starts the next.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -65,10 +66,7 @@ class Ending:
 
 def run_engine(config: Config, seat: Seat, says: Connection) -> None:
     """The whole process."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    _end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the trainer's ranks
     try:
         _serve(config, seat)
@@ -77,6 +75,20 @@ def run_engine(config: Config, seat: Seat, says: Connection) -> None:
         says.send(Ending(f"{type(error).__name__}: {error}", isinstance(error, ValueError)))
         sys.stderr.flush()
         os._exit(1)  # without the clean-up of groups, which may wait for ranks that are gone
+
+
+def _end_with_parent() -> None:
+    """The kernel's signal comes also while the interpreter is blocked; the thread knows, too, of a parent that ended
+    while this process still imported."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _serve(config: Config, seat: Seat) -> None:
