@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.commands import run
-from tests.interpreter import PYTHON
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed; `make bench` installs it")
 
 
-def run_benchmark(which: str, folder: Path, *arguments: str, forked: bool = True) -> list[dict]:
-    """The rows that `tools/benchmark.py WHICH --quick` wrote. `forked` is false where it measures its own processes."""
+def run_benchmark(which: str, folder: Path, *arguments: str) -> list[dict]:
+    """The rows that `tools/benchmark.py WHICH --quick` wrote."""
     out = folder / "rows.json"
-    command = [ROOT / "tools" / "benchmark.py", which, "--quick", "--json", out, *arguments]
-    if forked:
-        done = run(*command, cwd=folder)
-    else:
-        done = subprocess.run([PYTHON, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    done = run(ROOT / "tools" / "benchmark.py", which, "--quick", "--json", out, *arguments, cwd=folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     rows = json.loads(out.read_text())
     assert all(set(row) == {"name", "value", "baseline", "ratio", "unit"} for row in rows)
@@ -123,7 +117,7 @@ def test_save(tmp_path):
 
 
 def test_convert(tmp_path):
-    rows = run_benchmark("convert", tmp_path, "--folder", str(tmp_path), forked=False)
+    rows = run_benchmark("convert", tmp_path, "--folder", str(tmp_path))
     assert [row["unit"] for row in rows] == ["GB/s", "GiB", "GiB"] * 8 + ["s", "s", "GB/s"] * 4
     for row in rows[:24]:
         check_ratio(row)
