@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_papo.checkpoint.conversion.blobs import values_offset
+from megatron_papo.checkpoint.blobs import values_offset
 from megatron_papo.checkpoint.conversion.spans import num_values
 from megatron_papo.checkpoint.conversion.stores import Strip
 from megatron_papo.checkpoint.folders import raise_faults

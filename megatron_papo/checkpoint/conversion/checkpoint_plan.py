@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.conversion.blobs import frame
+from megatron_papo.checkpoint.blobs import frame
 from megatron_papo.checkpoint.conversion.checkpoint_files import METADATA_FILE, Box, CheckpointFiles
 from megatron_papo.checkpoint.conversion.spans import width
 from megatron_papo.checkpoint.slices import Entry

@@ -21,7 +21,7 @@ from megatron_papo.checkpoint.conversion.spans import num_values
 from megatron_papo.checkpoint.conversion.stores import Store
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.checkpoint.slices import Entry
-from megatron_papo.checkpoint.state_file import is_checkpoint, read_state_file
+from megatron_papo.checkpoint.state_file import names_checkpoint, read_state_file
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]
@@ -81,7 +81,7 @@ def open_store(folder: Path, shape: ModelShape) -> Store:
     """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if is_checkpoint(folder):
+    if names_checkpoint(folder):
         read_state_file(folder)
         return CheckpointFiles.read(folder, parameter_table(shape))
     return HuggingFaceFiles.read(folder, shape)
