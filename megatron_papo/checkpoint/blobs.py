@@ -12,7 +12,7 @@ import functools
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +88,17 @@ def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype
     except (zipfile.BadZipFile, OSError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"not a tensor that torch.save wrote: {error}") from None
     found = (size, stored, numel, values.file_size)
-    if found != (shape, dtype, math.prod(shape), math.prod(shape) * dtype.itemsize):
-        raise ValueError(f"holds {size} of {stored}, not {shape} of {dtype}")
-    if not plain or start != 0 or any(length > 1 and step != wanted for length, step, wanted in _steps(shape, stride)):
-        raise ValueError("holds its values in another order than one after the other")
+    same = found == (shape, dtype, math.prod(shape), math.prod(shape) * dtype.itemsize)
+    if not (same and plain and start == 0 and _is_contiguous(shape, stride)):
+        raise ValueError(f"is not {shape} of {dtype}, one value after the other")
     return begin
 
 
-def _steps(shape: tuple[int, ...], stride: Any) -> Iterator[tuple[int, Any, int]]:
-    """(length, stride, stride of a contiguous tensor) of each axis."""
-    for axis, length in enumerate(shape):
-        yield length, stride[axis], math.prod(shape[axis + 1 :])
+def _is_contiguous(shape: tuple[int, ...], stride: Any) -> bool:
+    """An axis of one has any stride."""
+    if not isinstance(stride, tuple) or len(stride) != len(shape):
+        return False
+    return all(length == 1 or stride[axis] == math.prod(shape[axis + 1 :]) for axis, length in enumerate(shape))
 
 
 class Part(io.RawIOBase):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import torch.distributed as dist
 
 from megatron_papo.parallel import gather_objects
 
 _MAX_SHOWN = 3
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> Non
         raise RanksFailed(faults)
 
 
-def agree(group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T:
+def agree[T](group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T:
     """What `action`, which reads a checkpoint, returns on this rank, once it has succeeded on every rank of `group`.
 
     Otherwise raises, on every rank, what the first failing rank did: DamagedCheckpoint, also for a disk's fault, which
@@ -78,7 +77,7 @@ def agree(group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T
     except Exception as error:
         fault = fault_of(dist.get_rank(group), error)
         if isinstance(error, OSError):
-            fault = Fault(fault.rank, f"{where}: {fault.reason}")
+            fault = Fault(fault.rank, f"{error.filename or where}: {error.strerror or error}")
         own = fault, isinstance(error, DamagedCheckpoint | OSError)
     faults = [found for found in gather_objects(own, group) if found is not None]
     if bugs := [fault for fault, _ in faults if fault.is_bug]:

@@ -27,6 +27,7 @@ from megatron_papo.checkpoint.pickled import Record, read_pickle
 
 METADATA_FILE = ".metadata"
 _LARGEST = 2**62
+_LONGEST_NAME = 1000
 _TORCH = "torch.distributed.checkpoint"
 _CLASSES = frozenset(
     {
@@ -121,4 +122,6 @@ def _count(value: Any) -> int:
 def _text(value: Any) -> str:
     if type(value) is not str:
         raise TypeError(f"{type(value).__name__} instead of a text")
+    if len(value) > _LONGEST_NAME or not value.isprintable():
+        raise ValueError(f"a name of {len(value)} characters that no tensor has")
     return value

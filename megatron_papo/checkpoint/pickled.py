@@ -14,6 +14,8 @@ from typing import Any
 
 Name = tuple[str, str]
 """Module and name within it."""
+_MOST_REASON = 200
+"""Characters of an error, which may quote the file."""
 
 
 class Record:
@@ -46,7 +48,8 @@ def read_pickle(data: bytes, classes: frozenset[Name], constants: Mapping[Name, 
     try:
         return _Unpickler(data, classes, constants, storages).load()
     except Exception as error:  # a stranger's bytes may fail anywhere in it
-        raise ValueError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:_MOST_REASON]
+        raise ValueError(reason) from None
 
 
 class _Unpickler(pickle._Unpickler):

@@ -85,7 +85,7 @@ def _boxes(opened: Opened, indices: Mapping[MetadataIndex, Any]) -> Iterator[tup
         raise DamagedCheckpoint(f"{opened.folder}: {lacking.fqn}: no box at {tuple(lacking.offset or ())}")
     order = sorted(indices, key=lambda index: (places[index].relative_path, places[index].offset))
     with ExitStack() as stack:
-        name = None
+        name = ""
         for index in order:
             place = places[index]
             if place.relative_path != name:

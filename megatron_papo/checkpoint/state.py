@@ -196,7 +196,6 @@ def _optimizer_tensors(
 def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if not saved["optimizer_step"]:
         optimizer.megatron.reload_model_params()  # master copies were made from the weights before loading
-        return
     optimizer.schedule.num_steps = saved["schedule_steps"]
     optimizer.schedule.step(increment=0)  # rates of these settings at that step
 

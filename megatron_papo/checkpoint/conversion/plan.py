@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_papo.checkpoint.conversion.checkpoint_files import Box, CheckpointFiles
+from megatron_papo.checkpoint.conversion.box_sums import Box
+from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.checkpoint_plan import plan_boxes
 from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.checkpoint.conversion.spans import num_values
@@ -77,13 +78,15 @@ def parameter_bytes(store: Store, entry: Entry) -> int:
     return num_values(entry) * store.dtype(entry).itemsize
 
 
-def open_store(folder: Path, shape: ModelShape) -> Store:
-    """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`."""
+def open_store(folder: Path, shape: ModelShape, checked: bool = True) -> Store:
+    """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`.
+
+    `checked`: boxes of a checkpoint have to be as their checksums say.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if names_checkpoint(folder):
-        read_state_file(folder)
-        return CheckpointFiles.read(folder, parameter_table(shape))
+        return CheckpointFiles.read(folder, parameter_table(shape), checked)
     return HuggingFaceFiles.read(folder, shape)
 
 
