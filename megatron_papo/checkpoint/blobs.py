@@ -77,9 +77,7 @@ def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype
         records = {name.partition("/")[2]: info for info in archive.infolist() if (name := info.filename)}
         pickled = records["data.pkl"]
         blob.seek(_at(blob, pickled))
-        tensor = read_pickle(
-            blob.read(min(pickled.file_size, _MOST_PICKLED)) or b"", _CLASSES, _STORAGES, storages=True
-        )
+        tensor = _described(blob.read(min(pickled.file_size, _MOST_PICKLED)) or b"")
         (_, stored, key, _, numel), start, size, stride, *_ = tensor.arguments
         values = records[f"data/{key}"]
         begin, plain = _at(blob, values), values.compress_type == zipfile.ZIP_STORED
@@ -92,6 +90,12 @@ def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype
     if not (same and plain and start == 0 and _is_contiguous(shape, stride)):
         raise ValueError(f"is not {shape} of {dtype}, one value after the other")
     return begin
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(pickled: bytes) -> Any:
+    """A `Record` of the tensor; those of one shape are described in the same bytes."""
+    return read_pickle(pickled, _CLASSES, _STORAGES, storages=True)
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: Any) -> bool:

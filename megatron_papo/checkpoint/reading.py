@@ -23,10 +23,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_papo.checkpoint.blobs import Part, values_offset
-from megatron_papo.checkpoint.checksums import sum_of
+from megatron_papo.checkpoint.checksums import new_sum
 from megatron_papo.checkpoint.faults import DamagedCheckpoint
 from megatron_papo.checkpoint.opening import Opened
 
+_AT_ONCE_BYTES = 2**18
+"""So much is read and then summed: while it is in the caches."""
 _MOST_OBJECT_BYTES = 2**20
 """Of what is no tensor: random number states take some kilobytes."""
 
@@ -119,13 +121,15 @@ def _checked(opened: Opened, name: str, file: BinaryIO | io.FileIO, place: _Stor
         raise DamagedCheckpoint(
             f"{path}: {name}: truncated: its box ends at byte {place.offset + place.length}, the file at {end}"
         )
-    data = torch.empty(place.length, dtype=torch.uint8)
-    left = memoryview(data.numpy())
+    data, total = torch.empty(place.length, dtype=torch.uint8), new_sum()
+    view, done = memoryview(data.numpy()), 0
     file.seek(place.offset)
-    while len(left):
-        count = file.readinto(left)  # type: ignore[union-attr]
+    while done < len(view):
+        count = file.readinto(view[done : done + _AT_ONCE_BYTES])  # type: ignore[union-attr]
         if not count:
             raise DamagedCheckpoint(f"{path}: {name}: truncated while it was read")
-        left = left[count:]
-    opened.check_box(name, place.relative_path, place.offset, place.length, sum_of(data.numpy()))
+        if opened.box_sums is not None:
+            total.update(view[done : done + count])
+        done += count
+    opened.check_box(name, place.relative_path, place.offset, place.length, total.hexdigest())
     return data

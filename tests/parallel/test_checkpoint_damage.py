@@ -30,7 +30,6 @@ from megatron_papo.checkpoint.state import TrainState, model_tensors, read_state
 from megatron_papo.checkpoint.state_file import STATE_FILE, read_state_file, write_state_tree
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.checkpoint.weights import load_weights
-from megatron_papo.parallel import everyone, gather_objects
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
 from tests.ranks import run_ranks
 
