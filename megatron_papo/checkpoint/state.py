@@ -13,7 +13,7 @@ takes the state of this moment, and what it returns is written later, by whoever
 from __future__ import annotations
 
 import json
-import warnings
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,8 @@ from megatron_papo.checkpoint.writing import COMMON_STATE, Boxes, own_boxes, to_
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optim import Optimizer
 from megatron_papo.parallel import everyone, gather_objects, layout
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,12 @@ def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:
     write_state_tree(folder, {"format": FORMAT, "step": step, "layout": _layout_sizes(), **rest})
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
-def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None] = _warn) -> Restored:
+def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None] = _log.warning) -> Restored:
     """Fills model, optimizer and schedule of `state` from a checkpoint of any layout; collective over all ranks.
 
     Without an optimizer in `state` the weights alone are read. An optimizer is as fresh as before its first update when
-    the checkpoint has no updates in it. `warn` is told, on rank 0, of what is no reason to refuse the checkpoint.
+    the checkpoint has no updates in it. `warn` is told, on rank 0, of what is no reason to refuse the checkpoint;
+    by default that is a line on the console.
 
     Raises, on every rank alike, DamagedCheckpoint for what cannot be read or is not what was written, after which
     tensors of `state` may have any values, and another checkpoint can be read into it; ValueError naming tensors that
