@@ -62,7 +62,7 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float]:
     newest = (0, 0, 0.0)
     for path in sorted(folder.glob("step_*")):
         if path.suffix == "":
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, ValueError, KeyError, TypeError):
                 state = json.loads((path / "state.json").read_text())
                 newest = max(newest, (state["serial"], state["step"], (path / "state.json").stat().st_mtime))
     return newest[1], newest[2]

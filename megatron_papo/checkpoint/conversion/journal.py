@@ -29,6 +29,8 @@ class Record:
     target: tuple[str, ...]
     changed: int
     """Values that the cast rounded."""
+    boxes: tuple[str, ...] = ()
+    """Checksums of its boxes, in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def read_journal(file: Path) -> Written:
         if "synced" in tree:
             num_synced = tree["synced"]
         else:
-            forms = {name: tuple(tree[name]) for name in ("source", "cast", "target")}
+            forms = {name: tuple(tree.get(name, ())) for name in ("source", "cast", "target", "boxes")}
             records.append(Record(tree["name"], **forms, changed=tree["changed"]))
     return Written(records, min(num_synced, len(records)))
 
