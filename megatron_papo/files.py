@@ -12,10 +12,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 STEP_NAME = re.compile(r"step_\d{8,}")
 """What a run calls the checkpoint of a step, whole: `step_00000006_backup` or `step_6` is somebody's own."""
@@ -65,6 +68,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     with suppress(OSError):
         return [record for line in path.read_bytes().split(b"\n") if (record := parse_record(line)) is not None]
     return []
+
+
+def made_of(kind: type[Made], record: Mapping[str, Any]) -> Made | None:  # noqa: UP047 - Python 3.9 too
+    """A dataclass of numbers and texts, of its `asdict`; None where keys or types are others."""
+    try:
+        made = kind(**record)
+    except TypeError:
+        return None
+    types = {"int": int, "float": (int, float), "str": str}
+    fits = all(isinstance(getattr(made, field.name), types.get(str(field.type), object)) for field in fields(made))  # type: ignore[arg-type]
+    return made if fits else None
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

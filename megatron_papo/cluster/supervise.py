@@ -36,6 +36,7 @@ from typing import TextIO
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
+from megatron_papo.files import read_records
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
 from megatron_papo.observe.progress import RunProgress, read_progress
 
@@ -341,12 +342,8 @@ def _last_lines(path: Path) -> list[str]:
 
 def _is_chained(run_dir: Path, job: str) -> bool:
     """Whether `job` follows another one of the run by itself; one that a person submits counts failures anew."""
-    path = run_dir / "cluster" / "jobs.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
-        return False
-    return any(line["job"] == job and line["chain_position"] > 1 for line in lines)
+    lines = read_records(run_dir / "cluster" / "jobs.jsonl")
+    return any(line.get("job") == job and line.get("chain_position") not in (None, 1) for line in lines)
 
 
 def say(text: str) -> None:
