@@ -41,8 +41,8 @@ def read_progress(run_dir: Path) -> RunProgress:
     done = records[-1]["step"] + 1 if records else 0
     saved, written_at = _newest_checkpoint(run_dir / "checkpoints")
     saved_at = [record.get("unix_time") for record in records if record["step"] == saved - 1]
-    known = saved_at and isinstance(saved_at[-1], (int, float))
-    return RunProgress(done, saved, saved_at[-1] if known else 0.0, written_at)
+    times = [float(time) for time in saved_at if isinstance(time, (int, float))]
+    return RunProgress(done, saved, times[-1] if times else 0.0, written_at)
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float]:

@@ -18,17 +18,7 @@ STATE = {
     "format": 1, "step": 6, "serial": 3, "metric": None, "layout": {}, "optimizer_step": 6, "schedule_steps": 6,
     "random_states": True, "cursor": {}, "config": {},
 }  # fmt: skip
-DAMAGED = (
-    b"",
-    b"{",
-    b"\xff\xfe",
-    b"[]",
-    b"null",
-    b"3",
-    b"{}",
-    json.dumps({**STATE, "step": "6"}).encode(),
-    b"[" * 9999,
-)
+DAMAGED = (b"", b"{", b"\xff\xfe", b"[]", b"null", b"3", b"{}", b'{"step": "6", "serial": 3}', b"[" * 9999)
 
 
 def checkpoint(folder: Path, name: str, **facts) -> Path:
@@ -68,7 +58,7 @@ def test_a_damaged_state_file_costs_its_checkpoint_alone(tmp_path, content):
     assert [path for path, _ in found.whole] == [whole]
     (reason,) = found.damaged.values()
     assert reason.startswith(f"{broken / 'state.json'}: ") and "\n" not in reason
-    assert read_progress(tmp_path).steps_saved == (4 if content != DAMAGED[7] else 4)
+    assert read_progress(tmp_path).steps_saved == 4
 
 
 def test_a_state_file_that_is_gone_or_of_another_version(tmp_path):
