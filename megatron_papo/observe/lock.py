@@ -102,6 +102,9 @@ def look(run_dir: Path, mine: Holder, *, of_own_run: bool = True) -> bytes | Non
     before: tuple[bytes, float] | None = None
     while (seen := _read(path)) is not None:
         text, touched = seen
+        if not text and _disk_time(run_dir) - touched < _LOOK_S:
+            time.sleep(0.01)  # it is being made
+            continue
         holder = made_of(Holder, parse_record(text) or {})
         if of_own_run and holder is not None and holder.launch and holder.launch == mine.launch:
             return None

@@ -136,12 +136,12 @@ def test_a_sign_of_life_is_of_the_run_that_has_the_lock(tmp_path):
         assert (file.stat().st_mtime > LONG_AGO) == alive
 
 
-def _race(run_dir: Path, begin, results) -> None:
+def _race(run_dir: Path, begin, end, results) -> None:
     begin.wait()
     try:
         with alone_in(run_dir, Holder.here("train", {}, 60.0), takes=True):
-            time.sleep(0.2)
             results.put(True)
+            end.wait()
     except RunHeld:
         results.put(False)
 
@@ -149,10 +149,11 @@ def _race(run_dir: Path, begin, results) -> None:
 def test_of_several_that_begin_at_once_one_does(tmp_path):
     context = multiprocessing.get_context("fork")
     leave(tmp_path, replace(MINE, started=MINE.started - 1))
-    begin, results = context.Barrier(6), context.Queue()
-    runs = [context.Process(target=_race, args=(tmp_path, begin, results)) for _ in range(6)]
+    begin, end, results = context.Barrier(6), context.Event(), context.Queue()
+    runs = [context.Process(target=_race, args=(tmp_path, begin, end, results)) for _ in range(6)]
     for run in runs:
         run.start()
     assert sorted(results.get(timeout=30) for _ in runs) == [False] * 5 + [True]
+    end.set()
     for run in runs:
         run.join()
