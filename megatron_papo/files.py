@@ -70,6 +70,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return []
 
 
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """A line more; also behind one that a crash cut short. The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0, 2)
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+
+
 def made_of(kind: type[Made], record: Mapping[str, Any]) -> Made | None:  # noqa: UP047 - Python 3.9 too
     """A dataclass of numbers and texts, of its `asdict`; None where keys or types are others."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, describe_job, my_jobs
-from megatron_papo.files import made_of, read_records
+from megatron_papo.files import append_record, made_of, read_records
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def record(run_dir: Path, submission: Submission) -> None:
-    with (folder_of(run_dir) / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(submission)) + "\n")
+    append_record(folder_of(run_dir) / "jobs.jsonl", asdict(submission))
 
 
 def submissions(run_dir: Path) -> list[Submission]:

@@ -1,4 +1,5 @@
-"""What lies in a run's folder by accident, of a process that was killed or of its user, costs no checkpoint."""
+"""What lies in a run's folder by accident, of a process that was killed, a broken disk or its user, costs no checkpoint
+and no later start."""
 
 from __future__ import annotations
 
@@ -10,8 +11,16 @@ import pytest
 from megatron_papo.checkpoint.atomic import publish, recover, remove
 from megatron_papo.checkpoint.folders import write_folder
 from megatron_papo.checkpoint.survey import next_serial, survey
+from megatron_papo.cluster import runs
+from megatron_papo.cluster.attempts import read_attempts
+from megatron_papo.cluster.ranks import RankWatch
 from megatron_papo.files import STEP_NAME, make_way, set_aside
+from megatron_papo.observe.failures import read_failures
 from megatron_papo.observe.progress import read_progress
+from megatron_papo.observe.report import read_metrics
+from megatron_papo.observe.sinks import keep_steps_before
+from megatron_papo.sweep.points import Sweep
+from megatron_papo.sweep.states import _after_local, read_refused
 from tests.small_disk import small_disk
 
 STATE = {
@@ -158,3 +167,53 @@ def test_a_name_to_set_aside_is_never_one_that_is_taken(tmp_path):
         set_aside(tmp_path / "step_00000006", "damaged")
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {f"step_00000006.damaged{end}": text for end, text in zip(("", "-2", "-3"), "abc")}
+
+
+RECORD = b'{"step": 0, "unix_time": 1.0}\n'
+SPOILT = (b"", b"\xff\xfe", b"\0" * 40, b"[]", b"null", b"7", b"{}", b'{"step": null}', b'{"step": "1"}', b"[" * 9999)
+
+
+@pytest.mark.parametrize("line", SPOILT, ids=range(len(SPOILT)))
+def test_a_spoilt_line_of_the_record_costs_itself_alone(tmp_path, line):
+    file, told = tmp_path / "metrics.jsonl", []
+    last = b'{"step": 2, "unix_time": 3.0, "reward": 0.5, "note": null}\n'
+    file.write_bytes(RECORD + line + b"\n" + last)
+    assert read_progress(tmp_path).steps_done == 3
+    assert read_metrics(file)[-1] == {"step": 2, "unix_time": 3.0, "reward": 0.5}
+    keep_steps_before(file, 2, told.append)
+    assert file.read_bytes() == RECORD and told == [], "as usual: what is done again goes with the spoilt"
+    file.write_bytes(RECORD + line + b"\n" + last)
+    keep_steps_before(file, 3, told.append)
+    assert file.read_bytes() == RECORD + last
+    assert told == [f"{file}: 1 lines are no records: left out, and the file kept as metrics.jsonl.damaged"]
+    file.write_bytes(line)
+    assert read_progress(tmp_path).steps_done == 0
+
+
+def test_an_older_record_that_was_set_aside_is_never_written_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        file.write_bytes(RECORD)
+        keep_steps_before(file, 0)
+    file.mkdir()
+    keep_steps_before(file, 0)
+    assert names(tmp_path) == ["metrics.jsonl.old", "metrics.jsonl.old-2", "metrics.jsonl.old-3"]
+
+
+@pytest.mark.parametrize("content", SPOILT, ids=range(len(SPOILT)))
+def test_no_small_file_of_a_run_ends_a_later_start(tmp_path, content):
+    sweep = Sweep(name="s", dir=tmp_path, scaling="weak", points=[{"ranks": 1}])
+    run = tmp_path / "run"
+    for name in ("attempts.jsonl", "cluster/jobs.jsonl", "cluster/local.json", "failures/rank_0.json",
+                 "heartbeats/rank_0.json", "heartbeats/rank_x.json", "certificate/step_00000001.json"):  # fmt: skip
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    (tmp_path / "refused.json").write_bytes(content)
+    assert read_attempts(run) == [] and read_failures(run / "failures") == {} and runs.submissions(run) == []
+    watch = RankWatch(run, 1, 60.0, 60.0)
+    assert watch.dead_rank(but=set()) is None and watch.rank_on("node1") == 0
+    assert _after_local(run, 3).word == "interrupted"
+    assert set(read_refused(sweep)) <= {"step"}
+    submission = runs.Submission("7", 1.0, 1, 1, 1, "/")
+    runs.record(run, submission)
+    assert runs.submissions(run) == [submission], "behind a line that was cut short"
