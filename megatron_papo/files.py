@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 Made = TypeVar("Made")
 
-STEP_NAME = re.compile(r"step_\d{8,}")
+STEP_NAME = re.compile(r"step_[0-9]{8,}")
 """What a run calls the checkpoint of a step, whole: `step_00000006_backup` or `step_6` is somebody's own."""
 
 
