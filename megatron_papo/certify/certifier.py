@@ -24,7 +24,7 @@ from megatron_papo.certify.limits import Limits
 from megatron_papo.certify.prompts import prompts_to_certify
 from megatron_papo.certify.trainer import read_trainer, trainer_precision
 from megatron_papo.checkpoint.huggingface import hf_tensors
-from megatron_papo.checkpoint.state import is_checkpoint
+from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.inspection import inspect, precision_of
 from megatron_papo.generation.reading import Precision, Reading
@@ -152,7 +152,7 @@ class Certifier:
 
     def _sides(self, weights_moved: bool) -> Sides:
         config, model = self._run.config, self._run.config.model
-        own = not weights_moved and not model.random_init and not is_checkpoint(model.checkpoint or model.path or "")
+        own = not weights_moved and not model.random_init and not names_checkpoint(model.checkpoint or model.path or "")
         return Sides(
             precisions={TRAINER: trainer_precision(self._run), ENGINE: precision_of(config), HUGGINGFACE: "float32"},
             engine=f"{config.generation.engine}, {config.generation.placement}",

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank while all of them save, learnt by every rank.
+"""What goes wrong on one rank while all of them save or load, learnt by every rank.
 
 A disk's fault (`OSError`: no room, quota, permission, a broken device) or a folder that is not as it should be
 (`ValueError`) costs the checkpoint; anything else is a mistake in the program and says where.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -80,3 +80,25 @@ def agreed(look: Callable[[], Any]) -> Any:
     if answer[1]:
         raise ValueError(answer[1])
     return answer[0]
+
+
+def agree[T](group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T:
+    """What `action`, which reads a checkpoint, returns on this rank, once it has succeeded on every rank of `group`.
+
+    Otherwise raises, on every rank, what the first failing rank did: DamagedCheckpoint, also for a disk's fault, which
+    names `where`; another ValueError; or RanksFailed for a mistake in the program.
+    """
+    result, own = None, None
+    try:
+        result = action()
+    except Exception as error:
+        fault = fault_of(dist.get_rank(group), error)
+        if isinstance(error, OSError):
+            fault = Fault(fault.rank, f"{error.filename or where}: {error.strerror or error}")
+        own = fault, isinstance(error, DamagedCheckpoint | OSError)
+    faults = [found for found in gather_objects(own, group) if found is not None]
+    if bugs := [fault for fault, _ in faults if fault.is_bug]:
+        raise RanksFailed(bugs)
+    for fault, damaged in faults:
+        raise (DamagedCheckpoint if damaged else ValueError)(fault.reason)
+    return cast(T, result)

@@ -26,7 +26,7 @@ from megatron_papo.model.shape import ModelShape
 
 MAX_FILE_BYTES = 5 * 10**9
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "manifest.json")
+_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "checksums.json", "manifest.json")
 """The weights' own, a checkpoint's own, and what a conversion says of the folder it wrote."""
 MAX_SHOWN_FAULTS = 10
 

@@ -66,6 +66,15 @@ def step_count(optimizer: MegatronOptimizer) -> int:
     return max(counts)
 
 
+def clear(optimizer: MegatronOptimizer) -> None:
+    """As before the first update; master copies stay as they are, but those that are state of the weights."""
+    for inner in _inner(optimizer):
+        for adam in (inner.optimizer, *_adams(inner)):
+            adam.state.clear()
+            for group in adam.param_groups:
+                group.pop("step", None)
+
+
 def allocate(optimizer: MegatronOptimizer, step: int) -> None:
     """Gives every parameter zero moments and the step count, as if `step` updates had been made."""
     for inner in _inner(optimizer):

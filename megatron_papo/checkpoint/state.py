@@ -1,7 +1,8 @@
-"""What a checkpoint folder holds, written and read through megatron.core.dist_checkpointing.
+"""What a checkpoint folder holds, in the format of megatron.core.dist_checkpointing (writing.py, reading.py).
 
     .metadata, *.distcp, metadata.json   tensors: weights, Adam's moments, fp32 master copies, random number states
-    state.json                           step, metric, data cursor, settings, the layout that wrote it
+    checksums.json                       of every box of a tensor (checksums.py)
+    state.json                           step, metric, data cursor, settings, the layout that wrote it; other checksums
     config.json, tokenizer...            the Hugging Face folder's files beside its weights
 
 Tensors are stored whole and unpadded under their Megatron names (sharding.py): any layout loads what any other wrote.
@@ -12,25 +13,30 @@ takes the state of this moment, and what it returns is written later, by whoever
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_papo.checkpoint import optimizer_state
+from megatron_papo.checkpoint.faults import DamagedCheckpoint, agree
 from megatron_papo.checkpoint.folders import MAX_SHOWN_FAULTS
+from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.parameters import Held, held_parameters
+from megatron_papo.checkpoint.reading import check_object, read_boxes, read_object
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
-from megatron_papo.checkpoint.state_file import FORMAT, STATE_FILE, read_state_file
+from megatron_papo.checkpoint.state_file import FORMAT, write_state_tree
 from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
-from megatron_papo.checkpoint.writing import Boxes, own_boxes, to_boxes, write_boxes, write_format
+from megatron_papo.checkpoint.state_file import read_state_file as read_state_file
+from megatron_papo.checkpoint.writing import COMMON_STATE, Boxes, own_boxes, to_boxes, write_boxes, write_format
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optim import Optimizer
 from megatron_papo.parallel import everyone, gather_objects, layout
@@ -93,52 +99,69 @@ def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
 
 
 def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:
-    tree = {"format": FORMAT, "step": step, "layout": _layout_sizes(), **rest}
-    (folder / STATE_FILE).write_text(json.dumps(tree, indent=2) + "\n")
+    """The last file of a checkpoint: it has checksums of the others."""
+    write_state_tree(folder, {"format": FORMAT, "step": step, "layout": _layout_sizes(), **rest})
 
 
-def read_state(folder: Path | str, state: TrainState) -> Restored:
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None] = _warn) -> Restored:
     """Fills model, optimizer and schedule of `state` from a checkpoint of any layout; collective over all ranks.
 
-    Without an optimizer in `state` the weights alone are read. An optimizer stays fresh when the checkpoint has no
-    updates in it. Raises ValueError, on every rank, naming tensors that are missing or of another shape.
+    Without an optimizer in `state` the weights alone are read. An optimizer is as fresh as before its first update when
+    the checkpoint has no updates in it. `warn` is told, on rank 0, of what is no reason to refuse the checkpoint.
+
+    Raises, on every rank alike, DamagedCheckpoint for what cannot be read or is not what was written, after which
+    tensors of `state` may have any values, and another checkpoint can be read into it; ValueError naming tensors that
+    are missing or of another shape than those of `state`, and for a folder that is no checkpoint of this version.
     """
-    saved = read_state_file(folder)
+    opened = agree(everyone(), folder, lambda: open_checkpoint(folder))
+    saved, stored = opened.saved, _stored(opened)
     held = held_parameters(state.model, state.shape, layout().tensor_size)
-    stored = stored_shapes(folder)
     tree = model_tensors(held)
-    if state.optimizer is not None and saved["optimizer_step"]:
-        optimizer_state.allocate(state.optimizer.megatron, saved["optimizer_step"])
-        tree |= _optimizer_tensors(state.optimizer, held, stored)
+    if state.optimizer is not None:
+        optimizer_state.clear(state.optimizer.megatron)  # of a checkpoint that was damaged
+        if saved["optimizer_step"]:
+            optimizer_state.allocate(state.optimizer.megatron, saved["optimizer_step"])
+            tree |= _optimizer_tensors(state.optimizer, held, stored)
     check_stored(folder, tree, stored)
     resumed = state.optimizer is not None and saved["random_states"] and saved["layout"] == _layout_sizes()
-    loaded = load_tensors(folder, {**tree, **(_random_states() if resumed else {})})
-    if resumed:
-        _set_random_states(loaded["rng"])
+    random_states = agree(everyone(), folder, lambda: _read(opened, tree, resumed))
+    if layout().rank == 0:
+        for remark in opened.remarks():
+            warn(remark)
+    if random_states is not None:
+        _set_random_states(random_states)
     if state.optimizer is not None:
         _restore_schedule(state.optimizer, saved)
     return Restored(saved["step"], saved.get("metric"), saved["cursor"], saved["config"])
 
 
-def load_tensors(folder: Path | str, tree: dict[str, Any]) -> dict[str, Any]:
-    """Fills the tensors of `tree` in place; padding, which is in no checkpoint, keeps the zeros it was built with."""
-    return dist_checkpointing.load(tree, str(folder), validate_access_integrity=False)
+def _read(opened: Opened, tree: dict[str, ShardedTensor], resumed: bool) -> Mapping[str, Any] | None:
+    """Fills the tensors of `tree`; padding, which is in no checkpoint, keeps the zeros it was built with. Returns this
+    rank's random number states when it resumes with them."""
+    read_boxes(opened, tree)
+    if layout().rank == 0:
+        check_object(opened, COMMON_STATE)
+    return _checked_states(opened, read_object(opened, _random_states()["rng"])) if resumed else None
 
 
-def stored_shapes(folder: Path | str) -> dict[str, ShardedTensor]:
-    """name -> description (global shape, dtype) of every tensor in a checkpoint."""
-    return dist_checkpointing.load_tensors_metadata(str(folder))
+def _stored(opened: Opened) -> dict[str, tuple[int, ...]]:
+    """name -> shape of every tensor in a checkpoint."""
+    described = opened.metadata.state_dict_metadata.items()
+    return {name: tuple(each.size) for name, each in described if isinstance(each, TensorStorageMetadata)}
 
 
-def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[str, ShardedTensor]) -> None:
+def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError on every rank when what any rank wants is not stored, or in another shape."""
     faults = set()
     for part in tree.values():
         if part.key not in stored:
             faults.add(f"{folder}: {part.key} {part.global_shape}: missing")
-        elif tuple(stored[part.key].global_shape) != part.global_shape:
-            found = tuple(stored[part.key].global_shape)
-            faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {found}")
+        elif stored[part.key] != part.global_shape:
+            faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {stored[part.key]}")
     everywhere = sorted(set().union(*gather_objects(faults, everyone())))
     if everywhere:
         raise ValueError("\n".join(everywhere[:MAX_SHOWN_FAULTS]))
@@ -154,7 +177,7 @@ def model_tensors(held: Mapping[str, Held]) -> dict[str, ShardedTensor]:
 
 
 def _optimizer_tensors(
-    optimizer: Optimizer, held: Mapping[str, Held], stored: Mapping[str, ShardedTensor] | None
+    optimizer: Optimizer, held: Mapping[str, Held], stored: Mapping[str, tuple[int, ...]] | None
 ) -> dict[str, ShardedTensor]:
     """Moments and master copies; with `stored`, a master copy that is not there is read from the weights."""
     found: dict[str, ShardedTensor] = {}
@@ -173,7 +196,6 @@ def _optimizer_tensors(
 def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if not saved["optimizer_step"]:
         optimizer.megatron.reload_model_params()  # master copies were made from the weights before loading
-        return
     optimizer.schedule.num_steps = saved["schedule_steps"]
     optimizer.schedule.step(increment=0)  # rates of these settings at that step
 
@@ -189,6 +211,21 @@ def _random_states() -> dict[str, ShardedObject]:
         states["cuda"] = torch.cuda.get_rng_state()
     here = layout()
     return {"rng": ShardedObject("rng", states, (here.world_size,), (here.rank,))}
+
+
+def _checked_states(opened: Opened, states: Any) -> Mapping[str, Any]:
+    """Raises DamagedCheckpoint for states that the generators of this rank would not take."""
+    own = _random_states()["rng"].data
+    try:
+        pairs = [(states[name], own[name]) for name in ("torch", "cuda") if name in own and name in states]
+        fits = "torch" in states and all(part.shape == like.shape for part, like in pairs)
+        parts = [*(part for part, _ in pairs), *states["tracker"].values()]
+        fits = fits and all(part.dtype == torch.uint8 for part in parts)
+    except (TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise DamagedCheckpoint(f"{opened.folder}: rng: not the states of random number generators")
+    return states
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:

@@ -175,9 +175,9 @@ class CheckpointStore:
     def _publish(self, partial: Path, final: Path, taken: Snapshot, metric: float | None) -> None:
         """What every rank has written becomes a checkpoint, and older ones make room."""
         write_format(partial)
-        write_state_file(partial, **taken.facts, metric=metric, serial=next_serial(self.folder))
         if self.source is not None:
             copy_side_files(self.source, partial)
+        write_state_file(partial, **taken.facts, metric=metric, serial=next_serial(self.folder))
         publish(partial, final, self._warn)
         self._passed_over.discard(final)
         self._retire()

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from megatron_papo.checkpoint.huggingface import Progress, read_hf
-from megatron_papo.checkpoint.state import TrainState, is_checkpoint, read_state
+from megatron_papo.checkpoint.state import TrainState, read_state
+from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.model.shape import ModelShape
 
 
@@ -16,7 +17,7 @@ def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progre
 
     `progress` is told of Hugging Face tensors only; a checkpoint is read in one go.
     """
-    if is_checkpoint(folder):
+    if names_checkpoint(folder):
         read_state(folder, TrainState(model, shape))
     else:
         read_hf(model, shape, folder, progress)

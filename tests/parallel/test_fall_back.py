@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_papo.checkpoint import resume
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
-from megatron_papo.checkpoint.state import TrainState, read_state
 from megatron_papo.checkpoint.store import CheckpointStore
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
 from tests.ranks import run_ranks
@@ -21,12 +18,6 @@ def _spoil(file: Path, content: bytes) -> None:
     if dist.get_rank() == 0:
         file.write_bytes(content)
     dist.barrier()
-
-
-def _tensors_of_step_2_are_damaged(folder: Path, state: TrainState) -> Any:
-    if "step_00000002" in str(folder):
-        raise DamagedCheckpoint(f"{folder}/__0_0.distcp: not what was written")
-    return read_state(folder, state)
 
 
 def _fall_back(source: str, root: str) -> dict[str, Any]:
@@ -51,7 +42,11 @@ def _fall_back(source: str, root: str) -> dict[str, Any]:
     note(restored.step)
     train(run, range(3, 4))
     store.save(4, run)
-    resume.read_state = _tensors_of_step_2_are_damaged
+    tensors = (folder / "step_00000002" / "__0_0.distcp").read_bytes()
+    dist.barrier()
+    middle = len(tensors) // 2
+    flipped = bytes([tensors[middle] ^ 1])
+    _spoil(folder / "step_00000002" / "__0_0.distcp", tensors[:middle] + flipped + tensors[middle + 1 :])
     _spoil(folder / "step_00000004" / "state.json", b"")
     whole = (folder / "step_00000003" / "state.json").read_bytes()
     dist.barrier()
@@ -86,6 +81,7 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_damaged_are_set_aside(tm
     for found in (first, second):
         assert found["none"].startswith(f"run.dir: no checkpoint under {folder} is whole: ")
         assert f"{step_4}: not JSON: " in found["none"]
-        assert f"{folder / 'step_00000002' / '__0_0.distcp'}: not what was written; to begin anew, " in found["none"]
+        assert f"{folder / 'step_00000002' / '__0_0.distcp'}: " in found["none"]
+        assert found["none"].endswith("; to begin anew, take another run.dir, or checkpoint.resume=false")
         assert str(folder / "step_00000003" / "state.json") in found["none"]
         assert found["metric"] == 0.5

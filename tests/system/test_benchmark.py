@@ -109,11 +109,11 @@ def test_plan(tmp_path):
 
 def test_save(tmp_path):
     rows = run_benchmark("save", tmp_path)
-    assert len(rows) == 2 * 8
-    for ranks, found in (("1 rank: ", rows[:8]), ("2 ranks: ", rows[8:])):
+    assert len(rows) == 2 * 10
+    for ranks, found in (("1 rank: ", rows[:10]), ("2 ranks: ", rows[10:])):
         assert all(row["name"].startswith(ranks) for row in found)
-        assert [row["unit"] for row in found] == ["s", "GB/s", *["s"] * 6]
-        for row in (found[0], found[2], found[3], found[5], found[6]):
+        assert [row["unit"] for row in found] == ["s", "GB/s", *["s"] * 8]
+        for row in (found[0], found[2], found[3], found[5], found[6], *found[8:]):
             check_ratio(row)
         for clock, share in ((found[2], found[4]), (found[5], found[7])):  # one round: the median is the difference
             assert share["value"] - share["baseline"] == pytest.approx(clock["value"] - clock["baseline"], abs=1e-6)

@@ -297,13 +297,19 @@ def test_a_bad_checkpoint_is_one_line_with_file_and_tensor(source, tmp_path, cap
     (tmp_path / "bad").mkdir()
     check("state.json: no such file: not a checkpoint of this package")
     (tmp_path / "bad" / ".metadata").write_bytes(b"nothing")
-    check(".metadata: not the metadata of a checkpoint")
+    check(".metadata: not what was written: its checksum differs")
     last = max((tmp_path / "bad").glob("*.distcp"), key=lambda file: file.stat().st_size)
     ends = last.stat().st_size
     last.unlink()
     check(f"{last.name}: ", ": no such file")
     os.truncate(last, ends - 200)
     check(f"{last.name}: ", f": truncated: its box ends at byte {ends}, the file at {ends - 200}")
+    with last.open("r+b") as file:  # a bit of a value
+        file.seek(ends // 2)
+        (byte,) = file.read(1)
+        file.seek(ends // 2)
+        file.write(bytes([byte ^ 1]))
+    check(f"{last.name}: ", ": not what was written: its checksum differs")
     os.truncate(last, 100)
     os.truncate(last, ends)  # zeros
     check(f"{last.name}: ", ": not a tensor that torch.save wrote")

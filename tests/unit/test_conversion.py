@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.conversion.blobs import frame, values_offset
+from megatron_papo.checkpoint.blobs import frame, values_offset
 from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.convert import chunk_for
 from megatron_papo.checkpoint.conversion.hashing import Hasher

@@ -1,4 +1,5 @@
-"""What checkpoints cost a run: updates with a save in the background, with a save that they wait for, and without.
+"""What checkpoints cost a run: updates with a save in the background, with a save that they wait for, and without; and
+what their checksums cost a load (loads.py).
 
 A model of 42 M parameters in fp32, half a gigabyte a checkpoint, on one rank and on two (TP 2). Every round times as
 many updates on each side, in turns, by the clock; rollouts are given, so updates follow each other as closely as they
@@ -26,6 +27,7 @@ from megatron_papo.launch import Work, launch
 from megatron_papo.optim import build_optimizer, wrap_policy
 from megatron_papo.run import open_run
 from megatron_papo.save import Checkpoints
+from tools.benchmarks.loads import load_rows
 from tools.benchmarks.models import HIDDEN, LAYERS, write_model
 from tools.benchmarks.ours import Ours, settings
 from tools.benchmarks.rollouts import Workload, make_groups
@@ -80,9 +82,11 @@ def on_rank(folder: Path, scale: Scale, num_ranks: int, out: Path) -> None:
         shown = run.layout.rank == 0
         what = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
         clock = measure(sides, scale.rounds, what if shown else None, time.perf_counter)
+        num_bytes = sides["waiting"].checkpoint_bytes() / num_ranks
+        loads = load_rows(what, ours, sides["waiting"].checkpoint(), scale.rounds)
         if shown:
-            num_bytes = sides["waiting"].checkpoint_bytes() / num_ranks
-            out.write_text(json.dumps([asdict(row) for row in _rows(what, clock.of, sides, num_bytes, scale)]))
+            rows = _rows(what, clock.of, sides, num_bytes, scale) + loads
+            out.write_text(json.dumps([asdict(row) for row in rows]))
 
 
 def _rows(what: str, of: dict[str, list[float]], sides: dict[str, _Side], num_bytes: float, scale: Scale) -> list[Row]:
@@ -167,9 +171,13 @@ class _Side:
         self._finish()
         self.processor_s.append(time.process_time() - before)
 
+    def checkpoint(self) -> Path:
+        """The newest; no other is kept."""
+        (path,) = self._folder.glob("checkpoints/step_*")
+        return path
+
     def checkpoint_bytes(self) -> int:
-        """Of the newest."""
-        return sum(file.stat().st_size for file in self._folder.glob("checkpoints/*/*"))
+        return sum(file.stat().st_size for file in self.checkpoint().iterdir())
 
     def _save(self) -> None:
         if self._checkpoints is None:

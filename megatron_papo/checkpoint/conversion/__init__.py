@@ -2,7 +2,7 @@
 
     spans       which rows of which Hugging Face tensor are which rows of a parameter
     stores      where rows lie in files; huggingface_files and checkpoint_files (checkpoint_plan) know the
-                two formats, blobs one box
+                two formats, box_sums the checksum of a box that streams by
     plan        what is written where, in files that one worker writes each
     stream      rows through a few buffers: read, cast, hashed (hashing), written
     journal     what is written already, so that an interrupted conversion goes on

@@ -7,65 +7,51 @@ rows or by columns; a planned one (checkpoint_plan.py) by rows alone.
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_papo.checkpoint.conversion.blobs import values_offset
-from megatron_papo.checkpoint.conversion.spans import num_values
-from megatron_papo.checkpoint.conversion.stores import Strip
+from megatron_papo.checkpoint.blobs import Part, values_offset
+from megatron_papo.checkpoint.conversion.box_sums import Box, BoxSums
+from megatron_papo.checkpoint.conversion.stores import Files, Strip
 from megatron_papo.checkpoint.folders import raise_faults
+from megatron_papo.checkpoint.metadata_file import METADATA_FILE
+from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.slices import Entry
 
-METADATA_FILE = ".metadata"
 _OTHER_KEYS = ("optimizer.", "rng/", "common_state/")
 """What a checkpoint holds beside parameters."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """Rows `row : row + length`, columns `column : column + width`, stored as `size` bytes from `offset` of `file`."""
-
-    file: str
-    offset: int
-    size: int
-    row: int
-    length: int
-    column: int
-    width: int
-    values: int | None
-    """Where the values begin in the file; None: yet to be looked up."""
 
 
 class CheckpointFiles:
     """The parameters of a checkpoint by Megatron name."""
 
-    def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, list[Box]]):
-        self.folder, self._dtypes, self.boxes = folder, dtypes, dict(boxes)
+    def __init__(
+        self, folder: Path, dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, list[Box]],
+        opened: Opened | None = None,
+    ):  # fmt: skip
+        """`opened`: has the checksums that boxes are to have; None: they are not checked."""
+        self.folder, self._dtypes, self.boxes, self._opened = folder, dtypes, dict(boxes), opened
+        self._sums: dict[Files, BoxSums] = {}
 
     @classmethod
-    def read(cls, folder: Path, table: Mapping[str, Entry]) -> CheckpointFiles:
-        """From `.metadata`. Raises ValueError, a line a fault, naming file and tensor."""
-        file = folder / METADATA_FILE
-        try:
-            metadata: Metadata = pickle.loads(file.read_bytes())
-            stored = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-        except OSError as error:
-            raise ValueError(f"{file}: {error.strerror}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, ImportError, IndexError) as error:
-            raise ValueError(f"{file}: not the metadata of a checkpoint: {error}") from None
+    def read(cls, folder: Path, table: Mapping[str, Entry], checked: bool = True) -> CheckpointFiles:
+        """From `.metadata`. Raises ValueError, a line a fault, naming file and tensor; DamagedCheckpoint for what is
+        not as it was written, with `checked` also while boxes are read."""
+        opened = open_checkpoint(folder)
+        file, metadata = folder / METADATA_FILE, opened.metadata
+        stored = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
         _check(file, stored, table)
         boxes = {name: _boxes(file, name, stored[name], metadata.storage_data) for name in table}
         raise_faults(_cut_short(folder, boxes))
-        return cls(folder, {name: stored[name].properties.dtype for name in table}, boxes)
+        dtypes = {name: stored[name].properties.dtype for name in table}
+        return cls(folder, dtypes, boxes, opened if checked and opened.box_sums is not None else None)
 
     def dtype(self, entry: Entry) -> torch.dtype:
         return self._dtypes[entry.name]
@@ -77,7 +63,19 @@ class CheckpointFiles:
             if last > first:
                 assert box.values is not None
                 offset = box.values + (first - box.row) * box.width * size
-                yield Strip(box.file, offset, first, last - first, box.column, box.width)
+                yield Strip(box.file, offset, first, last - first, box.column, box.width, box)
+
+    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+        """Raises DamagedCheckpoint when these are the last values of a box that is not as it was written."""
+        box = strip.box
+        if self._opened is None or box is None:
+            return
+        if files not in self._sums:
+            self._sums[files] = BoxSums(lambda box, offset, size: files.some(box.file, offset, size))
+        num_bytes = box.length * box.width * self._dtypes[entry.name].itemsize
+        found = self._sums[files].add(box, strip.offset, data, num_bytes)
+        if found is not None:
+            self._opened.check_box(entry.name, box.file, box.offset, box.size, found)
 
     def _located(self, entry: Entry) -> list[Box]:
         boxes = self.boxes[entry.name]
@@ -89,39 +87,14 @@ class CheckpointFiles:
         path = self.folder / box.file
         shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
         try:
-            with open(path, "rb") as file, io.BufferedReader(_Part(file.fileno(), box.offset, box.size)) as blob:
-                values = box.offset + values_offset(blob, shape, self._dtypes[entry.name])
+            with open(path, "rb") as file:
+                part = Part(box.size, lambda at, size: os.pread(file.fileno(), size, box.offset + at))
+                values = box.offset + values_offset(part, shape, self._dtypes[entry.name])
         except OSError as error:
             raise ValueError(f"{path}: {entry.name}: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {entry.name}: {error}") from None
-        return Box(box.file, box.offset, box.size, box.row, box.length, box.column, box.width, values)
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, handle: int, offset: int, size: int):
-        self._handle, self._offset, self._size, self._at = handle, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        count = os.preadv(self._handle, [memoryview(buffer)[:length]], self._offset + self._at)
-        self._at += count
-        return count
+        return replace(box, values=values)
 
 
 def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mapping[str, Entry]) -> None:
@@ -131,8 +104,6 @@ def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mappi
         if name in table:
             if shape != table[name].shape:
                 faults.append(f"{file}: {name}: expected shape {table[name].shape}, found {shape}")
-            elif sum(math.prod(chunk.sizes) for chunk in found.chunks) != num_values(table[name]):
-                faults.append(f"{file}: {name}: its boxes do not cover it once")
         elif not name.startswith(_OTHER_KEYS):
             faults.append(f"{file}: {name} {shape}: no such parameter in the model that config.json describes")
     raise_faults(faults)
@@ -142,8 +113,8 @@ def _boxes(file: Path, name: str, stored: TensorStorageMetadata, places: Mapping
     found = []
     for chunk in stored.chunks:
         place = places.get(MetadataIndex(name, chunk.offsets))
-        if place is None or getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{file}: {name}: no plain box at {tuple(chunk.offsets)}")
+        if place is None:
+            raise ValueError(f"{file}: {name}: no box at {tuple(chunk.offsets)}")
         (row, *column), (length, *columns) = chunk.offsets, chunk.sizes
         found.append(
             Box(place.relative_path, place.offset, place.length, row, length, sum(column), math.prod(columns), None)

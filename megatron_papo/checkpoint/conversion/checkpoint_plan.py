@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.conversion.blobs import frame
-from megatron_papo.checkpoint.conversion.checkpoint_files import METADATA_FILE, Box, CheckpointFiles
+from megatron_papo.checkpoint.blobs import frame
+from megatron_papo.checkpoint.checksums import Boxes, sum_of, write_box_sums
+from megatron_papo.checkpoint.conversion.box_sums import Box
+from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.spans import width
+from megatron_papo.checkpoint.metadata_file import METADATA_FILE
+from megatron_papo.checkpoint.opening import FORMAT_FILE
 from megatron_papo.checkpoint.slices import Entry
 from megatron_papo.checkpoint.state_file import FORMAT
 
@@ -53,8 +57,12 @@ def plan_boxes(
     return boxes, around, at
 
 
-def write_metadata(folder: Path, store: CheckpointFiles, table: Mapping[str, Entry], common_file: str) -> None:
-    """Writes what makes the boxes a checkpoint: `.metadata`, the empty common state, metadata.json."""
+def write_metadata(
+    folder: Path, store: CheckpointFiles, table: Mapping[str, Entry], common_file: str,
+    sums: Mapping[str, Sequence[str]],
+) -> None:  # fmt: skip
+    """Writes what makes the boxes a checkpoint: `.metadata`, the empty common state, metadata.json, and the boxes'
+    checksums where `sums`, by parameter, has them."""
     described: dict[str, Any] = {_COMMON: BytesStorageMetadata()}
     common = io.BytesIO()
     torch.save([{}], common)
@@ -71,7 +79,13 @@ def write_metadata(folder: Path, store: CheckpointFiles, table: Mapping[str, Ent
         described[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
     metadata = Metadata(described, storage_data=places, version=CURRENT_DCP_VERSION)
     (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (folder / FORMAT_FILE).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    if all(len(sums[name]) == len(store.boxes[name]) for name in table):  # not of an older version's journal
+        boxes: Boxes = {common_file: [(0, len(common.getvalue()), sum_of(common.getvalue()))]}
+        for name in table:
+            for box, digest in zip(store.boxes[name], sums[name]):
+                boxes.setdefault(box.file, []).append((box.offset, box.size, digest))
+        write_box_sums(folder, boxes)
 
 
 def state_tree() -> dict[str, Any]:

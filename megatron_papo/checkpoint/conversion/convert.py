@@ -38,7 +38,7 @@ from megatron_papo.checkpoint.conversion.stream import CHUNK_BYTES, SHARES
 from megatron_papo.checkpoint.conversion.units import convert_unit, journal_file, remaining_bytes
 from megatron_papo.checkpoint.folders import copy_side_files, set_dtype
 from megatron_papo.checkpoint.slices import Entry
-from megatron_papo.checkpoint.state_file import STATE_FILE
+from megatron_papo.checkpoint.state_file import write_state_tree
 from megatron_papo.files import make_way, print_warning, write_whole
 
 PLAN_FILE = "plan"
@@ -175,8 +175,8 @@ def _finish(plan: Plan, target: Path, partial: Path) -> None:
     assert not missing, f"parameters that nobody wrote: {missing[:3]}"
     copy_side_files(plan.files, partial)
     if isinstance(plan.target, CheckpointFiles):
-        write_metadata(partial, plan.target, plan.table, f"__{len(plan.units)}_0.distcp")
-        (partial / STATE_FILE).write_text(json.dumps(state_tree(), indent=2) + "\n")
+        sums = {name: record.boxes for name, record in records.items()}
+        write_metadata(partial, plan.target, plan.table, f"__{len(plan.units)}_0.distcp", sums)
     else:
         assert isinstance(plan.target, HuggingFaceFiles)
         set_dtype(partial / "config.json", _main_dtype(plan))
@@ -185,6 +185,8 @@ def _finish(plan: Plan, target: Path, partial: Path) -> None:
             index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_manifest(partial, manifest_tree(plan, records))
+    if isinstance(plan.target, CheckpointFiles):
+        write_state_tree(partial, state_tree())
     doomed = partial.with_name(f"{partial.name}.journal")  # out of the way in one step
     make_way(doomed)
     (partial / FOLDER).rename(doomed)

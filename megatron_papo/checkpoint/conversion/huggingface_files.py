@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_papo.checkpoint.conversion.spans import spans, width
-from megatron_papo.checkpoint.conversion.stores import Strip
+from megatron_papo.checkpoint.conversion.stores import Files, Strip
 from megatron_papo.checkpoint.folders import check_tensors, weight_files
 from megatron_papo.checkpoint.names import published_name
 from megatron_papo.checkpoint.slices import Entry
@@ -69,6 +69,9 @@ class HuggingFaceFiles:
                     f"{parts[0].dtype}: they are one parameter of the checkpoint and need one dtype"
                 )
         return parts[0].dtype
+
+    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+        """Published folders have no checksums."""
 
     def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
         columns = width(entry)

@@ -32,6 +32,8 @@ class Record:
     target: tuple[str, ...]
     changed: int
     """Values that the cast rounded."""
+    boxes: tuple[str, ...] = ()
+    """Checksums of its boxes, in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def _record(tree: dict[str, Any]) -> Record | None:
     """None for what no journal's line says."""
     try:
         forms = {name: tuple(map(str, tree[name])) for name in ("source", "cast", "target")}
+        forms["boxes"] = tuple(map(str, tree.get("boxes", ())))
         return Record(str(tree["name"]), **forms, changed=int(tree["changed"]))
     except (KeyError, TypeError, ValueError):
         return None

@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_papo.checkpoint.conversion.checkpoint_files import Box, CheckpointFiles
+from megatron_papo.checkpoint.conversion.box_sums import Box
+from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.checkpoint_plan import plan_boxes
 from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.checkpoint.conversion.spans import num_values
 from megatron_papo.checkpoint.conversion.stores import Store
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.checkpoint.slices import Entry
-from megatron_papo.checkpoint.state_file import is_checkpoint, read_state_file
+from megatron_papo.checkpoint.state_file import names_checkpoint, read_state_file
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]
@@ -77,13 +78,15 @@ def parameter_bytes(store: Store, entry: Entry) -> int:
     return num_values(entry) * store.dtype(entry).itemsize
 
 
-def open_store(folder: Path, shape: ModelShape) -> Store:
-    """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`."""
+def open_store(folder: Path, shape: ModelShape, checked: bool = True) -> Store:
+    """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`.
+
+    `checked`: boxes of a checkpoint have to be as their checksums say.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if is_checkpoint(folder):
-        read_state_file(folder)
-        return CheckpointFiles.read(folder, parameter_table(shape))
+    if names_checkpoint(folder):
+        return CheckpointFiles.read(folder, parameter_table(shape), checked)
     return HuggingFaceFiles.read(folder, shape)
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_papo.checkpoint.conversion.box_sums import Box
 from megatron_papo.checkpoint.conversion.spans import width
 from megatron_papo.checkpoint.slices import Entry
 
@@ -31,6 +32,8 @@ class Strip:
     length: int
     column: int
     width: int
+    box: Box | None = None
+    """Of a checkpoint: the one that it is a part of."""
 
 
 class Store(Protocol):
@@ -42,6 +45,10 @@ class Store(Protocol):
 
     def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
         """Of rows `start : stop` of the parameter."""
+        ...
+
+    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+        """Told of what is read, a strip at a time; raises ValueError for what is known not to be what was written."""
         ...
 
 
@@ -81,6 +88,12 @@ class Files:
             done += count
         self._forget_behind(name, offset, done)
 
+    def some(self, name: str, offset: int, size: int) -> bytes:
+        """As `read`, of a few bytes that are no tensor's values."""
+        data = bytearray(size)
+        self.read(name, offset, memoryview(data), "around its values")
+        return bytes(data)
+
     def _forget_behind(self, name: str, offset: int, count: int) -> None:
         """What was read is not read again soon: its pages are free for others, and for what is read next."""
         self._cached[name] = self._cached.get(name, 0) + count
@@ -113,17 +126,25 @@ def read_rows(files: Files, store: Store, entry: Entry, start: int, stop: int, i
     for strip in store.strips(entry, start, stop):
         first = (strip.row - start) * row_bytes
         if strip.width == width(entry):
-            files.read(strip.file, strip.offset, view(into)[first : first + strip.length * row_bytes], entry.name)
+            whole = view(into)[first : first + strip.length * row_bytes]
+            files.read(strip.file, strip.offset, whole, entry.name)
+            store.check(files, entry, strip, whole)
             continue
         part = torch.empty(strip.length, strip.width * size, dtype=torch.uint8)
         files.read(strip.file, strip.offset, view(part), entry.name)
+        store.check(files, entry, strip, view(part))
         rows = into[first : first + strip.length * row_bytes].view(strip.length, row_bytes)
         rows[:, strip.column * size : (strip.column + strip.width) * size] = part
 
 
-def write_rows(files: Files, store: Store, entry: Entry, start: int, stop: int, data: Tensor) -> None:
-    """The same bytes to where a planned store has them; its strips are whole rows."""
-    row_bytes = width(entry) * store.dtype(entry).itemsize
+def write_rows(
+    files: Files, store: Store, entry: Entry, start: int, stop: int, data: Tensor
+) -> list[tuple[Strip, memoryview]]:
+    """The same bytes to where a planned store has them, and what was written where; its strips are whole rows."""
+    row_bytes, written = width(entry) * store.dtype(entry).itemsize, []
     for strip in store.strips(entry, start, stop):
         first = (strip.row - start) * row_bytes
-        files.write(strip.file, strip.offset, view(data)[first : first + strip.length * row_bytes])
+        values = view(data)[first : first + strip.length * row_bytes]
+        files.write(strip.file, strip.offset, values)
+        written.append((strip, values))
+    return written

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_papo.checkpoint.conversion.box_sums import BoxSums
 from megatron_papo.checkpoint.conversion.hashing import Forms
 from megatron_papo.checkpoint.conversion.journal import FOLDER, Journal, Record, Written, read_journal
 from megatron_papo.checkpoint.conversion.plan import Direction, Plan, Unit, parameter_bytes
@@ -92,6 +94,10 @@ class _Writer:
         self._journal_file, self._size = journal_file(partial, unit), unit.num_bytes
         self._kept, self._unsynced = kept, 0
         self._syncing: Future[None] | None = None
+        around = dict(unit.around)
+        self._sums = BoxSums(lambda box, offset, size: around[offset])
+        self._box_sums: list[str] = []
+        """Of the parameter that is being written."""
 
     def __enter__(self) -> _Writer:
         os.ftruncate(self._files.handle(self._file), self._size)
@@ -110,7 +116,11 @@ class _Writer:
             self._journal.close()
 
     def write(self, entry: Entry, start: int, stop: int, data: Tensor) -> None:
-        write_rows(self._files, self._plan.target, entry, start, stop, data)
+        for strip, values in write_rows(self._files, self._plan.target, entry, start, stop, data):
+            if strip.box is not None:
+                num_bytes = strip.box.length * strip.box.width * self._plan.target.dtype(entry).itemsize
+                digest = self._sums.add(strip.box, strip.offset, values, num_bytes)
+                self._box_sums += [digest] if digest is not None else []
         self._unsynced += data.numel()
         if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:
@@ -119,7 +129,9 @@ class _Writer:
             self._syncing = self._thread.submit(self._sync, len(self._journal.records))
 
     def done(self, outcome: Outcome) -> None:
-        self._journal.append(record_of(outcome, self._plan.direction))
+        record = record_of(outcome, self._plan.direction)
+        self._journal.append(replace(record, boxes=tuple(self._box_sums)))
+        self._box_sums = []
 
     def _sync(self, num_records: int) -> None:
         self._files.sync(self._file)

@@ -1,0 +1,144 @@
+"""One box of a checkpoint: a tensor as torch.save writes it, which is a zip archive with the values uncompressed.
+
+The frame of bytes around the values depends on shape and dtype alone, so a box can be written without having its
+values in memory, and read without unpickling them. Checksums of the archive are left out, as
+`torch.serialization.set_crc32_options(False)` does: checksums.json says more. torch.load loads such a box; an
+unzip program would complain.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_papo.checkpoint.pickled import read_pickle
+
+_CLASSES = frozenset({("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")})
+_STORAGES = {
+    ("torch", "FloatStorage"): torch.float32, ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "HalfStorage"): torch.float16,
+}  # fmt: skip
+_LOCAL_HEADER_BYTES = 30
+_MOST_PICKLED = 2**16
+"""Bytes that say what tensor it is; a few hundred do."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands before and behind the values."""
+
+    before: bytes
+    behind: bytes
+
+
+@functools.cache
+def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
+    """Of a contiguous tensor; its memory is never touched, so its size does not matter."""
+    values = torch.empty(shape, dtype=dtype)
+    sink = _Sink(values.data_ptr())
+    checks = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # would read the values
+    try:
+        torch.save(values, sink)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(checks)
+    assert sink.values_bytes == values.nbytes, "torch.save writes the storage in one piece"
+    return Frame(bytes(sink.before), bytes(sink.behind))
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what is written but the bytes at `address`."""
+
+    def __init__(self, address: int):
+        self.before, self.behind, self.values_bytes = bytearray(), bytearray(), 0
+        self._address = address
+
+    def write(self, data: Any) -> int:
+        part = np.frombuffer(data, np.uint8)
+        if part.ctypes.data == self._address:
+            self.values_bytes += part.nbytes
+        else:
+            (self.behind if self.values_bytes else self.before).extend(data)
+        return part.nbytes
+
+
+def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where the values begin in a stored box. Raises ValueError for one that is not a contiguous tensor like that."""
+    try:
+        archive = zipfile.ZipFile(blob)  # type: ignore[arg-type]
+        records = {name.partition("/")[2]: info for info in archive.infolist() if (name := info.filename)}
+        pickled = records["data.pkl"]
+        blob.seek(_at(blob, pickled))
+        tensor = _described(blob.read(min(pickled.file_size, _MOST_PICKLED)) or b"")
+        (_, stored, key, _, numel), start, size, stride, *_ = tensor.arguments
+        values = records[f"data/{key}"]
+        begin, plain = _at(blob, values), values.compress_type == zipfile.ZIP_STORED
+        if begin + values.file_size > blob.seek(0, io.SEEK_END):
+            raise ValueError("its values end behind it")
+    except (zipfile.BadZipFile, OSError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"not a tensor that torch.save wrote: {error}") from None
+    found = (size, stored, numel, values.file_size)
+    same = found == (shape, dtype, math.prod(shape), math.prod(shape) * dtype.itemsize)
+    if not (same and plain and start == 0 and _is_contiguous(shape, stride)):
+        raise ValueError(f"is not {shape} of {dtype}, one value after the other")
+    return begin
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(pickled: bytes) -> Any:
+    """A `Record` of the tensor; those of one shape are described in the same bytes."""
+    return read_pickle(pickled, _CLASSES, _STORAGES, storages=True)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: Any) -> bool:
+    """An axis of one has any stride."""
+    if not isinstance(stride, tuple) or len(stride) != len(shape):
+        return False
+    return all(length == 1 or stride[axis] == math.prod(shape[axis + 1 :]) for axis, length in enumerate(shape))
+
+
+class Part(io.RawIOBase):
+    """Bytes at hand, or a part of a file, as a file of its own: what `read` gives of (offset, length)."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes | memoryview]):
+        self._size, self._read, self._place = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = max(0, offset + (0, self._place, self._size)[whence])
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(self._place, max(0, min(len(buffer), self._size - self._place)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def _at(blob: io.RawIOBase, record: zipfile.ZipInfo) -> int:
+    """Behind the record's own header, whose name and padding are as long as it says."""
+    blob.seek(record.header_offset)
+    header = blob.read(_LOCAL_HEADER_BYTES) or b""
+    if len(header) < _LOCAL_HEADER_BYTES:
+        raise ValueError("cut short")
+    return (
+        record.header_offset
+        + _LOCAL_HEADER_BYTES
+        + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    )
