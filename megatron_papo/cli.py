@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _VERBS = {
     "eval": "avg@k on data.eval, with the images and with them masked",
     "score": "log-probs, entropy and perception KL of given responses, token by token",
 }
+_LOCKING = ("sft", "train", "certify")
 _SETTINGS_HELP = "a YAML file of settings, and settings as key.path=value, which win over the file"
 _EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
@@ -62,12 +64,33 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         print(dump_config(config), end="")
         return 0
     from megatron_papo.launch import Work, launch
+    from megatron_papo.observe.failures import tell_torchrun
+    from megatron_papo.observe.lock import RunHeld
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
     module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
-    return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
+    work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
+    try:
+        with _alone(options.verb, config):
+            return launch(work, num_ranks)
+    except RunHeld as error:  # without a note in RUN/failures, which would end the run that is there
+        tell_torchrun(f"papo: error: {error}")
+        if _speaks():
+            print(f"papo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _alone(verb: str, config: Config) -> AbstractContextManager[None]:
+    """The lock of run.dir, for the verbs that write what a later run goes on with; the others look at it."""
+    from megatron_papo.launch import outer_rank
+    from megatron_papo.observe.lock import Holder, alone_in
+
+    environ = os.environ | (outer_rank(os.environ) or {})
+    first = environ.get("RANK", "0") == "0"
+    mine = Holder.here(verb, environ, config.run.heartbeat_limit_s)
+    return alone_in(config.run.dir, mine, takes=first and verb in _LOCKING)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

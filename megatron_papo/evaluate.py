@@ -7,7 +7,6 @@ with the image, a token mean. One line of scores is appended to `RUN/eval.jsonl`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -17,6 +16,7 @@ from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
+from megatron_papo.files import append_record
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
@@ -44,9 +44,8 @@ def main(config: Config) -> int:
             dataset = PromptDataset(config.data, "eval", run.processor)
             scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with (run.folder / "eval.jsonl").open("a") as file:
-                file.write(json.dumps({"model": str(config.model.path or config.model.checkpoint), **scores}) + "\n")
+            model = str(config.model.path or config.model.checkpoint)
+            append_record(run.folder / "eval.jsonl", {"model": model, **scores})
             print_scores(scores)
     return 0
 

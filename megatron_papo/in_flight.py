@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import io
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch.distributed import ProcessGroup
@@ -20,6 +22,8 @@ from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 from megatron_papo.parallel import gather_objects
 from megatron_papo.types import Group, Metrics, Rollout
+
+_ARRAYS = ("places", "lengths", "stopped", "versions", "ids", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ def from_state(
     state: dict[str, Any], step: int, draw: Draw, group_size: int, decode: Callable[[tuple[int, ...]], str]
 ) -> tuple[Group, ...] | None:
     """The groups of this rank's draw; None where other rollouts are wanted than were saved: of another step, other
-    prompts or of another number."""
+    prompts or of another number. Raises ValueError for what `to_state` does not make."""
     if state.get("step") != step:
         return None
-    arrays = np.load(io.BytesIO(base64.b64decode(state["rollouts"])), allow_pickle=False)
+    arrays = _unpacked(state)
     places = arrays["places"].tolist()
     if len(arrays["lengths"]) != len(places) * group_size or not set(draw.places) <= set(places):
         return None
@@ -72,6 +76,18 @@ def from_state(
         Group(prompt, tuple(rollouts[first[place] : first[place] + group_size]))
         for place, prompt in zip(draw.places, draw.prompts, strict=True)
     )
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        packed = np.load(io.BytesIO(base64.b64decode(state["rollouts"])), allow_pickle=False)
+        arrays = {name: packed[name] for name in _ARRAYS}
+        fitting = len(arrays["ids"]) == len(arrays["logprobs"]) == int(arrays["lengths"].sum())
+    except (KeyError, TypeError, ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"not rollouts: {error}") from None
+    if not fitting:
+        raise ValueError("not rollouts: their lengths contradict the tokens")
+    return arrays
 
 
 def _rollouts(arrays: Any, group_size: int, decode: Callable[[tuple[int, ...]], str]) -> Iterator[Rollout]:

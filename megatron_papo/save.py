@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from megatron_papo.checkpoint.huggingface import write_hf
-from megatron_papo.checkpoint.state import TrainState, read_state_file
+from megatron_papo.checkpoint.state import TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import Config
+from megatron_papo.files import write_whole
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.optim import Optimizer
@@ -56,22 +57,23 @@ class Checkpoints:
     def resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
 
-        Raises ValueError when it is another verb's, or of a model with other parts frozen.
+        Raises ValueError when it is another verb's, of a model with other parts frozen, or when all are damaged.
         """
         self._store.wait()
         if self._run.is_writer:
             (self._run.folder / SAVED_FILE).unlink(missing_ok=True)
-        latest, best = (self._store.latest(), self._store.best()) if self._settings.resume else (None, None)
-        if latest is None:
+        if not self._settings.resume:
             return None
-        self._check(latest, read_state_file(latest))
-        if best is not None:
-            self._best = read_state_file(best)["metric"]
         with self._run.clock.stage("resume"):
-            restored = self._store.load(latest, self._state({}))
+            found = self._store.resume(self._state({}), self._check)
+        if found is None:
+            return None
+        folder, restored = found
+        best = self._store.best_metric()
+        self._best = -math.inf if best is None else best
         self.next_step = restored.step
         lost = read_progress(self._run.folder).lost() if self._run.is_writer else ""
-        say(self._run, f"resumed from {latest}, step {restored.step}" + (f"; {lost}" if lost else ""))
+        say(self._run, f"resumed from {folder}, step {restored.step}" + (f"; {lost}" if lost else ""))
         return restored.cursor
 
     def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
@@ -114,7 +116,7 @@ class Checkpoints:
     def leave(self, step: int) -> int:
         """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved tells a supervisor."""
         if self._run.is_writer:
-            (self._run.folder / SAVED_FILE).write_text(f"{step + 1}\n")
+            write_whole(self._run.folder / SAVED_FILE, f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
         return SAVED_EXIT
 

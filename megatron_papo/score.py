@@ -10,7 +10,6 @@ columns. The output appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
+from megatron_papo.files import write_whole
 from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.packing import supervised_group
@@ -72,10 +72,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:

@@ -20,7 +20,7 @@ from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.parallel import sum_metrics
-from megatron_papo.record import Recorder
+from megatron_papo.record import Recorder, warn
 from megatron_papo.rollouts import collect, hand_over
 from megatron_papo.run import open_run, reward_groups
 from megatron_papo.save import Checkpoints
@@ -155,7 +155,11 @@ def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None
     cursor, config = training.cursor, training.run.config
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
-    groups = from_state(ahead, step, draw, config.train.group_size, training.run.processor.decode)
+    try:
+        groups = from_state(ahead, step, draw, config.train.group_size, training.run.processor.decode)
+    except ValueError as error:  # the same on all ranks, who have all read the same
+        warn(training.run, f"the checkpoint's rollouts of step {step} are made again: {error}")
+        groups = None
     if groups is None:
         training.cursor = cursor
         return None

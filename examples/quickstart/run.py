@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from megatron_papo.cli import main as papo_main
+from megatron_papo.files import STEP_NAME, read_records
 
 HERE = Path(__file__).resolve().parent
 ROWS = {
@@ -113,7 +114,7 @@ def report(out: Path, facts: dict) -> dict[str, float]:
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for title, place in (
         ("model (Hugging Face)", out / "papo" / "export"),
-        ("checkpoint (Megatron)", max((out / "papo" / "checkpoints").glob("step_*"))),
+        ("checkpoint (Megatron)", newest_checkpoint(out / "papo" / "checkpoints")),
         ("curves", curves),
         ("sample page", max((out / "papo" / "samples").glob("*.html"))),
         ("every number", out / "papo" / "metrics.jsonl"),
@@ -126,7 +127,11 @@ def report(out: Path, facts: dict) -> dict[str, float]:
 
 def last_scores(path: Path) -> dict[str, float]:
     """The scores of the newest evaluation in a file of `papo eval`."""
-    return json.loads(path.read_text().splitlines()[-1])
+    return read_records(path)[-1]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    return max(path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
 
 
 def main() -> None:

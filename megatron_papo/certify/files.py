@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_papo.certify.certificate import Certificate
 from megatron_papo.certify.page import certificate_page
+from megatron_papo.files import STEP_NAME, read_object, write_whole
 
 _KEPT = 2
 
@@ -20,6 +21,7 @@ class Folder:
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self._warn = path, warn
+        self._unreadable: set[Path] = set()
 
     def page_of(self, step: int) -> Path:
         return self.path / f"step_{step:08d}.html"
@@ -31,16 +33,25 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for path, content in ((page, certificate_page(certificate)), (page.with_suffix(".json"), text)):
-                draft = path.with_name(path.name + ".tmp")
-                draft.write_text(content)
-                draft.replace(path)
+                write_whole(path, content)
             self._remove_old()
         except OSError as error:
             self._warn(f"{error.strerror}: {error.filename}: the certificate of step {certificate.step} is not written")
 
     def _remove_old(self) -> None:
-        found = {path: json.loads(path.read_text()) for path in sorted(self.path.glob("step_*.json"))}
-        plain = [path for path, tree in found.items() if tree["passed"] and not tree["at_start"]]
+        """Those that passed. One that cannot be read may have failed, so it stays, and is told of."""
+        plain = []
+        for path in sorted(self.path.glob("step_*.json")):
+            if not STEP_NAME.fullmatch(path.stem) or path in self._unreadable:
+                continue
+            try:
+                tree = read_object(path)
+            except ValueError as error:
+                self._unreadable.add(path)
+                self._warn(f"{error}: a certificate that is damaged; it is left as it is")
+                continue
+            if tree.get("passed") is True and tree.get("at_start") is False:
+                plain.append(path)
         for path in plain[:-_KEPT]:
             path.unlink()
             path.with_suffix(".html").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -63,6 +63,23 @@ def together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> Non
     faults = [fault for fault in gather_objects(fault, group) if fault is not None]
     if faults:
         raise RanksFailed(faults)
+
+
+def agreed(look: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank: another node's view of a shared disk may lag. Where it fails for the disk or
+    what lies there, a ValueError on every rank; without ranks, `look` alone."""
+    if not dist.is_initialized():
+        return look()
+    answer: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = look()
+        except (OSError, ValueError) as error:
+            answer[1] = fault_of(0, error).reason
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
 def agree[T](group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T:

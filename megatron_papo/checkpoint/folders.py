@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_papo.checkpoint.atomic import publish
 from megatron_papo.checkpoint.names import parameter_table, published_name
 from megatron_papo.checkpoint.slices import Index
+from megatron_papo.files import make_way
 from megatron_papo.model.shape import ModelShape
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -129,7 +130,7 @@ def write_folder(
     Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all.
     """
     partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    make_way(partial)
     partial.mkdir(parents=True)
     dtype = _write_tensors(tensors, partial, max_file_bytes)
     copy_side_files(source, partial)

@@ -18,8 +18,8 @@ FORMAT = 1
 STATE_FILE = "state.json"
 _OWN_SUM = "xxh3"
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "step": int, "layout": dict, "optimizer_step": int, "schedule_steps": int, "random_states": bool, "cursor": dict,
-    "config": dict, "serial": int,
+    "format": int, "step": int, "layout": dict, "optimizer_step": int, "schedule_steps": int, "random_states": bool,
+    "cursor": dict, "config": dict, "serial": int,
 }  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def read_state_file(folder: Path | str) -> dict[str, Any]:
     vouched = _OWN_SUM in tree or "checksums" in tree
     if vouched and _render({name: value for name, value in tree.items() if name != _OWN_SUM}) != data:
         raise DamagedCheckpoint(f"{file}: {DIFFERS}")
-    if tree.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {tree.get('format')!r}, this version reads {FORMAT}")
+    if tree.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{file}: format {tree['format']!r}, this version reads {FORMAT}")
     _check_types(file, tree)
     return tree
 

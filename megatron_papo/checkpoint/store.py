@@ -7,7 +7,9 @@ the CPU, so it never meets the collectives of training. At most one checkpoint i
 A disk's fault on any rank (full, over quota, broken, forbidden) costs that checkpoint: every rank learns of it, what
 was written of it is removed, and older ones stay. A process killed at any moment leaves the last good checkpoint: a
 folder is written under another name, forced to disk, then renamed (atomic.py). What a killed process left behind is
-cleared at the next save. Leaves out a time limit: who waits for a write has one (observe/watchdog.py).
+cleared at the next save. Only folders of a run's own names with its own state.json are ever chosen or removed. A run
+that finds its newest checkpoint damaged goes on from the newest that is whole (`resume`).
+Leaves out a time limit: who waits for a write has one (observe/watchdog.py).
 """
 
 from __future__ import annotations
@@ -17,29 +19,27 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_papo.checkpoint.atomic import publish, recover, remove
 from megatron_papo.checkpoint.background import Background
-from megatron_papo.checkpoint.faults import RanksFailed, fault_of, together
+from megatron_papo.checkpoint.faults import RanksFailed, agreed, fault_of, together
 from megatron_papo.checkpoint.folders import copy_side_files
+from megatron_papo.checkpoint.resume import Check, resume_newest
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state import (
     Restored,
     Snapshot,
     TrainState,
-    is_checkpoint,
-    read_state,
-    read_state_file,
     snapshot,
     write_state_file,
 )
+from megatron_papo.checkpoint.survey import Survey, best_of, next_serial, survey
 from megatron_papo.checkpoint.writing import write_boxes, write_format
+from megatron_papo.files import STEP_NAME, make_way
 from megatron_papo.parallel import gather_objects, layout
 
-_PATTERN = "step_*"
 _NEVER = datetime.timedelta(days=365)
 """A rank may wait for another's slow disk as long as it takes; one that died breaks the connection."""
 
@@ -76,6 +76,9 @@ class CheckpointStore:
         self._writer = Background("checkpoint")
         self._failure: SaveFailed | None = None
         self._is_tight = False
+        self._passed_over: set[Path] = set()
+        """Damaged ones that could not be renamed."""
+        self._told: set[str] = set()
 
     def save(self, step: int, state: TrainState, metric: float | None = None) -> Path:
         """Writes `state` as `step_<step>` and returns that folder, which exists on return. `metric`: higher is better.
@@ -115,17 +118,28 @@ class CheckpointStore:
         if self._failure is not None:
             raise self._failure
 
-    def load(self, path: Path | str, state: TrainState) -> Restored:
-        """Fills `state` from the checkpoint at `path`, whatever layout wrote it. Raises ValueError as `read_state`."""
-        return read_state(path, state)
+    def resume(self, state: TrainState, check: Check = lambda folder, saved: None) -> tuple[Path, Restored] | None:
+        """Fills `state` from the newest checkpoint that is whole; None when there is none. See `resume.py`."""
+        resumed = resume_newest(self.folder, state, check, self._warn)
+        if resumed is None:
+            return None
+        self._passed_over |= resumed.passed_over
+        return resumed.folder, resumed.restored
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank; None when there is none."""
-        return self._agreed(lambda found: found[-1][0] if found else None)
+        """The newest whole checkpoint, by its state file; the same on every rank; None when there is none."""
+        found = agreed(lambda: self._survey().newest())
+        return found and found[0]
 
     def best(self) -> Path | None:
         """The checkpoint of the highest metric among those kept; the newest of equals."""
-        return self._agreed(lambda found: _best(found))
+        found = agreed(lambda: self._survey().best())
+        return found and found[0]
+
+    def best_metric(self) -> float | None:
+        """Its metric; the same on every rank."""
+        found = agreed(lambda: self._survey().best())
+        return found and found[1]["metric"]
 
     def _attempt(self, step: int, taken: Snapshot, metric: float | None) -> None:
         """Writes and publishes; `_failure` says what a disk is to blame for. Raises what no disk is."""
@@ -154,7 +168,8 @@ class CheckpointStore:
 
     def _prepare(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        recover(self.folder, _PATTERN)
+        recover(self.folder, STEP_NAME, self._warn_once)
+        make_way(partial, self._warn)
         partial.mkdir()
 
     def _publish(self, partial: Path, final: Path, taken: Snapshot, metric: float | None) -> None:
@@ -162,13 +177,14 @@ class CheckpointStore:
         write_format(partial)
         if self.source is not None:
             copy_side_files(self.source, partial)
-        write_state_file(partial, **taken.facts, metric=metric, serial=self._next_serial())
-        publish(partial, final)
+        write_state_file(partial, **taken.facts, metric=metric, serial=next_serial(self.folder))
+        publish(partial, final, self._warn)
+        self._passed_over.discard(final)
+        self._retire()
         try:
-            self._retire()
             self._look_ahead(final)
         except OSError as error:
-            self._warn(f"older checkpoints could not be removed: {fault_of(0, error).reason}")
+            self._warn_once(f"the room for the next checkpoint is not known: {fault_of(0, error).reason}")
 
     def _look_ahead(self, last: Path) -> None:
         """Says, once, that the next checkpoint will not fit: the room is the file system's, quotas may be tighter."""
@@ -186,42 +202,28 @@ class CheckpointStore:
         assert self._group is not None
         steps = []
         if layout().rank == 0:
-            with suppress(OSError, ValueError):
-                steps = [state["step"] for _, state in self._whole()]
+            with suppress(OSError):
+                steps = [state["step"] for _, state in self._survey().whole]
         (steps, *_) = gather_objects(steps, self._group)
         return f"the last good one is step {steps[-1]}" if steps else "there is no earlier one"
 
-    def _agreed(self, choose: Any) -> Path | None:
-        """Rank 0 looks, and every rank hears: another node's view of a shared disk may lag."""
-        if not dist.is_initialized():
-            return choose(self._whole())
-        choice = [choose(self._whole()) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(choice, src=0)
-        return choice[0]
-
-    def _whole(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Whole checkpoints with their state files, in the order they were written."""
-        found = []
-        for path in self.folder.glob(_PATTERN):
-            waiting = path.suffix == ".old" and not path.with_suffix("").exists()  # killed while being replaced
-            if (path.suffix == "" or waiting) and is_checkpoint(path):
-                found.append((path, read_state_file(path)))
-        return sorted(found, key=lambda item: item[1]["serial"])
-
-    def _next_serial(self) -> int:
-        """Steps do not order checkpoints when a run starts afresh in an old folder; this does."""
-        return max((state["serial"] for _, state in self._whole()), default=0) + 1
+    def _survey(self) -> Survey:
+        return survey(self.folder, self._passed_over)
 
     def _retire(self) -> None:
-        found = self._whole()
+        """Links are somebody's own: they are neither counted nor removed."""
+        found = [each for each in self._survey().whole if not each[0].is_symlink()]
         keep = {path for path, _ in found[-self.keep_last :]}
-        if self.keep_best and (best := _best(found)) is not None:
-            keep.add(best)
+        if self.keep_best and (best := best_of(found)) is not None:
+            keep.add(best[0])
         for path, _ in found:
             if path not in keep:
-                remove(path)
+                try:
+                    remove(path, self._warn)
+                except OSError as error:
+                    self._warn_once(f"older checkpoints could not be removed: {fault_of(0, error).reason}")
 
-
-def _best(found: list[tuple[Path, dict[str, Any]]]) -> Path | None:
-    rated = [(path, state) for path, state in found if state.get("metric") is not None]
-    return max(rated, key=lambda item: (item[1]["metric"], item[1]["serial"]))[0] if rated else None
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._warn(text)

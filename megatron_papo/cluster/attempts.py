@@ -6,9 +6,10 @@ away with its node. Standard library alone, as `supervise.py`, which writes it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from megatron_papo.files import append_record, made_of, read_records
 
 FAILURES = ("failed", "lost")
 """Ends that count against a run. A run that saved, or that Slurm told to end, has not failed."""
@@ -40,27 +41,13 @@ class Attempt:
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """In their order; the newer line of an attempt counts."""
-    path = run_dir / "attempts.jsonl"
-    found: dict[int, Attempt] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            attempt = Attempt(**json.loads(line))
-        except json.JSONDecodeError:  # cut short as the node crashed
-            continue
-        found[attempt.number] = attempt
-    return list(found.values())
+    """In their order; the newer line of an attempt counts. What a crash cut short or a disk spoilt is left out."""
+    attempts = [made_of(Attempt, record) for record in read_records(run_dir / "attempts.jsonl")]
+    return list({attempt.number: attempt for attempt in attempts if attempt is not None}.values())
 
 
 def write_attempt(run_dir: Path, attempt: Attempt) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "attempts.jsonl").open("a+b") as file:
-        file.seek(0, 2)
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":  # after a line that was cut short
-                file.write(b"\n")
-        file.write(json.dumps(asdict(attempt)).encode() + b"\n")
+    append_record(run_dir / "attempts.jsonl", asdict(attempt))
 
 
 def close_lost(run_dir: Path, attempts: list[Attempt], reached: int) -> list[Attempt]:

@@ -5,13 +5,13 @@ A sign's age is counted from when it was last seen to change, by the watcher's o
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_papo.files import read_object
 from megatron_papo.observe.failures import Failure
 
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.*)")
@@ -75,10 +75,11 @@ class RankWatch:
         found = []
         for path in self._files():
             try:
-                sign = json.loads(path.read_text())
-            except (OSError, ValueError):  # just gone, or a disk that hiccups
+                sign, rank = read_object(path), int(path.stem.removeprefix("rank_"))
+            except ValueError:  # just gone, or a disk that hiccups
                 continue
-            rank = int(path.stem.removeprefix("rank_"))
+            if not {"host", "stage"} <= sign.keys():
+                continue
             found.append(rank)
             if self._signs.get(rank) != sign:
                 self._signs[rank], self._changed[rank] = sign, now

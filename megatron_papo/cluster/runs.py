@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, describe_job, my_jobs
+from megatron_papo.files import append_record, made_of, read_records
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,13 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def record(run_dir: Path, submission: Submission) -> None:
-    with (folder_of(run_dir) / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(submission)) + "\n")
+    append_record(folder_of(run_dir) / "jobs.jsonl", asdict(submission))
 
 
 def submissions(run_dir: Path) -> list[Submission]:
-    """In their order; empty for a run that was never submitted."""
-    path = folder_of(run_dir) / "jobs.jsonl"
-    return [Submission(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader finds the file as it was or as it will be."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    """In their order, but lines that a disk has spoilt; empty for a run that was never submitted."""
+    found = [made_of(Submission, record) for record in read_records(folder_of(run_dir) / "jobs.jsonl")]
+    return [entry for entry in found if entry is not None]
 
 
 def jobs_of(run_dir: Path, jobs: Sequence[QueuedJob] | None = None) -> list[QueuedJob]:

@@ -16,6 +16,7 @@ from megatron_papo.cluster import runs
 from megatron_papo.cluster.render import job_script
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from megatron_papo.files import write_whole
 
 HOME = Path(__file__).resolve().parents[2]
 """The project's folder, where slurm/launch.sh lies."""
@@ -80,8 +81,8 @@ def write(plan: Plan) -> Path:
     """RUN/cluster with the resolved settings and the job script; that folder."""
     folder = runs.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(folder / "settings.yaml", dump_config(plan.config))
-    runs.write_whole(folder / "job.sh", plan.script)
+    write_whole(folder / "settings.yaml", dump_config(plan.config))
+    write_whole(folder / "job.sh", plan.script)
     return folder
 
 

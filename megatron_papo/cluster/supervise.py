@@ -36,7 +36,9 @@ from typing import TextIO
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
+from megatron_papo.files import read_records
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
+from megatron_papo.observe.lock import Holder, RunHeld, drop_own, look
 from megatron_papo.observe.progress import RunProgress, read_progress
 
 _LOOK_S = 1.0
@@ -101,6 +103,13 @@ class Supervisor:
         if other := self._other_job(attempts):
             say(f"error: run.dir: job {other} is training in {self._run_dir}; cancel it, or choose another folder")
             return 2
+        try:
+            self._drop_lock()
+        except RunHeld as error:
+            say(f"error: {error}")
+            return 2
+        except OSError as error:  # the ranks look too
+            say(f"warning: {error}")
         attempts = close_lost(self._run_dir, attempts, read_progress(self._run_dir).steps_done)
         leave: int | None = None
         while leave is None:
@@ -169,9 +178,15 @@ class Supervisor:
             return []
         return ["checkpoint.resume=true"]
 
+    def _drop_lock(self) -> None:
+        """Removes what an earlier attempt of this job left: its ranks have ended. Raises RunHeld for another's."""
+        drop_own(self._run_dir, os.environ.get("SLURM_JOB_ID", ""))
+        look(self._run_dir, Holder.here("train", os.environ, self._beat_limit_s))
+
     def _run_ranks(self, number: int, overrides: list[str]) -> Ending:
         for name in ("heartbeats", *_KEPT):  # of an attempt whose supervisor was taken away
             shutil.rmtree(self._run_dir / name, ignore_errors=True)
+        drop_own(self._run_dir, os.environ.get("SLURM_JOB_ID", ""))
         with suppress(FileNotFoundError):
             (self._run_dir / SAVED_FILE).unlink()
         logs = self._logs(number)
@@ -341,12 +356,8 @@ def _last_lines(path: Path) -> list[str]:
 
 def _is_chained(run_dir: Path, job: str) -> bool:
     """Whether `job` follows another one of the run by itself; one that a person submits counts failures anew."""
-    path = run_dir / "cluster" / "jobs.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
-        return False
-    return any(line["job"] == job and line["chain_position"] > 1 for line in lines)
+    lines = read_records(run_dir / "cluster" / "jobs.jsonl")
+    return any(line.get("job") == job and line.get("chain_position") not in (None, 1) for line in lines)
 
 
 def say(text: str) -> None:

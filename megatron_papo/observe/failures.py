@@ -17,7 +17,9 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from megatron_papo.files import made_of, parse_record
 
 Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
 
@@ -100,9 +102,9 @@ def leave_note(run_dir: Path, failure: Failure) -> None:
 
 
 def read_failures(folder: Path) -> dict[int, Failure]:
-    """The notes found in `folder`, by rank."""
-    notes = [Failure(**json.loads(path.read_text())) for path in sorted(folder.glob("rank_*.json"))]
-    return {note.rank: note for note in notes}
+    """The notes found in `folder`, by rank; one that a disk has spoilt tells nothing. Raises OSError."""
+    notes = [made_of(Failure, parse_record(path.read_bytes()) or {}) for path in sorted(folder.glob("rank_*.json"))]
+    return {note.rank: note for note in notes if note is not None and note.kind in get_args(Kind)}
 
 
 def the_cause(failures: list[Failure]) -> Failure:

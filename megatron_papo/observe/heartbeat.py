@@ -22,6 +22,7 @@ from typing import Self
 
 from megatron_papo.config import RunConfig
 from megatron_papo.observe.failures import Failure, read_failures
+from megatron_papo.observe.lock import touch
 from megatron_papo.observe.watchdog import stack_file
 
 PEER_EXIT = 3
@@ -75,6 +76,8 @@ class Heartbeat:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(json.dumps(sign))
             draft.rename(self._path)
+        if self._rank == 0:
+            touch(self._run.dir)
 
     def _failed_peer(self) -> Failure | None:
         with suppress(OSError, ValueError):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_papo.files import write_whole
+
 MAX_FILES = 32
 """Whole files that wait at most."""
 
@@ -70,18 +72,6 @@ class Outbox:
             return error
         del self._files[path]
         return None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file as a whole or, with an OSError that names it, as it was before."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _append_whole(path: Path, record: bytes) -> None:

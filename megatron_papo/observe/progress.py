@@ -5,11 +5,11 @@ Standard library alone: the supervisor of a cluster job reads this outside the e
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from megatron_papo.files import STEP_NAME, read_object, read_records
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,23 @@ class RunProgress:
 
 def read_progress(run_dir: Path) -> RunProgress:
     """Of a run folder in any state, an empty one too."""
-    records = list(_records(run_dir / "metrics.jsonl"))
+    records = [each for each in read_records(run_dir / "metrics.jsonl") if isinstance(each.get("step"), int)]
     done = records[-1]["step"] + 1 if records else 0
     saved, written_at = _newest_checkpoint(run_dir / "checkpoints")
-    saved_at = [record["unix_time"] for record in records if record["step"] == saved - 1]
-    return RunProgress(done, saved, saved_at[-1] if saved_at else 0.0, written_at)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """A last line that a crash cut short is left out."""
-    found: list[dict[str, Any]] = []
-    if not path.exists():
-        return found
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+    saved_at = [record.get("unix_time") for record in records if record["step"] == saved - 1]
+    times = [float(time) for time in saved_at if isinstance(time, (int, float))]
+    return RunProgress(done, saved, times[-1] if times else 0.0, written_at)
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float]:
-    """Steps and time of the one written last, as the store chooses it; one that is being removed is passed over."""
+    """Steps and time of the one written last, as the store chooses it; one that is being removed, or whose state file
+    is damaged, is passed over."""
     newest = (0, 0, 0.0)
-    for path in sorted(folder.glob("step_*")):
-        if path.suffix == "":
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                state = json.loads((path / "state.json").read_text())
-                newest = max(newest, (state["serial"], state["step"], (path / "state.json").stat().st_mtime))
+    for path in folder.glob("step_*"):
+        if STEP_NAME.fullmatch(path.name):
+            with suppress(OSError, ValueError):
+                state = read_object(path / "state.json")
+                serial, step = state.get("serial"), state.get("step")
+                if isinstance(serial, int) and isinstance(step, int):
+                    newest = max(newest, (serial, step, (path / "state.json").stat().st_mtime))
     return newest[1], newest[2]

@@ -6,7 +6,6 @@ interactive: that is what TensorBoard and wandb are for.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_papo.files import read_records
+
 _COLUMNS = 3
 _INK, _SOFT, _LINE = "#1f2430", "#6b7280", "#2468b4"
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, float]]:
-    """The records of a run, one a logged step."""
-    lines = Path(metrics_jsonl).read_text().splitlines()
-    return [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
+    """The records of a run, one a logged step. What is no record, or no number, is left out."""
+    records = [each for each in read_records(Path(metrics_jsonl)) if isinstance(each.get("step"), int)]
+    numbers = [{name: _number(value) for name, value in record.items()} for record in records]
+    return [{name: value for name, value in record.items() if value is not None} for record in numbers]
+
+
+def _number(value: Any) -> float | None:
+    """Of JSON: `nan` and `inf` are strings there."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def series(records: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.observe.outbox import Outbox, write_whole
+from megatron_papo.files import parse_record, set_aside, write_whole
+from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 
 _HEADLINE = {
@@ -62,7 +63,7 @@ class Sinks:
             return
         self._outbox = Outbox(warn)
         self._outbox.put(self._run_dir / "config.yaml", config_text.encode())
-        self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step)
+        self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step, warn)
         if observe.tensorboard:
             from megatron_papo.observe.board import Board
 
@@ -122,21 +123,25 @@ class Sinks:
         self.close()
 
 
-def keep_steps_before(path: Path, start_step: int) -> Path:
+def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] = _print_warning) -> Path:
     """Drops records at or beyond `start_step`, and a last line that a crash cut short; returns `path`.
 
-    A file of which nothing would remain is another run's: it is set aside as metrics.jsonl.old.
+    A file of which nothing would remain is another run's: it is set aside as metrics.jsonl.old. One with lines that a
+    disk has spoilt is kept as metrics.jsonl.damaged, and what can be read of it goes on.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return path
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     kept = [line for line in lines if _step_of(line) < start_step]
     if not kept:
-        return path.rename(path.with_name(path.name + ".old")).with_name(path.name)
+        set_aside(path, "old")
+        return path
     if kept == lines[: len(kept)]:
         os.truncate(path, sum(map(len, kept)))  # the usual case, and a full disk allows it
-    else:
-        write_whole(path, b"".join(kept))
+        return path
+    if spoilt := sum(math.isinf(_step_of(line)) for line in lines[:-1]):
+        warn(f"{path}: {spoilt} lines are no records: left out, and the file kept as {set_aside(path, 'damaged').name}")
+    write_whole(path, b"".join(kept))
     return path
 
 
@@ -155,10 +160,10 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
 
 
 def _step_of(line: bytes) -> float:
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:  # not JSON, or not UTF-8
-        return math.inf
+    """Infinite for what is no record of a step."""
+    record = parse_record(line) if line.endswith(b"\n") else None
+    step = None if record is None else record.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def _strict(value: float) -> float | str:

@@ -7,6 +7,7 @@ had not yet written when the disk filled: RUN/metrics.jsonl has it.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ import wandb
 import yaml
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.observe.outbox import Outbox, write_whole
+from megatron_papo.files import write_whole
+from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, beside_each_other
 
 _MAX_WAITING = 10_000
@@ -69,20 +71,29 @@ class WandbRun:
             self._run = None
 
     def _open(self) -> Any:
-        name_file = self._run_dir / "wandb_id.txt"  # the same run again after a resume
-        if not name_file.exists():
-            write_whole(name_file, uuid.uuid4().hex[:12].encode())
         run = wandb.init(
             project=self._observe.wandb_project,
             dir=str(self._run_dir),
             mode="online" if self._observe.wandb == "online" else "offline",
-            id=name_file.read_text().strip(),
+            id=self._id(),
             resume="allow",
             config=yaml.safe_load(self._config_text),
             settings=wandb.Settings(console="off", silent=self._observe.wandb == "offline"),
         )
         run.define_metric("*", step_metric="step")
         return run
+
+    def _id(self) -> str:
+        """The same again after a resume; a new one, with a warning, where the file holds none any more."""
+        name_file = self._run_dir / "wandb_id.txt"
+        if name_file.exists():
+            kept = name_file.read_bytes().decode(errors="replace").strip()
+            if re.fullmatch(r"[\w-]{1,64}", kept, re.ASCII):
+                return kept
+            self._warn(f"{name_file}: holds no id: wandb shows what follows as another run")
+        fresh = uuid.uuid4().hex[:12]
+        write_whole(name_file, fresh)
+        return fresh
 
 
 def _table(rows: Sequence[SampleRow]) -> wandb.Table:

@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from megatron_papo.files import read_object
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -56,10 +58,7 @@ class Assumptions:
     @classmethod
     def load(cls, path: Path) -> Assumptions:
         """From a file that `save` wrote, or by hand. Raises ValueError naming file and key."""
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: no calibration: {error}") from None
+        values = read_object(path)
         known = {field.name for field in fields(cls)}
         for key, value in values.items():
             if key not in known or not isinstance(value, int | float):

@@ -6,13 +6,13 @@ a run: the median over its steps of measured over planned, stage by stage.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.files import read_records
 from megatron_papo.memory import GIB
 from megatron_papo.model.shape import ModelShape, stage_layers
 from megatron_papo.planning.assumptions import Assumptions
@@ -77,12 +77,10 @@ def calibrated(run: Path, gpu: Gpu) -> Assumptions:
 
 def _read(run: Path) -> tuple[Config, list[dict[str, Any]]]:
     lines = run / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in lines.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{lines}: no metrics of a run: {error}") from None
+    if not lines.is_file():
+        raise ConfigError(f"{lines}: no metrics of a run: no such file")
     needed = ("ranks", *_LENGTHS, "time/update")
-    records = [record for record in records if all(name in record for name in needed)]
+    records = [record for record in read_records(lines) if all(name in record for name in needed)]
     if not records:
         raise ConfigError(f"{lines}: no step with {', '.join(needed)}")
     return load_config(run / "config.yaml"), records

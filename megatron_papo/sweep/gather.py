@@ -7,7 +7,6 @@ records beside its own (`planned/time/...`), stand beside them.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_papo.cluster import runs
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.files import read_records
 from megatron_papo.memory import GIB
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import State
@@ -105,16 +105,12 @@ def against_first(rows: Sequence[Row]) -> list[Row]:
 
 def measured_steps(point: Point, warm_up: int) -> list[Record]:
     """Without the `warm_up` steps after every start, the first and those after a checkpoint."""
-    path = point.run_dir / "metrics.jsonl"
     starts = {0, *(attempt.steps_saved for attempt in read_attempts(point.run_dir))}
     left_out = {start + step for start in starts for step in range(warm_up)}
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # being written
-            break
-        records[record["step"]] = record
+    for record in read_records(point.run_dir / "metrics.jsonl"):
+        if isinstance(record.get("step"), int):
+            records[record["step"]] = record
     return [record for step, record in sorted(records.items()) if step not in left_out and "tokens_per_s" in record]
 
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_papo.cluster import runs
 from megatron_papo.cluster.submit import HOME, write
+from megatron_papo.files import write_whole
 from megatron_papo.sweep.submit import Checked
 
 
@@ -48,5 +48,5 @@ def _run(checked: Checked) -> int:
             child.wait()
             raise
         finally:
-            runs.write_whole(folder / "local.json", json.dumps({"exit_code": code}) + "\n")
+            write_whole(folder / "local.json", json.dumps({"exit_code": code}) + "\n")
     return code

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_papo.cluster import runs
+from megatron_papo.files import write_whole
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
 from megatron_papo.sweep.points import Sweep
 
@@ -78,7 +78,7 @@ def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
     """DIR/table.md and DIR/table.csv."""
     page, sheet = sweep.folder / "table.md", sweep.folder / "table.csv"
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(page, markdown(rows, sweep))
+    write_whole(page, markdown(rows, sweep))
     with sheet.open("w", newline="") as file:
         writer = csv.writer(file)
         spreads = (f"{figure}{end}" for figure in _FIGURES for end in ("", "_min", "_max"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 from megatron_papo.cluster import runs
 from megatron_papo.cluster.attempts import Attempt, read_attempts
 from megatron_papo.cluster.slurm import QueuedJob
+from megatron_papo.files import read_object, write_whole
 from megatron_papo.observe.failures import SAVED_EXIT
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.sweep.points import Point, Sweep
@@ -83,7 +85,12 @@ def _reason(run_dir: Path, attempt: Attempt) -> str:
 
 
 def _after_local(run_dir: Path, steps: int) -> State:
-    code = json.loads((runs.folder_of(run_dir) / "local.json").read_text())["exit_code"]
+    try:
+        code = read_object(runs.folder_of(run_dir) / "local.json").get("exit_code")
+    except ValueError as error:
+        return State("interrupted", str(error))
+    if not isinstance(code, int):
+        return State("interrupted", f"{runs.folder_of(run_dir) / 'local.json'}: names no exit code")
     if code == 0 and read_progress(run_dir).steps_done >= steps:
         return State("done")
     if code < 0 or code in _INTERRUPTED_EXITS:
@@ -101,10 +108,12 @@ def last_word(log: Path) -> str:
 
 
 def read_refused(sweep: Sweep) -> dict[str, str]:
-    """Points that were not submitted, each with its reason."""
-    path = sweep.folder / "refused.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Points that were not submitted, each with its reason; none where the file is gone or damaged: the same command
+    finds them again."""
+    with suppress(ValueError):
+        return {name: str(reason) for name, reason in read_object(sweep.folder / "refused.json").items()}
+    return {}
 
 
 def write_refused(sweep: Sweep, refused: Mapping[str, str]) -> None:
-    runs.write_whole(sweep.folder / "refused.json", json.dumps(refused, indent=1) + "\n")
+    write_whole(sweep.folder / "refused.json", json.dumps(refused, indent=1) + "\n")

@@ -20,6 +20,7 @@ from megatron_papo.cluster.render import array_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch, set_comment
 from megatron_papo.cluster.submit import Plan, plan, write
 from megatron_papo.config import ConfigError, load_config
+from megatron_papo.files import write_whole
 from megatron_papo.sweep.points import Point, Sweep
 
 _MAY_CHANGE = ("cluster.", "train.steps", "run.", "observe.")
@@ -145,7 +146,7 @@ def submit_arrays(
             write(each.plan)
             (runs.folder_of(each.point.run_dir) / "local.json").unlink(missing_ok=True)
         script = sweep.folder / "cluster" / "array.sh"
-        runs.write_whole(script, array.script)
+        write_whole(script, array.script)
         try:
             jobs.append(sbatch(str(script), after))
         except SlurmError as error:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from tests.commands import Command, begin
+from megatron_papo.observe.lock import Holder, alone_in
+from tests.commands import Command, begin, papo
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
 KILLED_AFTER = 2
@@ -72,9 +73,15 @@ def undisturbed(inputs, tmp_path_factory):
     return metrics(folder / "run")
 
 
-def _resume(killed: Path, inputs: Path, folder: Path, ranks: int = 2, **settings) -> tuple[int, list[dict]]:
+def _resume(
+    killed: Path, inputs: Path, folder: Path, ranks: int = 2, damage: bool = False, **settings
+) -> tuple[int, list[dict]]:
+    """`damage`: of the newest checkpoint, before it is resumed."""
     shutil.copytree(killed, folder / "run")
-    first = _whole_checkpoints(folder / "run")[-1]
+    *_, before, first = _whole_checkpoints(folder / "run")
+    if damage:
+        (folder / f"run/checkpoints/step_{first:08d}/state.json").write_bytes(b"")
+        first = before
     steps = {"train__steps": first + 2}
     _run(tiny_run(inputs, folder / "run", **{**SETTINGS, **steps, **settings}), folder / "resumed.yaml", ranks)
     return first, metrics(folder / "run")
@@ -103,10 +110,21 @@ def _check_close(undisturbed: list[dict], found: list[dict], first: int) -> None
         assert not wrong, f"step {want['step']}"
 
 
+def test_a_second_run_in_the_folder_is_refused(inputs, tmp_path):
+    config = tiny_run(inputs, tmp_path / "run", **SETTINGS)
+    (tmp_path / "second.yaml").write_text(dump_config(config))
+    with alone_in(config.run.dir, Holder.here("sft", {}, 60.0), takes=True):
+        refused = papo("train", tmp_path / "second.yaml", "--ranks=2")
+        assert refused.returncode == 2
+        line = refused.stderr.splitlines()[-1]  # behind what the settings are warned of
+        assert line.startswith(f"papo: error: run.dir: {config.run.dir} is in use by papo sft, process {os.getpid()}")
+        assert os.listdir(config.run.dir) == ["lock"], "nothing of the first run is touched"
+
+
 OTHERS = {
     "TP2 to PP2": (2, {"parallel__tensor": 1, "parallel__pipeline": 2}),
     "TP2 to DP2": (2, {"parallel__tensor": 1, "parallel__distributed_optimizer": True}),
-    "TP2 to one rank": (1, {"parallel__tensor": 1}),
+    "TP2 to one rank, the newest checkpoint damaged": (1, {"damage": True, "parallel__tensor": 1}),
     "TP2 to TP2 DP2": (4, {}),
 }
 
@@ -115,6 +133,12 @@ OTHERS = {
 def test_another_layout_within_rounding(killed, undisturbed, inputs, tmp_path, ranks, settings):
     first, found = _resume(killed, inputs, tmp_path, ranks, **settings)
     _check_close(undisturbed, found, first)
+    assert [line["step"] for line in found] == list(range(first + 2)), "every step stands once"
+    if "damage" in settings:
+        folder, said = tmp_path / "run/checkpoints", (tmp_path / "resumed.log").read_text()
+        assert f"damaged checkpoint: {folder}/step_{first + 1:08d}/state.json: not JSON: " in said
+        assert f"resumed from {folder}/step_{first:08d}, step {first}; " in said and "to be done again" in said
+        assert (folder / f"step_{first + 1:08d}.damaged").is_dir()
 
 
 def test_data_parallel_ranks_become_pipeline_stages(undisturbed, inputs, tmp_path):

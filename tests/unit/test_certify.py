@@ -149,6 +149,23 @@ def test_a_disk_that_takes_nothing_costs_the_files_alone(tmp_path: Path):
     assert len(told) == 1 and "the certificate of step 3 is not written" in told[0]
 
 
+def test_a_damaged_certificate_stays_and_is_told_of_once(tmp_path: Path):
+    told: list[str] = []
+    folder = Folder(tmp_path / "certificate", told.append)
+    for step in range(4):
+        folder.write(certificate(step))
+    spoilt = (b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"passed": true}')
+    for number, content in enumerate(spoilt):
+        (folder.path / f"step_{number + 90:08d}.json").write_bytes(content)
+    (folder.path / "step_00000001_mine.json").write_text('{"passed": true, "at_start": false}')
+    for step in range(4, 7):
+        folder.write(certificate(step))
+    assert len(told) == 5 and all("a certificate that is damaged; it is left as it is" in text for text in told)
+    left = {path.stem for path in folder.path.glob("*.json")}
+    mine = {f"step_{number + 90:08d}" for number in range(len(spoilt))} | {"step_00000001_mine"}
+    assert left == {"step_00000005", "step_00000006"} | mine
+
+
 def test_the_page_shows_the_verdict_and_all_log_probs_and_escapes_text():
     page = certificate_page(certificate(3, difference=0.5))
     assert "departs from trainer by 0.5 nats at most" in page and "<td>fail" in page

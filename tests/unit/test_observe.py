@@ -82,10 +82,15 @@ def test_ranks_that_are_not_enabled_write_nothing(tmp_path):
 
 
 def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path):
-    with Sinks(ObserveConfig(console=False, wandb="offline"), tmp_path, "run: {seed: 3}\n") as sinks:
+    (tmp_path / "wandb_id.txt").write_bytes(b"\0\xff")  # spoilt by a disk
+    said: list[str] = []
+    observe = ObserveConfig(console=False, wandb="offline")
+    with Sinks(observe, tmp_path, "run: {seed: 3}\n", warn=said.append) as sinks:
         sinks.log(0, {"reward": 0.25, "loss/total": -1.5})
         sinks.log(1, {"reward": 0.5, "loss/total": -2.5})
         sinks.samples(1, [ROW])
+    assert said == [f"{tmp_path / 'wandb_id.txt'}: holds no id: wandb shows what follows as another run"]
+    assert len((tmp_path / "wandb_id.txt").read_text()) == 12
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("reward")] == [(0, 0.25), (1, 0.5)]

@@ -9,8 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_papo.config import ObserveConfig
+from megatron_papo.files import write_whole
 from megatron_papo.observe import outbox
-from megatron_papo.observe.outbox import Outbox, write_whole
+from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks, keep_steps_before
 from tests.small_disk import fill, make_room, small_disk

@@ -3,6 +3,7 @@ rollouts a checkpoint keeps, and what is refused before ranks start."""
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable
@@ -175,6 +176,9 @@ def test_rollouts_under_way_are_kept_exactly_and_for_any_number_of_ranks():
     assert from_state(alone, 7, draw, 3, str) is None, "another number of rollouts"
     assert from_state(alone, 7, _flight([8]).draw, 2, str) is None, "another prompt"
     assert from_state({}, 7, draw, 2, str) is None
+    for spoilt in (alone["rollouts"][:-40], "", "?", None, base64.b64encode(b"PK").decode()):
+        with pytest.raises(ValueError, match="not rollouts"):
+            from_state({"step": 7, "rollouts": spoilt}, 7, draw, 2, str)
     assert age([_group(1), _group(2)], 7) == (4.0, 4.0)
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, r
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.cluster.supervise import Job, Supervisor
 from megatron_papo.observe.failures import SAVED_EXIT, RunStopped, describe, write_failure
+from megatron_papo.observe.lock import Holder, RunHeld, alone_in
 from megatron_papo.observe.progress import read_progress
 
 REPO = Path(__file__).parents[2]
@@ -192,6 +193,23 @@ def test_a_run_that_stops_itself_is_not_begun_again(tmp_path):
     (tmp_path / "failures" / "rank_1.json").unlink()
     (tmp_path / "saved").write_text("4")
     assert supervisor._how_it_ended(SAVED_EXIT, tmp_path / "srun.log", watch, None).end == "saved"
+
+
+def test_the_lock_of_this_jobs_earlier_attempt_goes_and_another_runs_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    settings = {
+        "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
+        "checkpoint": {"resume": True},
+    }
+    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    held = replace(Holder.here("train", {"SLURM_JOB_ID": "7"}, 60.0), machine="another", limit_s=3600.0)
+    (tmp_path / "lock").write_text(json.dumps(asdict(held)))
+    supervisor._drop_lock()
+    assert not (tmp_path / "lock").exists(), "its ranks, wherever they were, have ended"
+    with alone_in(tmp_path, Holder.here("train", {"SLURM_JOB_ID": "8"}, 60.0), takes=True):
+        with pytest.raises(RunHeld, match="Slurm job 8"):
+            supervisor._drop_lock()
+        assert (tmp_path / "lock").exists()
 
 
 def test_the_supervisor_needs_the_standard_library_alone():

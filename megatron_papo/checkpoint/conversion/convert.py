@@ -39,6 +39,7 @@ from megatron_papo.checkpoint.conversion.units import convert_unit, journal_file
 from megatron_papo.checkpoint.folders import copy_side_files, set_dtype
 from megatron_papo.checkpoint.slices import Entry
 from megatron_papo.checkpoint.state_file import write_state_tree
+from megatron_papo.files import make_way, print_warning, write_whole
 
 PLAN_FILE = "plan"
 """Within the journals' folder: the fingerprint of what they belong to."""
@@ -107,20 +108,20 @@ class _Beginning:
 def _prepare(plan: Plan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
     """On rank 0: what is there already, whether the disk is large enough, an empty folder or one to go on with."""
     if target.exists():
-        if (target / MANIFEST_FILE).exists() and read_manifest(target)["plan"] == plan.fingerprint:
+        if (target / MANIFEST_FILE).exists() and read_manifest(target).get("plan") == plan.fingerprint:
             return _Beginning(True, f"{target}: there already, from the same source with the same settings")
         raise ValueError(f"{target}: exists already")
     journals, said = partial / FOLDER, ""
     known = journals / PLAN_FILE
-    same = known.exists() and known.read_text() == plan.fingerprint
-    if journals.exists():
+    same = known.is_file() and known.read_bytes() == plan.fingerprint.encode()
+    if journals.is_dir():
         _lock(journals, partial, lock)
-    if partial.exists() and not same:
+    if os.path.lexists(partial) and not same:
         said = f"{partial}: was begun from another source or with other settings: starting anew"
         for held in lock:
             held.close()
         lock.clear()
-        shutil.rmtree(partial)
+        make_way(partial)
     elif same:
         said = f"{partial}: going on with it"
     _check_space(plan, partial)
@@ -128,7 +129,7 @@ def _prepare(plan: Plan, target: Path, partial: Path, lock: list[IO[str]]) -> _B
     if not lock:
         _lock(journals, partial, lock)
     if not same:
-        known.write_text(plan.fingerprint)
+        write_whole(known, plan.fingerprint)
     return _Beginning(False, said)
 
 
@@ -187,10 +188,13 @@ def _finish(plan: Plan, target: Path, partial: Path) -> None:
     if isinstance(plan.target, CheckpointFiles):
         write_state_tree(partial, state_tree())
     doomed = partial.with_name(f"{partial.name}.journal")  # out of the way in one step
-    shutil.rmtree(doomed, ignore_errors=True)
+    make_way(doomed)
     (partial / FOLDER).rename(doomed)
     publish(partial, target)
-    shutil.rmtree(doomed)
+    try:
+        shutil.rmtree(doomed)
+    except OSError as error:
+        print_warning(f"{doomed}: needed no more, and cannot be removed: {error.strerror}")
 
 
 def _main_dtype(plan: Plan) -> torch.dtype:

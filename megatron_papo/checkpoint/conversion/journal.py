@@ -13,6 +13,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from megatron_papo.files import parse_record
 
 FOLDER = "journal"
 """Within the folder that is being written."""
@@ -44,18 +47,28 @@ def read_journal(file: Path) -> Written:
     """Empty where there is none."""
     records: list[Record] = []
     num_synced = 0
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     for line in lines:
-        try:
-            tree = json.loads(line)
-        except ValueError:  # pages that never reached the disk read as zeros
-            break
-        if "synced" in tree:
-            num_synced = tree["synced"]
+        tree = parse_record(line)  # pages that never reached the disk read as zeros
+        synced = None if tree is None else tree.get("synced")
+        record = None if tree is None else _record(tree)
+        if isinstance(synced, int):
+            num_synced = synced
+        elif record is not None:
+            records.append(record)
         else:
-            forms = {name: tuple(tree.get(name, ())) for name in ("source", "cast", "target", "boxes")}
-            records.append(Record(tree["name"], **forms, changed=tree["changed"]))
+            break
     return Written(records, min(num_synced, len(records)))
+
+
+def _record(tree: dict[str, Any]) -> Record | None:
+    """None for what no journal's line says."""
+    try:
+        forms = {name: tuple(map(str, tree[name])) for name in ("source", "cast", "target")}
+        forms["boxes"] = tuple(map(str, tree.get("boxes", ())))
+        return Record(str(tree["name"]), **forms, changed=int(tree["changed"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class Journal:
