@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from megatron_papo.config import DataConfig
+from megatron_papo.data.images import FORMATS
 from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.inspection import tape_transformers
@@ -102,7 +103,10 @@ class HuggingFace:
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
         """The whole sequence in one pass, without a cache."""
-        images = [ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB") for data in prompt.images]
+        images = [
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
+            for data in prompt.images
+        ]
         batch = self._processor(
             text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False
         )

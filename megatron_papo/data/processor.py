@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,8 +24,14 @@ from megatron_papo.types import ModelInputs
 PLACEHOLDER = "<image>"
 """Stands in a problem's text where a picture belongs."""
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
+_COMPOSED = 4
+"""Letters that a tokenizer may make one of before it looks for tokens (Unicode's composed forms); rather too many."""
 _MAX_ASPECT = 200
 """Longer edge over shorter edge; the image processor refuses more."""
+
+
+Pixels = tuple[Tensor, Tensor]
+"""([P, D] float32, [I, 3] int64): patches of one picture or several, and the grid of each."""
 
 
 class ImageTooExtreme(ValueError):
@@ -84,22 +91,41 @@ class Processor:
 
         Raises ValueError when the counts differ or the text holds vision tokens of its own, ImageTooExtreme.
         """
-        if problem.count(PLACEHOLDER) != len(images):
-            raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {len(images)} images")
+        text_ids_S = self.text_ids(problem, len(images))
+        return self.join(text_ids_S, [self.pixel_values([image]) for image in images])
+
+    def text_ids(self, problem: str, num_images: int) -> Tensor:
+        """[S] int64: the prompt with one image token a picture, known before a picture is read.
+
+        Raises ValueError as `encode`.
+        """
+        if problem.count(PLACEHOLDER) != num_images:
+            raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images")
         if token := self.vision_token_in(problem):
             raise ValueError(f"the text contains the vision token {token}")
-        for image in images:
-            _check_aspect(image)
-        batch = self._hf(
-            text=[self.render(problem)], images=list(images) or None, return_tensors="pt", add_special_tokens=False
-        )
-        token_ids_S = batch["input_ids"][0]
-        if not images:
-            return ModelInputs(token_ids_S, None, None)
-        grid_thw_I3 = batch["image_grid_thw"]
-        num_image_tokens = int(grid_thw_I3.prod(dim=1).sum()) // self.merge_size**2
-        assert int((token_ids_S == self.image_token_id).sum()) == num_image_tokens, "image tokens do not fit the grid"
-        return ModelInputs(token_ids_S, batch["pixel_values"].float(), grid_thw_I3)
+        batch = self._hf(text=[self.render(problem)], return_tensors="pt", add_special_tokens=False)
+        text_ids_S: Tensor = batch["input_ids"][0]
+        found = int((text_ids_S == self.image_token_id).sum())
+        if found != num_images:
+            raise ValueError(f"the chat template of {self.folder} writes {found} image tokens for {num_images} images")
+        return text_ids_S
+
+    def join(self, text_ids_S: Tensor, pixels: Sequence[Pixels]) -> ModelInputs:
+        """The prompt of `text_ids` with its pictures, each as `pixel_values` gives it: its token once a merged patch.
+
+        transformers repeats the token in the text before it makes ids of it, to the same effect.
+        """
+        if not pixels:
+            return ModelInputs(text_ids_S, None, None)
+        grid_thw_I3 = torch.cat([grid for _, grid in pixels])
+        counts_S = torch.ones_like(text_ids_S)
+        counts_S[text_ids_S == self.image_token_id] = self.num_tokens(grid_thw_I3)
+        values_PD = [values for values, _ in pixels]
+        return ModelInputs(text_ids_S.repeat_interleave(counts_S), torch.cat(values_PD), grid_thw_I3)
+
+    def num_tokens(self, grid_thw_I3: Tensor) -> Tensor:
+        """[I] int64: image tokens of each picture."""
+        return grid_thw_I3.prod(dim=1) // self.merge_size**2
 
     def render(self, problem: str) -> str:
         """The prompt as text, one image token a picture, up to where the assistant's turn begins."""
@@ -110,8 +136,10 @@ class Processor:
             turns.insert(0, {"role": "system", "content": self.system})
         return self._apply_template(turns, add_generation_prompt=True)
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """([P, D] float32, [I, 3] int64) of pictures alone: the masked view goes the same way as the original."""
+    def pixel_values(self, images: Sequence[Image.Image]) -> Pixels:
+        """Of pictures alone: the masked view goes the same way as the original. Raises ImageTooExtreme."""
+        for image in images:
+            _check_aspect(image)
         batch = self.image_processor(images=list(images), return_tensors="pt")
         return batch["pixel_values"].float(), batch["image_grid_thw"]
 
@@ -146,6 +174,11 @@ class Processor:
             listed = json.loads(generation.read_text()).get("eos_token_id")
             found += listed if isinstance(listed, list) else [listed]
         return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+    @cached_property
+    def most_letters_of_a_token(self) -> int:
+        """A text of more letters for each token than this cannot be so few tokens."""
+        return _COMPOSED * max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def merge_size(self) -> int:
