@@ -2,17 +2,17 @@
 
 A data set is not trusted: its rows may name any file of this machine, by an absolute path, `..`, a link or an address.
 A path counts as where it really leads, and that must be a regular file in the data set's own folder or in one of
-`data.image_roots`. What is checked is the file that is then read: it is held by a descriptor that can neither block
-nor wake a device (O_PATH), so nobody can exchange it in between.
+`data.image_roots`. What is checked is the file that is then read (`held.py`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_papo.held import Held, hold
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 
@@ -38,41 +38,31 @@ class ImageFiles:
             raise BadImage("image is an address", f"{name[:200]}: only files of this machine are read")
         path = self._start / name
         try:
-            held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            with hold(path) as held:
+                self._check(path, held, max_bytes)
+                with held.open() as file:
+                    data = file.read(max_bytes + 1)
+        except BadImage:
+            raise
         except OSError as error:
-            raise BadImage("image file missing", f"{path}: {error.strerror}") from None
+            raise BadImage("image file missing", f"{str(path)[:500]}: {error.strerror}") from None
         except ValueError as error:  # a zero byte, half a surrogate
             raise BadImage("image file missing", f"{name[:200]!r}: {error}") from None
-        try:
-            self._check(path, held, max_bytes)
-            return _read(path, held, max_bytes)
-        finally:
-            os.close(held)
+        check_size(str(path), len(data), max_bytes)  # it may have grown
+        return data
 
-    def _check(self, path: Path, held: int, max_bytes: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{held}"))
-        if not any(place.is_relative_to(folder) for folder in self._folders):
+    def _check(self, path: Path, held: Held, max_bytes: int) -> None:
+        if not any(held.place.is_relative_to(folder) for folder in self._folders):
             raise BadImage(
                 "image outside the data set",
-                f"{path}: lies at {place}; data.image_roots names more folders whose images may be read",
+                f"{path}: lies at {held.place}; data.image_roots names more folders whose images may be read",
             )
-        state = os.fstat(held)
-        if not stat.S_ISREG(state.st_mode):
+        if not held.is_file:
             raise BadImage("image is no file", f"{path}: not a regular file")
-        check_size(str(path), state.st_size, max_bytes)
+        check_size(str(path), held.num_bytes, max_bytes)
 
 
 def check_size(what: str, num_bytes: int, max_bytes: int) -> None:
     """Raises BadImage for more bytes than the pixels that are allowed can take."""
     if num_bytes > max_bytes:
         raise BadImage("image too large", f"{what}: {num_bytes} bytes, data.max_image_pixels allows {max_bytes}")
-
-
-def _read(path: Path, held: int, max_bytes: int) -> bytes:
-    try:
-        with open(f"/proc/self/fd/{held}", "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise BadImage("image file missing", f"{path}: {error.strerror}") from None
-    check_size(str(path), len(data), max_bytes)  # it may have grown
-    return data
