@@ -103,7 +103,8 @@ def weight_files(folder: Path) -> WeightFiles:
         # `.name` would forget a folder, and what lies in another folder is another file of that name
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"{index}: {shown_name(tensor)}: said to lie in {shown(name)}, which is no *.safetensors file beside the index"
+                f"{index}: {shown_name(tensor)}: said to lie in {shown(name)}, which is no *.safetensors file beside "
+                "the index"
             )
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]

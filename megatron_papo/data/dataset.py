@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.data.chat_template import TemplateFailed
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, spoil_image, with_masked
@@ -88,6 +89,8 @@ def _named(row: int) -> Iterator[None]:
         raise BadRow(row, error.reason, str(error)) from None
     except ImageTooExtreme as error:
         raise BadRow(row, "image too extreme", str(error)) from None
+    except TemplateFailed as error:
+        raise BadRow(row, "chat template", str(error)) from None
     except MemoryError:
         raise BadRow(row, "out of memory") from None
     except RecursionError:

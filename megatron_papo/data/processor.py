@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_papo.config import DataConfig
+from megatron_papo.data.chat_template import TemplateFailed, chat_template
 from megatron_papo.types import ModelInputs
 
 PLACEHOLDER = "<image>"
@@ -26,6 +27,8 @@ PLACEHOLDER = "<image>"
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 _COMPOSED = 4
 """Letters that a tokenizer may make one of before it looks for tokens (Unicode's composed forms); rather too many."""
+_MAX_PATCH = 256
+"""Pixels along an edge; a larger one would enlarge every picture to it."""
 _MAX_ASPECT = 200
 """Longer edge over shorter edge; the image processor refuses more."""
 
@@ -51,12 +54,17 @@ def load_processor(folder: Path, data: DataConfig) -> Processor:
     if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ValueError(f"model.path: {folder} has neither preprocessor_config.json nor processor_config.json")
     try:
-        hf_processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.path: cannot load the processor of {folder}: {error}") from error
+        hf_processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any type, by what transformers stumbles over
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"model.path: cannot load the processor of {folder}: {reason[0]}") from error
     for part in ("tokenizer", "image_processor"):
         if not hasattr(hf_processor, part):
             raise ValueError(f"model.path: the processor of {folder} has no {part.replace('_', ' ')}")
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        size = getattr(hf_processor.image_processor, name, None)
+        if type(size) is not int or not 1 <= size <= _MAX_PATCH:
+            raise ValueError(f"model.path: the image processor of {folder} has {name} {str(size)[:40]}")
     return Processor(hf_processor, folder, data)
 
 
@@ -71,9 +79,12 @@ class Processor:
         self.instruction = data.instruction
         self.system = data.system
         self._hf = hf_processor
-        self._template = hf_processor.chat_template or self.tokenizer.chat_template
-        if not self._template:
+        template = hf_processor.chat_template or self.tokenizer.chat_template
+        if isinstance(template, dict):  # several by name, in a folder of their own
+            template = template.get("default")
+        if not template or not isinstance(template, str):
             raise ValueError(f"model.path: {folder} has no chat template")
+        self._template = template
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -97,7 +108,7 @@ class Processor:
     def text_ids(self, problem: str, num_images: int) -> Tensor:
         """[S] int64: the prompt with one image token a picture, known before a picture is read.
 
-        Raises ValueError as `encode`.
+        Raises ValueError as `encode`, TemplateFailed.
         """
         if problem.count(PLACEHOLDER) != num_images:
             raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images")
@@ -107,7 +118,7 @@ class Processor:
         text_ids_S: Tensor = batch["input_ids"][0]
         found = int((text_ids_S == self.image_token_id).sum())
         if found != num_images:
-            raise ValueError(f"the chat template of {self.folder} writes {found} image tokens for {num_images} images")
+            raise TemplateFailed(f"the chat template of {self.folder} writes {found} image tokens for {num_images}")
         return text_ids_S
 
     def join(self, text_ids_S: Tensor, pixels: Sequence[Pixels]) -> ModelInputs:
@@ -196,9 +207,12 @@ class Processor:
         return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
 
     def _apply_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        tokens = self.tokenizer.special_tokens_map
+        try:
+            template = chat_template(self._template)
+            return template.render(turns, add_generation_prompt=add_generation_prompt, **tokens)
+        except TemplateFailed as error:
+            raise TemplateFailed(f"model.path: the chat template of {self.folder}: {error}") from None
 
 
 def _check_aspect(image: Image.Image) -> None:

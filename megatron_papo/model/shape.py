@@ -109,6 +109,8 @@ class ModelShape:
         model_type = root.get("model_type", str)
         if model_type != "qwen2_5_vl":
             raise root.fault("model_type", f"is {shown(model_type)}; qwen2_5_vl is what this package trains")
+        if tree.get("quantization_config"):
+            raise root.fault("quantization_config", "quantised weights are not what this package trains")
         text = root.section("text_config") if "text_config" in tree else root
         vision = root.section("vision_config")
         shape = cls(

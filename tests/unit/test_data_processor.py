@@ -1,5 +1,6 @@
 """The canonical processor call: token ids, pixels, chat templates, responses, and folders that lack something."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from transformers import AutoProcessor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
+from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.processor import ImageTooExtreme
-from tests.tiny import SPECIAL, make_tiny_folder
+from megatron_papo.generation.handover import read_config
+from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -143,3 +146,104 @@ def copy_folder(folder: Path, parent: Path) -> Path:
         if file.suffix != ".safetensors":
             (copy / file.name).write_bytes(file.read_bytes())
     return copy
+
+
+TEMPLATES = (
+    CHAT_TEMPLATE,
+    TEXT_ONLY_TEMPLATE,
+    "{% for m in messages %}\n  {% if loop.index > 9 %}{% break %}{% endif %}\n{{ m | tojson(indent=1) }}\n{% endfor %}",
+    "{% generation %}{{ bos }}{{ eos_token }}{{ pad_token }}{{ additional_special_tokens }}{% endgeneration %} ",
+    "{{ tools }}{{ documents }}{{ messages[0].content | trim | upper }}{{ strftime_now('%%') }}{{ missing is defined }}",
+    "{%- set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n * 2 }}",
+)
+
+
+@pytest.mark.parametrize("text", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_the_worker_renders_what_transformers_renders(folder, text):
+    tokenizer = load_processor(folder, DATA).tokenizer
+    for content in ('é \ud83d\ude00 \u2028\\ "x"\n', "<|image_pad|>" * 1000, "\x00\x7f", ""):
+        turns = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": content}]
+        for more in (True, False):
+            expected = tokenizer.apply_chat_template(
+                turns, chat_template=text, tokenize=False, add_generation_prompt=more
+            )
+            found = chat_template(text).render(turns, add_generation_prompt=more, **tokenizer.special_tokens_map)
+            assert found == expected
+
+
+HOSTILE = {
+    "for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+    "in C": ("{{ 7 ** (9 ** (messages[0].content | length * 3)) }}", "takes more than"),
+    "wide": ("{{ 'a' * (10 ** 10) }}", "takes too much memory"),
+    "padded": ("{{ '%9999999999d' % 1 }}", "takes too much memory"),
+    "doubled": ("{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+                "takes too much memory"),
+    "long": ("{% for i in range(9) %}{{ 'a' * 2000000 }}{% endfor %}", "writes 18000004 letters"),
+    "refusing": ("{{ raise_exception('only\\ntext') }}", "TemplateError: only text$"),
+    "no template": ("{% for", "TemplateSyntaxError"),
+    "out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "nested": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_takes_neither_time_nor_memory(folder, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("megatron_papo.data.chat_template._LIMIT_S", 0.2)
+    text, message = HOSTILE[kind]
+    template = ChatTemplate(f"{{% if messages[0].content == 'now' %}}{text}{{% endif %}}fine")
+    ask = [{"role": "user", "content": "now"}]
+    for _ in range(2 if kind == "wide" else 1):
+        with pytest.raises(TemplateFailed, match=message):
+            template.render(ask, add_generation_prompt=True)
+    if kind not in ("no template", "nested"):
+        assert template.render([{"role": "user", "content": "later"}], add_generation_prompt=True) == "fine"
+
+
+def test_what_a_template_fails_with_is_the_rows(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(
+        CHAT_TEMPLATE + "{% if 'x' in messages[0].content %}{{ 1 + 'a' }}{% endif %}"
+    )
+    processor = load_processor(odd, DATA)
+    with pytest.raises(ValueError, match=rf"^model.path: the chat template of {odd}: TypeError: "):
+        processor.encode("x?", [])
+    assert processor.encode("y?", []).token_ids_S.numel()
+    (odd / "chat_template.jinja").write_text("{{ messages[0].content.replace('<|image_pad|>', '') }}<|im_end|>")
+    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 1"):
+        load_processor(odd, DATA).encode("<image>", [picture(56, 56)])
+
+
+def test_no_code_of_a_folder_is_run(folder, tmp_path):
+    """Named in every file that may name code; a class that transformers does not know is one line."""
+    evil = copy_folder(folder, tmp_path)
+    ran = tmp_path / "ran"
+    (evil / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    known = load_processor(folder, DATA).encode("2+2?", []).token_ids_S
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        file = evil / name
+        tree = json.loads(file.read_text()) if file.exists() else {"image_processor_type": "Qwen2VLImageProcessor"}
+        kinds = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoModel")
+        tree["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+        file.write_text(json.dumps(tree))
+    assert torch.equal(load_processor(evil, DATA).encode("2+2?", []).token_ids_S, known)
+    read_config(evil)
+    for name, key in (("processor_config.json", "processor_class"), ("tokenizer_config.json", "tokenizer_class")):
+        file = evil / name
+        tree = json.loads(file.read_text()) | {key: "Evil"}
+        file.write_text(json.dumps(tree))
+        try:
+            load_processor(evil, DATA)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("model.path: ")
+    assert not ran.exists()
+
+
+def test_patches_of_odd_sizes_are_refused(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    file = odd / "processor_config.json"
+    tree = json.loads(file.read_text())
+    for key, value in (("patch_size", 10**6), ("merge_size", 0), ("temporal_patch_size", -1), ("patch_size", "14")):
+        file.write_text(json.dumps({**tree, "image_processor": {**tree["image_processor"], key: value}}))
+        with pytest.raises(ValueError, match=r"^model.path: ") as caught:
+            load_processor(odd, DATA)
+        assert "\n" not in str(caught.value)

@@ -31,8 +31,8 @@ def write_index(folder, weight_map):
 
 def both_readers_refuse(folder, message):
     """The one that loads and the one that converts, with the same line."""
+    shape = ModelShape.from_dict(SHAPE)
     for read in (lambda: HuggingFaceReader(folder).__enter__(), lambda: HuggingFaceFiles.read(folder, shape)):
-        shape = ModelShape.from_dict(SHAPE)
         with pytest.raises(ValueError, match=message) as caught:
             read()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + 2 * len(str(folder))
@@ -223,6 +223,6 @@ def test_numbers_that_no_model_has(tmp_path, key):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     for text in ("[" * 100_000, "[1]", "\xff", '{"model_type": "qwen2_5_vl", "vision_config": 7, "text_config": []}'):
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match="config.json: ") as caught:
+        with pytest.raises(ValueError, match=r"config.json: ") as caught:
             ModelShape.from_folder(tmp_path)
         assert "\n" not in str(caught.value)

@@ -100,8 +100,8 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, stored, stop in found:
         if stop > size:
             raise ValueError(
-                f"{file}: {shown_name(name)}: truncated: not a whole safetensors file: the tensor ends at byte {stop}, the "
-                f"file at {size}"
+                f"{file}: {shown_name(name)}: truncated: not a whole safetensors file: the tensor ends at byte "
+                f"{stop}, the file at {size}"
             )
         if stored.offset != end:
             fault = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
