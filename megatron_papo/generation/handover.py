@@ -1,4 +1,4 @@
-"""What an engine is handed: the settings of the model as transformers reads them, then every tensor once, checked by its
+"""What an engine is handed: the model's settings as transformers reads them, then every tensor once, checked by its
 shape and transformers' name."""
 
 from __future__ import annotations
