@@ -11,6 +11,7 @@ header states is looked at before any pixel is decoded.
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -23,6 +24,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _BYTES_OF_A_PIXEL = 4
 """No file of a picture needs more, compressed or not, but for its metadata."""
 _METADATA_BYTES = 2**20
+_MOST_SCANS = 100
+"""Encoders write about ten."""
+_START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""Of a JPEG, but for those that stand in the data of a scan."""
 
 
 def image_items(cell: Any) -> list[Any]:
@@ -52,6 +58,8 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
             if opened.width * opened.height > max_pixels:
                 size = f"{opened.width} x {opened.height} pixels, data.max_image_pixels is {max_pixels}"
                 raise BadImage("image too large", size)
+            if opened.format in ("JPEG", "MPO") and _num_scans(data) > _MOST_SCANS:
+                raise BadImage("corrupt image", f"more than {_MOST_SCANS} scans of one JPEG")
             ImageOps.exif_transpose(opened, in_place=True)
             return opened.convert("RGB")
     except (BadImage, MemoryError, RecursionError):
@@ -60,6 +68,17 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
         raise BadImage("image too large", str(error)) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more, by format
         raise BadImage("corrupt image", f"{type(error).__name__}: {error}") from None
+
+
+def _num_scans(data: bytes) -> int:
+    """Of a JPEG's first picture. Each scan goes over all pixels, which 50 bytes of a progressive one can ask for."""
+    at = num = 0
+    while (marker := _MARKER.search(data, at)) and marker[0] != _END:
+        at = marker.end()
+        if marker[0] != _START:
+            at += max(2, int.from_bytes(data[at : at + 2]))  # the length of the marker's own bytes
+        num += marker[0] == _SCAN
+    return num
 
 
 def _one(item: Any, files: ImageFiles, max_bytes: int) -> bytes:

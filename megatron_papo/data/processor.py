@@ -8,7 +8,6 @@ too, and for Qwen's own template the result is that of structured content. Video
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import TemplateFailed, chat_template
+from megatron_papo.data.processor_files import listed_ends, read_processor
 from megatron_papo.types import ModelInputs
 
 PLACEHOLDER = "<image>"
@@ -27,8 +27,6 @@ PLACEHOLDER = "<image>"
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 _COMPOSED = 4
 """Letters that a tokenizer may make one of before it looks for tokens (Unicode's composed forms); rather too many."""
-_MAX_PATCH = 256
-"""Pixels along an edge; a larger one would enlarge every picture to it."""
 _MAX_ASPECT = 200
 """Longer edge over shorter edge; the image processor refuses more."""
 
@@ -46,26 +44,7 @@ def load_processor(folder: Path, data: DataConfig) -> Processor:
 
     Raises ValueError naming the folder and what it lacks.
     """
-    from transformers import AutoProcessor  # slow to import
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"model.path: {folder} is no folder")
-    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(f"model.path: {folder} has neither preprocessor_config.json nor processor_config.json")
-    try:
-        hf_processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of any type, by what transformers stumbles over
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"model.path: cannot load the processor of {folder}: {reason[0]}") from error
-    for part in ("tokenizer", "image_processor"):
-        if not hasattr(hf_processor, part):
-            raise ValueError(f"model.path: the processor of {folder} has no {part.replace('_', ' ')}")
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        size = getattr(hf_processor.image_processor, name, None)
-        if type(size) is not int or not 1 <= size <= _MAX_PATCH:
-            raise ValueError(f"model.path: the image processor of {folder} has {name} {str(size)[:40]}")
-    return Processor(hf_processor, folder, data)
+    return Processor(read_processor(Path(folder)), Path(folder), data)
 
 
 class Processor:
@@ -180,10 +159,7 @@ class Processor:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, the end of turn first: template, tokenizer and generation_config.json agree."""
         found = [self.end_of_turn_id, self.tokenizer.eos_token_id]
-        generation = self.folder / "generation_config.json"
-        if generation.exists():
-            listed = json.loads(generation.read_text()).get("eos_token_id")
-            found += listed if isinstance(listed, list) else [listed]
+        found += listed_ends(self.folder / "generation_config.json")
         return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
     @cached_property

@@ -19,6 +19,7 @@ import json
 import resource
 import signal
 from datetime import datetime
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -81,7 +82,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def _tojson(
-    value: object, ensure_ascii: bool = False, indent: object = None, separators: object = None, sort_keys: bool = False
+    value: object, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -173,6 +173,17 @@ def test_other_formats_are_not_tried():
         assert caught.value.reason == "corrupt image"
 
 
+def test_a_jpeg_of_scans_without_end_and_odd_metadata():
+    """What a phone hangs behind its picture, and thumbnails within, are no scans of it."""
+    jpeg = picture(kind="JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 500 + b"\xff" * 1000)
+    assert decode_image(jpeg + b"\xff\xda" * 500).size == (56, 56)
+    end = jpeg.rindex(b"\xff\xd9")
+    last = jpeg[jpeg.rindex(b"\xff\xc4", 0, end) : end]
+    assert decode_image(jpeg[:end] + last * 50 + jpeg[end:]).size == (56, 56)
+    with pytest.raises(BadImage, match="more than 100 scans"):
+        decode_image(jpeg[:end] + last * 150 + jpeg[end:])
+
+
 def test_the_size_that_a_header_states_is_looked_at_first(processor, tmp_path):
     rows = open_rows(processor, tmp_path / "set", {"images": ["0.png"]}, {"images": ["1.png"]}, {"images": ["2.png"]})
     for name, data in (("0", header_of(8192, 8192)), ("1", header_of(60_000, 60_000)), ("2", b"\0")):

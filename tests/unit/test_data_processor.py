@@ -1,6 +1,7 @@
 """The canonical processor call: token ids, pixels, chat templates, responses, and folders that lack something."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,21 @@ def test_no_code_of_a_folder_is_run(folder, tmp_path):
         except ValueError as error:
             assert "\n" not in str(error) and str(error).startswith("model.path: ")
     assert not ran.exists()
+
+
+def test_files_that_would_not_end_and_odd_ends_are_refused(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    os.mkfifo(odd / "added_tokens.json")
+    with pytest.raises(ValueError, match=r"^model.path: .*/added_tokens.json: not a regular file of at most"):
+        load_processor(odd, DATA)
+    (odd / "added_tokens.json").unlink()
+    for text in ("[", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}', '{"eos_token_id": -1}', "[" * 10**5):
+        (odd / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"^{odd}/generation_config.json: ") as caught:
+            _ = load_processor(odd, DATA).eos_ids
+        assert "\n" not in str(caught.value)
+    (odd / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert load_processor(odd, DATA).eos_ids == (IDS["<|im_end|>"], 3, 5)
 
 
 def test_patches_of_odd_sizes_are_refused(folder, tmp_path):
