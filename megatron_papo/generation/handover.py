@@ -19,9 +19,9 @@ def read_config(folder: Path) -> Qwen2_5_VLConfig:
     """transformers' settings of the folder, which is not trusted: no code of its own, no attention kernel that it
     names, no look at the hub. Raises ValueError."""
     try:
-        return Qwen2_5_VLConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
-        )
+        config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = "sdpa"  # of all parts: the name of a repository would be fetched and run
+        return config
     except Exception as error:  # of any type, by the key that transformers stumbles over
         reason = str(error).strip().splitlines() or [""]
         raise ValueError(f"{folder}/config.json: {type(error).__name__}: {reason[0]}") from error

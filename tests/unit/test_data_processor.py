@@ -14,7 +14,7 @@ from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.processor import ImageTooExtreme
-from megatron_papo.generation.handover import read_config
+from megatron_papo.generation.handover import expected_shapes, read_config
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
@@ -232,7 +232,14 @@ def test_no_code_of_a_folder_is_run(folder, tmp_path):
         tree["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
         file.write_text(json.dumps(tree))
     assert torch.equal(load_processor(evil, DATA).encode("2+2?", []).token_ids_S, known)
-    read_config(evil)
+    tree = json.loads((evil / "config.json").read_text())
+    for section in (tree, tree["text_config"], tree["vision_config"]):
+        section |= {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
+    (evil / "config.json").write_text(json.dumps(tree))
+    config = read_config(evil)
+    parts = (config, config.text_config, config.vision_config)
+    assert [part._attn_implementation for part in parts] == ["sdpa"] * 3, "no kernel from the hub"
+    expected_shapes(config)
     for name, key in (("processor_config.json", "processor_class"), ("tokenizer_config.json", "tokenizer_class")):
         file = evil / name
         tree = json.loads(file.read_text()) | {key: "Evil"}
