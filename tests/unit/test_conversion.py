@@ -127,7 +127,7 @@ def test_headers_that_lie_are_refused_with_the_file(tmp_path):
     whole = file.read_bytes()
     for data, told in (
         (whole[:-3], "y: truncated"), (whole[:5], "end within its header"), (whole[:40], "end within its header"),
-        (whole.replace(b"F32", b"I32", 1), "is 'I32'; F32, BF16, F16 can be converted"),
+        (whole.replace(b"F32", b"I32", 1), "is I32; F32, BF16, F16 can be converted"),
         (whole.replace(b"[4,4]", b"[4,5]"), "x: 64 bytes are not F32 (4, 5)"),
         (whole.replace(b'"dtype"', b'"dtypo"'), "its header is not readable"),
     ):  # fmt: skip

@@ -135,7 +135,8 @@ def _stored(file: Path, name: str, facts: Any, base: int) -> tuple[Stored, int]:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file}: {shown_name(name)}: its header is not readable: {shown(facts)}") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{file}: {shown_name(name)}: is {shown(dtype)}; {', '.join(DTYPES)} can be converted")
+        kind = shown_name(dtype) if isinstance(dtype, str) else shown(dtype)
+        raise ValueError(f"{file}: {shown_name(name)}: is {kind}; {', '.join(DTYPES)} can be converted")
     whole = len(shape) <= _MAX_AXES and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
     if not whole or start > stop:
         raise ValueError(f"{file}: {shown_name(name)}: its header is not readable: {shown(facts)}")
