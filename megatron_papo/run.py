@@ -24,7 +24,7 @@ import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 from megatron_papo.accelerator import adapt_megatron, has_gpu, seed_all
 from megatron_papo.accounting import Meter, group_flops
 from megatron_papo.checkpoint.huggingface import hf_tensors
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.checkpoint.weights import check_weights, load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Generator
@@ -98,11 +98,30 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         seed_all(config.run.seed)
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
+            _check_patches(processor, shape)
+            has_weights = config.model.checkpoint is not None or not config.model.random_init
+            if has_weights:
+                check_weights(shape, config.model.checkpoint or folder)
             policy = build_policy(config, shape)
-            if config.model.checkpoint is not None or not config.model.random_init:
+            if has_weights:
                 load_weights(policy, shape, config.model.checkpoint or folder)
         with _left_alone_by_the_collector():
             yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+
+
+def _check_patches(processor: Processor, shape: ModelShape) -> None:
+    """Raises ValueError where the image processor cuts other patches than the vision tower takes."""
+    settings, vision = processor.image_processor, shape.vision
+    for name, theirs in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        if getattr(settings, name) != theirs:
+            raise ValueError(
+                f"model.path: the image processor of {processor.folder} has {name} {getattr(settings, name)}, its "
+                f"config.json {theirs}"
+            )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_papo.checkpoint.folders import check_side_files
 from megatron_papo.checkpoint.huggingface import write_hf
 from megatron_papo.checkpoint.state import TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
@@ -40,6 +41,8 @@ class Checkpoints:
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
         self._best = -math.inf
         self._said_wait = False
+        for reason in check_side_files(model_folder(run.config)):
+            warn(run, reason)
         self._store = CheckpointStore(
             run.folder / "checkpoints", settings.keep_last, settings.keep_best, model_folder(run.config), self._warn
         )

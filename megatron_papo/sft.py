@@ -78,6 +78,14 @@ def _demonstration(run: Run, dataset: PromptDataset, prompt: Prompt) -> Group:
     text = dataset.column(prompt.row, run.config.sft.response_column)
     if not isinstance(text, str) or not text:
         raise ValueError(f"data.train: row {prompt.row} has no text in {run.config.sft.response_column!r}")
+    budget = run.config.train.tokens_per_micro_batch
+    if len(text) > budget * run.processor.most_letters_of_a_token:  # tokenising it would take its time
+        raise ValueError(
+            f"data.train: row {prompt.row}: a response of {len(text)} letters is more than "
+            f"train.tokens_per_micro_batch={budget}"
+        )
+    if token := run.processor.vision_token_in(text):
+        raise ValueError(f"data.train: row {prompt.row}: the response contains the vision token {token}")
     return supervised_group(prompt, run.processor.encode_response(text), text)
 
 

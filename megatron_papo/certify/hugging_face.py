@@ -20,8 +20,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from megatron_papo.config import DataConfig
+from megatron_papo.data.chat_template import chat_template
+from megatron_papo.data.images import FORMATS
 from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
-from megatron_papo.generation.handover import checked, expected_shapes
+from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.inspection import tape_transformers
 from megatron_papo.generation.reading import (
     ANGLES,
@@ -50,9 +52,7 @@ def precision_that_fits(folder: Path) -> Precision | None:
 @cache
 def _num_values(folder: Path) -> int:
     """Of the model, which stays as it is while a run lasts."""
-    from transformers import Qwen2_5_VLConfig
-
-    shapes = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True))
+    shapes = expected_shapes(read_config(folder))
     return sum(prod(shape) for shape in shapes.values())
 
 
@@ -64,8 +64,9 @@ def read_model(folder: Path, precision: Precision) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, precision), attn_implementation="sdpa", local_files_only=True
-    )
+        folder, config=read_config(folder), dtype=getattr(torch, precision), attn_implementation="sdpa",
+        local_files_only=True, trust_remote_code=False, use_safetensors=True,
+    )  # fmt: skip
     if shown:
         logging.enable_progress_bar()
     return model.eval().requires_grad_(False)
@@ -73,10 +74,10 @@ def read_model(folder: Path, precision: Precision) -> Any:
 
 def model_of(folder: Path, precision: Precision, named_tensors: Iterator[tuple[str, Tensor]]) -> Any:
     """The shape of the folder with the given weights, under the names of transformers' modules."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.initialization import no_init_weights
 
-    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     config.dtype = getattr(torch, precision)
     with no_init_weights():
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
@@ -95,14 +96,17 @@ class HuggingFace:
         from transformers import AutoProcessor
 
         self._model, self._data, self._banned_ids = model, data, list(banned_ids)
-        self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
         self._processor.image_processor.size = size
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
         """The whole sequence in one pass, without a cache."""
-        images = [ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB") for data in prompt.images]
+        images = [
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
+            for data in prompt.images
+        ]
         batch = self._processor(
             text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False
         )
@@ -145,6 +149,9 @@ class HuggingFace:
         turns = [{"role": "user", "content": content}]
         if self._data.system is not None:
             turns.insert(0, {"role": "system", "content": self._data.system})
+        if isinstance(template := self._processor.chat_template, str):  # may transformers render it, in this process?
+            tokens = self._processor.tokenizer.special_tokens_map
+            chat_template(template).render(turns, add_generation_prompt=True, **tokens)
         return self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 

@@ -18,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_papo.checkpoint import side_files
 from megatron_papo.checkpoint.atomic import publish
 from megatron_papo.checkpoint.names import parameter_table, published_name
 from megatron_papo.checkpoint.slices import Index
 from megatron_papo.files import make_way
+from megatron_papo.model.json_keys import read_json, shown, shown_name
 from megatron_papo.model.shape import ModelShape
 
+INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "checksums.json", "manifest.json")
@@ -43,14 +46,17 @@ class HuggingFaceReader:
         self._places: dict[str, tuple[Path, Any]] = {}
 
     def __enter__(self) -> HuggingFaceReader:
-        for file in weight_files(self.folder).files:
-            try:
-                handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                self._places[published_name(name)] = (file, handle.get_slice(name))
+        weights, homes = weight_files(self.folder), Homes()
+        with ExitStack() as stack:
+            for file in weights.files:
+                try:
+                    handle = stack.enter_context(safe_open(file, framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    homes.add(name, file, weights.index)
+                    self._places[published_name(name)] = (file, handle.get_slice(name))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,22 +87,55 @@ class WeightFiles:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The safetensors files of a folder. Raises ValueError naming those that the index names and that are not there."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a folder; a link is followed to wherever the file lies, as the hub's cache has them.
+
+    Raises ValueError naming those that the index names and that are not there, or are no regular files beside it.
+    """
+    index = folder / INDEX_FILE
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder}: holds no *.safetensors")
-        return WeightFiles(files, {})
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index}: not an index of safetensors files") from None
+        return WeightFiles(_regular(files), {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: not an index of safetensors files")
+    for tensor, name in weight_map.items():
+        # `.name` would forget a folder, and what lies in another folder is another file of that name
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: {shown_name(tensor)}: said to lie in {shown(name)}, which is no *.safetensors file beside "
+                "the index"
+            )
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{index}: names files that are not there: {', '.join(missing)}")
-    return WeightFiles([folder / name for name in names], weight_map)
+        raise ValueError(f"{index}: names files that are not there: {', '.join(missing[:MAX_SHOWN_FAULTS])}")
+    return WeightFiles(_regular([folder / name for name in names]), weight_map)
+
+
+def _regular(files: list[Path]) -> list[Path]:
+    """Raises ValueError for a pipe or a device, at which a reader would wait."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: not a regular file")
+    return files
+
+
+class Homes:
+    """Which file each tensor lies in, as the files are opened one after the other."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Path] = {}
+
+    def add(self, name: str, file: Path, index: Mapping[str, str]) -> None:
+        """Raises ValueError where it lies in a second place, or elsewhere than the index says: which one holds?"""
+        if index.get(name, file.name) != file.name:
+            raise ValueError(f"{file}: {shown_name(name)}: lies here, but in {index[name]} by {INDEX_FILE}")
+        published = published_name(name)
+        if published in self._files:
+            raise ValueError(f"{file}: {shown_name(name)}: lies in {self._files[published].name} already")
+        self._files[published] = file
 
 
 def check_tensors(
@@ -111,7 +150,7 @@ def check_tensors(
             faults.append(f"{file}: {name}: expected shape {expected[name]}, found {size}")
         # a tied head is the word embedding once more; transformers ignores it too
         elif name not in expected and not (name == "lm_head.weight" and shape.tie_word_embeddings):
-            faults.append(f"{file}: {name} {size}: no such tensor in the model that config.json describes")
+            faults.append(f"{file}: {shown_name(name)} {size}: no such tensor in the model that config.json describes")
     raise_faults(faults)
 
 
@@ -141,14 +180,23 @@ def write_folder(
 def copy_side_files(source: Path, target: Path) -> None:
     """Everything of a Hugging Face folder, or of one within a checkpoint, but its weights.
 
-    Raises ValueError when `source` has no config.json.
+    Raises ValueError when `source` has no config.json, and as `side_files.copy`.
     """
+    for file in list_side_files(source):
+        side_files.copy(file, target / file.name)
+
+
+def check_side_files(source: Path) -> list[str]:
+    """Why which files will not be copied, a line each, before a run counts on it. Raises as `copy_side_files`."""
+    return [reason for file in list_side_files(source) if (reason := side_files.check(file))]
+
+
+def list_side_files(source: Path) -> list[Path]:
+    """Raises ValueError when there is no config.json."""
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: no config.json")
     others = {file for pattern in _NOT_SIDE_FILES for file in source.glob(pattern)}
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _SIDE_FILES and file not in others:
-            shutil.copyfile(file, target / file.name)
+    return [file for file in sorted(source.iterdir()) if file.suffix in _SIDE_FILES and file not in others]
 
 
 def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> torch.dtype:
@@ -171,7 +219,7 @@ def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_byte
     if len(files) > 1:
         weight_map = {tensor: file for file, names in zip(final, files) for tensor in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return dtype
 
 
@@ -186,11 +234,11 @@ def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[s
 
 def set_dtype(config: Path, dtype: torch.dtype) -> None:
     """transformers loads in the dtype that the config names, so it must name the one that was written."""
-    tree = json.loads(config.read_text())
+    tree = read_json(config)
     tree["dtype"] = str(dtype).removeprefix("torch.")
     tree.pop("torch_dtype", None)
     for section in ("text_config", "vision_config"):
         for key in ("dtype", "torch_dtype"):
-            if key in tree.get(section, {}):
+            if isinstance(tree.get(section), dict) and key in tree[section]:
                 tree[section][key] = tree["dtype"]
     config.write_text(json.dumps(tree, indent=2) + "\n")

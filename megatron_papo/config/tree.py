@@ -105,6 +105,10 @@ class ColumnsConfig(Section):
     """Column of one image or several: bytes, paths or pictures."""
 
 
+MOST_IMAGE_PIXELS = 89_000_000
+"""A little less than what Pillow takes for an attack."""
+
+
 class DataConfig(Section):
     train: str | None = None
     """A file (parquet, jsonl), an image folder or a hub name: anything `datasets` reads."""
@@ -128,6 +132,10 @@ class DataConfig(Section):
     """Smaller images are enlarged to this area."""
     max_pixels: Count = 1_003_520
     """Larger images are reduced to this area."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=MOST_IMAGE_PIXELS)] = 2**25
+    """An image of more pixels is a bad row: it is not decoded, which takes some 12 bytes of memory a pixel."""
+    image_roots: list[Path] = []
+    """Further folders in which images named by path may lie; by default the data set's own folder alone."""
     max_prompt_tokens: Count = 4096
     """A longer prompt is a bad row."""
     on_bad_row: Literal["skip", "stop"] = "stop"

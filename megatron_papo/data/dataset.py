@@ -8,16 +8,19 @@ raises BadRow with its number and the reason; what then happens is for `draw` to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
-from megatron_papo.data.images import ImageFileMissing, decode_image, image_bytes
-from megatron_papo.data.masking import Masks, mask_images
-from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Processor
+from megatron_papo.data.chat_template import TemplateFailed
+from megatron_papo.data.image_files import BadImage
+from megatron_papo.data.images import decode_image, image_bytes, image_items
+from megatron_papo.data.masking import Masks, mask_images, spoil_image, with_masked
+from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Pixels, Processor
 from megatron_papo.data.source import open_source
 from megatron_papo.types import Prompt
 
@@ -26,6 +29,10 @@ _PRESETS = {
     "virl39k": (ColumnsConfig(), ColumnsConfig(problem="question", answer="answer", images="image")),
     "geometry3k": (ColumnsConfig(),),
 }
+
+
+_MAX_ANSWER = 65_536
+"""Letters. Every response is compared with all of them."""
 
 
 class BadRow(ValueError):
@@ -73,6 +80,23 @@ class BadRows:
         return "\n".join(str(self.found[row]) for row in sorted(self.found)) or "no bad rows"
 
 
+@contextmanager
+def _named(row: int) -> Iterator[None]:
+    """What goes wrong with the row's own values is BadRow: a row is not trusted to fit memory or recursion either."""
+    try:
+        yield
+    except BadImage as error:
+        raise BadRow(row, error.reason, str(error)) from None
+    except ImageTooExtreme as error:
+        raise BadRow(row, "image too extreme", str(error)) from None
+    except TemplateFailed as error:
+        raise BadRow(row, "chat template", str(error)) from None
+    except MemoryError:
+        raise BadRow(row, "out of memory") from None
+    except RecursionError:
+        raise BadRow(row, "nested too deep") from None
+
+
 class PromptDataset:
     """`data.train` or `data.eval`, row by row. `needs_answer=False` for scoring and supervision, where none is read."""
 
@@ -85,8 +109,9 @@ class PromptDataset:
         split = data.split if which == "train" else data.eval_split or data.split
         self.name, self.which, self._key = name, which, f"data.{which}"
         self._processor, self._needs_answer, self._max_tokens = processor, needs_answer, data.max_prompt_tokens
-        source = open_source(name, split, self._key)
-        self._rows, self._folder = source.rows, source.folder
+        self._max_pixels = data.max_image_pixels
+        source = open_source(name, split, self._key, data.image_roots)
+        self._rows, self._images = source.rows, source.images
         self._columns = self._choose_columns(data)
 
     def __len__(self) -> int:
@@ -95,39 +120,44 @@ class PromptDataset:
     def prompt(self, row: int, masks: Masks | None = None) -> Prompt:
         """The row as the model reads it, and with `masks` also its masked view; raises BadRow.
 
-        Pictures are decoded once for both views and not kept: a batch of them would fill the host's memory.
+        What costs least is looked at first, and pictures are decoded one at a time, once for both views, and not kept:
+        a batch of them would fill the host's memory.
         """
-        cells = self._rows[row]
-        problem = cells[self._columns.problem]
-        if not isinstance(problem, str) or not problem.strip():
-            raise BadRow(row, "no problem")
-        answer = self._answer(row, cells)
-        compressed = self._compressed(row, cells)
-        if problem.count(PLACEHOLDER) != len(compressed):
-            placeholders = problem.count(PLACEHOLDER)
-            raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(compressed)} images")
-        if token := self._processor.vision_token_in(problem):
-            raise BadRow(row, "vision token in text", token)
-        images = self._pixels(row, compressed)
-        try:
-            inputs = self._processor.encode(problem, images)
-        except ImageTooExtreme as error:
-            raise BadRow(row, "image too extreme", str(error)) from None
-        if inputs.token_ids_S.numel() > self._max_tokens:
-            tokens = inputs.token_ids_S.numel()
-            raise BadRow(row, "prompt too long", f"{tokens} tokens, data.max_prompt_tokens is {self._max_tokens}")
-        prompt = Prompt(f"{self.which}:{row}", row, problem, answer, compressed, inputs)
-        return prompt if masks is None else self.mask(prompt, masks, images)
+        with _named(row):
+            cells = self._rows[row]
+            problem, answer = self._problem(row, cells), self._answer(row, cells)
+            items = image_items(cells.get(self._columns.images))
+            if problem.count(PLACEHOLDER) != len(items):
+                placeholders = problem.count(PLACEHOLDER)
+                raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(items)} images")
+            if token := self._processor.vision_token_in(problem):
+                raise BadRow(row, "vision token in text", token)
+            text_ids_S = self._processor.text_ids(problem, len(items))
+            self._check_length(row, text_ids_S.numel())
+            compressed = image_bytes(items, self._images, self._max_pixels)
+            prompt_id = f"{self.which}:{row}"
+            pixels, masked = self._views(row, prompt_id, compressed, text_ids_S.numel(), masks)
+            inputs = self._processor.join(text_ids_S, pixels)
+            prompt = Prompt(prompt_id, row, problem, answer, compressed, inputs)
+            if masked:
+                return with_masked(prompt, masked)
+            return prompt if masks is None else self.mask(prompt, masks)
 
-    def mask(self, prompt: Prompt, masks: Masks, images: Sequence[Image.Image] | None = None) -> Prompt:
-        """A prompt of this dataset with its masked view made, or made anew; see `mask_images`."""
-        return mask_images(
-            prompt, masks.settings, self._processor, seed=masks.seed, step=masks.step, images=images, swap_pool=self
-        )
+    def mask(self, prompt: Prompt, masks: Masks) -> Prompt:
+        """A prompt of this dataset with its masked view made, or made anew; see `mask_images`. Raises BadRow."""
+        with _named(prompt.row):
+            return mask_images(
+                prompt, masks.settings, self._processor, seed=masks.seed, step=masks.step, swap_pool=self
+            )
 
     def images(self, row: int) -> tuple[bytes, ...]:
-        """Compressed images of a row; raises BadRow when a file is missing."""
-        return self._compressed(row, self._rows[row])
+        """Compressed images of a row; raises BadRow when one cannot be read."""
+        with _named(row):
+            return image_bytes(image_items(self._rows[row].get(self._columns.images)), self._images, self._max_pixels)
+
+    def decoded(self, data: bytes) -> Image.Image:
+        """A picture of this dataset, RGB; raises BadImage."""
+        return decode_image(data, self._max_pixels)
 
     def column(self, row: int, name: str) -> Any:
         """Any other cell of the row, e.g. the response that supervision reads; ValueError for an unknown column."""
@@ -135,27 +165,53 @@ class PromptDataset:
             raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {self._listed()}")
         return self._rows[row][name]
 
+    def _problem(self, row: int, cells: dict[str, Any]) -> str:
+        problem = cells[self._columns.problem]
+        if not isinstance(problem, str) or not problem.strip():
+            raise BadRow(row, "no problem")
+        most = self._max_tokens * self._processor.most_letters_of_a_token
+        if len(problem) > most:  # tokenising it would take its time
+            raise BadRow(row, "prompt too long", f"{len(problem)} letters are more than {self._max_tokens} tokens")
+        return problem
+
     def _answer(self, row: int, cells: dict[str, Any]) -> str:
         value = cells.get(self._columns.answer)
         answer = "" if value is None else str(value)
         if self._needs_answer and not answer.strip():
             raise BadRow(row, "no answer")
+        if len(answer) > _MAX_ANSWER:
+            raise BadRow(row, "answer too long", f"{len(answer)} letters, at most {_MAX_ANSWER} are compared")
         return answer
 
-    def _compressed(self, row: int, cells: dict[str, Any]) -> tuple[bytes, ...]:
-        try:
-            return image_bytes(cells.get(self._columns.images), self._folder)
-        except ImageFileMissing as error:
-            raise BadRow(row, "image file missing", str(error)) from None
-        except ValueError as error:
-            raise BadRow(row, "corrupt image", str(error)) from None
+    def _check_length(self, row: int, num_tokens: int) -> None:
+        if num_tokens > self._max_tokens:
+            raise BadRow(row, "prompt too long", f"{num_tokens} tokens, data.max_prompt_tokens is {self._max_tokens}")
 
-    @staticmethod
-    def _pixels(row: int, compressed: tuple[bytes, ...]) -> list[Image.Image]:
-        try:
-            return [decode_image(data) for data in compressed]
-        except ValueError as error:
-            raise BadRow(row, "corrupt image", str(error)) from None
+    def _views(
+        self, row: int, prompt_id: str, compressed: Sequence[bytes], num_tokens: int, masks: Masks | None
+    ) -> tuple[list[Pixels], list[Pixels]]:
+        """Pixels of every picture, and of its masked view where `masks` spoil it as loaded; `num_tokens` without them.
+
+        A row is left at the picture that makes it too long.
+        """
+        pixels, masked = [], []
+        for index, data in enumerate(compressed):
+            of_picture, of_masked = self._view(row, prompt_id, index, data, masks)
+            pixels.append(of_picture)
+            masked += of_masked
+            num_tokens += int(self._processor.num_tokens(of_picture[1])) - 1
+            self._check_length(row, num_tokens)
+        return pixels, masked
+
+    def _view(
+        self, row: int, prompt_id: str, index: int, data: bytes, masks: Masks | None
+    ) -> tuple[Pixels, list[Pixels]]:
+        """Of one picture, which is gone when the next is decoded."""
+        image = self.decoded(data)
+        pixels = self._processor.pixel_values([image])
+        if masks is None or masks.settings.align != "raw":
+            return pixels, []
+        return pixels, [self._processor.pixel_values([spoil_image(image, index, prompt_id, row, masks, self)])]
 
     def _choose_columns(self, data: DataConfig) -> ColumnsConfig:
         has = set(self._rows.column_names)

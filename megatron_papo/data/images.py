@@ -1,56 +1,92 @@
 """Images as datasets hold them: to compressed bytes, and from bytes to pixels.
 
-A cell may hold one image or a list of them, each as bytes, a path, a dict of the two (how `datasets` stores an image
-it has not decoded) or a PIL image. Compressed bytes are what is kept; pixels live as long as a step. Transparency is
+A cell may hold one image or a list of them, each as bytes, a path or a dict of the two (how `datasets` stores an image
+it has not decoded); bytes win. Compressed bytes are what is kept; pixels live as long as a step. Transparency is
 dropped (RGB values under it count), as the common training codes do; EXIF rotation is applied, as `datasets` does.
+
+Bytes are not trusted: only the formats below are tried (Pillow knows others that start programs), and the size that a
+header states is looked at before any pixel is decoded.
 """
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import re
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from megatron_papo.config import MOST_IMAGE_PIXELS
+from megatron_papo.data.image_files import BadImage, ImageFiles, check_size
 
-class ImageFileMissing(ValueError):
-    """A path in the images column leads nowhere."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is opened; MPO, which many phones write, is opened as JPEG."""
+_BYTES_OF_A_PIXEL = 4
+"""No file of a picture needs more, compressed or not, but for its metadata."""
+_METADATA_BYTES = 2**20
+_MOST_SCANS = 100
+"""Encoders write about ten."""
+_START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""Of a JPEG, but for those that stand in the data of a scan."""
 
 
-def image_bytes(cell: Any, folder: Path | None) -> tuple[bytes, ...]:
-    """Compressed bytes of every image of a cell, in order; relative paths start at `folder`.
-
-    Raises ImageFileMissing, or ValueError for a value that is no image.
-    """
+def image_items(cell: Any) -> list[Any]:
+    """The images of a cell, in order, as the data set holds each."""
     if cell is None:
-        return ()
-    items = cell if isinstance(cell, (list, tuple)) else [cell]
-    return tuple(_one(item, folder) for item in items)
+        return []
+    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """RGB pixels; raises ValueError for anything that cannot be decoded to its last row."""
+def image_bytes(items: list[Any], files: ImageFiles, max_pixels: int) -> tuple[bytes, ...]:
+    """Compressed bytes of every image of a row. Together they take no more than one picture of `max_pixels` may.
+
+    Raises BadImage.
+    """
+    room = max_pixels * _BYTES_OF_A_PIXEL + _METADATA_BYTES
+    found: list[bytes] = []
+    for item in items:
+        found.append(_one(item, files, room))
+        room -= len(found[-1])
+    return tuple(found)
+
+
+def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Image:
+    """RGB pixels of the first frame; raises BadImage for too many, and for what cannot be decoded to its last row."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels:
+                size = f"{opened.width} x {opened.height} pixels, data.max_image_pixels is {max_pixels}"
+                raise BadImage("image too large", size)
+            if opened.format in ("JPEG", "MPO") and _num_scans(data) > _MOST_SCANS:
+                raise BadImage("corrupt image", f"more than {_MOST_SCANS} scans of one JPEG")
+            ImageOps.exif_transpose(opened, in_place=True)
+            return opened.convert("RGB")
+    except (BadImage, MemoryError, RecursionError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("image too large", str(error)) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more, by format
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        raise BadImage("corrupt image", f"{type(error).__name__}: {error}") from None
 
 
-def _one(item: Any, folder: Path | None) -> bytes:
+def _num_scans(data: bytes) -> int:
+    """Of a JPEG's first picture. Each scan goes over all pixels, which 50 bytes of a progressive one can ask for."""
+    at = num = 0
+    while (marker := _MARKER.search(data, at)) and marker[0] != _END:
+        at = marker.end()
+        if marker[0] != _START:
+            at += max(2, int.from_bytes(data[at : at + 2]))  # the length of the marker's own bytes
+        num += marker[0] == _SCAN
+    return num
+
+
+def _one(item: Any, files: ImageFiles, max_bytes: int) -> bytes:
     if isinstance(item, dict) and {"bytes", "path"} & set(item):
         item = item.get("bytes") or item.get("path")
     if isinstance(item, (bytes, bytearray, memoryview)):
+        check_size("the row's images", len(item), max_bytes)
         return bytes(item)
-    if isinstance(item, Image.Image):
-        buffer = io.BytesIO()
-        item.save(buffer, format="PNG")
-        return buffer.getvalue()
     if isinstance(item, str) and item:
-        path = (folder or Path()) / item
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageFileMissing(f"{path}: {error.strerror}") from None
-    raise ValueError(f"neither bytes, path nor picture: {type(item).__name__}")
+        return files.read(item, max_bytes)
+    raise BadImage("corrupt image", f"neither bytes nor path: {type(item).__name__}")

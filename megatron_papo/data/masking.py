@@ -13,7 +13,7 @@ the processor; and other kinds of spoiling. `ratio` and `cell` mean, for blur: r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,10 +25,11 @@ from torch import Tensor
 from megatron_papo.config import MaskConfig
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.order import random_state
-from megatron_papo.data.processor import Processor
+from megatron_papo.data.processor import Pixels, Processor
 from megatron_papo.types import Prompt
 
 _SWAP_TRIES = 100
+_NOISE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -49,55 +50,53 @@ class SwapPool(Protocol):
 
     def images(self, row: int) -> tuple[bytes, ...]: ...
 
+    def decoded(self, data: bytes) -> Image.Image: ...
+
 
 def mask_images(
-    prompt: Prompt,
-    mask: MaskConfig,
-    processor: Processor,
-    *,
-    seed: int,
-    step: int,
-    images: Sequence[Image.Image] | None = None,
-    swap_pool: SwapPool | None = None,
+    prompt: Prompt, mask: MaskConfig, processor: Processor, *, seed: int, step: int, swap_pool: SwapPool | None = None
 ) -> Prompt:
     """The prompt with `masked_pixel_values_PD` filled; a prompt without pictures comes back as it is.
 
-    `images`: the prompt's pictures, from whoever has decoded them already; they stay as they are.
+    Pictures are decoded, spoiled and processed one at a time: a whole row of them may not fit the host's memory.
     """
     if prompt.inputs.pixel_values_PD is None:
         return prompt
     if mask.align == "patches":
         return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, mask, processor, seed=seed, step=step))
-    masked = masked_raw_images(prompt, mask, seed=seed, step=step, images=images, swap_pool=swap_pool)
-    pixel_values_PD, grid_thw_I3 = processor.pixel_values(masked)
+    spoiled = masked_raw_images(prompt, mask, seed=seed, step=step, swap_pool=swap_pool)
+    return with_masked(prompt, [processor.pixel_values([image]) for image in spoiled])
+
+
+def with_masked(prompt: Prompt, pixels: Sequence[Pixels]) -> Prompt:
+    """The prompt with its spoiled pictures, each as the processor gave it."""
+    grid_thw_I3 = torch.cat([grid for _, grid in pixels])
     assert prompt.inputs.grid_thw_I3 is not None
     assert torch.equal(grid_thw_I3, prompt.inputs.grid_thw_I3), "the masked view has another grid"
-    return replace(prompt, masked_pixel_values_PD=pixel_values_PD)
+    return replace(prompt, masked_pixel_values_PD=torch.cat([values for values, _ in pixels]))
 
 
 def masked_raw_images(
-    prompt: Prompt,
-    mask: MaskConfig,
-    *,
-    seed: int,
-    step: int,
-    images: Sequence[Image.Image] | None = None,
-    swap_pool: SwapPool | None = None,
-) -> list[Image.Image]:
-    """The spoiled pictures themselves, RGB in their own size.
+    prompt: Prompt, mask: MaskConfig, *, seed: int, step: int, swap_pool: SwapPool | None = None
+) -> Iterator[Image.Image]:
+    """The spoiled pictures themselves, one after the other, RGB in their own size.
 
-    Only for `align: raw`. `images` as in `mask_images`. Raises ValueError for `swap` without a pool or with one that
-    has no other picture.
+    Only for `align: raw`. Raises ValueError for `swap` without a pool or with one that has no other picture.
     """
-    assert mask.align == "raw"
-    masked = []
-    for index, image in enumerate(map(decode_image, prompt.images) if images is None else images):
-        random = _generator(prompt, seed, step, index)
-        if mask.kind == "swap":
-            masked.append(_other_image(prompt, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC))
-        else:
-            masked.append(_SPOIL[mask.kind](image, mask, random))
-    return masked
+    masks = Masks(mask, seed, step)
+    for index, data in enumerate(prompt.images):
+        yield spoil_image(decode_image(data), index, prompt.id, prompt.row, masks, swap_pool)
+
+
+def spoil_image(
+    image: Image.Image, index: int, prompt_id: str, row: int, masks: Masks, swap_pool: SwapPool | None
+) -> Image.Image:
+    """Picture `index` of a prompt as `align: raw` shows it masked; `image` stays as it is."""
+    assert masks.settings.align == "raw"
+    random = _generator(prompt_id, masks.seed, masks.step, index)
+    if masks.settings.kind == "swap":
+        return _other_image(row, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC)
+    return _SPOIL[masks.settings.kind](image, masks.settings, random)
 
 
 def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.random.RandomState) -> np.ndarray:
@@ -107,8 +106,8 @@ def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.rando
     return cells.repeat(cell, axis=0).repeat(cell, axis=1)[:height, :width]
 
 
-def _generator(prompt: Prompt, seed: int, step: int, index: int) -> np.random.RandomState:
-    return random_state("mask", seed, step, prompt.id, index)
+def _generator(prompt_id: str, seed: int, step: int, index: int) -> np.random.RandomState:
+    return random_state("mask", seed, step, prompt_id, index)
 
 
 def _black_cells(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
@@ -123,8 +122,11 @@ def _blur(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -
 
 def _noise(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
     pixels = np.array(image)
-    noise = random.randint(0, 256, size=pixels.shape)
-    return Image.fromarray(np.rint((1 - mask.ratio) * pixels + mask.ratio * noise).astype(np.uint8))
+    for start in range(0, len(pixels), _NOISE_ROWS):  # 64-bit numbers of a whole picture would take 100 bytes a pixel
+        rows = pixels[start : start + _NOISE_ROWS]
+        noise = random.randint(0, 256, size=rows.shape)
+        rows[:] = np.rint((1 - mask.ratio) * rows + mask.ratio * noise).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def _crop(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
@@ -137,17 +139,17 @@ def _crop(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -
 _SPOIL = {"cells": _black_cells, "blur": _blur, "noise": _noise, "crop": _crop}
 
 
-def _other_image(prompt: Prompt, pool: SwapPool | None, random: np.random.RandomState) -> Image.Image:
+def _other_image(own_row: int, pool: SwapPool | None, random: np.random.RandomState) -> Image.Image:
     if pool is None:
         raise ValueError("perception.mask.kind: swap needs the dataset to take pictures from")
     for _ in range(_SWAP_TRIES):
         row = int(random.randint(len(pool)))
-        if row == prompt.row:
+        if row == own_row:
             continue
         try:
             candidates = pool.images(row)
-            return decode_image(candidates[random.randint(len(candidates))])
-        except ValueError:  # a bad row, or one without pictures (randint(0) raises it too)
+            return pool.decoded(candidates[random.randint(len(candidates))])
+        except (ValueError, MemoryError, RecursionError):  # a bad row, or one without pictures: randint(0)
             continue
     raise ValueError(f"perception.mask.kind: swap found no other picture in {_SWAP_TRIES} rows")
 
@@ -161,7 +163,7 @@ def _mask_patches(prompt: Prompt, mask: MaskConfig, processor: Processor, *, see
     for index, (time, height, width) in enumerate(prompt.inputs.grid_thw_I3.tolist()):
         assert time == 1, "a picture has one frame"
         num_cells = height * width // patches_per_cell
-        cells = torch.from_numpy(_generator(prompt, seed, step, index).random_sample(num_cells) < mask.ratio)
+        cells = torch.from_numpy(_generator(prompt.id, seed, step, index).random_sample(num_cells) < mask.ratio)
         image_mask_P = cells.repeat_interleave(patches_per_cell)
         pixel_values_PD[start : start + image_mask_P.numel()][image_mask_P] = _black_patch(processor)
         start += image_mask_P.numel()

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol
 
-from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
 from megatron_papo.data.draw import Draw
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
@@ -79,11 +79,15 @@ class Prefetch:
         draw = work.outcome.result()
         return draw if work.step == step else self._with_masks(draw, step)
 
-    def _with_masks(self, draw: Draw, step: int) -> Draw:
+    def _with_masks(self, draw: Draw, step: int) -> Draw | None:
+        """None where masking fails: drawn anew, another row takes its place."""
         masks = self._masks_of(step)
         if masks is None:
             return draw
-        updates = tuple(tuple(self._dataset.mask(prompt, masks) for prompt in chunk) for chunk in draw.updates)
+        try:
+            updates = tuple(tuple(self._dataset.mask(prompt, masks) for prompt in chunk) for chunk in draw.updates)
+        except BadRow:
+            return None
         return replace(draw, updates=updates)
 
     def _masks_of(self, step: int) -> Masks | None:

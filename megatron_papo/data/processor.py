@@ -8,23 +8,31 @@ too, and for Qwen's own template the result is that of structured content. Video
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from megatron_papo.config import DataConfig
+from megatron_papo.data.chat_template import TemplateFailed, chat_template
+from megatron_papo.data.processor_files import listed_ends, read_processor
 from megatron_papo.types import ModelInputs
 
 PLACEHOLDER = "<image>"
 """Stands in a problem's text where a picture belongs."""
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
+_COMPOSED = 4
+"""Letters that a tokenizer may make one of before it looks for tokens (Unicode's composed forms); rather too many."""
 _MAX_ASPECT = 200
 """Longer edge over shorter edge; the image processor refuses more."""
+
+
+Pixels = tuple[Tensor, Tensor]
+"""([P, D] float32, [I, 3] int64): patches of one picture or several, and the grid of each."""
 
 
 class ImageTooExtreme(ValueError):
@@ -36,21 +44,7 @@ def load_processor(folder: Path, data: DataConfig) -> Processor:
 
     Raises ValueError naming the folder and what it lacks.
     """
-    from transformers import AutoProcessor  # slow to import
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"model.path: {folder} is no folder")
-    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(f"model.path: {folder} has neither preprocessor_config.json nor processor_config.json")
-    try:
-        hf_processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.path: cannot load the processor of {folder}: {error}") from error
-    for part in ("tokenizer", "image_processor"):
-        if not hasattr(hf_processor, part):
-            raise ValueError(f"model.path: the processor of {folder} has no {part.replace('_', ' ')}")
-    return Processor(hf_processor, folder, data)
+    return Processor(read_processor(Path(folder)), Path(folder), data)
 
 
 class Processor:
@@ -64,9 +58,12 @@ class Processor:
         self.instruction = data.instruction
         self.system = data.system
         self._hf = hf_processor
-        self._template = hf_processor.chat_template or self.tokenizer.chat_template
-        if not self._template:
+        template = hf_processor.chat_template or self.tokenizer.chat_template
+        if isinstance(template, dict):  # several by name, in a folder of their own
+            template = template.get("default")
+        if not template or not isinstance(template, str):
             raise ValueError(f"model.path: {folder} has no chat template")
+        self._template = template
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -84,22 +81,41 @@ class Processor:
 
         Raises ValueError when the counts differ or the text holds vision tokens of its own, ImageTooExtreme.
         """
-        if problem.count(PLACEHOLDER) != len(images):
-            raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {len(images)} images")
+        text_ids_S = self.text_ids(problem, len(images))
+        return self.join(text_ids_S, [self.pixel_values([image]) for image in images])
+
+    def text_ids(self, problem: str, num_images: int) -> Tensor:
+        """[S] int64: the prompt with one image token a picture, known before a picture is read.
+
+        Raises ValueError as `encode`, TemplateFailed.
+        """
+        if problem.count(PLACEHOLDER) != num_images:
+            raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images")
         if token := self.vision_token_in(problem):
             raise ValueError(f"the text contains the vision token {token}")
-        for image in images:
-            _check_aspect(image)
-        batch = self._hf(
-            text=[self.render(problem)], images=list(images) or None, return_tensors="pt", add_special_tokens=False
-        )
-        token_ids_S = batch["input_ids"][0]
-        if not images:
-            return ModelInputs(token_ids_S, None, None)
-        grid_thw_I3 = batch["image_grid_thw"]
-        num_image_tokens = int(grid_thw_I3.prod(dim=1).sum()) // self.merge_size**2
-        assert int((token_ids_S == self.image_token_id).sum()) == num_image_tokens, "image tokens do not fit the grid"
-        return ModelInputs(token_ids_S, batch["pixel_values"].float(), grid_thw_I3)
+        batch = self._hf(text=[self.render(problem)], return_tensors="pt", add_special_tokens=False)
+        text_ids_S: Tensor = batch["input_ids"][0]
+        found = int((text_ids_S == self.image_token_id).sum())
+        if found != num_images:
+            raise TemplateFailed(f"the chat template of {self.folder} writes {found} image tokens for {num_images}")
+        return text_ids_S
+
+    def join(self, text_ids_S: Tensor, pixels: Sequence[Pixels]) -> ModelInputs:
+        """The prompt of `text_ids` with its pictures, each as `pixel_values` gives it: its token once a merged patch.
+
+        transformers repeats the token in the text before it makes ids of it, to the same effect.
+        """
+        if not pixels:
+            return ModelInputs(text_ids_S, None, None)
+        grid_thw_I3 = torch.cat([grid for _, grid in pixels])
+        counts_S = torch.ones_like(text_ids_S)
+        counts_S[text_ids_S == self.image_token_id] = self.num_tokens(grid_thw_I3)
+        values_PD = [values for values, _ in pixels]
+        return ModelInputs(text_ids_S.repeat_interleave(counts_S), torch.cat(values_PD), grid_thw_I3)
+
+    def num_tokens(self, grid_thw_I3: Tensor) -> Tensor:
+        """[I] int64: image tokens of each picture."""
+        return grid_thw_I3.prod(dim=1) // self.merge_size**2
 
     def render(self, problem: str) -> str:
         """The prompt as text, one image token a picture, up to where the assistant's turn begins."""
@@ -110,8 +126,10 @@ class Processor:
             turns.insert(0, {"role": "system", "content": self.system})
         return self._apply_template(turns, add_generation_prompt=True)
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """([P, D] float32, [I, 3] int64) of pictures alone: the masked view goes the same way as the original."""
+    def pixel_values(self, images: Sequence[Image.Image]) -> Pixels:
+        """Of pictures alone: the masked view goes the same way as the original. Raises ImageTooExtreme."""
+        for image in images:
+            _check_aspect(image)
         batch = self.image_processor(images=list(images), return_tensors="pt")
         return batch["pixel_values"].float(), batch["image_grid_thw"]
 
@@ -141,11 +159,13 @@ class Processor:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, the end of turn first: template, tokenizer and generation_config.json agree."""
         found = [self.end_of_turn_id, self.tokenizer.eos_token_id]
-        generation = self.folder / "generation_config.json"
-        if generation.exists():
-            listed = json.loads(generation.read_text()).get("eos_token_id")
-            found += listed if isinstance(listed, list) else [listed]
+        found += listed_ends(self.folder / "generation_config.json")
         return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+    @cached_property
+    def most_letters_of_a_token(self) -> int:
+        """A text of more letters for each token than this cannot be so few tokens."""
+        return _COMPOSED * max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def merge_size(self) -> int:
@@ -163,9 +183,12 @@ class Processor:
         return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
 
     def _apply_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        tokens = self.tokenizer.special_tokens_map
+        try:
+            template = chat_template(self._template)
+            return template.render(turns, add_generation_prompt=add_generation_prompt, **tokens)
+        except TemplateFailed as error:
+            raise TemplateFailed(f"model.path: the chat template of {self.folder}: {error}") from None
 
 
 def _check_aspect(image: Image.Image) -> None:

@@ -1,8 +1,10 @@
-"""Checks what the trainer hands over: every tensor of the model once, with its shape, under transformers' name."""
+"""What an engine is handed: the model's settings as transformers reads them, then every tensor once, checked by its
+shape and transformers' name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +13,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 Shapes = Mapping[str, tuple[int, ...]]
 
 _NAMED_FAULTS = 10
+
+
+def read_config(folder: Path) -> Qwen2_5_VLConfig:
+    """transformers' settings of the folder, which is not trusted: no code of its own, no attention kernel that it
+    names, no look at the hub. Raises ValueError."""
+    try:
+        config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = "sdpa"  # of all parts: the name of a repository would be fetched and run
+        return config
+    except Exception as error:  # of any type, by the key that transformers stumbles over
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{folder}/config.json: {type(error).__name__}: {reason[0]}") from error
 
 
 def expected_shapes(config: Qwen2_5_VLConfig) -> Shapes:

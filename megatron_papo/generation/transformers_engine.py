@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from megatron_papo import accelerator
 from megatron_papo.config import Config
 from megatron_papo.generation.base import Report, Sampling
 from megatron_papo.generation.decoding import decode_batch
-from megatron_papo.generation.handover import checked
+from megatron_papo.generation.handover import checked, read_config
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parallel import Layout
@@ -36,7 +36,7 @@ class TransformersGenerator:
         dtype = accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype)
         device = accelerator.device()
         shape = ModelShape.from_folder(processor.folder)
-        model_config = Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True)
+        model_config = read_config(processor.folder)
         with no_init_weights(), device:
             model_config.dtype = dtype
             model = Qwen2_5_VLForConditionalGeneration._from_config(model_config, attn_implementation="sdpa")

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
-from megatron_papo.generation.handover import checked, expected_shapes
+from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
 from megatron_papo.generation.vllm_requests import Requests, bare
 from megatron_papo.generation.vllm_sleep import (
@@ -58,7 +57,7 @@ class VllmGenerator:
         check(config, layout)
         self.processor, self.layout, self.report = processor, layout, report
         self.requests = Requests.of(config, processor)
-        self.expected = expected_shapes(Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True))
+        self.expected = expected_shapes(read_config(processor.folder))
         self.config = config
         self.engine_group = engine_group_of(layout, config.generation.tensor)
         self.metrics: Metrics = {}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from megatron_papo.config import Config
 from megatron_papo.generation.base import Sampling
+from megatron_papo.generation.handover import read_config
 from megatron_papo.generation.pictures import pictures
 from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.model.shape import ModelShape
@@ -40,7 +40,7 @@ class Requests:
     @classmethod
     def of(cls, config: Config, processor: Processor) -> Requests:
         shape = ModelShape.from_folder(processor.folder)
-        model_config = Qwen2_5_VLConfig.from_pretrained(processor.folder, local_files_only=True)
+        model_config = read_config(processor.folder)
         longest = config.data.max_prompt_tokens + config.generation.max_response_tokens
         return cls(
             processor=processor,

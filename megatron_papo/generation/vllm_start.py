@@ -87,6 +87,7 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
         kv_cache_gib = generation.kv_cache_gib or (None if on_gpu else _CPU_KV_CACHE_GIB)
         return LLM(
             model=str(folder),
+            trust_remote_code=False,
             load_format="dummy",
             dtype=accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype),
             tensor_parallel_size=generation.tensor,

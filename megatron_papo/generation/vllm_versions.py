@@ -6,8 +6,10 @@ One more stands in `vllm_weights.py`: 0.26 asks every backend of its weight tran
 from __future__ import annotations
 
 import dataclasses
+from inspect import signature
 from typing import Any
 
+_NO_TEMPLATE = "{{ messages[0]['content'] }}"
 _IF_KNOWN = {
     # dummy loading would fill the constants of the normalisation at random; 0.26 never normalises on the device
     "mm_device_do_normalize": False,
@@ -16,10 +18,13 @@ _IF_KNOWN = {
 
 def settings_if_known() -> dict[str, Any]:
     """Arguments of `vllm.LLM` that a release may not have, and then does as they ask."""
+    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {name: value for name, value in _IF_KNOWN.items() if name in known}
+    found = {name: value for name, value in _IF_KNOWN.items() if name in known}
+    # a release that renders chats does so as it starts, and the folder's own template is not trusted in this process
+    return found | ({"chat_template": _NO_TEMPLATE} if "chat_template" in signature(LLM.__init__).parameters else {})
 
 
 def forget_towers() -> None:

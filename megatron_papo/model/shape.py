@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
-from megatron_papo.model.json_keys import Keys, read_json
+from megatron_papo.model.json_keys import Keys, read_json, shown
 
 PAD_TO = 16
 """FFN widths and the vocabulary are padded to a multiple of this and of the tensor ranks, so that a checkpoint has
 the same shapes under every tensor parallelism that divides 16."""
+
+_MOST_LAYERS = 4096
+"""Each is walked in Python, before any weight is seen."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,19 @@ class ModelShape:
         root = Keys(tree, source, "")
         model_type = root.get("model_type", str)
         if model_type != "qwen2_5_vl":
-            raise root.fault("model_type", f"is {model_type!r}; qwen2_5_vl is what this package trains")
+            raise root.fault("model_type", f"is {shown(model_type)}; qwen2_5_vl is what this package trains")
+        if tree.get("quantization_config"):
+            raise root.fault("quantization_config", "quantised weights are not what this package trains")
         text = root.section("text_config") if "text_config" in tree else root
         vision = root.section("vision_config")
         shape = cls(
             language=_language(text),
             vision=_vision(vision),
-            tie_word_embeddings=bool(tree.get("tie_word_embeddings") or text.tree.get("tie_word_embeddings")),
-            image_token_id=root.get("image_token_id", int, 151655),
-            video_token_id=root.get("video_token_id", int, 151656),
-            vision_start_token_id=root.get("vision_start_token_id", int, 151652),
-            vision_end_token_id=root.get("vision_end_token_id", int, 151653),
+            tie_word_embeddings=root.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
+            image_token_id=root.index("image_token_id", 151655),
+            video_token_id=root.index("video_token_id", 151656),
+            vision_start_token_id=root.index("vision_start_token_id", 151652),
+            vision_end_token_id=root.index("vision_end_token_id", 151653),
         )
         if shape.vision.out_hidden_size != shape.language.hidden_size:
             raise vision.fault("out_hidden_size", f"is not the language model's width {shape.language.hidden_size}")
@@ -192,18 +197,18 @@ def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
 
 def _language(keys: Keys) -> LanguageShape:
     keys.must_be("hidden_act", "silu")
-    if keys.tree.get("use_sliding_window"):
+    if keys.flag("use_sliding_window"):
         raise keys.fault("use_sliding_window", "sliding-window attention is not supported")
     num_heads = keys.count("num_attention_heads")
     shape = LanguageShape(
-        num_layers=keys.count("num_hidden_layers"),
+        num_layers=keys.count("num_hidden_layers", most=_MOST_LAYERS),
         hidden_size=keys.count("hidden_size"),
         intermediate_size=keys.count("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=keys.count("num_key_value_heads", num_heads),
         vocab_size=keys.count("vocab_size"),
-        rms_norm_eps=keys.get("rms_norm_eps", float, 1e-5),
-        initializer_range=keys.get("initializer_range", float, 0.02),
+        rms_norm_eps=keys.positive("rms_norm_eps", 1e-5),
+        initializer_range=keys.positive("initializer_range", 0.02),
         **_rope(keys),
     )
     _check_heads(keys, "num_attention_heads", shape.hidden_size, num_heads)
@@ -220,20 +225,20 @@ def _rope(keys: Keys) -> dict[str, Any]:
     rope = keys.section(name)
     kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise rope.fault("rope_type", f"is {kind!r}; only M-RoPE without scaling is supported")
+        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
     section = rope.counts("mrope_section", [16, 24, 24])
     if len(section) != 3:
         raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
     source = rope if "rope_theta" in rope.tree else keys
-    return {"rope_theta": source.get("rope_theta", float, 1e6), "mrope_section": section}
+    return {"rope_theta": source.positive("rope_theta", 1e6), "mrope_section": section}
 
 
 def _vision(keys: Keys) -> VisionShape:
     keys.must_be("hidden_act", "silu")
     channels = "in_chans" if "in_chans" in keys.tree else "in_channels"
-    rope = keys.tree.get("rope_parameters") or {}
+    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
     shape = VisionShape(
-        num_layers=keys.count("depth"),
+        num_layers=keys.count("depth", most=_MOST_LAYERS),
         hidden_size=keys.count("hidden_size"),
         intermediate_size=keys.count("intermediate_size"),
         num_heads=keys.count("num_heads"),
@@ -244,7 +249,7 @@ def _vision(keys: Keys) -> VisionShape:
         spatial_merge_size=keys.count("spatial_merge_size", 2),
         window_size=keys.count("window_size", 112),
         full_attention_layers=keys.counts("fullatt_block_indexes", [7, 15, 23, 31]),
-        rope_theta=Keys(rope, keys.source, f"{keys.prefix}rope_parameters.").get("rope_theta", float, 10000.0),
+        rope_theta=rope.positive("rope_theta", 10000.0),
     )
     _check_heads(keys, "num_heads", shape.hidden_size, shape.num_heads)
     if shape.head_dim % 4:

@@ -14,10 +14,13 @@ from html import escape
 
 from PIL import Image
 
+from megatron_papo.data.images import decode_image
+
 Picture = bytes | Image.Image
 """Compressed bytes (PNG, JPEG) or a decoded image."""
 
 _GAP = 4
+_LARGEST = 2048
 _SMALL = 200
 """Images below this width are shown enlarged, pixel by pixel."""
 
@@ -71,9 +74,10 @@ def sample_page(step: int, rows: Sequence[SampleRow]) -> str:
 
 
 def as_pil(picture: Picture) -> Image.Image:
-    """The decoded image, RGB."""
-    image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-    return image.convert("RGB")
+    """The decoded image as the model saw it, RGB, reduced where its edges are long: pages hold many, side by side."""
+    image = decode_image(picture) if isinstance(picture, bytes) else picture.convert("RGB")
+    image.thumbnail((_LARGEST, _LARGEST))
+    return image
 
 
 def beside_each_other(pictures: Sequence[Picture]) -> Image.Image:

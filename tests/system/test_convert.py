@@ -253,6 +253,17 @@ def _other_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(tree))
 
 
+def _index_leaves(folder: Path) -> None:
+    """The file of the same name in a folder within would be taken for the one beside the index, and proved."""
+    (folder / "inner").mkdir()
+    for file in folder.glob("*.safetensors"):
+        shutil.copy(file, folder / "inner")
+    index = folder / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    tree["weight_map"][KEY] = "inner/" + tree["weight_map"][KEY]
+    index.write_text(json.dumps(tree))
+
+
 BAD_FOLDERS = {
     "missing": (_without, rf"model-0000\d-of-0000\d.safetensors: {KEY} \(32, 64\): missing"),
     "extra": (_more, r"model-\S+: model.layers.7.input_layernorm.weight \(3,\): no such tensor in the model"),
@@ -261,6 +272,7 @@ BAD_FOLDERS = {
     "two dtypes": (_mixed, rf"model-\S+: {KEY}: is torch.float32, model.layers.1.self_attn.q_proj.weight is "),
     "truncated": (_cut, r"model-\S+: \S+: truncated: not a whole safetensors file"),
     "a file gone": (_no_shard, r"model.safetensors.index.json: names files that are not there: model-00002-of"),
+    "another folder": (_index_leaves, rf"index.json: {KEY}: said to lie in 'inner/model\S+', which is no"),
     "another config": (_other_config, r"model-\S+: lm_head.weight: expected shape \(280, 64\), found \(275, 64\)"),
 }
 

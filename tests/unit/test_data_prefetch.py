@@ -132,14 +132,14 @@ def test_a_bad_row_stops_the_run_at_its_own_step(rows):
 
 
 def test_a_fault_of_the_masks_of_another_step_is_not_raised(rows, monkeypatch):
-    real = masking.mask_images
+    real = dataset.spoil_image
 
-    def mask_images(prompt, *args, step, **rest):
-        if step == 1:
+    def spoil_image(image, index, prompt_id, row, masks, pool):
+        if masks.step == 1:
             raise ValueError("no mask at step 1")
-        return real(prompt, *args, step=step, **rest)
+        return real(image, index, prompt_id, row, masks, pool)
 
-    monkeypatch.setattr(dataset, "mask_images", mask_images)
+    monkeypatch.setattr(dataset, "spoil_image", spoil_image)
     draws = _open(rows)
     first = draws.take(FIRST, 0, BadRows("skip"))
     again = draws.take(first.cursor, 0, BadRows("skip"))  # prepared for step 1, in vain
@@ -155,8 +155,8 @@ def test_each_picture_is_decoded_once_and_not_kept(rows, monkeypatch, mask, num_
     image_processor = type(rows._processor.image_processor)
     real_preprocess = image_processor.preprocess
 
-    def decode(data):
-        image = real_decode(data)
+    def decode(data, *limits):
+        image = real_decode(data, *limits)
         decoded.append(weakref.ref(image))
         return image
 
@@ -191,7 +191,7 @@ def test_closing_ends_the_thread_after_the_prompt_at_hand(rows, monkeypatch):
     started, num_decoded = threading.Event(), []
     real = dataset.decode_image
 
-    def slow(data):
+    def slow(data, *limits):
         num_decoded.append(1)
         if len(num_decoded) > 2:  # the pictures of the first draw
             started.set()

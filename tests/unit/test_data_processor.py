@@ -1,5 +1,7 @@
 """The canonical processor call: token ids, pixels, chat templates, responses, and folders that lack something."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from transformers import AutoProcessor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
+from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.processor import ImageTooExtreme
-from tests.tiny import SPECIAL, make_tiny_folder
+from megatron_papo.generation.handover import expected_shapes, read_config
+from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -143,3 +147,131 @@ def copy_folder(folder: Path, parent: Path) -> Path:
         if file.suffix != ".safetensors":
             (copy / file.name).write_bytes(file.read_bytes())
     return copy
+
+
+TEMPLATES = (
+    CHAT_TEMPLATE,
+    TEXT_ONLY_TEMPLATE,
+    "{% for m in messages %}\n  {% if loop.index > 9 %}{% break %}{% endif %}\n{{ m | tojson(indent=1) }}\n"
+    "{% endfor %}",
+    "{% generation %}{{ bos }}{{ eos_token }}{{ pad_token }}{{ additional_special_tokens }}{% endgeneration %} ",
+    "{{ tools }}{{ documents }}{{ messages[0].content | trim | upper }}{{ strftime_now('%%') }}{{ x is defined }}",
+    "{%- set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n * 2 }}",
+)
+
+
+@pytest.mark.parametrize("text", TEMPLATES, ids=map(str, range(len(TEMPLATES))))
+def test_the_worker_renders_what_transformers_renders(folder, text):
+    tokenizer = load_processor(folder, DATA).tokenizer
+    for content in ('é \ud83d\ude00 \u2028\\ "x"\n', "<|image_pad|>" * 1000, "\x00\x7f", ""):
+        turns = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": content}]
+        for more in (True, False):
+            expected = tokenizer.apply_chat_template(
+                turns, chat_template=text, tokenize=False, add_generation_prompt=more
+            )
+            found = chat_template(text).render(turns, add_generation_prompt=more, **tokenizer.special_tokens_map)
+            assert found == expected
+
+
+HOSTILE = {
+    "wide": ("{{ 'a' * (10 ** 10) }}", "takes too much memory"),
+    "padded": ("{{ '%9999999999d' % 1 }}", "takes too much memory"),
+    "long": ("{% for i in range(9) %}{{ 'a' * 2000000 }}{% endfor %}", "writes 1800000. letters"),
+    "refusing": ("{{ raise_exception('only\\ntext') }}", "TemplateError: only text$"),
+    "out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "doubled": ("{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+                "takes (too much|more than)"),
+    "for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+    "in C": ("{{ 7 ** (9 ** (messages | length * 9)) }}", "takes more than"),
+}  # fmt: skip
+
+
+def test_a_template_takes_neither_time_nor_memory(monkeypatch):
+    monkeypatch.setattr("megatron_papo.data.chat_template._LIMIT_S", 0.2)
+    cases = "".join(f"{{% elif messages[0].content == '{kind}' %}}{text}" for kind, (text, _) in HOSTILE.items())
+    template = ChatTemplate(f"{{% if messages[0].content == 'good' %}}{cases}{{% endif %}}fine")
+
+    def render(content):
+        return template.render([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    for kind, (_, message) in HOSTILE.items():
+        with pytest.raises(TemplateFailed, match=message) as caught:
+            render(kind)
+        assert "\n" not in str(caught.value)
+    assert render("good") == "fine", "another worker, where the one before was ended"
+    with pytest.raises(TemplateFailed, match="TemplateSyntaxError"):
+        ChatTemplate("{% for").render([], add_generation_prompt=True)
+    with pytest.raises(TemplateFailed, match="has 1048577 letters, at most"):
+        chat_template("x" * (2**20 + 1))
+
+
+def test_what_a_template_fails_with_is_the_rows(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(
+        CHAT_TEMPLATE + "{% if 'x' in messages[0].content %}{{ 1 + 'a' }}{% endif %}"
+    )
+    processor = load_processor(odd, DATA)
+    with pytest.raises(ValueError, match=rf"^model.path: the chat template of {odd}: TypeError: "):
+        processor.encode("x?", [])
+    assert processor.encode("y?", []).token_ids_S.numel()
+    (odd / "chat_template.jinja").write_text("{{ messages[0].content.replace('<|image_pad|>', '') }}<|im_end|>")
+    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 1"):
+        load_processor(odd, DATA).encode("<image>", [picture(56, 56)])
+
+
+def test_no_code_of_a_folder_is_run(folder, tmp_path):
+    """Named in every file that may name code; a class that transformers does not know is one line."""
+    evil = copy_folder(folder, tmp_path)
+    ran = tmp_path / "ran"
+    (evil / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    known = load_processor(folder, DATA).encode("2+2?", []).token_ids_S
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        file = evil / name
+        tree = json.loads(file.read_text()) if file.exists() else {"image_processor_type": "Qwen2VLImageProcessor"}
+        kinds = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoModel")
+        tree["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+        file.write_text(json.dumps(tree))
+    assert torch.equal(load_processor(evil, DATA).encode("2+2?", []).token_ids_S, known)
+    tree = json.loads((evil / "config.json").read_text())
+    for section in (tree, tree["text_config"], tree["vision_config"]):
+        section |= {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
+    (evil / "config.json").write_text(json.dumps(tree))
+    config = read_config(evil)
+    parts = (config, config.text_config, config.vision_config)
+    assert [part._attn_implementation for part in parts] == ["sdpa"] * 3, "no kernel from the hub"
+    expected_shapes(config)
+    for name, key in (("processor_config.json", "processor_class"), ("tokenizer_config.json", "tokenizer_class")):
+        file = evil / name
+        tree = json.loads(file.read_text()) | {key: "Evil"}
+        file.write_text(json.dumps(tree))
+        try:
+            load_processor(evil, DATA)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("model.path: ")
+    assert not ran.exists()
+
+
+def test_files_that_would_not_end_and_odd_ends_are_refused(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    os.mkfifo(odd / "added_tokens.json")
+    with pytest.raises(ValueError, match=r"^model.path: .*/added_tokens.json: not a regular file of at most"):
+        load_processor(odd, DATA)
+    (odd / "added_tokens.json").unlink()
+    for text in ("[", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}', '{"eos_token_id": -1}', "[" * 10**5):
+        (odd / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"^{odd}/generation_config.json: ") as caught:
+            _ = load_processor(odd, DATA).eos_ids
+        assert "\n" not in str(caught.value)
+    (odd / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert load_processor(odd, DATA).eos_ids == (IDS["<|im_end|>"], 3, 5)
+
+
+def test_patches_of_odd_sizes_are_refused(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    file = odd / "processor_config.json"
+    tree = json.loads(file.read_text())
+    for key, value in (("patch_size", 10**6), ("merge_size", 0), ("temporal_patch_size", -1), ("patch_size", "14")):
+        file.write_text(json.dumps({**tree, "image_processor": {**tree["image_processor"], key: value}}))
+        with pytest.raises(ValueError, match=r"^model.path: ") as caught:
+            load_processor(odd, DATA)
+        assert "\n" not in str(caught.value)

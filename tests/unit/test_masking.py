@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_papo.config import Config, DataConfig, MaskConfig
 from megatron_papo.data import load_processor, mask_images, masked_raw_images
+from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import cell_mask
 from megatron_papo.data.order import random_state
 from megatron_papo.types import Prompt
@@ -132,15 +133,17 @@ def test_swap_takes_another_rows_picture_at_the_same_size(processor):
         def images(self, row):
             return self.rows[row]
 
+        decoded = staticmethod(decode_image)
+
     prompt = as_prompt(processor, picture(56, 42))  # row 5 of the pool: never its own picture
     for step in range(10):
         (swapped,) = masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=step, swap_pool=Pool())
         assert swapped.size == (56, 42) and (np.array(swapped) == 200).all()
     with pytest.raises(ValueError, match=r"perception.mask.kind: swap needs the dataset"):
-        masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0)
+        next(masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0))
     Pool.rows = ((), ())
     with pytest.raises(ValueError, match=r"perception.mask.kind: swap found no other picture in 100 rows"):
-        masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0, swap_pool=Pool())
+        next(masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0, swap_pool=Pool()))
 
 
 def test_blur_noise_and_crop(processor):
@@ -158,13 +161,18 @@ def test_blur_noise_and_crop(processor):
     noisy = spoil(kind="noise", ratio=0.2)
     assert noisy[:, :30].max() <= 51 and noisy[:, 30:].min() >= 200  # 0.2 x 255 and 0.8 x 250
     assert (spoil(kind="noise", ratio=0.0) == halves).all()
+    tall = picture(7, 150)
+    (image,) = masked_raw_images(as_prompt(processor, tall), MaskConfig(kind="noise"), seed=0, step=0)
+    noise = random_state("mask", 0, 0, "train:5", 0).randint(0, 256, (150, 7, 3))
+    assert (np.array(image) == np.rint(0.4 * np.array(tall) + 0.6 * noise)).all(), "one draw, whatever the rows at once"
     assert (spoil(kind="crop", ratio=0.0) == halves).all()
 
 
 def test_crop_enlarges_a_window_of_the_area_that_is_left(processor):
     slope = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[None, :, None], (60, 60, 3))
     prompt = as_prompt(processor, Image.fromarray(np.ascontiguousarray(slope)))
-    crops = [masked_raw_images(prompt, MaskConfig(kind="crop", ratio=0.75), seed=0, step=step)[0] for step in range(20)]
+    mask = MaskConfig(kind="crop", ratio=0.75)
+    crops = [next(masked_raw_images(prompt, mask, seed=0, step=step)) for step in range(20)]
     lefts = []
     for image in crops:
         columns = np.array(image).astype(int)[:, :, 0]

@@ -117,7 +117,8 @@ def _rows(folder: Path, shape: ModelShape, num_tokens: int) -> list[MicroBatch]:
     """The text's first tokens, some to a row; all but a row's first are scored."""
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text()).input_ids[:num_tokens]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    ids = tokenizer(TEXT.read_text()).input_ids[:num_tokens]
     assert max(ids) < shape.language.vocab_size
     return [_row(torch.tensor(ids[start : start + ROW])) for start in range(0, len(ids), ROW)]
 

@@ -44,8 +44,11 @@ class PlainPapo:
     @classmethod
     def from_folder(cls, folder: Path, sequences: int = 8) -> PlainPapo:
         """In fp32; `folder`/model is the Hugging Face folder, whose weights `reset` brings back."""
-        load = Qwen2_5_VLForConditionalGeneration.from_pretrained
-        plain = cls(load(folder / "model", dtype=torch.float32, attn_implementation="sdpa"), sequences)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "model", dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
+            trust_remote_code=False, use_safetensors=True,
+        )  # fmt: skip
+        plain = cls(model, sequences)
         plain.start = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
         return plain
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from megatron_papo.advantages import with_advantages
 from megatron_papo.config import MaskConfig
+from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import mask_images
 from megatron_papo.data.processor import PLACEHOLDER, Processor
 from megatron_papo.types import Group, Prompt, Rollout
@@ -100,7 +101,7 @@ def _prompt(workload: Workload, row: int, processor: Processor, random: np.rando
     length, num_images = workload.prompt_tokens, workload.num_images
     question = make_question(length, num_images, template_length(processor), random)
     images = tuple(make_picture(length, num_images, random) for _ in range(num_images))
-    inputs = processor.encode(question, [Image.open(io.BytesIO(image)).convert("RGB") for image in images])
+    inputs = processor.encode(question, [decode_image(image) for image in images])
     assert inputs.token_ids_S.numel() == length, f"{inputs.token_ids_S.numel()} tokens instead of {length}"
     return Prompt(f"benchmark:{row}", row, question, "0", images, inputs)
 

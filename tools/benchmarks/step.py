@@ -20,10 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
+from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor import PLACEHOLDER, Processor, load_processor
 from megatron_papo.rollouts import hand_over
 from megatron_papo.run import open_run
@@ -134,7 +133,7 @@ class _TrlSteps:
     def _example(self, row: dict[str, str]) -> dict[str, Any]:
         """As TRL wants a row: it puts the picture before the text itself."""
         turn = {"role": "user", "content": row["problem"].removeprefix(PLACEHOLDER)}
-        return {"prompt": [turn], "images": [Image.open(self._folder / row["images"]).convert("RGB")]}
+        return {"prompt": [turn], "images": [decode_image((self._folder / row["images"]).read_bytes())]}
 
     @property
     def mean_length(self) -> float:

@@ -36,7 +36,7 @@ from megatron_papo.checkpoint.conversion.spans import width
 from megatron_papo.checkpoint.conversion.stores import Store
 from megatron_papo.checkpoint.conversion.stream import CHUNK_BYTES, SHARES
 from megatron_papo.checkpoint.conversion.units import convert_unit, journal_file, remaining_bytes
-from megatron_papo.checkpoint.folders import copy_side_files, set_dtype
+from megatron_papo.checkpoint.folders import check_side_files, copy_side_files, set_dtype
 from megatron_papo.checkpoint.slices import Entry
 from megatron_papo.checkpoint.state_file import write_state_tree
 from megatron_papo.files import make_way, print_warning, write_whole
@@ -75,11 +75,13 @@ def convert(
     plan = make_plan(direction, source, partial, settings, files)
     if len(set(crew.gather(plan.fingerprint))) != 1:
         raise ValueError(f"{source}: the workers see different files there")
+    left_out = check_side_files(plan.files)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
     lock: list[IO[str]] = []
     what = crew.first(lambda: _prepare(plan, target, partial, lock))
-    if crew.rank == 0 and what.said:
-        say(what.said)
+    for told in [what.said, *left_out] if crew.rank == 0 else []:
+        if told:
+            say(told)
     report = None if what.there else _write(plan, target, partial, chunk_bytes, crew)
     for held in lock:
         held.close()

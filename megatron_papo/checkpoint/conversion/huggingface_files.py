@@ -17,15 +17,17 @@ import torch
 
 from megatron_papo.checkpoint.conversion.spans import spans, width
 from megatron_papo.checkpoint.conversion.stores import Files, Strip
-from megatron_papo.checkpoint.folders import check_tensors, weight_files
+from megatron_papo.checkpoint.folders import Homes, check_tensors, weight_files
 from megatron_papo.checkpoint.names import published_name
 from megatron_papo.checkpoint.slices import Entry
+from megatron_papo.model.json_keys import shown, shown_name
 from megatron_papo.model.shape import ModelShape
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 2**20
 """As the safetensors library has it."""
+_MAX_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class HuggingFaceFiles:
     @classmethod
     def read(cls, folder: Path, shape: ModelShape) -> HuggingFaceFiles:
         """From the headers. Raises ValueError, a line a fault, naming file and tensor."""
-        places = weight_files(folder)
+        places, homes = weight_files(folder), Homes()
         found: dict[str, Stored] = {}
-        for file in sorted(set(places.files)):
-            found |= {published_name(name): stored for name, stored in read_header(file).items()}
+        for file in places.files:
+            for name, stored in read_header(file).items():
+                homes.add(name, file, places.index)
+                found[published_name(name)] = stored
         shapes = {name: (folder / stored.file, stored.shape) for name, stored in found.items()}
         check_tensors(folder, shapes, shape, places.index)
         return cls(folder, found)
@@ -82,35 +86,67 @@ class HuggingFaceFiles:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """name -> place of every tensor. Raises ValueError naming the file, and the tensor where one is at fault."""
+    """name -> place of every tensor. They fill the file, one after the other, with nothing between and behind them.
+
+    Raises ValueError naming the file, and the tensor where one is at fault.
+    """
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"{file}: not a whole safetensors file: {size} bytes end within its header")
-        try:
-            header: dict[str, Any] = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            found = {name: _stored(file, name, facts, 8 + length) for name, facts in header.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: not a safetensors file: its header is not readable: {error}") from None
-    for name, stored in sorted(found.items(), key=lambda item: item[1].offset):
-        if stored.offset + stored.num_bytes > size:
+        header = _parsed(file, handle.read(length))
+    header.pop("__metadata__", None)
+    found = [(name, *_stored(file, name, facts, 8 + length)) for name, facts in header.items()]
+    found.sort(key=lambda item: (item[1].offset, item[2]))
+    end = 8 + length
+    for name, stored, stop in found:
+        if stop > size:
             raise ValueError(
-                f"{file}: {name}: truncated: not a whole safetensors file: the tensor ends at byte "
-                f"{stored.offset + stored.num_bytes}, the file at {size}"
+                f"{file}: {shown_name(name)}: truncated: not a whole safetensors file: the tensor ends at byte "
+                f"{stop}, the file at {size}"
             )
-    return found
+        if stored.offset != end:
+            fault = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
+            raise ValueError(f"{file}: {shown_name(name)}: begins at byte {stored.offset} instead of {end}: {fault}")
+        end = stop
+    if end != size:
+        raise ValueError(f"{file}: {size - end} bytes follow the last tensor: not a safetensors file")
+    return {name: stored for name, stored, _ in found}
 
 
-def _stored(file: Path, name: str, facts: dict[str, Any], base: int) -> Stored:
-    if facts["dtype"] not in DTYPES:
-        raise ValueError(f"{file}: {name}: is {facts['dtype']}; {', '.join(DTYPES)} can be converted")
-    start, stop = facts["data_offsets"]
-    stored = Stored(file.name, base + start, DTYPES[facts["dtype"]], tuple(facts["shape"]))
+def _parsed(file: Path, text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(pairs)
+        if len(tree) < len(pairs):
+            raise ValueError("a name stands in it twice")
+        return tree
+
+    try:
+        header = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5,000 digits
+        raise ValueError(f"{file}: not a safetensors file: its header is not readable: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: not a safetensors file: its header is not readable: no mapping of names")
+    return header
+
+
+def _stored(file: Path, name: str, facts: Any, base: int) -> tuple[Stored, int]:
+    """The tensor, and the byte behind it, as the header has them."""
+    try:
+        dtype, shape, (start, stop) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file}: {shown_name(name)}: its header is not readable: {shown(facts)}") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        kind = shown_name(dtype) if isinstance(dtype, str) else shown(dtype)
+        raise ValueError(f"{file}: {shown_name(name)}: is {kind}; {', '.join(DTYPES)} can be converted")
+    whole = len(shape) <= _MAX_AXES and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+    if not whole or start > stop:
+        raise ValueError(f"{file}: {shown_name(name)}: its header is not readable: {shown(facts)}")
+    stored = Stored(file.name, base + start, DTYPES[dtype], shape)
     if stored.num_bytes != stop - start:
-        raise ValueError(f"{file}: {name}: {stop - start} bytes are not {facts['dtype']} {stored.shape}")
-    return stored
+        raise ValueError(f"{file}: {shown_name(name)}: {stop - start} bytes are not {dtype} {shape}")
+    return stored, base + stop
 
 
 def plan_file(name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Stored], bytes]:

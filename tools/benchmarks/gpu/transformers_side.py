@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_papo.accelerator import device, has_gpu, parameter_dtype
+from megatron_papo.generation.handover import read_config
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Group
 from tools.benchmarks.gpu.folder import drawn_tensors
@@ -37,7 +38,7 @@ SIZES = {"3b": (Size(4), Size(2), Size(1), Size(2, checkpointing=True)), "tiny":
 def open_plain(folder: Path, size: Size) -> PlainPapo:
     """Its attention the fastest that is installed; Adam in the dtype of the weights."""
     shape, dtype = ModelShape.from_folder(folder / "model"), parameter_dtype("auto")
-    config = Qwen2_5_VLConfig.from_pretrained(folder / "model", local_files_only=True)
+    config = read_config(folder / "model")
     with torch.device(device()):
         make = Qwen2_5_VLForConditionalGeneration._from_config
         model = make(config, dtype=dtype, attn_implementation=_attention())

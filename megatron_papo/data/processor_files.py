@@ -1,0 +1,63 @@
+"""The tokenizer and image processor of a model folder, which is not trusted: read without code of its own, from files
+that end, with patches of a size that pictures have.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_papo.held import read_small
+
+_READ_WHOLE = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_MAX_FILE_BYTES = 256 * 2**20
+"""The largest tokenizers have a tenth of it."""
+_MAX_PATCH = 256
+"""Pixels along an edge; a larger one would enlarge every picture to it."""
+
+
+def read_processor(folder: Path) -> Any:
+    """transformers' processor. Raises ValueError naming the folder and what it lacks, in one line."""
+    from transformers import AutoProcessor  # slow to import
+
+    if not folder.is_dir():
+        raise ValueError(f"model.path: {folder} is no folder")
+    _check_files(folder)
+    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ValueError(f"model.path: {folder} has neither preprocessor_config.json nor processor_config.json")
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any type, by what transformers stumbles over
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"model.path: cannot load the processor of {folder}: {reason[0]}") from error
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise ValueError(f"model.path: the processor of {folder} has no {part.replace('_', ' ')}")
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        size = getattr(processor.image_processor, name, None)
+        if type(size) is not int or not 1 <= size <= _MAX_PATCH:
+            raise ValueError(f"model.path: the image processor of {folder} has {name} {str(size)[:40]}")
+    return processor
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError for a pipe, a device or a file of gigabytes among those that the libraries read whole."""
+    for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if file.suffix in _READ_WHOLE and (not file.is_file() or file.stat().st_size > _MAX_FILE_BYTES):
+            raise ValueError(f"model.path: {file}: not a regular file of at most {_MAX_FILE_BYTES} bytes")
+
+
+def listed_ends(file: Path) -> list[int]:
+    """Tokens that end a response by generation_config.json; none without one."""
+    if not file.exists():
+        return []
+    try:
+        tree = json.loads(read_small(file, _MAX_FILE_BYTES))
+        listed = tree.get("eos_token_id")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{file}: not settings of generation: {error}") from None
+    ends = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise ValueError(f"{file}: eos_token_id: is {str(listed)[:80]}, not ids of tokens")
+    return ends
