@@ -27,7 +27,8 @@ from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.shares import groups_of, make_jobs
 from megatron_papo.generation.vllm_requests import Requests
 from megatron_papo.generation.vllm_start import check_settings
-from megatron_papo.parallel import Layout, everyone, gather_objects, world_store
+from megatron_papo.parallel import Layout, everyone, gather_objects
+from megatron_papo.rendezvous import world_store
 from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:

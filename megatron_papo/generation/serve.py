@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from megatron_papo.config import Config
 from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.serve_engine import Ending, Seat, run_engine
-from megatron_papo.parallel import world_store
+from megatron_papo.rendezvous import world_store
 
 _POLL_S = 0.25
 _END_S = 10.0

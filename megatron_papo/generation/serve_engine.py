@@ -34,7 +34,8 @@ from megatron_papo.generation.separate_store import Address, EngineStore, new_ke
 from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.generation.vllm_engine import VllmGenerator
 from megatron_papo.generation.vllm_requests import bare
-from megatron_papo.parallel import Layout, world_store
+from megatron_papo.parallel import Layout
+from megatron_papo.rendezvous import world_store
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_S = 0.5

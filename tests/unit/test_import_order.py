@@ -51,7 +51,7 @@ LAYERS = (
     ("correction",),
     ("types",),
     ("host_copies",),
-    ("config", "accelerator", "tested"),
+    ("config", "accelerator", "tested", "rendezvous"),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])
