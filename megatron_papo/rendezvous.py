@@ -1,4 +1,4 @@
-"""Where the ranks of a start find each other: the store at MASTER_ADDR:MASTER_PORT, and how far off they can be reached.
+"""Where the ranks of a start find each other: the store at MASTER_ADDR:MASTER_PORT, and who else can reach them.
 
 torch's own store and gloo listen on whatever interface they find, also for ranks that are all on one machine. Where
 MASTER_ADDR says that they are, the store of rank 0 is made here, and nothing listens beyond the machine's loopback.

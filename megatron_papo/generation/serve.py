@@ -9,6 +9,7 @@ be asked for the first time would die again: that ends the run with its reason.
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 from contextlib import suppress
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def _watch(child: _Child, store: EngineStore) -> str | None:
 
 def _last_words(hears: Connection) -> Ending | None:
     try:
-        return hears.recv() if hears.poll() else None
+        return Ending(**json.loads(hears.recv_bytes())) if hears.poll() else None
     except EOFError:
         return None
 
