@@ -19,6 +19,7 @@ import torch
 from megatron_papo.config import Config
 from megatron_papo.types import Group, Prompt
 from tests.parallel.generation_cases import make_sampling, tokens
+from tests.ports import listening, listening_beyond_loopback
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -93,6 +94,18 @@ def _serve(config: Config) -> dict[str, Any]:
     return {"exit code": serve(config)}
 
 
+def _reachable(config: Config) -> list[str]:
+    """Where others than this machine could reach a rank or an engine, and what others may read of the key."""
+    ranks = [psutil.Process(json.loads(sign.read_text())["pid"]) for sign in config.run.dir.glob("heartbeats/*.json")]
+    processes = [process for rank in ranks for process in (rank, *rank.children(recursive=True))]
+    assert all(listening(process.pid) for process in ranks), "or they could not talk to each other"
+    found = [place for process in processes for place in listening_beyond_loopback(process.pid)]
+    if config.generation.num_engine_ranks:
+        assert len(processes) >= len(ranks) + config.generation.num_engine_ranks
+        found += [f"{mode:o}" for mode in [(config.run.dir / "engines.key").stat().st_mode & 0o777] if mode != 0o600]
+    return found
+
+
 def _agrees(config: Config) -> dict[str, Any]:
     """Before and after every weight has changed: gaps, rollouts, versions."""
     from megatron_papo.serving import serves
@@ -108,6 +121,7 @@ def _agrees(config: Config) -> dict[str, Any]:
             found["versions"].append({rollout.policy_version for group in groups for rollout in group.rollouts})
             trainer.change_weights()
             if version == VERSION:
+                found["reachable"] = _reachable(config) if trainer.run.is_writer else []
                 found["moved"] = _gaps(trainer, groups).max().item()
                 found["groups"] = {group.prompt.id: group.rollouts for group in groups}
                 found["metrics"] = trainer.generator.take_metrics()
@@ -125,7 +139,9 @@ def _rollouts(found: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def colocated(inputs, tmp_path_factory) -> dict[str, Any]:
     config = tiny_run(inputs, tmp_path_factory.mktemp("run"), **ENGINE)
-    return _rollouts(run_ranks(_agrees, 1, config))
+    found = run_ranks(_agrees, 1, config)
+    assert found[0]["reachable"] == []
+    return _rollouts(found)
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -157,8 +173,10 @@ def test_sampling_and_training_agree_and_the_place_of_the_engine_does_not_matter
         assert each["moved"] > 0.1, "the hand-over mattered"
         assert each["versions"] == [{VERSION}, {VERSION + 1}]
         assert each["metrics"]["engine/seconds"][0] > 0
+        assert each["reachable"] == []
     _check_same(_rollouts(trainer), colocated)
     assert not list((tmp_path / "run/heartbeats").glob("*")), "every rank took its sign of life away"
+    assert not (tmp_path / "run/engines.key").exists()
 
 
 def _engine_process(config: Config, rank: int) -> psutil.Process:
