@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from megatron_papo.config import ParallelConfig
 from megatron_papo.rendezvous import world_store
-from tests.ports import listening, listening_beyond_loopback
+from tests.ports import Places, beyond_loopback, listening
 from tests.ranks import run_ranks
 
 
-def _meet_twice(alone: bool) -> tuple[list[str], int]:
+def _meet_twice(alone: bool) -> tuple[Places, int]:
     """Where this rank can be reached, and the sum of two worlds one after the other."""
     from megatron_papo.parallel import initialize, shutdown
 
@@ -28,15 +28,15 @@ def _meet_twice(alone: bool) -> tuple[list[str], int]:
         part = torch.ones(())
         dist.all_reduce(part)
         total += part
-        assert listening(os.getpid()), "gloo does"
-        beyond = listening_beyond_loopback(os.getpid())
+        places = listening({os.getpid()})
+        assert places, "gloo does"
         shutdown()
-    return beyond, int(total)
+    return beyond_loopback(places), int(total)
 
 
 @pytest.mark.parametrize(("num_ranks", "alone"), [(2, False), (1, True)])
 def test_ranks_of_one_machine_listen_on_its_loopback_alone(num_ranks, alone):
-    assert run_ranks(_meet_twice, num_ranks, alone) == [([], 2 * num_ranks)] * num_ranks
+    assert run_ranks(_meet_twice, num_ranks, alone) == [(set(), 2 * num_ranks)] * num_ranks
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):

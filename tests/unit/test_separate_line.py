@@ -235,9 +235,8 @@ def test_an_engines_challenge_cannot_be_passed_on_to_a_rank(door, admitted):
         def pass_on() -> None:
             rank, _ = relay.accept()
             with rank, socket.create_connection((door.host, door.port)) as engine:
-                rank.sendall(engine.recv(2**10))
-                engine.sendall(rank.recv(2**10))
-                rank.sendall(engine.recv(2**10))
+                for source, target in [(engine, rank), (rank, engine)] * 3:
+                    target.sendall(source.recv(2**10))
 
         threading.Thread(target=pass_on, daemon=True).start()
         with pytest.raises((AuthenticationError, OSError, EOFError)):
