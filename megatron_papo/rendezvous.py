@@ -32,16 +32,16 @@ def world_store(timeout_s: float) -> dist.Store:
     """
     global _store
     if _store is None:
-        alone = "RANK" not in os.environ
-        local = alone or os.environ.get("MASTER_ADDR") in _ONE_MACHINE
-        if local:
+        timeout, environ = datetime.timedelta(seconds=timeout_s), os.environ
+        alone, local = "RANK" not in environ, environ.get("MASTER_ADDR") in _ONE_MACHINE
+        # torchrun names the machine, and says how many of the ranks are on it
+        if alone or local or environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
             for name, value in _KEPT_LOCAL.items():
-                os.environ.setdefault(name, value)
-        timeout = datetime.timedelta(seconds=timeout_s)
+                environ.setdefault(name, value)
         if alone:
             _store = dist.HashStore()
-        elif local and os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _store = _listening(int(os.environ["MASTER_PORT"]), timeout)
+        elif local and environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _store = _listening(int(environ["MASTER_PORT"]), timeout)
         else:
             _store = next(rendezvous("env://", timeout=timeout))[0]
     return _store
