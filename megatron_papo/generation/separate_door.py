@@ -40,25 +40,20 @@ class Door:
         while True:
             try:
                 end, (address, *_) = self._listening.accept()
-            except OSError:  # gone again, or no more open files are allowed
+                with self._lock:
+                    self._comers.append(end)
+                    if len(self._comers) > _MOST_COMERS:
+                        hang_up(self._comers.pop(0))
+                threading.Thread(target=self._ask, args=(end, address), name="comer", daemon=True).start()
+            except (OSError, RuntimeError):  # gone again, or the system gives no more files or threads for now
                 time.sleep(0.1)
-                continue
-            with self._lock:
-                self._comers.append(end)
-                if len(self._comers) > _MOST_COMERS:
-                    hang_up(self._comers.pop(0))
-            threading.Thread(target=self._ask, args=(end, address), name="comer", daemon=True).start()
 
     def _ask(self, end: socket.socket, address: str) -> None:
-        connection = Connection(os.dup(end.fileno()))
         try:
-            with _limited(end):
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
+            connection = _proved(end, self._key, (deliver_challenge, answer_challenge))
             with self._lock:
                 self._comers.remove(end)  # ValueError: it has been sent away meanwhile
         except Exception:  # whatever a stranger sends
-            connection.close()
             self._warn(address)
         else:
             self._let_in(connection)
@@ -79,14 +74,18 @@ class Door:
 
 def knock(host: str, port: int, key: bytes) -> Connection:
     """A connection to the door at `host`:`port`. Raises OSError, EOFError or AuthenticationError."""
-    end = socket.create_connection((host, port), timeout=_LIMIT_S)
-    end.settimeout(None)
+    with socket.create_connection((host, port), timeout=_LIMIT_S) as end:
+        end.settimeout(None)
+        return _proved(end, _key_at(key, host, port), (answer_challenge, deliver_challenge))
+
+
+def _proved(end: socket.socket, key: bytes, steps: tuple[Callable[[Connection, bytes], None], ...]) -> Connection:
+    """A connection of its own over `end`, once both have proved that they know the key, in time."""
     connection = Connection(os.dup(end.fileno()))
-    key = _key_at(key, host, port)
     try:
-        with end, _limited(end):
-            answer_challenge(connection, key)
-            deliver_challenge(connection, key)
+        with _limited(end):
+            for step in steps:
+                step(connection, key)
     except BaseException:
         connection.close()
         raise

@@ -18,6 +18,8 @@ from megatron_papo.generation.vllm_requests import Request
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
+_LONGEST_REASON = 200
+
 
 class _Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Named by its type."""
@@ -94,7 +96,7 @@ def decode(data: bytes) -> Message:
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise ValueError(f"no message: {error}") from error
+        raise ValueError(f"no message: {str(error)[:_LONGEST_REASON]}") from error
 
 
 def _plain(value: Any) -> Any:
