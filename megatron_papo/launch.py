@@ -93,7 +93,7 @@ def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": first_host(nodes),
+        "MASTER_ADDR": first_host(nodes) if set(nodes) & set(",[") else "127.0.0.1",  # where all ranks are on one node
         # the same on every rank, and another one for every job on a shared machine and every step of a job
         "MASTER_PORT": str(20_000 + (int(environ.get("SLURM_JOB_ID", "0")) + 97 * _number(environ)) % 20_000),
     }

@@ -8,6 +8,7 @@ call `accelerator.adapt_megatron` first.
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import os
 import socket
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_papo.config import ParallelConfig
+from megatron_papo.rendezvous import world_store
 from megatron_papo.types import Metrics
 
 
@@ -54,7 +55,8 @@ class Layout:
 
 
 _layout: Layout | None = None
-_store: dist.Store | None = None
+_worlds = itertools.count()
+"""Of this process: a second world finds nothing of the first in the store."""
 
 
 def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
@@ -112,15 +114,6 @@ def place_among_engines(num_engine_ranks: int) -> int | None:
     """This process's place among the last `num_engine_ranks` of those that were started; None on the trainer's."""
     first = int(os.environ.get("WORLD_SIZE", "1")) - num_engine_ranks
     return own_rank() - first if num_engine_ranks and own_rank() >= first else None
-
-
-def world_store(timeout_s: float) -> dist.Store:
-    """Names and values that all ranks share, those of separate engines too: at MASTER_ADDR:MASTER_PORT, on rank 0 or
-    with torchrun. The first call waits until all have come."""
-    global _store
-    if _store is None:
-        _store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
-    return _store
 
 
 def shutdown() -> None:
@@ -238,21 +231,8 @@ def _start_process_group(timeout_s: float, num_engine_ranks: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if num_engine_ranks:
-        own = dist.PrefixStore("trainer", world_store(timeout_s))
-        dist.init_process_group(backend, store=own, rank=own_rank(), world_size=num_ranks, timeout=timeout)
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1, timeout=timeout
-        )
-
-
-def _free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]
+    own = dist.PrefixStore(f"trainer_{next(_worlds)}", world_store(timeout_s))
+    dist.init_process_group(backend, store=own, rank=own_rank(), world_size=num_ranks, timeout=timeout)
 
 
 def _device() -> torch.device:

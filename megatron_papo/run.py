@@ -28,6 +28,7 @@ from megatron_papo.checkpoint.weights import check_weights, load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Generator
+from megatron_papo.generation.separate_key import offered_key
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.heartbeat import Heartbeat
@@ -35,6 +36,7 @@ from megatron_papo.observe.watchdog import StageClock
 from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
 from megatron_papo.parallel import Layout, gather_objects, initialize, move_items, own_rank, shutdown
 from megatron_papo.reference import ReferencePolicy
+from megatron_papo.rendezvous import world_store
 from megatron_papo.rewards import Rewarder
 from megatron_papo.types import Batch, Group
 
@@ -93,6 +95,8 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         with clock.stage("join"):
             layout = initialize(config.parallel, num_engine_ranks)
         stack.push(_end_groups)
+        if num_engine_ranks and layout.rank == 0:
+            stack.enter_context(offered_key(config.run.dir, world_store(config.parallel.timeout_s)))
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)
         seed_all(config.run.seed)

@@ -11,9 +11,10 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Client
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,12 +23,25 @@ from megatron_papo import accelerator
 from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.separate_bridge import Bridge, BridgeBroken
-from megatron_papo.generation.separate_line import Answers, Bye, Generate, Line, Load, Loaded, Progress, Stop
+from megatron_papo.generation.separate_door import knock
+from megatron_papo.generation.separate_key import KEY_WAIT_S, read_key
+from megatron_papo.generation.separate_line import Inbox, Line
+from megatron_papo.generation.separate_messages import (
+    Answers,
+    Bye,
+    Generate,
+    Load,
+    Loaded,
+    Message,
+    Progress,
+    Stop,
+)
 from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.shares import groups_of, make_jobs
 from megatron_papo.generation.vllm_requests import Requests
 from megatron_papo.generation.vllm_start import check_settings
-from megatron_papo.parallel import Layout, everyone, gather_objects, world_store
+from megatron_papo.parallel import Layout, everyone, gather_objects
+from megatron_papo.rendezvous import world_store
 from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
@@ -53,6 +67,8 @@ class SeparateGenerator:
         self._own = layout.data_rank % engines if leads else None
         """The engine this rank asks."""
         self._talks_to = list(range(engines)) if layout.rank == 0 else [] if self._own is None else [self._own]
+        if self._talks_to:
+            self._key = read_key(config.run.dir, self._store.key_fingerprint(), KEY_WAIT_S)
         self._links: dict[int, _Link] = {}
         self._incarnations = dict.fromkeys(self._talks_to, 0)
         self._bridge: Bridge | None = None
@@ -145,7 +161,7 @@ class SeparateGenerator:
         )
         name = "bridge_" + "_".join(str(self._incarnations[engine]) for engine in self._talks_to)
 
-        def tell(message: Any) -> None:
+        def tell(message: Message) -> None:
             for link in links:
                 link.line.send(message)
 
@@ -175,7 +191,8 @@ class SeparateGenerator:
         """Lines to all engines that this rank talks to, as soon as they can be asked."""
         for engine in self._talks_to:
             if engine not in self._links:
-                link = _Link.open(self._store, engine, self._incarnations[engine], self._config.parallel.timeout_s)
+                wait_s = self._config.parallel.timeout_s
+                link = _Link.open(self._store, engine, self._incarnations[engine], self._key, wait_s)
                 self._links[engine], self._incarnations[engine] = link, link.incarnation
 
     def _raise_where_lost(self, when: str) -> None:
@@ -225,26 +242,26 @@ class _Asked:
 class _Link:
     """This rank's line to one incarnation of one engine."""
 
-    def __init__(self, engine: int, incarnation: int, connection: Any):
+    def __init__(self, engine: int, incarnation: int, connection: Connection):
         self.engine, self.incarnation = engine, incarnation
         self.bridge: Bridge | None = None
         self.lost = False
-        self._inbox: SimpleQueue[tuple[Line, Any]] = SimpleQueue()
+        self._inbox: Inbox = SimpleQueue()
         self.line = Line(connection, self._inbox, self._ended)
 
     @classmethod
-    def open(cls, store: EngineStore, engine: int, incarnation: int, wait_s: float) -> _Link:
+    def open(cls, store: EngineStore, engine: int, incarnation: int, key: bytes, wait_s: float) -> _Link:
         deadline = time.monotonic() + wait_s
         while True:
             incarnation, address = store.living(engine, incarnation, deadline - time.monotonic())
             try:
-                connection = Client((address.host, address.port), authkey=bytes.fromhex(address.key))
-            except (OSError, EOFError):  # it has just died, and its rank is about to say so
+                connection = knock(address.host, address.port, key)
+            except (OSError, EOFError, AuthenticationError):  # it has just died, and its rank is about to say so
                 store.death(engine, incarnation, _REASON_S)
                 continue
             return cls(engine, incarnation, connection)
 
-    def messages(self) -> Iterator[Any]:
+    def messages(self) -> Iterator[Message]:
         """What the engine says, until the line ends."""
         while not self.lost or not self._inbox.empty():
             try:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_papo import accelerator
-from megatron_papo.generation.separate_line import Bucket
+from megatron_papo.generation.separate_messages import Bucket
 
 _POLL_S = 0.0005
 _TIMEOUT = datetime.timedelta(minutes=5)

@@ -6,7 +6,6 @@ An engine that dies is started again as its next incarnation, under a new addres
 from __future__ import annotations
 
 import json
-import secrets
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -22,8 +21,6 @@ class Address:
 
     host: str
     port: int
-    key: str
-    """Hexadecimal; who does not know it is not let in."""
 
 
 class EngineStore:
@@ -31,6 +28,16 @@ class EngineStore:
 
     def __init__(self, store: dist.Store):
         self._store = dist.PrefixStore("engines", store)
+
+    def publish_key(self, fingerprint: str) -> None:
+        """Of the engines' key, which itself is in a file (separate_key.py)."""
+        self._store.set("key", fingerprint)
+
+    def key_fingerprint(self) -> str:
+        """Waited for as long as the store is there."""
+        while (found := self._get("key")) is None:
+            time.sleep(_POLL_S)
+        return found
 
     def announce(self, engine: int, incarnation: int, address: Address) -> None:
         """The engine can be asked from now on."""
@@ -87,10 +94,6 @@ class EngineStore:
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
-
-
-def new_key() -> str:
-    return secrets.token_hex(32)
 
 
 def own_host(other: str) -> str:

@@ -9,6 +9,7 @@ be asked for the first time would die again: that ends the run with its reason.
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from megatron_papo.config import Config
 from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.serve_engine import Ending, Seat, run_engine
-from megatron_papo.parallel import world_store
+from megatron_papo.rendezvous import world_store
 
 _POLL_S = 0.25
 _END_S = 10.0
@@ -101,7 +102,7 @@ def _watch(child: _Child, store: EngineStore) -> str | None:
 
 def _last_words(hears: Connection) -> Ending | None:
     try:
-        return hears.recv() if hears.poll() else None
+        return Ending(**json.loads(hears.recv_bytes())) if hears.poll() else None
     except EOFError:
         return None
 

@@ -8,6 +8,7 @@ one batch. An error ends the process: `serve.py` starts the next.
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
@@ -17,11 +18,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +29,25 @@ from megatron_papo import accelerator
 from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
 from megatron_papo.generation.separate_bridge import Bridge
-from megatron_papo.generation.separate_line import Answers, Bucket, Bye, Generate, Line, Load, Loaded, Progress, Stop
-from megatron_papo.generation.separate_store import Address, EngineStore, new_key, own_host
+from megatron_papo.generation.separate_door import Door
+from megatron_papo.generation.separate_key import KEY_WAIT_S, read_key
+from megatron_papo.generation.separate_line import Inbox, Line
+from megatron_papo.generation.separate_messages import (
+    Answers,
+    Bucket,
+    Bye,
+    Generate,
+    Load,
+    Loaded,
+    Message,
+    Progress,
+    Stop,
+)
+from megatron_papo.generation.separate_store import Address, EngineStore, own_host
 from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.generation.vllm_engine import VllmGenerator
-from megatron_papo.generation.vllm_requests import bare
-from megatron_papo.parallel import Layout, world_store
+from megatron_papo.parallel import Layout
+from megatron_papo.rendezvous import world_store
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_S = 0.5
@@ -72,7 +84,8 @@ def run_engine(config: Config, seat: Seat, says: Connection) -> None:
         _serve(config, seat)
     except Exception as error:
         traceback.print_exc()
-        says.send(Ending(f"{type(error).__name__}: {error}", isinstance(error, ValueError)))
+        ending = Ending(f"{type(error).__name__}: {error}", isinstance(error, ValueError))
+        says.send_bytes(json.dumps(asdict(ending)).encode())
         sys.stderr.flush()
         os._exit(1)  # without the clean-up of groups, which may wait for ranks that are gone
 
@@ -97,7 +110,7 @@ def _serve(config: Config, seat: Seat) -> None:
     folder = config.model.path or config.model.checkpoint
     assert folder is not None
     generator = VllmGenerator(config, load_processor(folder, config.data), layout)
-    desk = _Desk(seat, EngineStore(store)) if seat.rank == 0 else None
+    desk = _Desk(config, seat, EngineStore(store)) if seat.rank == 0 else None
     _Server(config, generator, desk, store, seat).serve()
     generator.close()
     if dist.is_initialized():  # vLLM ends a world that it takes for its own
@@ -123,21 +136,15 @@ def _join(config: Config, seat: Seat, store: dist.Store) -> Layout:
 class _Desk:
     """Where the trainer's ranks come in, on the engine's first rank."""
 
-    def __init__(self, seat: Seat, store: EngineStore):
-        self.inbox: SimpleQueue[tuple[Line, Any]] = SimpleQueue()
+    def __init__(self, config: Config, seat: Seat, store: EngineStore):
+        self.inbox: Inbox = SimpleQueue()
         self.bridge: Bridge | None = None
-        key = new_key()
-        host = own_host(os.environ["MASTER_ADDR"])
-        self._listener = Listener((host, 0), backlog=64, authkey=bytes.fromhex(key))
-        threading.Thread(target=self._let_in, name="desk", daemon=True).start()
-        store.announce(seat.engine, seat.incarnation, Address(host, self._listener.address[1], key))  # type: ignore[misc]
+        key = read_key(config.run.dir, store.key_fingerprint(), KEY_WAIT_S)
+        door = Door(own_host(os.environ["MASTER_ADDR"]), key, self._let_in)
+        store.announce(seat.engine, seat.incarnation, Address(door.host, door.port))
 
-    def _let_in(self) -> None:
-        while True:
-            try:
-                Line(self._listener.accept(), self.inbox, self._hung_up)  # type: ignore[arg-type]
-            except (AuthenticationError, OSError, EOFError):  # somebody else's, or gone again
-                continue
+    def _let_in(self, connection: Connection) -> None:
+        Line(connection, self.inbox, self._hung_up)
 
     def _hung_up(self) -> None:
         """Weights that are on their way will not come."""
@@ -166,7 +173,7 @@ class _Server:
         self._config, self._generator, self._desk, self._store, self._seat = config, generator, desk, store, seat
         self._running: dict[str, tuple[_Call, Job]] = {}
         """By vLLM's number of the request."""
-        self._pending: deque[tuple[Line | None, Any]] = deque()
+        self._pending: deque[tuple[Line | None, Message | None]] = deque()
         self._bridge: Bridge | None = None
         self._left: set[Line | None] = set()
         self._num_steps = 0
@@ -189,7 +196,7 @@ class _Server:
 
     def _fetch(self, wait: bool) -> None:
         """What has come in, on all ranks of the engine alike; with `wait` there is something, or a while has passed."""
-        found: list[tuple[Line, Any]] = []
+        found: list[tuple[Line, Message | None]] = []
         if self._desk is not None:
             found = _drain(self._desk.inbox, _IDLE_S if wait else 0.0)
         if self._seat_is_alone:
@@ -200,7 +207,7 @@ class _Server:
         lines: list[Line | None] = [line for line, _ in found] or [None] * len(box[0])
         self._pending.extend(zip(lines, box[0]))
 
-    def _handle(self, line: Line | None, message: Any) -> None:
+    def _handle(self, line: Line | None, message: Message | None) -> None:
         if isinstance(message, Generate):
             self._begin(_Call(line, message))
         elif isinstance(message, Load):
@@ -215,7 +222,7 @@ class _Server:
 
     def _begin(self, call: _Call) -> None:
         asked, requests = call.asked, self._generator.requests
-        prompts = [bare(asked.requests[job.prompt_index]) for job in asked.jobs]
+        prompts = [asked.requests[job.prompt_index].prompt() for job in asked.jobs]
         params = [requests.params(job, asked.sampling) for job in asked.jobs]
         numbers = self._generator.llm.enqueue(prompts, params, use_tqdm=False)
         for number, job in zip(numbers, asked.jobs, strict=True):
@@ -281,9 +288,9 @@ class _Server:
             yield from bridge.receive(message)
 
 
-def _drain(inbox: SimpleQueue[tuple[Line, Any]], wait_s: float) -> list[tuple[Line, Any]]:
+def _drain(inbox: Inbox, wait_s: float) -> list[tuple[Line, Message | None]]:
     """All that is there; with `wait_s` at least one, or nothing after so long."""
-    found: list[tuple[Line, Any]] = []
+    found: list[tuple[Line, Message | None]] = []
     try:
         found.append(inbox.get(timeout=wait_s) if wait_s else inbox.get_nowait())
         while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron_papo.config import Config
 from megatron_papo.generation.base import EngineLost, Report, Sampling
 from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.shares import Answer, Job, generate_in_shares, make_jobs
-from megatron_papo.generation.vllm_requests import Requests, bare
+from megatron_papo.generation.vllm_requests import Request, Requests
 from megatron_papo.generation.vllm_sleep import (
     Sleeper,
     forget_weights,
@@ -128,7 +128,7 @@ class VllmGenerator:
         first = sum(len(jobs_) for jobs_, _ in shares[: dist.get_rank(self.engine_group)])
         return answers[first : first + len(jobs)]
 
-    def _run(self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling) -> list[Answer]:
+    def _run(self, jobs: list[Job], requests: list[Request], sampling: Sampling) -> list[Answer]:
         done: list[RequestOutput] = []
         fault = None
         try:
@@ -141,12 +141,10 @@ class VllmGenerator:
         assert len(done) == len(jobs)
         return [self.requests.answer(*each) for each in zip(jobs, requests, done)]
 
-    def _serve(
-        self, jobs: list[Job], requests: list[dict[str, Any]], sampling: Sampling, done: list[RequestOutput]
-    ) -> None:
+    def _serve(self, jobs: list[Job], requests: list[Request], sampling: Sampling, done: list[RequestOutput]) -> None:
         """All requests together, each joining and leaving the batch as there is room; the finished into `done`."""
         params = [self.requests.params(job, sampling) for job in jobs]
-        self.llm.enqueue([bare(request) for request in requests], params, use_tqdm=False)
+        self.llm.enqueue([request.prompt() for request in requests], params, use_tqdm=False)
         while self.llm.llm_engine.has_unfinished_requests():
             done += [output for output in self.llm.llm_engine.step() if output.finished]
             if self.report is not None:

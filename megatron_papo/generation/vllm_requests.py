@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from megatron_papo.config import Config
@@ -25,6 +26,22 @@ if TYPE_CHECKING:
 
 _BAN = -100.0
 """The lowest bias vLLM takes; the probability left is below the smallest fp32 number for logits of any use."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt for vLLM."""
+
+    compact_ids: list[int]
+    """With one image token a picture."""
+    full_ids: list[int]
+    """What vLLM has to make of it."""
+    pictures: list[Image]
+
+    def prompt(self) -> dict[str, Any]:
+        """In vLLM's own words."""
+        pictures = {"multi_modal_data": {"image": self.pictures}} if self.pictures else {}
+        return {"prompt_token_ids": self.compact_ids, **pictures}
 
 
 @dataclass(frozen=True)
@@ -62,17 +79,14 @@ class Requests:
             if sampling.masked and prompt.inputs.pixel_values_PD is not None and prompt.masked_pixel_values_PD is None:
                 raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
-        """vLLM's prompt, with one image token a picture, and as `full` the token ids that it has to come to."""
+    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
         inputs = prompt.inputs
         pixel_values_PD = prompt.masked_pixel_values_PD if sampling.masked else inputs.pixel_values_PD
-        compact = _compact(inputs.token_ids_S, inputs.grid_thw_I3, self.shape)
-        request: dict[str, Any] = {"prompt_token_ids": compact, "full": inputs.token_ids_S.tolist()}
+        compact, images = _compact(inputs.token_ids_S, inputs.grid_thw_I3, self.shape), []
         if pixel_values_PD is not None:
             assert inputs.grid_thw_I3 is not None
             images = pictures(pixel_values_PD, inputs.grid_thw_I3, self.processor.image_processor)
-            request["multi_modal_data"] = {"image": images}
-        return request
+        return Request(compact, inputs.token_ids_S.tolist(), images)
 
     def params(self, job: Job, sampling: Sampling) -> Any:
         """vLLM's sampling parameters."""
@@ -91,8 +105,8 @@ class Requests:
             detokenize=False,
         )
 
-    def answer(self, job: Job, request: dict[str, Any], output: RequestOutput) -> Answer:
-        if list(output.prompt_token_ids or ()) != request["full"]:
+    def answer(self, job: Job, request: Request, output: RequestOutput) -> Answer:
+        if list(output.prompt_token_ids or ()) != request.full_ids:
             raise RuntimeError(f"rollout {job}: vLLM expanded the prompt to other tokens than the processor's")
         completion = output.outputs[0]
         ids = tuple(completion.token_ids)
@@ -100,11 +114,6 @@ class Requests:
         logprobs = tuple(place[token].logprob for place, token in zip(completion.logprobs, ids))
         assert completion.finish_reason in ("stop", "length"), completion.finish_reason
         return Answer(job, ids, logprobs, completion.finish_reason)
-
-
-def bare(request: dict[str, Any]) -> dict[str, Any]:
-    """The request without what is ours: vLLM's prompt."""
-    return {key: value for key, value in request.items() if key != "full"}
 
 
 def _compact(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> list[int]:

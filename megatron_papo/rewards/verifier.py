@@ -8,9 +8,11 @@ fork. Verdicts are remembered, since the samples of a group often agree.
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +24,8 @@ _GRACE_S = 10.0
 """Beyond the limit of a comparison, which the worker keeps by itself, before the worker too is given up."""
 _REMEMBERED = 100_000
 _MAX_GOLD = 1000
+_MOST_REPLIED = 100
+"""Bytes of a reply."""
 
 
 class Verifier:
@@ -83,10 +87,16 @@ class Verifier:
 
 
 def _read_line(worker: subprocess.Popen[bytes], timeout_s: float) -> str | None:
-    """A line of the worker; None when it ended or took longer."""
+    """A line of the worker; None when it ended, said no line or took longer. It has read answers, so it is not trusted
+    to say whole lines, or words."""
     assert worker.stdout is not None
+    line, deadline = b"", time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
         selector.register(worker.stdout, selectors.EVENT_READ)
-        if not selector.select(timeout_s):
-            return None
-    return worker.stdout.readline().decode().strip() or None
+        while not line.endswith(b"\n"):
+            in_time = selector.select(max(0.0, deadline - time.monotonic()))
+            part = os.read(worker.stdout.fileno(), _MOST_REPLIED) if in_time else b""
+            if not part or len(line) > _MOST_REPLIED:
+                return None
+            line += part
+    return line.decode(errors="replace").strip() or None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_papo.config import Config
 from megatron_papo.types import Group, Prompt
 from tests.parallel.generation_cases import make_sampling, tokens
+from tests.ports import beyond_loopback, listening, of_the_store_at
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -93,6 +96,17 @@ def _serve(config: Config) -> dict[str, Any]:
     return {"exit code": serve(config)}
 
 
+def _reachable(config: Config) -> set[Any]:
+    """Where others than this machine could reach a rank or an engine, and the mode of the key where it is not 600."""
+    processes = of_the_store_at(int(os.environ["MASTER_PORT"]))
+    places = listening(processes)
+    assert len({process for process, *_ in places}) == dist.get_world_size() + config.generation.num_engine_ranks
+    modes = (
+        {oct((config.run.dir / "engines.key").stat().st_mode & 0o777)} if config.generation.num_engine_ranks else set()
+    )
+    return beyond_loopback(places) | modes - {"0o600"}
+
+
 def _agrees(config: Config) -> dict[str, Any]:
     """Before and after every weight has changed: gaps, rollouts, versions."""
     from megatron_papo.serving import serves
@@ -108,6 +122,7 @@ def _agrees(config: Config) -> dict[str, Any]:
             found["versions"].append({rollout.policy_version for group in groups for rollout in group.rollouts})
             trainer.change_weights()
             if version == VERSION:
+                found["reachable"] = _reachable(config) if trainer.run.is_writer else set()
                 found["moved"] = _gaps(trainer, groups).max().item()
                 found["groups"] = {group.prompt.id: group.rollouts for group in groups}
                 found["metrics"] = trainer.generator.take_metrics()
@@ -125,7 +140,9 @@ def _rollouts(found: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def colocated(inputs, tmp_path_factory) -> dict[str, Any]:
     config = tiny_run(inputs, tmp_path_factory.mktemp("run"), **ENGINE)
-    return _rollouts(run_ranks(_agrees, 1, config))
+    found = run_ranks(_agrees, 1, config)
+    assert found[0]["reachable"] == set()
+    return _rollouts(found)
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -157,8 +174,10 @@ def test_sampling_and_training_agree_and_the_place_of_the_engine_does_not_matter
         assert each["moved"] > 0.1, "the hand-over mattered"
         assert each["versions"] == [{VERSION}, {VERSION + 1}]
         assert each["metrics"]["engine/seconds"][0] > 0
+        assert each["reachable"] == set()
     _check_same(_rollouts(trainer), colocated)
     assert not list((tmp_path / "run/heartbeats").glob("*")), "every rank took its sign of life away"
+    assert not (tmp_path / "run/engines.key").exists()
 
 
 def _engine_process(config: Config, rank: int) -> psutil.Process:

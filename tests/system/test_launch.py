@@ -284,6 +284,8 @@ def test_srun_variables_become_those_of_torch_distributed():
     second = outer_rank({**step, "SLURM_STEP_ID": "1"})
     assert second["MASTER_PORT"] == "20220", "a job's second attempt does not meet what the first left"
     assert outer_rank({**step, "MASTER_ADDR": "head", "MASTER_PORT": "7"})["MASTER_ADDR"] == "head"
+    assert outer_rank({**step, "SLURM_STEP_NODELIST": "gpu07,k1"})["MASTER_ADDR"] == "gpu07"
+    assert outer_rank({**step, "SLURM_STEP_NODELIST": "gpu07"})["MASTER_ADDR"] == "127.0.0.1", "nobody else is asked"
 
 
 def test_a_batch_script_and_a_plain_shell_are_no_ranks():

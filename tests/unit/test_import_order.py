@@ -51,7 +51,7 @@ LAYERS = (
     ("correction",),
     ("types",),
     ("host_copies",),
-    ("config", "accelerator", "files", "tested", "held"),
+    ("config", "accelerator", "files", "tested", "held", "rendezvous"),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])

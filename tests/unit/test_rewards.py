@@ -1,5 +1,6 @@
 """Rewards: box, rules, math-verify in its worker, the other parts, a user's function, and hostile answers."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron_papo.config import OverlongConfig, RewardConfig
 from megatron_papo.rewards import Rewarder
 from megatron_papo.rewards.answers import MAX_ANSWER, agree, gold_answer, last_box, number, plain_latex
 from megatron_papo.rewards.parts import anls, format_reward, overlong, repetition
-from megatron_papo.rewards.verifier import Verifier
+from megatron_papo.rewards.verifier import Verifier, _read_line
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 
@@ -23,6 +24,22 @@ def group_of(*responses, answer="3", lengths=None):
         for index, (text, length) in enumerate(zip(responses, lengths))
     )
     return Group(prompt, rollouts)
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("printf tr; sleep 0.1; echo ue", "true"),
+        ("printf true; exec sleep 60", None),
+        ("yes | tr -d '\\n'", None),
+        ("printf 'true\\377\\n'", "true\ufffd"),
+        ("true", None),
+    ],
+)
+def test_a_worker_that_answers_have_taken_over_holds_nobody_up(says, line):
+    with subprocess.Popen(["sh", "-c", f"exec 2>&-; {says}"], stdout=subprocess.PIPE) as worker:
+        assert _read_line(worker, 0.5) == line
+        worker.kill()
 
 
 @pytest.fixture(scope="module")

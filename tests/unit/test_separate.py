@@ -1,5 +1,5 @@
-"""Parts of separate engines that need no engine: the bridge over real gloo, the line, the store of who is where, the
-rollouts a checkpoint keeps, and what is refused before ranks start."""
+"""Parts of separate engines that need no engine: the bridge over real gloo, the store of who is where, the rollouts a
+checkpoint keeps, and what is refused before ranks start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Client, Listener
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 from megatron_papo.generation.separate_bridge import Bridge, BridgeBroken
-from megatron_papo.generation.separate_line import Bucket, Line
+from megatron_papo.generation.separate_messages import Bucket
 from megatron_papo.generation.separate_store import Address, EngineStore
 from megatron_papo.in_flight import Flight, age, from_state, to_state
 from megatron_papo.model.shape import ModelShape
@@ -96,28 +95,9 @@ def test_a_broken_bridge_still_draws_every_tensor(store):
     assert drawn == list(range(40))
 
 
-def test_a_line_reads_while_nobody_asks_and_says_when_it_ends():
-    with Listener(("127.0.0.1", 0), authkey=b"key") as listener:
-        accepted: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=lambda: accepted.put(listener.accept()), daemon=True).start()
-        mine, theirs = SimpleQueue(), SimpleQueue()
-        ended = threading.Event()
-        near = Line(Client(listener.address, authkey=b"key"), mine)
-        far = Line(accepted.get(), theirs, ended.set)
-    large = torch.zeros(2**22)  # more than the sockets hold: sending it would wait if nobody read
-    near.send(large)
-    near.send("last")
-    near.close()
-    assert torch.equal(theirs.get(timeout=10)[1], large)
-    assert theirs.get(timeout=10) == (far, "last")
-    assert theirs.get(timeout=10) == (far, None) and ended.is_set()
-    assert mine.get(timeout=10) == (near, None)
-    far.send("into the void")
-
-
 def test_the_first_living_incarnation_is_found(store):
     engines = EngineStore(store)
-    first, third = Address("h", 1, "aa"), Address("h", 3, "cc")
+    first, third = Address("h", 1), Address("h", 3)
     engines.announce(0, 0, first)
     assert engines.living(0, 0, wait_s=1) == (0, first)
     engines.note_death(0, 0, "signal 9")
@@ -131,6 +111,8 @@ def test_the_first_living_incarnation_is_found(store):
     assert engines.death(1, 0) is None and not engines.stopping
     engines.stop()
     assert engines.stopping
+    threading.Timer(0.2, lambda: engines.publish_key("print")).start()
+    assert engines.key_fingerprint() == "print"
 
 
 def _prompt(place: int) -> Prompt:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_papo.rendezvous import world_store
+
 _TIMEOUT = datetime.timedelta(days=7)
 """Workers wait for the slowest; one that is gone is noticed at once."""
 _POLL_S = 0.2
@@ -35,7 +37,8 @@ class Crew:
         self._bytes = 0
         self._store: Any = None
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self._store = world_store(_TIMEOUT.total_seconds())
             dist.init_process_group(
                 "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.size,
                 timeout=_TIMEOUT,

@@ -1,0 +1,33 @@
+"""What processes listen on."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import psutil
+
+Places = set[tuple[int, str, int]]
+"""Process, address, port."""
+
+
+def listening(pids: set[int]) -> Places:
+    return {
+        (socket.pid, socket.laddr.ip, socket.laddr.port)
+        for socket in psutil.net_connections("tcp")
+        if socket.pid in pids and socket.status == psutil.CONN_LISTEN
+    }
+
+
+def beyond_loopback(places: Places) -> Places:
+    """Where others than this machine could reach them."""
+    return {place for place in places if not _is_loopback(place[1])}
+
+
+def of_the_store_at(port: int) -> set[int]:
+    """Processes that talk to it, wherever they were started: all ranks, and what ranks have started of the kind."""
+    return {socket.pid for socket in psutil.net_connections("tcp") if socket.raddr and socket.raddr.port == port}
+
+
+def _is_loopback(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    return ((isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped) or found).is_loopback
