@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from megatron_papo.process import command, go_on_without_readers
 from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
 
 _VERBS = {
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
+    if not options.dry_run:
+        go_on_without_readers()
     if _speaks():
         for warning in config.warnings():
             print(f"papo: warning: {warning}", file=sys.stderr)
@@ -211,4 +214,4 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

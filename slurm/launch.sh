@@ -62,7 +62,7 @@ papo_check() { # settings and facts; leaves the resolved settings in $papo_setti
   papo_settings=$(mktemp)
   said=$(mktemp)
   if ! srun "${papo_srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$PAPO_PYTHON" -m megatron_papo.cli check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
+    "$PAPO_PYTHON" -m megatron_papo check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
     grep '^papo: ' "$said" >&2 || cat "$said" >&2 # srun's own line on the exit status adds nothing to ours
     exit 2
   fi
@@ -114,4 +114,4 @@ if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then 
 
 exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" \
   --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) --srun "$(printf '%q ' "${papo_srun[@]}")" -- \
-  "$PAPO_PYTHON" -m megatron_papo.cli train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"
+  "$PAPO_PYTHON" -m megatron_papo train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"

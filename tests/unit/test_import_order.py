@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 LAYERS = (
     # the verbs, and what they share
     (
+        "__main__",
         "cli",
         "train",
         "train_ahead",
@@ -52,6 +53,7 @@ LAYERS = (
     ("types",),
     ("host_copies",),
     ("config", "accelerator", "tested"),
+    ("process",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])
