@@ -200,7 +200,8 @@ def _speaks() -> bool:
 def _refuse(error: ConfigError, config: Config | None) -> int:
     """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
     from megatron_papo.launch import outer_rank
-    from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
+    from megatron_papo.observe.failures import Failure
+    from megatron_papo.observe.notes import leave_note, tell_torchrun
 
     tell_torchrun(f"papo: error: {error}")
     outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None

@@ -84,6 +84,16 @@ def go_on_without_readers() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
+@contextmanager
+def save_requests_held() -> Iterator[None]:
+    """SIGUSR1 waits within. A process that is started meanwhile never gets it, unless it calls `begin`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def remember(*_: object) -> None:
     """The handler of SIGUSR1 as long as nobody can save."""
     global _asked_to_save

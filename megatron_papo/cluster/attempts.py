@@ -43,10 +43,10 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     """In their order; the newer line of an attempt counts."""
     path = run_dir / "attempts.jsonl"
     found: dict[int, Attempt] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             attempt = Attempt(**json.loads(line))
-        except json.JSONDecodeError:  # cut short as the node crashed
+        except (ValueError, TypeError):  # cut short as the node crashed, or no attempt at all
             continue
         found[attempt.number] = attempt
     return list(found.values())

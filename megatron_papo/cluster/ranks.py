@@ -1,6 +1,7 @@
 """Which rank of a cluster job is dead: from the signs of life that ranks write (observe/heartbeat.py), or srun's words.
 
-A sign's age is counted from when it was last seen to change, by the watcher's own clock. Standard library alone.
+A sign's age is counted from when it was last seen to change, by the watcher's own clock, without the time for which the
+watcher itself was stopped: a job that was suspended is alive. Standard library alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_papo.observe.awake import AwakeClock
 from megatron_papo.observe.failures import Failure
 
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.*)")
@@ -27,7 +29,7 @@ class RankWatch:
     def __init__(self, run_dir: Path, num_ranks: int, limit_s: float, start_limit_s: float):
         self._folder, self._num_ranks = run_dir / "heartbeats", num_ranks
         self._limit_s, self._start_limit_s = limit_s, start_limit_s
-        self._began = time.monotonic()
+        self._clock = AwakeClock()
         self._signs: dict[int, dict[str, object]] = {}
         self._changed: dict[int, float] = {}
 
@@ -39,10 +41,10 @@ class RankWatch:
     def dead_rank(self, but: set[int]) -> Failure | None:
         """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well, and one
         in `but` has told why it ended."""
-        now = time.monotonic()
+        now = self._clock.seconds()
         present = [rank for rank in self._look(now) if rank not in but]
         for rank in range(self._num_ranks):
-            if rank not in self._changed and now - self._began > self._start_limit_s:
+            if rank not in self._changed and now > self._start_limit_s:
                 return _dead(rank, f"gave no sign of life for {self._start_limit_s:g} s after the start")
         longest = min(present, key=lambda rank: self._changed[rank], default=None)
         if longest is None or now - self._changed[longest] <= self._limit_s:
@@ -51,7 +53,7 @@ class RankWatch:
 
     def longest_silent(self, but: set[int]) -> Failure | None:
         """After the ranks have ended: the first to fall silent, of those not in `but`, who have told why they ended."""
-        now = time.monotonic()
+        now = self._clock.seconds()
         others = [rank for rank in self._look(now) if rank not in but]
         return self._silent(min(others, key=lambda rank: self._changed[rank]), now) if others else None
 
@@ -75,10 +77,10 @@ class RankWatch:
         found = []
         for path in self._files():
             try:
-                sign = json.loads(path.read_text())
-            except (OSError, ValueError):  # just gone, or a disk that hiccups
+                rank, sign = int(path.stem.removeprefix("rank_")), json.loads(path.read_text())
+                sign["count"], sign["host"], sign["stage"]
+            except (OSError, ValueError, TypeError, KeyError):  # just gone, a disk that hiccups, or no sign at all
                 continue
-            rank = int(path.stem.removeprefix("rank_"))
             found.append(rank)
             if self._signs.get(rank) != sign:
                 self._signs[rank], self._changed[rank] = sign, now

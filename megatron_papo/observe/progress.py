@@ -49,10 +49,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            found.append({"step": int(record["step"]), "unix_time": float(record.get("unix_time", 0.0))})
+        except (ValueError, TypeError, KeyError, AttributeError):
             break
     return found
 
@@ -62,7 +63,7 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float]:
     newest = (0, 0, 0.0)
     for path in sorted(folder.glob("step_*")):
         if path.suffix == "":
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, ValueError, TypeError, KeyError):
                 state = json.loads((path / "state.json").read_text())
                 newest = max(newest, (state["serial"], state["step"], (path / "state.json").stat().st_mtime))
     return newest[1], newest[2]

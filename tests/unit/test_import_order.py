@@ -30,6 +30,7 @@ LAYERS = (
         "score",
         "doctor",
         "launch",
+        "keeper",
         "choose",
         "precision",
         "record",

@@ -15,12 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
-from megatron_papo.observe.failures import Failure, describe, is_peers_fault, read_failures, the_cause, write_failure
+from megatron_papo.observe.clock import StageClock
+from megatron_papo.observe.failures import Failure, describe, is_peers_fault, the_cause
+from megatron_papo.observe.notes import read_failures, write_failure
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
-from megatron_papo.observe.watchdog import StageClock
 
 QUIET = ObserveConfig(console=False, tensorboard=False)
 
@@ -247,7 +248,7 @@ def test_progress_arms_nothing_once_the_stage_is_over(tmp_path):
 
 
 def test_plain_output_shows_a_long_stage_by_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_papo.observe.watchdog._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("megatron_papo.observe.clock._PLAIN_EVERY_S", 0.0)
     with StageClock(RunConfig(dir=tmp_path), rank=0) as clock, clock.stage("generate", total=8) as progress:
         progress.advance(3)
         progress.advance(2)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megatron_papo.config import RunConfig
-from megatron_papo.observe.watchdog import StageClock
+from megatron_papo.observe.clock import StageClock
 from tools.benchmarks.rows import Row
 from tools.benchmarks.timing import measure
 
