@@ -21,6 +21,8 @@ _NODE_INDEX = re.compile(r"error: .*missing step on node (\d+)")
 _NODE_NAME = re.compile(r"error: Node failure on (\S+)")
 _ENDED_BY_SRUN = ("Terminating StepId", "Job step aborted", "forcing job termination")
 """From such a line on, tasks die because srun ends them."""
+_LONGEST_GAP_S = 10.0
+"""Between two looks, which are a second apart and more where Slurm or the disk takes its time."""
 
 
 class RankWatch:
@@ -29,7 +31,7 @@ class RankWatch:
     def __init__(self, run_dir: Path, num_ranks: int, limit_s: float, start_limit_s: float):
         self._folder, self._num_ranks = run_dir / "heartbeats", num_ranks
         self._limit_s, self._start_limit_s = limit_s, start_limit_s
-        self._clock = AwakeClock()
+        self._clock = AwakeClock(_LONGEST_GAP_S)
         self._signs: dict[int, dict[str, object]] = {}
         self._changed: dict[int, float] = {}
 

@@ -39,7 +39,7 @@ from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
 from megatron_papo.observe.notes import read_failures
 from megatron_papo.observe.progress import RunProgress, read_progress
-from megatron_papo.process import asked_to_save, command, go_on_without_readers
+from megatron_papo.process import asked_to_save, command, go_on_without_readers, remember
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
@@ -371,9 +371,12 @@ def main() -> int:
     )
     parser.add_argument("--settings", type=Path, required=True, help="what `papo check --json` printed")
     parser.add_argument("--ranks", type=int, required=True, help="of the whole job")
+    parser.add_argument("--save-asked", action="store_true", help="SIGUSR1 came before this program began")
     parser.add_argument("--srun", default="", help="more options of srun, as one word")
     parser.add_argument("command", nargs="+", help="what every rank runs")
     options = parser.parse_args()
+    if options.save_asked:
+        remember()
     settings = json.loads(options.settings.read_text())
     return Supervisor(Job.here(), settings, options.ranks, shlex.split(options.srun), options.command).main()
 

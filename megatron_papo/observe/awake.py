@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import time
 
-_LONGEST_GAP_S = 5.0
-
 
 class AwakeClock:
-    """To be asked every second or so: of a longer gap between two questions, in which this process did not come to ask,
-    five seconds count."""
+    """To be asked again and again: of a gap between two questions of more than `longest_gap_s`, so much counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_gap_s: float):
+        self._longest_gap_s = longest_gap_s
         self._asked, self._awake = time.monotonic(), 0.0
 
     def seconds(self) -> float:
         """Since this was made."""
         now = time.monotonic()
-        self._awake += min(now - self._asked, _LONGEST_GAP_S)
+        self._awake += min(now - self._asked, self._longest_gap_s)
         self._asked = now
         return self._awake

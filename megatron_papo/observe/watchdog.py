@@ -30,6 +30,8 @@ _LOOK_S = 1.0
 _BACKUP = 2.0
 """The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in after this many times
 the limit. It cannot tell that the process was stopped, so it leaves time for that: as long as the limit."""
+_LAST_WORDS_S = 20.0
+"""That a rank may take to say that it has stalled, on a disk that may not answer."""
 _PEERS_S = 4.0
 """Beyond a heartbeat, how long the others have to write where they are: once this rank is gone, collectives fail."""
 
@@ -69,17 +71,22 @@ class Watchdog:
         return next(iter(self._open[-1:]), "")
 
     def _watch(self) -> None:
-        clock, moves, since = AwakeClock(), -1, 0.0
-        look_s = min(_LOOK_S, *(each / 4 for each in (self._run.stall_limit_s, *self._run.stage_limits_s.values())))
+        look_s = min(_LOOK_S, *(limit / 4 for limit in (self._run.stall_limit_s, *self._run.stage_limits_s.values())))
+        clock, moves, since = AwakeClock(2 * look_s), -1, 0.0
         while not self._ended.wait(look_s):
             now, (key, limit) = clock.seconds(), self._limit()
             if moves != self._moves:
                 moves, since = self._moves, now
             if now - since >= limit:
+                self._end_after(self._run.heartbeat_s + _PEERS_S + _LAST_WORDS_S)
                 self._stalled(f"{self._place()} made no progress for {key}={limit:g}")
-            with suppress(OSError, ValueError):  # no file for stacks: this thread does without its own backup
-                file = stack_file(self._run.dir, self._rank)
-                faulthandler.dump_traceback_later(_BACKUP * limit - (now - since), file=file, exit=True)
+            self._end_after(_BACKUP * limit - (now - since))
+
+    def _end_after(self, seconds: float) -> None:
+        """By the C thread. Without a file for stacks there is none."""
+        with suppress(OSError, ValueError):
+            file = stack_file(self._run.dir, self._rank)
+            faulthandler.dump_traceback_later(seconds, file=file, exit=True)
 
     def _limit(self) -> tuple[str, float]:
         """The limit that holds, and the setting it comes from: the innermost open stage that has one of its own."""
