@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -54,6 +55,8 @@ _STOP_S = 3.0
 """From SIGTERM to SIGKILL."""
 _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run; those that were ignored when it began, as SIGHUP under nohup, go on being so."""
+_OPEN_FILES = 256
+"""Libraries, connections to other ranks and files of a checkpoint."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -128,6 +131,9 @@ def launch(work: Work, num_ranks: int) -> int:
     if outer is not None:
         os.environ.update(outer)
         return _call_here(work, int(os.environ["RANK"]))
+    if (most := _most_open_files()) < _OPEN_FILES:
+        print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
+        return 2
     print(f"papo: starting {num_ranks} rank{'s' * (num_ranks > 1)}", file=sys.stderr, flush=True)
     return _launch_local(work, num_ranks)
 
@@ -302,6 +308,13 @@ def _quieten() -> None:
     """Leaves out what libraries say on import of absent accelerators: `papo doctor` says it once, and what it costs."""
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _most_open_files() -> int:
+    """The limit that this process and its ranks have from now on: as high as it may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
 def _has_gpu() -> bool:

@@ -275,7 +275,7 @@ def test_words_that_are_not_understood(tmp_path, words, expected):
 
 def test_a_run_prints_no_remarks_of_the_libraries_and_goes_on_without_a_reader(tmp_path):
     inputs = make_inputs(tmp_path)
-    settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True}
+    settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True, "observe__console": True}
     (tmp_path / "a.yaml").write_text(dump_config(tiny_run(inputs, tmp_path / "run", **settings)))
     reader, broken = os.pipe()
     os.close(reader)  # as of `papo train | head`

@@ -116,9 +116,14 @@ def test_an_interrupt_is_one_line():
     begun = "signal.signal(signal.SIGINT, signal.default_int_handler); "
     interrupted = "os.kill(os.getpid(), signal.SIGINT)"
     assert python(f"{begun}sys.exit(command(lambda: {interrupted}))") == (130, "papo: interrupted\n", "")
-    swallowed = (
-        f"def main():\n with interrupted_at_once():\n  try:\n   {interrupted}\n  except BaseException:\n   pass\n"
-    )
+    swallowed = f"""
+def main():
+    with interrupted_at_once():
+        try:
+            {interrupted}
+        except BaseException:
+            pass
+"""
     assert python(swallowed + f"{begun}sys.exit(command(main))") == (130, "papo: interrupted\n", "")
 
 
