@@ -139,8 +139,8 @@ def launch(work: Work, num_ranks: int) -> int:
 
 
 def _call_here(work: Work, rank: int) -> int:
-    dump_stacks_on_sigterm(work.run_dir, rank)
     try:
+        dump_stacks_on_sigterm(work.run_dir, rank)
         code = work.call()
     except Exception as error:
         failure = describe(rank, error)
@@ -177,6 +177,7 @@ def _launch_local(work: Work, num_ranks: int) -> int:
                     _forward(ranks, signal.SIGUSR1)
                 return _watch(ranks, work, notes)
             finally:
+                _ignore_ends()
                 _stop(ranks)
                 notes.close()
                 _tidy(work.run_dir, made)
@@ -196,8 +197,8 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, no
     go_on_without_readers()
     os.environ.update(addresses, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=addresses["WORLD_SIZE"])
     report_to(notes)
-    dump_stacks_on_sigterm(work.run_dir, rank)
     try:
+        dump_stacks_on_sigterm(work.run_dir, rank)
         code = work.call()
     except Exception as error:
         failure = describe(rank, error)
@@ -335,8 +336,7 @@ def _signals_to(ranks: list[BaseProcess]) -> Iterator[None]:
     end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that."""
 
     def end(number: int, frame: Any) -> None:
-        for each in _END:
-            signal.signal(each, signal.SIG_IGN)
+        _ignore_ends()
         if number == signal.SIGINT:
             with suppress(OSError):
                 os.write(2, b"papo: interrupted\n")
@@ -357,6 +357,12 @@ def _signals_to(ranks: list[BaseProcess]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _ignore_ends() -> None:
+    """The end is under way: a second signal is not to disturb it."""
+    for number in _END:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _pause(ranks: list[BaseProcess]) -> None:

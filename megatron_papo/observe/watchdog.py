@@ -110,10 +110,9 @@ class Watchdog:
             text = Path(file.name).read_text(errors="replace")
         with suppress(OSError):  # one write, so that the ranks' stacks do not mix on a shared terminal
             os.write(2, f"papo: rank {self._rank}: {text}\n".encode())
-        silent = silent_rank(self._run)
-        if silent is not None:
-            announce(self._run.dir, silent)
         announce(self._run.dir, Failure(self._rank, time.time(), "stalled", "stalled", reason))
+        if (silent := silent_rank(self._run)) is not None:
+            announce(self._run.dir, silent)  # last, for torchrun keeps one reason a rank
         with suppress(OSError):
             if any((self._run.dir / "heartbeats").glob("rank_*.json")):
                 time.sleep(self._run.heartbeat_s + _PEERS_S)
