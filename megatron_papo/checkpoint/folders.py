@@ -6,7 +6,6 @@ Knows tensors by their published names and the files beside them; knows nothing 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from megatron_papo.model.shape import ModelShape
 def check_weights(shape: ModelShape, folder: Path | str) -> None:
     """Raises ValueError for a Hugging Face folder whose tensors are not of `shape`, by their headers: a config.json
     that lies is found out before memory is taken by it."""
-    if not is_checkpoint(folder):
+    if not names_checkpoint(folder):
         with HuggingFaceReader(folder) as reader:
             reader.check(shape)
 

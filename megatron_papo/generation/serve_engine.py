@@ -47,6 +47,7 @@ from megatron_papo.generation.separate_store import Address, EngineStore, own_ho
 from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.generation.vllm_engine import VllmGenerator
 from megatron_papo.parallel import Layout
+from megatron_papo.process import begin, go_on_without_readers
 from megatron_papo.rendezvous import world_store
 
 _PR_SET_PDEATHSIG = 1
@@ -79,7 +80,8 @@ class Ending:
 def run_engine(config: Config, seat: Seat, says: Connection) -> None:
     """The whole process."""
     _end_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the trainer's ranks
+    begin()
+    go_on_without_readers()
     try:
         _serve(config, seat)
     except Exception as error:
