@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.refuse import fault_of_folder, faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.text import as_text, print_anything
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
@@ -30,6 +31,7 @@ _EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code: 0 done, 1 a rank failed, 2 refused settings."""
+    print_anything()
     options = _parse(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
         from megatron_papo.doctor import main as doctor
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor()
     config = None
     try:
+        _check_shell()
         config = load_config(options.config, [*_implied(options), *options.overrides])
         if options.verb == "check":
             from megatron_papo.check import check
@@ -49,25 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_given(options, config)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
         _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
+        return _run(options, config, num_ranks)
     except ConfigError as error:
         return _refuse(error, config)
-    return _run(options, config, num_ranks)
+    except OSError as error:  # of this machine; what a rank meets, its launcher tells
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), config)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     if _speaks():
         for warning in config.warnings():
-            print(f"papo: warning: {warning}", file=sys.stderr)
+            print(f"papo: warning: {as_text(warning)}", file=sys.stderr)
     if options.dry_run:
         print(dump_config(config), end="")
         return 0
+    from megatron_papo.caches import caches_that_can_be_written
     from megatron_papo.launch import Work, launch
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
     module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
-    return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
+    with caches_that_can_be_written(os.environ) as instead:
+        if instead is not None and _speaks():
+            text = f"HOME: is no folder that can be written to: libraries keep their caches in {instead} until the end"
+            print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
+        return launch(Work(f"megatron_papo.{module}:main", args, config.run.dir), num_ranks)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -130,7 +140,7 @@ def _implied(options: argparse.Namespace) -> list[str]:
     """Settings that an option stands for: `--model X` also takes back what a file says of other weights."""
     if options.model is None:
         return []
-    if not options.model.is_dir():
+    if not os.path.isdir(options.model):
         raise ConfigError(f"--model: {options.model} is not a folder")
     for override in options.overrides:
         if override.partition("=")[0] in ("model.path", "model.checkpoint", "model.random_init"):
@@ -159,11 +169,23 @@ def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
     return asked or needed
 
 
+def _check_shell() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise ConfigError("the working folder is not there any more: cd to another one") from None
+
+
 def _check_given(options: argparse.Namespace, config: Config) -> None:
-    """Refuses a verb that lacks what it works on, or names what is not there."""
-    if options.verb == "score" and not options.data.is_file():
-        raise ConfigError(f"--data: {options.data}: no such file")
-    _raise_any(faults_of_inputs(options.verb, config))
+    """Refuses a verb that lacks what it works on, names what is not there, or cannot write what it makes."""
+    faults = []
+    if options.verb == "score" and not os.path.isfile(options.data):
+        faults.append(f"--data: {options.data}: no such file")
+    if options.verb == "score":
+        folder = os.path.isdir(options.out)
+        faults += [f"--out: {options.out}: is a folder"] if folder else fault_of_folder("--out", options.out.parent)
+    faults += faults_of_inputs(options.verb, config)
+    _raise_any([*faults, *fault_of_folder("run.dir", config.run.dir)])
 
 
 def _raise_any(faults: list[str]) -> None:
@@ -206,7 +228,7 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
         leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
     if _speaks():
         for line in str(error).splitlines():
-            print(f"papo: error: {line}", file=sys.stderr)
+            print(f"papo: error: {as_text(line)}", file=sys.stderr)
     return 2
 
 

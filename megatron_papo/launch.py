@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_papo.config import ConfigError
 from megatron_papo.observe.failures import (
     SAVED_EXIT,
     Failure,
@@ -43,6 +44,7 @@ from megatron_papo.observe.failures import (
     write_failure,
 )
 from megatron_papo.observe.watchdog import STALL_EXIT, drop_empty_stack_file, dump_stacks_on_sigterm
+from megatron_papo.text import LINES, as_text
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -114,15 +116,25 @@ def first_host(nodelist: str) -> str:
 
 
 def launch(work: Work, num_ranks: int) -> int:
-    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
+    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code.
+
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an Adam on the host gets more, for its part of a step (optim.py)
     _quieten()
     outer = outer_rank(os.environ)
     if outer is not None:
         os.environ.update(outer)
+        _make_folder(work.run_dir)
         return _call_here(work, int(os.environ["RANK"]))
+    made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
+    _make_folder(work.run_dir)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"TMPDIR: {error.strerror}") from None
     print(f"papo: starting {num_ranks} rank{'s' * (num_ranks > 1)}", file=sys.stderr, flush=True)
-    return _launch_local(work, num_ranks)
+    return _launch_local(work, num_ranks, made)
 
 
 def _call_here(work: Work, rank: int) -> int:
@@ -143,11 +155,21 @@ def _call_here(work: Work, rank: int) -> int:
     return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
 
 
-def _launch_local(work: Work, num_ranks: int) -> int:
+def _make_folder(run_dir: Path) -> None:
+    """Before a rank opens its first file there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run_dir}: {error.strerror}") from None
+
+
+def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
+    """`made`: folders that this run has made, which go again when nothing was written to them."""
     spawned = _has_gpu()
     if not spawned:
         _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
-    made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     context = multiprocessing.get_context("spawn" if spawned else "fork")
     with tempfile.TemporaryDirectory(prefix="papo_") as folder, _stop_on_sigterm():
         addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
@@ -270,7 +292,7 @@ def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
     for rank, process in enumerate(ranks):
         path = run_dir / "stacks" / f"rank_{rank}.txt"
         if process.exitcode != STALL_EXIT and path.exists():
-            print(f"papo: rank {rank}: {path.read_text()}", file=sys.stderr)
+            print(f"papo: rank {rank}: {as_text(path.read_text(errors='replace'), LINES)}", file=sys.stderr)
 
 
 def _tidy(run_dir: Path, made: list[Path]) -> None:

@@ -42,10 +42,12 @@ def submissions(run_dir: Path) -> list[Submission]:
     return [Submission(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A reader finds the file as it was or as it will be."""
+def write_whole(path: Path, text: str, *, private: bool = False) -> None:
+    """A reader finds the file as it was or as it will be; `private`: nobody but its owner reads it."""
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
+        file.write(text.encode())
     draft.replace(path)
 
 

@@ -1,6 +1,6 @@
 """Runs a training run inside a Slurm job: starts its ranks, watches them, and sees that the run goes on.
 
-    python3 -m megatron_papo.cluster.supervise --settings SETTINGS.json --ranks N --srun "OPTIONS" -- COMMAND...
+    python3 -m megatron_papo.cluster.supervise --settings SETTINGS.json --ranks N --srun=OPTION ... -- COMMAND...
 
 SETTINGS.json is what `papo check --json` printed. The batch script hands over to this program (exec), so that Slurm's
 signals reach it. `srun COMMAND` is an attempt. When one ends:
@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -38,6 +37,7 @@ from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, r
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
 from megatron_papo.observe.progress import RunProgress, read_progress
+from megatron_papo.text import LINES, as_text, print_anything
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
@@ -176,7 +176,8 @@ class Supervisor:
             (self._run_dir / SAVED_FILE).unlink()
         logs = self._logs(number)
         logs.mkdir(parents=True, exist_ok=True)
-        srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/rank_%t.log", *self._srun]
+        output = f"{str(logs).replace('%', '%%')}/rank_%t.log"
+        srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={output}", *self._srun]
         with (logs / "srun.log").open("w") as said:
             step = subprocess.Popen(
                 [*srun, *self._command, *overrides], stdin=subprocess.DEVNULL, stdout=said, stderr=said
@@ -354,22 +355,24 @@ def say(text: str) -> None:
 
 
 def _show(text: str) -> None:
-    """The job's log may be on the disk that is full: that is no reason to end."""
+    """The job's log may be on the disk that is full: that is no reason to end. Whoever reads it reads it on a terminal,
+    and a rank's output holds what a model or a row says."""
     with suppress(OSError):
-        print(text, end="", flush=True)
+        print(as_text(text, LINES + "\r"), end="", flush=True)
 
 
 def main(argv: list[str]) -> int:
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="python3 -m megatron_papo.cluster.supervise", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--settings", type=Path, required=True, help="what `papo check --json` printed")
     parser.add_argument("--ranks", type=int, required=True, help="of the whole job")
-    parser.add_argument("--srun", default="", help="more options of srun, as one word")
+    parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="one more option of srun")
     parser.add_argument("command", nargs="+", help="what every rank runs")
     options = parser.parse_args(argv)
     settings = json.loads(options.settings.read_text())
-    return Supervisor(Job.here(), settings, options.ranks, shlex.split(options.srun), options.command).main()
+    return Supervisor(Job.here(), settings, options.ranks, options.srun, options.command).main()
 
 
 if __name__ == "__main__":

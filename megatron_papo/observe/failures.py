@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_papo.text import LINES, as_text
+
 Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
 
 SAVED_EXIT = 85
@@ -127,7 +129,7 @@ def print_failure(failure: Failure, run_dir: Path) -> None:
         text = _set_aside(failure, run_dir) + failure.reason()
     else:
         text = failure.traceback + failure.reason()
-    print(text, file=sys.stderr, flush=True)
+    print(as_text(text, LINES), file=sys.stderr, flush=True)
 
 
 def tell_torchrun(reason: str) -> None:

@@ -23,6 +23,7 @@ from typing import Self
 from megatron_papo.config import RunConfig
 from megatron_papo.observe.failures import Failure, read_failures
 from megatron_papo.observe.watchdog import stack_file
+from megatron_papo.text import LINES, as_text
 
 PEER_EXIT = 3
 """Exit code of a rank that ended because another one had failed."""
@@ -85,9 +86,8 @@ class Heartbeat:
         return None
 
     def _end(self, note: Failure) -> None:
-        print(
-            f"papo: rank {self._rank} ends, since {note.reason().removeprefix('papo: ')}", file=sys.stderr, flush=True
-        )
+        why = as_text(note.reason().removeprefix("papo: "), LINES)
+        print(f"papo: rank {self._rank} ends, since {why}", file=sys.stderr, flush=True)
         if note.kind == "stalled":
             file = stack_file(self._run.dir, self._rank)
             print(f"while rank {note.rank} stalled: {note.message}", file=file, flush=True)

@@ -20,6 +20,7 @@ import yaml
 from megatron_papo.config import ObserveConfig
 from megatron_papo.observe.outbox import Outbox, write_whole
 from megatron_papo.observe.samples import SampleRow, beside_each_other
+from megatron_papo.text import LINES, as_text
 
 _MAX_WAITING = 10_000
 
@@ -91,5 +92,6 @@ def _table(rows: Sequence[SampleRow]) -> wandb.Table:
     for row in rows:
         views = [wandb.Image(beside_each_other(view)) if view else None for view in (row.images, row.masked_images)]
         scores = [row.reward_parts.get(name) for name in parts]
-        table.add_data(*views, row.problem, row.response, row.answer, row.reward, *scores)
+        texts = [as_text(text, LINES) for text in (row.problem, row.response, row.answer)]
+        table.add_data(*views, *texts, row.reward, *scores)
     return table

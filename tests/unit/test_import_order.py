@@ -29,6 +29,7 @@ LAYERS = (
         "score",
         "doctor",
         "launch",
+        "caches",
         "choose",
         "precision",
         "record",
@@ -52,6 +53,7 @@ LAYERS = (
     ("types",),
     ("host_copies",),
     ("config", "accelerator", "tested"),
+    ("text",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])

@@ -108,7 +108,7 @@ def test_a_sample_page_is_whole_in_itself_and_escapes_what_a_model_said(tmp_path
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 2
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "http" not in text
+    assert "://" not in text and "default-src 'none'" in text
     assert "how many &lt;image&gt; 7s?" in text and "accuracy 1" in text and "format 0.5" in text
     assert text.count("<article class=right>") == 1 and text.count("<article class=wrong>") == 1
     assert "mean reward 0.475" in text
