@@ -58,7 +58,7 @@ def main(config: Config, data: Path, out: Path) -> None:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     # not str.splitlines: it also splits at separators that JSON allows within a string
-    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -74,7 +74,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     os.replace(partial, path)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 import sys
 
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""C0, delete, C1; marks, embeddings, overrides and isolates of direction; separators of lines; bytes of no encoding."""
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks, embeddings, overrides and isolates of the direction of writing."""
+_HIDDEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{DIRECTIONS}]")
+"""C0, delete, C1; separators of lines; bytes that were no text; directions."""
 LINES = "\n\t"
 """`keep` of a text of several lines."""
 

@@ -32,7 +32,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             for path, content in ((page, certificate_page(certificate)), (page.with_suffix(".json"), text)):
                 draft = path.with_name(path.name + ".tmp")
-                draft.write_text(content)
+                draft.write_text(content, "utf-8")
                 draft.replace(path)
             self._remove_old()
         except OSError as error:

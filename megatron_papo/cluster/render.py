@@ -20,7 +20,7 @@ LOG_NAME = "job_%j.log"
 """Of a job's output, under RUN/cluster."""
 ARRAY_LOG_NAME = "job_%A_%a.log"
 """Of a task's."""
-_OPTION = re.compile(r"--?[A-Za-z][\w-]*(?:=[\w ./:,=+@%&|()\[\]*!~-]*)?")
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*(?:[= ][\w ./:,=+@%&|()\[\]*!~-]*)?")
 """Of sbatch, as a #SBATCH line holds it: without quotes, backslashes, # and all that begins something of its own."""
 
 

@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_papo.config.secret_values import without_secrets
-from megatron_papo.config.strings import faults_of_strings, faults_of_variables
 from megatron_papo.config.tree import Config
+from megatron_papo.config.values import faults_of_values, faults_of_variables
 from megatron_papo.config.yaml_text import YamlFault, parse, read_mapping
 
 _SHOWN = 200
@@ -39,7 +39,7 @@ def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = (), 
         config = Config.model_validate(tree)
     except ValidationError as error:
         config = _validate_with_texts(tree, texts, error)
-    faults = list(faults_of_strings(config.model_dump(), left_out=not to_run))
+    faults = list(faults_of_values(config.model_dump(), left_out=not to_run))
     faults += faults_of_variables(config.cluster.variables) if to_run else []
     if faults:
         raise ConfigError("\n".join(faults))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-LEFT_OUT = "<secret left out>"
+LEFT_OUT = "<secret_left_out>"
 """Stands for what was left out; `load_config` takes no setting that holds it."""
 
 _SECRET_WORDS = frozenset(
@@ -25,7 +25,8 @@ _SWITCHES = frozenset(("", "0", "1", "true", "false", "yes", "no", "on", "off"))
 
 _PREFIXED = (
     r"hf_[A-Za-z0-9]{20,}", r"sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}", r"(?:AKIA|ASIA)[A-Z0-9]{16}",
-    r"gh[oprsu]_[A-Za-z0-9]{30,}", r"github_pat_\w{20,}", r"glpat-[\w-]{20,}", r"xox[abeprs]-[\w-]{10,}", r"wandb_v1_\w{20,}",
+    r"gh[oprsu]_[A-Za-z0-9]{30,}", r"github_pat_\w{20,}", r"glpat-[\w-]{20,}", r"xox[abeprs]-[\w-]{10,}",
+    r"wandb_v1_\w{20,}",
 )  # fmt: skip
 _VALUES = (
     (re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_PREFIXED)})"), LEFT_OUT),

@@ -148,7 +148,7 @@ def _set_aside(failure: Failure, run_dir: Path) -> str:
     path = run_dir / "failures" / f"rank_{failure.rank}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(failure.traceback)
+        path.write_text(failure.traceback, "utf-8", "backslashreplace")
     except OSError:
         return failure.traceback
     return f"papo: the traceback is in {path}\n"

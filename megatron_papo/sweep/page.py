@@ -87,7 +87,7 @@ def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
     page, sheet = sweep.folder / "table.md", sweep.folder / "table.csv"
     sweep.folder.mkdir(parents=True, exist_ok=True)
     runs.write_whole(page, markdown(rows, sweep))
-    with sheet.open("w", newline="") as file:
+    with sheet.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         spreads = (f"{figure}{end}" for figure in _FIGURES for end in ("", "_min", "_max"))
         writer.writerow([*_CSV_HEAD, *spreads])

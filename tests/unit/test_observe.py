@@ -15,11 +15,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
-from megatron_papo.observe.failures import Failure, describe, is_peers_fault, read_failures, the_cause, write_failure
+from megatron_papo.observe.failures import (
+    Failure,
+    describe,
+    is_peers_fault,
+    print_failure,
+    read_failures,
+    the_cause,
+    write_failure,
+)
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
-from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
+from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
 from megatron_papo.observe.watchdog import StageClock
 
 QUIET = ObserveConfig(console=False, tensorboard=False)
@@ -112,6 +120,23 @@ def test_a_sample_page_is_whole_in_itself_and_escapes_what_a_model_said(tmp_path
     assert "how many &lt;image&gt; 7s?" in text and "accuracy 1" in text and "format 0.5" in text
     assert text.count("<article class=right>") == 1 and text.count("<article class=wrong>") == 1
     assert "mean reward 0.475" in text
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>![p](http://evil/p.png) \x1b]0;x\x07 \u202etxt `a` |b|\n# c"
+
+
+def test_a_page_a_table_and_the_screen_show_what_a_model_said_as_text(capsys, tmp_path):
+    row = SampleRow(HOSTILE, HOSTILE, HOSTILE, 1.0, {"<b>\x1b": 1.0})
+    shown = sample_page(0, [row])
+    assert not [part for part in ("<img", "</script", "<b>", "\x1b", "\x07", "\u202e") if part in shown]
+    assert shown.count(r"\x1b]0;x\x07 \u202etxt") == 3
+    assert shown.index("Content-Security-Policy") < shown.index("<style>")
+    (_, _, line) = _markdown([row]).splitlines()
+    assert "<img" not in line and "![" not in line and "](" not in line and "\x1b" not in line
+    assert r"\!\[p\]\(http://evil/p\.png\)" in line and r"<br>\# c" in line
+    assert line.replace("\\|", "").count("|") == 5
+    print_failure(Failure(0, 0.0, "error", "RuntimeError", "row 3: \x1b[2J\u202e"), tmp_path)
+    assert capsys.readouterr().err == "papo: rank 0 failed: RuntimeError: row 3: \\x1b[2J\\u202e\n"
 
 
 def test_pictures_stand_beside_each_other():

@@ -1,7 +1,7 @@
-"""What no text of the settings may hold: characters that make of a name another line, command or file.
+"""What no value of the settings may be, whichever its key: texts that make of a name another line, command or file.
 
-Settings become file names, lines of job scripts, environment variables and lines on terminals. Texts that are
-meant to have lines are listed here; the rest has one.
+Settings become file names, lines of job scripts, environment variables and lines on terminals. Keys that take more than
+a name are listed here. What a single key takes stands with the key.
 """
 
 from __future__ import annotations
@@ -11,31 +11,42 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from megatron_papo.config.secret_values import LEFT_OUT, fault_of_variable
-from megatron_papo.text import LINES, hidden_in
+from megatron_papo.text import DIRECTIONS, LINES, hidden_in
 
-MAY_HAVE_LINES = ("data.instruction", "data.system", "cluster.setup", "cluster.variables")
-"""Keys whose values, lists' and mappings' too, may hold newlines and tabs: prompts, shell lines, quoted values."""
+_PROMPT = LINES + "\r\u2028\u2029" + DIRECTIONS
+_MAY_HOLD = {
+    "data.instruction": _PROMPT,
+    "data.system": _PROMPT,
+    "cluster.setup": LINES,
+    "cluster.variables": LINES,
+}
+"""What the values of a key, those of its list or mapping too, may hold beyond a name: prompts in any writing, shell
+lines, and values that a script puts in quotes."""
 _LONGEST_PART = 255
 """Bytes of one name in a path: of Linux's file systems."""
 _LONGEST_PATH = 4095
+_BITS = 62
+"""Of whole numbers: seeds and counts go into 64 bits, and what is added to them must find room."""
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
-def faults_of_strings(tree: object, path: str = "", keep: str = "", *, left_out: bool = False) -> Iterator[str]:
+def faults_of_values(tree: object, path: str = "", keep: str = "", *, left_out: bool = False) -> Iterator[str]:
     """A line a fault, beginning with the key's path. `tree`: sections as mappings, values as they are.
 
     `left_out`: whether texts of which a secret was left out are taken, for settings that are looked at and not run.
     """
-    keep = LINES if path in MAY_HAVE_LINES else keep
+    keep = _MAY_HOLD.get(path, keep)
     if isinstance(tree, dict):
         for key, value in tree.items():
             if hidden := hidden_in(str(key)):
                 yield f"{path}: a key holds {hidden}, a character that does not show"
             else:
-                yield from faults_of_strings(value, f"{path}.{key}" if path else str(key), keep, left_out=left_out)
+                yield from faults_of_values(value, f"{path}.{key}" if path else str(key), keep, left_out=left_out)
     elif isinstance(tree, list | tuple):
         for place, value in enumerate(tree):
-            yield from faults_of_strings(value, f"{path}.{place}", keep, left_out=left_out)
+            yield from faults_of_values(value, f"{path}.{place}", keep, left_out=left_out)
+    elif isinstance(tree, int) and tree.bit_length() > _BITS:
+        yield f"{path}: a whole number of {tree.bit_length()} bits is too large"
     elif isinstance(tree, str | PurePath):
         text = str(tree)
         if hidden := hidden_in(text, keep):
