@@ -40,7 +40,7 @@ def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = (), 
     except ValidationError as error:
         config = _validate_with_texts(tree, texts, error)
     faults = list(faults_of_values(config.model_dump(), left_out=not to_run))
-    faults += faults_of_variables(config.cluster.variables) if to_run else []
+    faults += faults_of_variables(config.cluster.variables, config.cluster.setup) if to_run else []
     if faults:
         raise ConfigError("\n".join(faults))
     return config

@@ -23,6 +23,8 @@ _PLACES = frozenset(("GOOGLE_APPLICATION_CREDENTIALS",))
 _SWITCHES = frozenset(("", "0", "1", "true", "false", "yes", "no", "on", "off"))
 """HF_HUB_DISABLE_IMPLICIT_TOKEN=1 is a switch."""
 
+_ASSIGNED = re.compile(r"""(?:^|[\s;&|(])([A-Za-z_]\w*)=("[^"]*"|'[^']*'|[^\s;&|)]*)""")
+
 _PREFIXED = (
     r"hf_[A-Za-z0-9]{20,}", r"sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}", r"(?:AKIA|ASIA)[A-Z0-9]{16}",
     r"gh[oprsu]_[A-Za-z0-9]{30,}", r"github_pat_\w{20,}", r"glpat-[\w-]{20,}", r"xox[abeprs]-[\w-]{10,}",
@@ -60,12 +62,18 @@ def names_a_secret(name: str) -> bool:
     return name.upper() not in _PLACES and words[-1] not in _PLACE_WORDS and not _SECRET_WORDS.isdisjoint(words)
 
 
-def fault_of_variable(name: str, value: str) -> str:
-    """Why `cluster.variables` may not hold this one; empty when it may."""
+def assigned(line: str) -> list[tuple[str, str]]:
+    """The variables that a line of shell sets to texts written there, with them; not what it sets to `$(cat FILE)`."""
+    found = ((name, value.strip("\"'")) for name, value in _ASSIGNED.findall(line))
+    return [(name, value) for name, value in found if not value.startswith(("$", "`", "/", "~"))]
+
+
+def fault_of_variable(key: str, name: str, value: str) -> str:
+    """Why the setting `key` may not hold this variable; empty when it may."""
     if not names_a_secret(name) or value.lower() in _SWITCHES:
         return ""
     return (
-        f"cluster.variables.{name}: is named like a secret, and settings are kept in config.yaml, TensorBoard, wandb "
+        f"{key}: {name} is named like a secret, and settings are kept in config.yaml, TensorBoard, wandb "
         f"and checkpoints; write `export {name}=...` into a file that is yours alone (chmod 600) and name it by "
         "cluster.setup=['. FILE'], or export it in the shell that submits; for wandb and the hub `wandb login` and "
         "`hf auth login` do"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from megatron_papo.config.secret_values import LEFT_OUT, fault_of_variable
+from megatron_papo.config.secret_values import LEFT_OUT, assigned, fault_of_variable
 from megatron_papo.text import DIRECTIONS, LINES, hidden_in
 
 _PROMPT = LINES + "\r\u2028\u2029" + DIRECTIONS
@@ -57,16 +57,20 @@ def faults_of_values(tree: object, path: str = "", keep: str = "", *, left_out: 
             yield from _length(path, tree)
 
 
-def faults_of_variables(variables: dict[str, str]) -> Iterator[str]:
-    """Of `cluster.variables`: names that a shell would not take for one variable's, and those that ask for a secret."""
+def faults_of_variables(variables: dict[str, str], setup: list[str]) -> Iterator[str]:
+    """Of `cluster.variables` names that a shell would not take for one variable's; of these and of the lines of
+    `cluster.setup` what is named like a secret."""
     for name, value in variables.items():
         if not _VARIABLE.fullmatch(name):
             yield (
                 f"cluster.variables: {name!r} is no name of an environment variable: letters, digits and _, the first "
                 "no digit"
             )
-        elif fault := fault_of_variable(name, value):
+        elif fault := fault_of_variable("cluster.variables", name, value):
             yield fault
+    for place, line in enumerate(setup):
+        faults = (fault_of_variable(f"cluster.setup.{place}", *each) for each in assigned(line))
+        yield from filter(None, faults)
 
 
 def _kind(hidden: str) -> str:

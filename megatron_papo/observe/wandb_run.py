@@ -7,6 +7,7 @@ had not yet written when the disk filled: RUN/metrics.jsonl has it.
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import wandb
 import yaml
 
-from megatron_papo.config import ObserveConfig
+from megatron_papo.config import ObserveConfig, text_without_secrets
 from megatron_papo.observe.outbox import Outbox, write_whole
 from megatron_papo.observe.samples import SampleRow, beside_each_other
 from megatron_papo.text import LINES, as_text
@@ -73,6 +74,7 @@ class WandbRun:
         name_file = self._run_dir / "wandb_id.txt"  # the same run again after a resume
         if not name_file.exists():
             write_whole(name_file, uuid.uuid4().hex[:12].encode())
+        command = " ".join(sys.argv)
         run = wandb.init(
             project=self._observe.wandb_project,
             dir=str(self._run_dir),
@@ -80,7 +82,11 @@ class WandbRun:
             id=name_file.read_text().strip(),
             resume="allow",
             config=yaml.safe_load(self._config_text),
-            settings=wandb.Settings(console="off", silent=self._observe.wandb == "offline"),
+            settings=wandb.Settings(
+                console="off",
+                silent=self._observe.wandb == "offline",
+                x_disable_meta=text_without_secrets(command) != command,  # which holds the command as it was given
+            ),
         )
         run.define_metric("*", step_metric="step")
         return run

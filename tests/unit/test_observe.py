@@ -89,7 +89,8 @@ def test_ranks_that_are_not_enabled_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path):
+def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["papo", "train", "data.train=https://me:pass@host/rows.jsonl"])
     with Sinks(ObserveConfig(console=False, wandb="offline"), tmp_path, "run: {seed: 3}\n") as sinks:
         sinks.log(0, {"reward": 0.25, "loss/total": -1.5})
         sinks.log(1, {"reward": 0.5, "loss/total": -2.5})
@@ -103,6 +104,7 @@ def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path
     assert {"samples/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"me:pass" in path.read_bytes()]
     assert b"loss/total" in content and b"samples" in content
     tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
     (row,) = json.loads(tables[0].read_text())["data"]

@@ -240,7 +240,7 @@ def test_a_resumed_run_warms_up_again(tmp_path: Path):
 
 
 def job(state: str, task: int, run_dir: Path) -> QueuedJob:
-    return QueuedJob(f"7_{task}", state, 1, "Resources", "0:01", "s", str(run_dir))
+    return QueuedJob(f"7_{task}", state, 1, "Resources", "0:01", str(run_dir))
 
 
 def submitted(point: Point) -> None:
