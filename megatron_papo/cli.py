@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,8 @@ def _implied(options: argparse.Namespace) -> list[str]:
 
 def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
     """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
-    from megatron_papo.launch import outer_rank
-
-    outer = outer_rank(os.environ)
-    if outer is not None:
-        world_size = int(outer.get("WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    world_size = _world_outside()
+    if world_size is not None:
         if asked is not None and asked != world_size:
             raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
         return world_size
@@ -167,6 +165,22 @@ def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
             f"x parallel.pipeline={config.parallel.pipeline}"
         )
     return asked or needed
+
+
+def _world_outside() -> int | None:
+    """Ranks that torchrun or srun started, this one among them; None where they did not."""
+    from megatron_papo.launch import outer_rank
+
+    try:
+        outer = outer_rank(os.environ)
+        if outer is None:
+            return None
+        rank, world_size = (int(outer.get(name) or os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    except ValueError as error:
+        raise ConfigError(f"the variables of torchrun or srun (RANK, WORLD_SIZE, SLURM_...): {error}") from None
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK={rank} is none of WORLD_SIZE={world_size} ranks")
+    return world_size
 
 
 def _check_shell() -> None:
@@ -222,10 +236,11 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
     from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
 
     tell_torchrun(f"papo: error: {error}")
-    outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
-    if outer is not None and config is not None:
-        rank = int(outer.get("RANK") or os.environ["RANK"])
-        leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
+    with suppress(ValueError):  # of variables that are no numbers, which may be what is refused
+        outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
+        if outer is not None and config is not None:
+            rank = int(outer.get("RANK") or os.environ["RANK"])
+            leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
     if _speaks():
         for line in str(error).splitlines():
             print(f"papo: error: {as_text(line)}", file=sys.stderr)

@@ -50,6 +50,7 @@ papo_container() { # adds to papo_srun
   [ -n "${PAPO_CONTAINER:-}" ] || papo_refuse "cluster.container: names no image"
   srun --help 2>/dev/null | grep -q -- --container-image ||
     papo_refuse "cluster.environment=container: srun knows no --container-image; pyxis is not installed on this cluster"
+  case $PAPO_HOME$PWD in *[,:]*) papo_refuse "cluster.container: $PAPO_HOME, $PWD: mounts are told apart by , and :" ;; esac
   case $PAPO_CONTAINER in
     /* | ./*) [ -e "$PAPO_CONTAINER" ] || papo_refuse "cluster.container: $PAPO_CONTAINER: no such image" ;;
   esac

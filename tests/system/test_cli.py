@@ -234,6 +234,16 @@ def test_a_refusal_shows_what_was_given_as_text(rows, model, monkeypatch, capsys
     assert "no such file or folder" in capsys.readouterr().err
 
 
+def test_variables_of_a_launcher_that_are_no_numbers_are_one_line(rows, model, monkeypatch, capsys):
+    monkeypatch.chdir(rows)
+    monkeypatch.setenv("RANK", "0")
+    for world, why in (("x", "'x'"), ("0", "RANK=0 is none of WORLD_SIZE=0 ranks")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert main(["train", f"model.path={model}", *GIVEN, "--ranks=1"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("papo: error: ") and why in line
+
+
 def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
     gone = tmp_path / "gone"
     gone.mkdir()
