@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.refuse import fault_of_folder, faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.secret_values import text_without_secrets
 from megatron_papo.text import as_text, print_anything
 
 _VERBS = {
@@ -235,14 +236,15 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
     from megatron_papo.launch import outer_rank
     from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
 
-    tell_torchrun(f"papo: error: {error}")
+    said = text_without_secrets(str(error))
+    tell_torchrun(f"papo: error: {said}")
     with suppress(ValueError):  # of variables that are no numbers, which may be what is refused
         outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
         if outer is not None and config is not None:
             rank = int(outer.get("RANK") or os.environ["RANK"])
-            leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
+            leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, said))
     if _speaks():
-        for line in str(error).splitlines():
+        for line in said.splitlines():
             print(f"papo: error: {as_text(line)}", file=sys.stderr)
     return 2
 

@@ -68,7 +68,9 @@ papo_check() { # settings and facts; leaves the resolved settings in $papo_setti
     exit 2
   fi
   cat "$said" >&2
-  papo_run=$("$papo_host_python" -c 'import json, sys; print(json.load(sys.stdin)["run"]["dir"])' <"$papo_settings")
+  papo_run=$("$papo_host_python" -c 'import json, os, sys
+sys.stdout.buffer.write(os.fsencode(json.load(sys.stdin)["run"]["dir"]))' <"$papo_settings") && [ -n "$papo_run" ] ||
+    papo_refuse "run.dir: not understood on $(hostname)"
   mkdir -p -- "$papo_run/cluster" && mv -- "$papo_settings" "$papo_run/cluster/settings.json" && rm -f "$said" ||
     papo_refuse "run.dir: $papo_run: cannot be written to from $(hostname)"
   papo_settings=$papo_run/cluster/settings.json

@@ -61,7 +61,7 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
 def _submit(action: str, options: argparse.Namespace) -> int:
     from megatron_papo.cluster.submit import plan, plan_again, submit, work_dir  # not before --help
-    from megatron_papo.config import text_without_secrets
+    from megatron_papo.secret_values import text_without_secrets
     from megatron_papo.text import as_text
 
     files = [Path(word) for word in options.settings if "=" not in word]

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_papo.cluster.slurm import COMMENT
-from megatron_papo.config import ClusterConfig, Config, ConfigError, text_without_secrets
+from megatron_papo.config import ClusterConfig, Config, ConfigError
+from megatron_papo.secret_values import text_without_secrets
 from megatron_papo.text import as_text
 
 LOG_NAME = "job_%j.log"

@@ -12,7 +12,6 @@ from megatron_papo.config.load import ConfigError as ConfigError
 from megatron_papo.config.load import dump_config as dump_config
 from megatron_papo.config.load import load_config as load_config
 from megatron_papo.config.load import plain_tree as plain_tree
-from megatron_papo.config.secret_values import text_without_secrets as text_without_secrets
 from megatron_papo.config.tree import CheckpointConfig as CheckpointConfig
 from megatron_papo.config.tree import ColumnsConfig as ColumnsConfig
 from megatron_papo.config.tree import Config as Config

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_papo.secret_values import text_without_secrets
 from megatron_papo.text import LINES, as_text
 
 Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
@@ -83,8 +84,8 @@ def describe(rank: int, error: BaseException) -> Failure:
         kind = "stopped"
     elif isinstance(error, ValueError):
         kind = "value"
-    text = "".join(traceback.format_exception(error))
-    return Failure(rank, time.time(), kind, type(error).__name__, str(error), text)
+    message, text = map(text_without_secrets, (str(error), "".join(traceback.format_exception(error))))
+    return Failure(rank, time.time(), kind, type(error).__name__, message, text)
 
 
 def write_failure(folder: Path, failure: Failure) -> None:

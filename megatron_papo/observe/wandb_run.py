@@ -18,9 +18,10 @@ from typing import Any
 import wandb
 import yaml
 
-from megatron_papo.config import ObserveConfig, text_without_secrets
+from megatron_papo.config import ObserveConfig
 from megatron_papo.observe.outbox import Outbox, write_whole
 from megatron_papo.observe.samples import SampleRow, beside_each_other
+from megatron_papo.secret_values import text_without_secrets
 from megatron_papo.text import LINES, as_text
 
 _MAX_WAITING = 10_000

@@ -53,7 +53,7 @@ LAYERS = (
     ("types",),
     ("host_copies",),
     ("config", "accelerator", "tested"),
-    ("text",),
+    ("text", "secret_values"),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])

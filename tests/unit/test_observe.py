@@ -137,6 +137,8 @@ def test_a_page_a_table_and_the_screen_show_what_a_model_said_as_text(capsys, tm
     assert "<img" not in line and "![" not in line and "](" not in line and "\x1b" not in line
     assert r"\!\[p\]\(http://evil/p\.png\)" in line and r"<br>\# c" in line
     assert line.replace("\\|", "").count("|") == 5
+    told = describe(0, ValueError("data.train: cannot read https://me:pass@host/a"))
+    assert "me:pass" not in told.message + told.traceback and told.message.endswith("@host/a")
     print_failure(Failure(0, 0.0, "error", "RuntimeError", "row 3: \x1b[2J\u202e"), tmp_path)
     assert capsys.readouterr().err == "papo: rank 0 failed: RuntimeError: row 3: \\x1b[2J\\u202e\n"
 
