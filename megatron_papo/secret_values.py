@@ -21,13 +21,13 @@ _PLACE_WORDS = frozenset(("FILE", "PATH", "DIR", "HOME", "SOCK", "SOCKET", "METH
 """Last words of names that say where or how: SSH_AUTH_SOCK, HF_TOKEN_PATH."""
 _PLACES = frozenset(("GOOGLE_APPLICATION_CREDENTIALS",))
 """Names of files, though they do not end so."""
-_SWITCHES = frozenset(("", "0", "1", "true", "false", "yes", "no", "on", "off"))
-"""HF_HUB_DISABLE_IMPLICIT_TOKEN=1 is a switch."""
+_NO_SECRET = re.compile(r"(?i)\d{0,6}|true|false|yes|no|on|off")
+"""HF_HUB_DISABLE_IMPLICIT_TOKEN=1 is a switch, NUM_KEY_VALUE_HEADS=8 a number."""
 
 _ASSIGNED = re.compile(r"""(?:^|[\s;&|(])([A-Za-z_]\w*)=("[^"]*"|'[^']*'|[^\s;&|)]*)""")
 
 _PREFIXED = (
-    r"hf_[A-Za-z0-9]{20,}", r"sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}", r"(?:AKIA|ASIA)[A-Z0-9]{16}",
+    r"hf_[A-Za-z0-9]{20,}", r"sk-(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{20,}", r"(?:AKIA|ASIA)[A-Z0-9]{16}",
     r"gh[oprsu]_[A-Za-z0-9]{30,}", r"github_pat_\w{20,}", r"glpat-[\w-]{20,}", r"xox[abeprs]-[\w-]{10,}",
     r"wandb_v1_\w{20,}",
 )  # fmt: skip
@@ -35,7 +35,7 @@ _VALUES = (
     (re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_PREFIXED)})"), LEFT_OUT),
     # wandb's older keys; commits look the same, and stand in the path of a snapshot or behind an @
     (re.compile(r"(?<![\w/@.-])[0-9a-f]{40}(?![\w/.-])"), LEFT_OUT),
-    (re.compile(r"(?<=://)[^\s/?#@]*:[^\s/?#]*(?=@)"), LEFT_OUT),
+    (re.compile(r"(?<=://)[^\s/?#@:]{0,200}:[^\s/?#]{0,500}(?=@)"), LEFT_OUT),
     (re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|signature|sig|password)=)[^&#\s]+"), rf"\1{LEFT_OUT}"),
     (re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"), LEFT_OUT),
 )
@@ -71,7 +71,7 @@ def assigned(line: str) -> list[tuple[str, str]]:
 
 def fault_of_variable(key: str, name: str, value: str) -> str:
     """Why the setting `key` may not hold this variable; empty when it may."""
-    if not names_a_secret(name) or value.lower() in _SWITCHES:
+    if not names_a_secret(name) or _NO_SECRET.fullmatch(value):
         return ""
     return (
         f"{key}: {name} is named like a secret, and settings are kept in config.yaml, TensorBoard, wandb "

@@ -131,7 +131,7 @@ def test_a_secret_among_the_variables_is_refused_with_the_way_to_do_it(tmp_path:
     line = fault("cluster.variables={WANDB_API_KEY: abc}")
     assert line.startswith("cluster.variables: WANDB_API_KEY is named like a secret") and "abc" not in line
     assert "chmod 600" in line and "cluster.setup" in line and "wandb login" in line
-    assert load_config(None, ["cluster.variables={HF_HUB_DISABLE_IMPLICIT_TOKEN: '1'}"])
+    assert load_config(None, ["cluster.variables={HF_HUB_DISABLE_IMPLICIT_TOKEN: '1', NUM_KEY_VALUE_HEADS: '16'}"])
     for shell in ("export HF_TOKEN=abc", "true; WANDB_API_KEY='abc' x", 'HF_TOKEN="a b"'):
         assert fault(f"cluster.setup={json.dumps([':', shell])}").startswith("cluster.setup.1: ")
     for shell in ("export HF_TOKEN=$(cat ~/.token)", ". ~/.papo_secrets", "export SSH_KEY=~/.ssh/id", "A=1 make KEY="):
