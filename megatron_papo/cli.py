@@ -96,12 +96,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse takes one run of positional arguments; those between and after options come back as the rest
     unknown = [word for word in rest if word.startswith("-") or options.verb == "doctor"]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(as_text(f"unrecognized arguments: {' '.join(unknown)}"))
     if options.verb != "doctor":
         words = [*options.settings, *rest]
         files = [word for word in words if "=" not in word]
         if len(files) > 1:
-            parser.error(f"one settings file at most, got {' '.join(files)}")
+            parser.error(as_text(f"one settings file at most, got {' '.join(files)}"))
         options.config = Path(files[0]) if files else None
         options.overrides = [word for word in words if "=" in word]
     return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -250,3 +251,35 @@ def test_without_slurm_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_every_script_is_bash():
     for script in (REPO / "slurm").glob("*.sh"):
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def _lab(folder: object) -> subprocess.CompletedProcess[str]:
+    words = ["bash", str(REPO / "tools" / "slurm_lab.sh"), "env"]
+    return subprocess.run(
+        words, env=os.environ | {"SLURM_LAB": str(folder)}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_lab_of_root_lies_where_nobody_else_can_write(tmp_path: Path):
+    (good := tmp_path / "good").mkdir(mode=0o755)
+    assert _lab(good).stdout == f"export SLURM_CONF={good}/slurm.conf\n"
+    (tmp_path / "link").symlink_to(good)
+    (tmp_path / "file").touch()
+    for name, mode in (("group", 0o775), ("all", 0o777), ("sticky", 0o1777)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "below").mkdir(mode=0o755)
+        (tmp_path / name).chmod(mode)
+    assert _lab(tmp_path / "sticky" / "below").returncode == 0  # as in /tmp
+    for name, why in {
+        "link": "is a link",
+        "file": "no such folder",
+        "gone": "no such folder",
+        "group": "others can write to it",
+        "sticky": "others can write to it",
+        "all/below": "others can write to it",
+        "a b": "takes a whole path",
+        "$(id)": "takes a whole path",
+    }.items():
+        done = _lab(tmp_path / name)
+        assert (done.returncode, done.stdout) == (2, "") and why in done.stderr, name
+    assert "takes a whole path" in _lab("lab").stderr
