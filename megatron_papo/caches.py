@@ -35,9 +35,13 @@ def caches_that_can_be_written(environ: MutableMapping[str, str]) -> Iterator[Pa
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="papo_caches_", ignore_cleanup_errors=True) as folder:
-        for name, below in _VARIABLES.items():
-            environ.setdefault(name, f"{folder}/{below}")
-        yield Path(folder)
+        ours = {name: f"{folder}/{below}" for name, below in _VARIABLES.items() if name not in environ}
+        environ.update(ours)
+        try:
+            yield Path(folder)
+        finally:
+            for name in ours:
+                del environ[name]
 
 
 def _home() -> Path:

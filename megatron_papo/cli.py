@@ -54,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_given(options, config)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
         _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
-        return _run(options, config, num_ranks)
     except ConfigError as error:
         return _refuse(error, config)
-    except OSError as error:  # of this machine; what a rank meets, its launcher tells
+    except OSError as error:  # of this machine
         return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), config)
+    try:
+        return _run(options, config, num_ranks)
+    except ConfigError as error:  # of the folders that the ranks would need
+        return _refuse(error, config)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
@@ -200,7 +203,9 @@ def _check_given(options: argparse.Namespace, config: Config) -> None:
         folder = os.path.isdir(options.out)
         faults += [f"--out: {options.out}: is a folder"] if folder else fault_of_folder("--out", options.out.parent)
     faults += faults_of_inputs(options.verb, config)
-    _raise_any([*faults, *fault_of_folder("run.dir", config.run.dir)])
+    if _world_outside() is None:  # a job has checked it on one node; on another it may be there at the next attempt
+        faults += fault_of_folder("run.dir", config.run.dir)
+    _raise_any(faults)
 
 
 def _raise_any(faults: list[str]) -> None:

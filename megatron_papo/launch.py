@@ -118,15 +118,23 @@ def first_host(nodelist: str) -> str:
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code.
 
-    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to.
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
+    a rank that was started from outside fails then, and may be started again.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an Adam on the host gets more, for its part of a step (optim.py)
     _quieten()
     outer = outer_rank(os.environ)
     if outer is not None:
         os.environ.update(outer)
-        _make_folder(work.run_dir)
-        return _call_here(work, int(os.environ["RANK"]))
+        rank = int(os.environ["RANK"])
+        try:
+            _make_folder(work.run_dir)
+        except ConfigError as error:
+            failure = describe(rank, ValueError(str(error)))
+            print_failure(failure, work.run_dir)
+            tell_torchrun(failure.reason())
+            return failure.exit_code
+        return _call_here(work, rank)
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     _make_folder(work.run_dir)
     try:

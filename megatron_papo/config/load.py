@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_papo.config.tree import Config
 from megatron_papo.config.values import faults_of_values, faults_of_variables
 from megatron_papo.config.yaml_text import YamlFault, parse, read_mapping
 from megatron_papo.secret_values import without_secrets
+from megatron_papo.text import hidden_in
 
 _SHOWN = 200
 """Letters of a value that a refusal shows at most."""
@@ -58,7 +60,7 @@ def dump_config(config: Config, *, secrets: bool = False) -> str:
     return yaml.safe_dump(plain_tree(config, secrets=secrets), sort_keys=False)
 
 
-def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_yaml(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     """With what it extends; `extended_by`: the files on the way here."""
     try:
         tree = read_mapping(path)
@@ -69,11 +71,11 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or hidden_in(base):
         raise ConfigError(f"{path}: extends: must be the name of one file, got {_short(base)}")
-    here = (*extended_by, path.resolve())
+    here = (*extended_by, os.path.realpath(path))
     below = path.parent / base
-    if below.resolve() in here:
+    if os.path.realpath(below) in here:
         raise ConfigError(f"{path}: extends: {base} extends this file in turn")
     return _merge(_read_yaml(below, here), tree)
 

@@ -217,6 +217,19 @@ def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monke
         assert capsys.readouterr().err.splitlines()[-1:] == [line]
 
 
+def test_a_rank_started_from_outside_fails_without_its_folder_and_may_be_started_again(
+    rows, model, monkeypatch, capsys
+):
+    monkeypatch.chdir(rows)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = [f"model.path={model}", *GIVEN, "run.dir=rows.jsonl/a", "train.tokens_per_micro_batch=99999"]
+    assert main(["train", *words]) == 1  # 2 would tell the supervisor of a job that it is no use
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "papo: rank 0 failed: ValueError: run.dir: rows.jsonl/a: Not a directory"
+    )
+
+
 def test_what_score_writes_is_looked_at_before(rows, model, monkeypatch, capsys):
     monkeypatch.chdir(rows)
     for out, why in (("rewards", "is a folder"), ("rows.jsonl/a", "rows.jsonl is no folder")):

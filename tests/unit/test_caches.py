@@ -17,7 +17,7 @@ def test_a_home_that_takes_nothing_is_left_alone(home: str, tmp_path: Path, monk
     with caches_that_can_be_written(environ) as folder:
         assert folder is not None and folder.is_dir()
         assert environ["HF_DATASETS_CACHE"].startswith(f"{folder}/") and environ["VLLM_CACHE_ROOT"] == "/mine"
-    assert not folder.exists()
+    assert not folder.exists() and environ == {"VLLM_CACHE_ROOT": "/mine"}
 
 
 def test_a_home_that_can_be_written_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

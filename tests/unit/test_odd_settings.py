@@ -40,6 +40,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"run: {name: 2026-13-45}\n", "not YAML: month must be in 1..12"),
         (b"#" * (5 << 20), "more than 4 MiB are no settings"),
         (b"extends: [a, b]\n", "extends: must be the name of one file, got ['a', 'b']"),
+        (b'extends: "a\\0b"\n', "extends: must be the name of one file, got 'a\\x00b'"),
         (b"extends: odd.yaml\n", "extends: odd.yaml extends this file in turn"),
         (b"extends: .\n", "Is a directory"),
     ],
