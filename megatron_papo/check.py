@@ -7,16 +7,24 @@ ranks. Leaves out what only the ranks see: the data's rows, the network, whether
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_papo.config import Config, ConfigError
+from megatron_papo.config import Config, ConfigError, plain_tree
 from megatron_papo.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
 from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
-from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, find_module, num_engine_ranks
+from megatron_papo.refuse import (
+    fault_of_folder,
+    faults_of_fp8,
+    faults_of_inputs,
+    faults_of_ranks,
+    find_module,
+    num_engine_ranks,
+)
+from megatron_papo.text import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
@@ -52,14 +60,14 @@ def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> i
     settings on standard output and everything else on standard error."""
     checked = check_everything(verb, config, num_ranks)
     for line in checked.faults:
-        print(f"papo: error: {line}", file=sys.stderr)
+        print(f"papo: error: {as_text(line)}", file=sys.stderr)
     if checked.faults:
         return 2
     for line in checked.warnings:
-        print(f"papo: warning: {line}", file=sys.stderr)
+        print(f"papo: warning: {as_text(line)}", file=sys.stderr)
     print(f"papo: check: {checked.summary}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(config.model_dump_json())
+        print(json.dumps(plain_tree(config)))
     return 0
 
 
@@ -150,12 +158,11 @@ def _packages(verb: str, config: Config) -> Iterator[str]:
 
 def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str]:
     """Whether the run can write there; what a checkpoint takes is asked of the disk that the folder will lie on."""
+    faults = fault_of_folder("run.dir", config.run.dir)
+    yield from faults
+    if faults or verb not in ("train", "sft") or shape is None:
+        return
     standing = next(folder for folder in (config.run.dir, *config.run.dir.absolute().parents) if folder.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        yield f"run.dir: {config.run.dir}: {standing} is no folder that can be written to"
-        return
-    if verb not in ("train", "sft") or shape is None:
-        return
     needed, free = checkpoint_bytes(config, shape), shutil.disk_usage(standing).free
     if needed > free:
         yield f"run.dir: {config.run.dir}: one checkpoint takes {_gib(needed)}, {_gib(free)} are free on that disk"

@@ -11,13 +11,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.process import command, go_on_without_readers
-from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.refuse import fault_of_folder, faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.secret_values import text_without_secrets
+from megatron_papo.text import as_text
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor()
     config = None
     try:
+        _check_shell()
         config = load_config(options.config, [*_implied(options), *options.overrides])
         if options.verb == "check":
             from megatron_papo.check import check
@@ -54,7 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
     except ConfigError as error:
         return _refuse(error, config)
-    return _run(options, config, num_ranks)
+    except OSError as error:  # of this machine
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), config)
+    try:
+        return _run(options, config, num_ranks)
+    except ConfigError as error:  # of the folders that the ranks would need
+        return _refuse(error, config)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
@@ -62,10 +70,11 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         go_on_without_readers()
     if _speaks():
         for warning in config.warnings():
-            print(f"papo: warning: {warning}", file=sys.stderr)
+            print(f"papo: warning: {as_text(warning)}", file=sys.stderr)
     if options.dry_run:
         print(dump_config(config), end="")
         return 0
+    from megatron_papo.caches import caches_that_can_be_written
     from megatron_papo.launch import Work, launch
     from megatron_papo.observe.lock import RunHeld
     from megatron_papo.observe.notes import tell_torchrun
@@ -76,12 +85,15 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         module = "train_ahead"
     work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
     try:
-        with _alone(options.verb, config):
+        with _alone(options.verb, config), caches_that_can_be_written(os.environ) as instead:
+            if instead is not None and _speaks():
+                text = f"HOME: is no folder that can be written to: caches of libraries are in {instead} until the end"
+                print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
             return launch(work, num_ranks)
     except RunHeld as error:  # without a note in RUN/failures, which would end the run that is there
         tell_torchrun(f"papo: error: {error}")
         if _speaks():
-            print(f"papo: error: {error}", file=sys.stderr)
+            print(f"papo: error: {as_text(error)}", file=sys.stderr)
         return 2
 
 
@@ -110,12 +122,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse takes one run of positional arguments; those between and after options come back as the rest
     unknown = [word for word in rest if word.startswith("-") or options.verb == "doctor"]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(as_text(f"unrecognized arguments: {' '.join(unknown)}"))
     if options.verb != "doctor":
         words = [*options.settings, *rest]
         files = [word for word in words if "=" not in word]
         if len(files) > 1:
-            parser.error(f"one settings file at most, got {' '.join(files)}")
+            parser.error(as_text(f"one settings file at most, got {' '.join(files)}"))
         options.config = Path(files[0]) if files else None
         options.overrides = [word for word in words if "=" in word]
     return options
@@ -156,7 +168,7 @@ def _implied(options: argparse.Namespace) -> list[str]:
     """Settings that an option stands for: `--model X` also takes back what a file says of other weights."""
     if options.model is None:
         return []
-    if not options.model.is_dir():
+    if not os.path.isdir(options.model):
         raise ConfigError(f"--model: {options.model} is not a folder")
     for override in options.overrides:
         if override.partition("=")[0] in ("model.path", "model.checkpoint", "model.random_init"):
@@ -166,11 +178,8 @@ def _implied(options: argparse.Namespace) -> list[str]:
 
 def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
     """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
-    from megatron_papo.launch import outer_rank
-
-    outer = outer_rank(os.environ)
-    if outer is not None:
-        world_size = int(outer.get("WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    world_size = _world_outside()
+    if world_size is not None:
         if asked is not None and asked != world_size:
             raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
         return world_size
@@ -185,11 +194,41 @@ def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
     return asked or needed
 
 
+def _world_outside() -> int | None:
+    """Ranks that torchrun or srun started, this one among them; None where they did not."""
+    from megatron_papo.launch import outer_rank
+
+    try:
+        outer = outer_rank(os.environ)
+        if outer is None:
+            return None
+        rank, world_size = (int(outer.get(name) or os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    except ValueError as error:
+        raise ConfigError(f"the variables of torchrun or srun (RANK, WORLD_SIZE, SLURM_...): {error}") from None
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK={rank} is none of WORLD_SIZE={world_size} ranks")
+    return world_size
+
+
+def _check_shell() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise ConfigError("the working folder is not there any more: cd to another one") from None
+
+
 def _check_given(options: argparse.Namespace, config: Config) -> None:
-    """Refuses a verb that lacks what it works on, or names what is not there."""
-    if options.verb == "score" and not options.data.is_file():
-        raise ConfigError(f"--data: {options.data}: no such file")
-    _raise_any(faults_of_inputs(options.verb, config))
+    """Refuses a verb that lacks what it works on, names what is not there, or cannot write what it makes."""
+    faults = []
+    if options.verb == "score" and not os.path.isfile(options.data):
+        faults.append(f"--data: {options.data}: no such file")
+    if options.verb == "score":
+        folder = os.path.isdir(options.out)
+        faults += [f"--out: {options.out}: is a folder"] if folder else fault_of_folder("--out", options.out.parent)
+    faults += faults_of_inputs(options.verb, config)
+    if _world_outside() is None:  # a job has checked it on one node; on another it may be there at the next attempt
+        faults += fault_of_folder("run.dir", config.run.dir)
+    _raise_any(faults)
 
 
 def _raise_any(faults: list[str]) -> None:
@@ -226,14 +265,16 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
     from megatron_papo.observe.failures import Failure
     from megatron_papo.observe.notes import leave_note, tell_torchrun
 
-    tell_torchrun(f"papo: error: {error}")
-    outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
-    if outer is not None and config is not None:
-        rank = int(outer.get("RANK") or os.environ["RANK"])
-        leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, str(error)))
+    said = text_without_secrets(str(error))
+    tell_torchrun(f"papo: error: {said}")
+    with suppress(ValueError):  # of variables that are no numbers, which may be what is refused
+        outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
+        if outer is not None and config is not None:
+            rank = int(outer.get("RANK") or os.environ["RANK"])
+            leave_note(config.run.dir, Failure(rank, time.time(), "config", type(error).__name__, said))
     if _speaks():
-        for line in str(error).splitlines():
-            print(f"papo: error: {line}", file=sys.stderr)
+        for line in said.splitlines():
+            print(f"papo: error: {as_text(line)}", file=sys.stderr)
     return 2
 
 

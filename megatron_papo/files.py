@@ -33,12 +33,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """The file as a whole or, with an OSError that names it, as it was before; also when the machine stops."""
+def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
+    """The file as a whole or, with an OSError that names it, as it was before; also when the machine stops. `private`:
+    nobody but its owner reads it."""
     draft = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content if isinstance(content, bytes) else content.encode())
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
         sync(draft)  # else a machine that stops may leave the new name with nothing behind it
         draft.replace(path)
     except OSError as error:

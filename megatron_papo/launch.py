@@ -22,6 +22,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +34,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_papo.config import ConfigError
 from megatron_papo.keeper import kept_groups
 from megatron_papo.observe.failures import SAVED_EXIT, Failure, describe, print_failure, the_cause
-from megatron_papo.observe.notes import NotesInMemory, announce, report_to, tell_launcher
+from megatron_papo.observe.notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun
 from megatron_papo.observe.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
 from megatron_papo.observe.watchdog import STALL_EXIT
 from megatron_papo.process import (
@@ -46,6 +48,7 @@ from megatron_papo.process import (
     remember,
     save_requests_held,
 )
+from megatron_papo.text import LINES, as_text
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -122,7 +125,11 @@ def first_host(nodelist: str) -> str:
 
 
 def launch(work: Work, num_ranks: int) -> int:
-    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
+    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code.
+
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
+    a rank that was started from outside fails then, and may be started again.
+    """
     begin()
     go_on_without_readers()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an Adam on the host gets more, for its part of a step (optim.py)
@@ -130,12 +137,26 @@ def launch(work: Work, num_ranks: int) -> int:
     outer = outer_rank(os.environ)
     if outer is not None:
         os.environ.update(outer)
-        return _call_here(work, int(os.environ["RANK"]))
+        rank = int(os.environ["RANK"])
+        try:
+            _make_folder(work.run_dir)
+        except ConfigError as error:
+            failure = describe(rank, ValueError(str(error)))
+            print_failure(failure, work.run_dir)
+            tell_torchrun(failure.reason())
+            return failure.exit_code
+        return _call_here(work, rank)
     if (most := _most_open_files()) < _OPEN_FILES:
         print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
         return 2
+    made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
+    _make_folder(work.run_dir)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"TMPDIR: {error.strerror}") from None
     print(f"papo: starting {num_ranks} rank{'s' * (num_ranks > 1)}", file=sys.stderr, flush=True)
-    return _launch_local(work, num_ranks)
+    return _launch_local(work, num_ranks, made)
 
 
 def _call_here(work: Work, rank: int) -> int:
@@ -154,8 +175,18 @@ def _call_here(work: Work, rank: int) -> int:
     return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
 
 
-def _launch_local(work: Work, num_ranks: int) -> int:
-    made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
+def _make_folder(run_dir: Path) -> None:
+    """Before a rank opens its first file there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run_dir}: {error.strerror}") from None
+
+
+def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
+    """`made`: folders that this run has made, which go again when nothing was written to them."""
     with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
         spawned = _has_gpu()
         if not spawned:
@@ -290,7 +321,7 @@ def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
     for rank, process in enumerate(ranks):
         path = run_dir / "stacks" / f"rank_{rank}.txt"
         if process.exitcode != STALL_EXIT and path.exists():
-            print(f"papo: rank {rank}: {path.read_text(errors='replace')}", file=sys.stderr)
+            print(f"papo: rank {rank}: {as_text(path.read_text(errors='replace'), LINES)}", file=sys.stderr)
 
 
 def _tidy(run_dir: Path, made: list[Path]) -> None:

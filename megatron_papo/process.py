@@ -144,15 +144,15 @@ def _open(number: int) -> None:
 
 
 def _stream(given: Any, number: int) -> Any:
-    """`given` over an `_Output`. One that is not this process's own stream, as within a test, stays as it is."""
-    encoding, errors, at_once, by_line = "utf-8", "backslashreplace", False, number == 2
+    """`given` over an `_Output`; a character that its encoding lacks is written as its escape. One that is not this process's own stream, as within a test, stays as it is."""
+    encoding, at_once, by_line = "utf-8", False, number == 2
     if given is not None:
         raw = getattr(given.buffer, "raw", given.buffer) if type(given) is io.TextIOWrapper else None
         if not isinstance(raw, io.FileIO) or isinstance(raw, _Output) or raw.fileno() != number:
             return given
-        encoding, errors, at_once, by_line = given.encoding, given.errors, given.write_through, given.line_buffering
+        encoding, at_once, by_line = given.encoding, given.write_through, given.line_buffering
         with suppress(OSError):
             given.flush()
     file = _Output(number, "w", closefd=False)
     buffer: Any = file if at_once else io.BufferedWriter(file)
-    return io.TextIOWrapper(buffer, encoding, errors, line_buffering=by_line, write_through=at_once)
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=by_line, write_through=at_once)

@@ -25,6 +25,7 @@ from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.hardware import gpu_of
 from megatron_papo.planning.runs import planned, planned_values
 from megatron_papo.run import Run
+from megatron_papo.text import as_text
 from megatron_papo.types import Group, Metrics
 
 _STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
@@ -194,9 +195,9 @@ def print_scores(scores: dict[str, float]) -> None:
 def say(run: Run, text: str) -> None:
     """One line on the console, once for the whole run."""
     if run.is_writer:
-        print(f"papo: {text}", flush=True)
+        print(f"papo: {as_text(text)}", flush=True)
 
 
 def warn(run: Run, text: str) -> None:
     if run.is_writer:
-        print(f"papo: warning: {text}", file=sys.stderr, flush=True)
+        print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -76,6 +77,14 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
     return faults
 
 
+def fault_of_folder(key: str, folder: Path) -> list[str]:
+    """Why `folder`, which `key` names, can neither be there nor be made; as far as it shows without writing."""
+    standing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if os.path.isdir(standing) and os.access(standing, os.W_OK | os.X_OK):
+        return []
+    return [f"{key}: {folder}: {standing} is no folder that can be written to"]
+
+
 def faults_of_fp8(config: Config, shape: ModelShape) -> list[str]:
     """One line a fault, beginning with the key's path: what of `fp8` a model of `shape` in this layout cannot do."""
     if not config.fp8.enabled:
@@ -134,10 +143,10 @@ def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
-    if model.checkpoint is not None and not model.checkpoint.is_dir():
+    if model.checkpoint is not None and not os.path.isdir(model.checkpoint):
         yield f"model.checkpoint: {model.checkpoint} is not a folder"
     reference = config.checkpoint.reference
-    if verb == "train" and reference is not None and not reference.is_dir():
+    if verb == "train" and reference is not None and not os.path.isdir(reference):
         yield f"checkpoint.reference: {reference} is not a folder"
     freeze = model.freeze
     if verb in ("train", "sft") and freeze.vision and freeze.projector and freeze.language:
@@ -156,7 +165,7 @@ def _data(verb: str, config: Config) -> Iterator[str]:
 
 def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
-    if "://" in name or any(letter in name for letter in "*?[") or Path(name).exists():
+    if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
     return Path(name).suffix in DATA_SUFFIXES or not _HUB_NAME.fullmatch(name)
 

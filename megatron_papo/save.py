@@ -7,7 +7,6 @@ and a save that finds one waits for it. A checkpoint that fails costs itself: on
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import suppress
@@ -19,7 +18,7 @@ from megatron_papo.checkpoint.folders import check_side_files
 from megatron_papo.checkpoint.huggingface import write_hf
 from megatron_papo.checkpoint.state import TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
-from megatron_papo.config import Config
+from megatron_papo.config import plain_tree
 from megatron_papo.files import write_whole
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.observe.progress import read_progress
@@ -155,7 +154,7 @@ class Checkpoints:
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
         cursor = {"verb": self._verb, **cursor}
-        return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, _tree(self._run.config))
+        return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, plain_tree(self._run.config))
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         verb = saved["cursor"].get("verb")
@@ -164,11 +163,7 @@ class Checkpoints:
                 f"run.dir: {folder} is a checkpoint of papo {verb}, this is papo {self._verb}; "
                 "choose another run.dir, or checkpoint.resume=false"
             )
-        before, now = saved["config"]["model"]["freeze"], _tree(self._run.config)["model"]["freeze"]
+        before, now = saved["config"]["model"]["freeze"], self._run.config.model.freeze.model_dump()
         for part, frozen in now.items():
             if before[part] != frozen:
                 raise ValueError(f"model.freeze.{part}: the checkpoint {folder} has {before[part]}, this run {frozen}")
-
-
-def _tree(config: Config) -> dict[str, Any]:
-    return json.loads(config.model_dump_json())

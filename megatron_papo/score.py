@@ -58,7 +58,7 @@ def main(config: Config, data: Path, out: Path) -> None:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     # not str.splitlines: it also splits at separators that JSON allows within a string
-    for number, line in enumerate(path.read_text().rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

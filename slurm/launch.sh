@@ -27,13 +27,14 @@ papo_refuse() { echo "papo: error: $*" >&2; exit 2; }
 
 papo_modules() {
   [ -n "${PAPO_MODULES:-}" ] || return 0
-  local init name said
+  local init name names said
   if ! type module >/dev/null 2>&1; then # a batch shell is no login shell
     for init in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do [ ! -r "$init" ] || . "$init"; done
   fi
   type module >/dev/null 2>&1 || papo_refuse "cluster.modules: there is no command 'module' on $(hostname)"
-  said=$(mktemp)
-  for name in $PAPO_MODULES; do # old versions print ERROR and return 0
+  said=$(mktemp) || papo_refuse "TMPDIR: no temporary file can be made on $(hostname)"
+  read -ra names <<<"$PAPO_MODULES" # not split as words of the shell, which would take a * for file names
+  for name in "${names[@]}"; do # old versions print ERROR and return 0
     module load "$name" 2>"$said" && ! grep -q ERROR "$said" ||
       papo_refuse "cluster.modules: module load $name: $(tr '\n' ' ' <"$said")"
   done
@@ -52,6 +53,7 @@ papo_container() { # adds to papo_srun
   [ -n "${PAPO_CONTAINER:-}" ] || papo_refuse "cluster.container: names no image"
   srun --help 2>/dev/null | grep -q -- --container-image ||
     papo_refuse "cluster.environment=container: srun knows no --container-image; pyxis is not installed on this cluster"
+  case $PAPO_HOME$PWD in *[,:]*) papo_refuse "cluster.container: $PAPO_HOME, $PWD: mounts are told apart by , and :" ;; esac
   case $PAPO_CONTAINER in
     /* | ./*) [ -e "$PAPO_CONTAINER" ] || papo_refuse "cluster.container: $PAPO_CONTAINER: no such image" ;;
   esac
@@ -62,16 +64,17 @@ papo_container() { # adds to papo_srun
 
 papo_check() { # settings and facts; leaves the resolved settings in $papo_settings and the run's folder in $papo_run
   local said
-  papo_settings=$(mktemp)
-  said=$(mktemp)
+  papo_settings=$(mktemp) && said=$(mktemp) || papo_refuse "TMPDIR: no temporary file can be made on $(hostname)"
   if ! srun "${papo_srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
     "$PAPO_PYTHON" -m megatron_papo check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
     grep '^papo: ' "$said" >&2 || cat "$said" >&2 # srun's own line on the exit status adds nothing to ours
     exit 2
   fi
   cat "$said" >&2
-  papo_run=$("$papo_host_python" -c 'import json, sys; print(json.load(sys.stdin)["run"]["dir"])' <"$papo_settings")
-  mkdir -p "$papo_run/cluster" && mv "$papo_settings" "$papo_run/cluster/settings.json" && rm -f "$said" ||
+  papo_run=$("$papo_host_python" -c 'import json, os, sys
+sys.stdout.buffer.write(os.fsencode(json.load(sys.stdin)["run"]["dir"]))' <"$papo_settings") && [ -n "$papo_run" ] ||
+    papo_refuse "run.dir: not understood on $(hostname)"
+  mkdir -p -- "$papo_run/cluster" && mv -- "$papo_settings" "$papo_run/cluster/settings.json" && rm -f "$said" ||
     papo_refuse "run.dir: $papo_run: cannot be written to from $(hostname)"
   papo_settings=$papo_run/cluster/settings.json
 }
@@ -112,10 +115,10 @@ papo_check "$@" "${papo_facts[@]}"
 papo_job=$SLURM_JOB_ID
 # one task of an array has the array's number, which would mean all tasks
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || papo_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-scontrol update "JobId=$papo_job" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true
+scontrol update "JobId=$papo_job" "Comment=papo:$(realpath -- "$papo_run")" 2>/dev/null || true
 if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then exit 0; fi
 
 trap '' USR1 # until the supervisor listens
 exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" ${papo_asked:+--save-asked} \
-  --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) --srun "$(printf '%q ' "${papo_srun[@]}")" -- \
+  --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) "${papo_srun[@]/#/--srun=}" -- \
   "$PAPO_PYTHON" -m megatron_papo train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"

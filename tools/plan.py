@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
+    from megatron_papo.text import as_text
+
     options = _parser().parse_intermixed_args()
     try:
         return _plan(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            print(f"plan: error: {line}", file=sys.stderr)
+            print(f"plan: error: {as_text(line)}", file=sys.stderr)
         return 2
 
 

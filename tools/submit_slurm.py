@@ -23,6 +23,8 @@ ACTIONS = ("list", "follow", "cancel", "resume")
 
 
 def main() -> int:
+    from megatron_papo.text import as_text
+
     words = sys.argv[1:]
     action = words[0] if words and words[0] in ACTIONS else "submit"
     options = _parser(action).parse_intermixed_args(words if action == "submit" else words[1:])
@@ -34,9 +36,9 @@ def main() -> int:
         if action == "cancel":
             return _cancel(options.which)
         return _submit(action, options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            print(f"submit: error: {line}", file=sys.stderr)
+            print(f"submit: error: {as_text(line)}", file=sys.stderr)
         return 2
 
 
@@ -58,6 +60,8 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
 def _submit(action: str, options: argparse.Namespace) -> int:
     from megatron_papo.cluster.submit import plan, plan_again, submit, work_dir  # not before --help
+    from megatron_papo.secret_values import text_without_secrets
+    from megatron_papo.text import as_text
 
     files = [Path(word) for word in options.settings if "=" not in word]
     overrides = [word for word in options.settings if "=" in word]
@@ -71,13 +75,13 @@ def _submit(action: str, options: argparse.Namespace) -> int:
     else:
         made = plan(files[0] if files else None, overrides, made_from, options.chain)
     for warning in made.warnings:
-        print(f"submit: warning: {warning}", file=sys.stderr)
+        print(f"submit: warning: {as_text(warning)}", file=sys.stderr)
     print(f"submit: {made.checked}", file=sys.stderr, flush=True)
     if options.dry_run:
-        print(made.script, end="")
+        print(text_without_secrets(made.script), end="")
         return 0
     jobs = submit(made, options.chain)
-    print(f"submit: job{'s' * (len(jobs) > 1)} {', '.join(jobs)}, {made.run_dir}", file=sys.stderr, flush=True)
+    print(f"submit: job{'s' * (len(jobs) > 1)} {', '.join(jobs)}, {as_text(made.run_dir)}", file=sys.stderr, flush=True)
     return _follow(jobs[0], made.run_dir) if options.follow else 0
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 
 
 def main() -> int:
+    from megatron_papo.text import as_text
+
     options = _parser().parse_intermixed_args()
     try:
         return _sweep(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            print(f"sweep: error: {line}", file=sys.stderr)
+            print(f"sweep: error: {as_text(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         told = "the same command goes on" if options.local else "jobs go on; --gather shows how far they are"

@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two ranks, two cores
 
 from rich.console import Console
+from rich.markup import escape
 from rich.rule import Rule
 
 from megatron_papo.cli import main as papo_main
@@ -80,7 +81,7 @@ def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[
 def papo(verb: str, config: str, folder: Path, *settings: str) -> None:
     """Runs one command of the command line; ends this program when it fails."""
     arguments = [verb, os.path.relpath(HERE / config), f"run.dir={folder}", *settings]
-    console.print(f"[bold]$ papo {shlex.join(arguments)}[/]", soft_wrap=True)
+    console.print(f"[bold]$ papo {escape(shlex.join(arguments))}[/]", soft_wrap=True)
     code = papo_main(arguments)
     if code:
         sys.exit(code)
@@ -120,7 +121,7 @@ def report(out: Path, facts: dict) -> dict[str, float]:
         ("every number", out / "papo" / "metrics.jsonl"),
         ("summary", out / "summary.json"),
     ):
-        console.print(f"  {title:<22} [bold]{place}[/]", soft_wrap=True)
+        console.print(f"  {title:<22} [bold]{escape(str(place))}[/]", soft_wrap=True)
     console.print(f"  {total / 60:.1f} minutes in all; accuracy on held-out pictures {gains['accuracy']:+.2f}")
     return gains
 

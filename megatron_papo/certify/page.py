@@ -7,10 +7,10 @@ Text is escaped.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 
 from megatron_papo.certify.certificate import Certificate, Tokens
 from megatron_papo.certify.compare import HUGGINGFACE, Finding
+from megatron_papo.observe.html import escape, page
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d9dce1; --soft: #6b7280; --page: #fff; --ink: #1f2430; --bad: #d0453e;
@@ -31,15 +31,14 @@ def certificate_page(certificate: Certificate) -> str:
     """The whole HTML page."""
     mood = "agrees" if certificate.departure is None else "departs"
     title = f"Certificate {'before' if certificate.at_start else 'after'} step {certificate.step}"
-    return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style>\n<h1>{title}</h1>"
+    return page(
+        title,
+        _STYLE,
+        f"<h1>{title}</h1>"
         f'<p class="verdict {mood}">{escape(certificate.verdict)}</p><p>{escape(_sides(certificate))}</p>\n'
         + _table(("part", "between", "difference", "limit", "", "worst place"), map(_finding, certificate.findings))
         + _missing(certificate)
-        + "".join(map(_response, certificate.responses))
-        + "\n</html>\n"
+        + "".join(map(_response, certificate.responses)),
     )
 
 
@@ -55,7 +54,7 @@ _LAYOUT = ("ranks", "tensor", "pipeline", "sequence")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[str]) -> str:
-    names = "".join(f"<th>{name}" for name in head)
+    names = "".join(f"<th>{escape(name)}" for name in head)
     return f"<table><tr>{names}</tr>\n" + "\n".join(rows) + "</table>\n"
 
 
@@ -63,7 +62,8 @@ def _finding(finding: Finding) -> str:
     where = f"{finding.prompt_id}, place {finding.place}" if finding.prompt_id and finding.difference else ""
     return (
         f"<tr{'' if finding.passed else ' class=departs'}><td>{escape(finding.part)}"
-        f"<td>{finding.party}, {finding.other}<td class=number>{finding.difference:.3g}{finding.unit}"
+        f"<td>{escape(f'{finding.party}, {finding.other}')}"
+        f"<td class=number>{finding.difference:.3g}{escape(finding.unit)}"
         f"<td class=number>{finding.limit:g}<td>{'pass' if finding.passed else 'fail'}<td>{escape(where)}</tr>"
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.process import command
+from megatron_papo.text import as_text
 
 
 def is_finished(settings: dict[str, Any]) -> bool:
@@ -31,7 +32,8 @@ def main() -> int:
     settings = json.loads(Path(sys.argv[1]).read_text())
     if not is_finished(settings):
         return 1
-    print(f"papo: {settings['run']['dir']}: finished already, {settings['train']['steps']} steps; nothing to do")
+    run_dir = as_text(settings["run"]["dir"])
+    print(f"papo: {run_dir}: finished already, {settings['train']['steps']} steps; nothing to do")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from megatron_papo.cluster import runs
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, find_job
+from megatron_papo.text import LINES, as_text
 
 _LOOK_S = 1.0
 _BUSY_S = 5.0
@@ -31,7 +32,7 @@ def follow(job_id: str, run_dir: Path | None, from_start: bool = True) -> int:
         state = _state(job) if job else shown
         if state != shown:
             tail.show()  # what it wrote before comes before
-            print(f"submit: job {job_id}: {state}", file=sys.stderr, flush=True)
+            print(as_text(f"submit: job {job_id}: {state}"), file=sys.stderr, flush=True)
             shown = state
         if tail.path is None and job and job.state != "PENDING":
             tail.path = runs.log_of(job_id, run_dir)
@@ -66,5 +67,5 @@ class _Tail:
             self._file.seek(0, 0 if self._from_start else 2)
         text = self._file.read()
         if text:
-            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.write(as_text(text.decode(errors="replace"), LINES + "\r"))
             sys.stdout.flush()

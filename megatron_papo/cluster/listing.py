@@ -9,12 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_papo.cluster import runs
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.cluster.slurm import QueuedJob, my_jobs
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.observe.progress import read_progress
+from megatron_papo.text import as_text
 
 _HEAD = ("job", "state", "nodes", "time", "steps", "attempts", "run", "")
 
@@ -50,10 +52,14 @@ def print_listing(lines: list[Line]) -> None:
     elif sys.stdout.isatty():
         table = Table(*_HEAD)
         for line in lines:
-            table.add_row(*astuple(line))
+            table.add_row(*map(Text, _cells(line)))
         Console().print(table)
     else:
-        print("\n".join("\t".join(cells) for cells in (_HEAD, *map(astuple, lines))))
+        print("\n".join("\t".join(cells) for cells in (_HEAD, *map(_cells, lines))))
+
+
+def _cells(line: Line) -> list[str]:
+    return [as_text(cell) for cell in astuple(line)]
 
 
 def _line(job: QueuedJob) -> Line:
@@ -78,7 +84,7 @@ def _line(job: QueuedJob) -> Line:
 def _num_steps(run_dir: Path) -> int | None:
     for name in ("settings.json", "settings.yaml"):  # the launcher's, with what stood behind sbatch; the tool's
         try:
-            return load_config(runs.folder_of(run_dir) / name).train.steps
+            return load_config(runs.folder_of(run_dir) / name, to_run=False).train.steps
         except (OSError, ConfigError):
             continue
     return None

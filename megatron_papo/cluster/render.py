@@ -1,28 +1,38 @@
 """The job script of a run, from its settings: #SBATCH lines, the environment as plain variables, and the launcher.
 
+No value becomes a command: bash gets each in quotes, and where there are none (#SBATCH lines) signs that mean something
+there are refused. `cluster.setup` alone is shell, and the user's own.
 The scripts under slurm/ are the same by hand; a test holds their heads against `sbatch_options`.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_papo.cluster.slurm import COMMENT
-from megatron_papo.config import ClusterConfig, Config
+from megatron_papo.config import ClusterConfig, Config, ConfigError
+from megatron_papo.secret_values import text_without_secrets
+from megatron_papo.text import as_text
 
 LOG_NAME = "job_%j.log"
 """Of a job's output, under RUN/cluster."""
 ARRAY_LOG_NAME = "job_%A_%a.log"
 """Of a task's."""
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*(?:[= ][\w ./:,=+@%&|()\[\]*!~-]*)?")
+"""Of sbatch, as a #SBATCH line holds it: without quotes, backslashes, # and all that begins something of its own."""
 
 
 def sbatch_options(config: Config) -> list[str]:
-    """What the job asks for, as options of sbatch, without where its output goes."""
+    """What the job asks for, as options of sbatch, without where its output goes.
+
+    Raises ConfigError for values that do not fit into a line of a job script.
+    """
     cluster = config.cluster
     ranks = cluster.num_ranks // cluster.nodes
-    return [
+    asked = [
         f"--job-name={config.run.name}",
         f"--nodes={cluster.nodes}",
         f"--ntasks-per-node={ranks}",
@@ -35,21 +45,23 @@ def sbatch_options(config: Config) -> list[str]:
         *([f"--signal=B:USR1@{cluster.signal_s}"] if cluster.signal_s else []),  # B: to the batch script alone
         "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",  # a job that is queued again goes on in the same log
-        *cluster.sbatch,
     ]
+    keys = {"job-name": "run.name", "mem": "cluster.memory"}
+    for option in asked:
+        name = option[2:].partition("=")[0]
+        _check(option, keys.get(name, f"cluster.{name}"))
+    for option in cluster.sbatch:
+        _check(option, "cluster.sbatch")
+    return [*asked, *cluster.sbatch]
 
 
 def job_script(config: Config, *, home: Path, work_dir: Path, folder: Path, made_from: str) -> str:
     """The whole script. `home`: the project; `work_dir`: where relative paths of the settings begin; `folder`:
     RUN/cluster, which holds settings.yaml; `made_from`: the command, for whoever reads the script."""
-    where = [
-        f"--chdir={work_dir}",
-        f"--output={folder / LOG_NAME}",
-        f"--comment={COMMENT}{folder.parent}",
-    ]
+    where = [*_places(work_dir, folder, LOG_NAME, "run.dir"), f"--comment={COMMENT}{folder.parent}"]
     lines = [
         "#!/bin/bash",
-        f"# Made by: {' '.join(made_from.splitlines())}",
+        f"# Made by: {_shown(made_from)}",
         *(f"#SBATCH {_quoted(option)}" for option in [*sbatch_options(config), *where]),
         "",
         f"PAPO_HOME={shlex.quote(str(home))}",
@@ -70,10 +82,10 @@ def array_script(
 
     `options`: of sbatch, for every task, --array among them; `folder`: where the tasks' output goes.
     """
-    where = [f"--chdir={work_dir}", f"--output={folder / ARRAY_LOG_NAME}"]
+    where = _places(work_dir, folder, ARRAY_LOG_NAME, "dir")
     lines = [
         "#!/bin/bash",
-        f"# Made by: {' '.join(made_from.splitlines())}",
+        f"# Made by: {_shown(made_from)}",
         *(f"#SBATCH {_quoted(option)}" for option in [*options, *where]),
         "",
         "case $SLURM_ARRAY_TASK_ID in",
@@ -83,6 +95,28 @@ def array_script(
         "exit 2",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _places(work_dir: Path, folder: Path, log_name: str, key: str) -> list[str]:
+    """Where the job begins and where its output goes; `key`: the setting that `folder` comes from."""
+    chdir = f"--chdir={work_dir}"
+    _check(chdir, "the working folder")
+    output = f"--output={str(folder).replace('%', '%%')}/{log_name}"  # what % begins is Slurm's to replace
+    _check(output, key)
+    return [chdir, output]
+
+
+def _check(option: str, key: str) -> None:
+    if not _OPTION.fullmatch(option):
+        raise ConfigError(
+            f"{key}: {as_text(option)} does not fit into a line of a job script: an option of sbatch, its value of "
+            "letters, digits, spaces and ./:,=+@%&|()[]*!~_-"
+        )
+
+
+def _shown(made_from: str) -> str:
+    """The command as a comment, in one line."""
+    return as_text(text_without_secrets(made_from))
 
 
 def _named(cluster: ClusterConfig) -> list[str]:
@@ -96,7 +130,7 @@ def _named(cluster: ClusterConfig) -> list[str]:
 
 
 def _environment(cluster: ClusterConfig) -> Iterator[str]:
-    yield f"PAPO_ENVIRONMENT={cluster.environment}"
+    yield f"PAPO_ENVIRONMENT={shlex.quote(cluster.environment)}"
     if cluster.environment != "container":
         yield f"PAPO_VENV={shlex.quote('' if cluster.venv is None else str(cluster.venv))}"
     yield f"PAPO_MODULES={shlex.quote(' '.join(cluster.modules))}"
@@ -111,6 +145,6 @@ def _setup(cluster: ClusterConfig) -> list[str]:
 
 
 def _quoted(option: str) -> str:
-    """As sbatch reads a line of its own: a value with spaces in quotes."""
+    """As sbatch reads a line of its own: a value with spaces in quotes, of which it holds none itself."""
     name, equals, value = option.partition("=")
     return f'{name}="{value}"' if equals and any(letter.isspace() for letter in value) else option

@@ -15,7 +15,7 @@ ENDED = frozenset(
 """States in which a job will not run any more."""
 COMMENT = "papo:"
 """A job's comment is this and its run's folder: so the queue knows which run a job belongs to."""
-_FIELDS = "%i|%T|%D|%r|%M|%j|%k"  # the comment comes last: it may hold any sign
+_FIELDS = "%i|%T|%D|%r|%M|%k"  # the comment comes last: it may hold any sign
 
 
 class SlurmError(ValueError):
@@ -33,7 +33,6 @@ class QueuedJob:
     reason: str
     """Why it waits; `None` where there is nothing to say."""
     running_for: str
-    name: str
     run_dir: str | None
     """None: no job of ours."""
 
@@ -52,7 +51,7 @@ def my_jobs() -> list[QueuedJob]:
     """This user's jobs, oldest first."""
     lines = _call("squeue", "--me", "--array", "--states=all", "--noheader", f"--format={_FIELDS}").splitlines()
     return sorted(
-        (_job(line) for line in lines if line.count("|") >= 6), key=lambda job: int(re.split(r"[_+]", job.id)[0])
+        (_job(line) for line in lines if line.count("|") >= 5), key=lambda job: int(re.split(r"[_+]", job.id)[0])
     )
 
 
@@ -88,9 +87,9 @@ def set_comment(job_id: str, run_dir: Path) -> None:
 
 
 def _job(line: str) -> QueuedJob:
-    job_id, state, nodes, reason, time, name, comment = line.split("|", 6)
+    job_id, state, nodes, reason, time, comment = line.split("|", 5)
     run_dir = comment.strip().removeprefix(COMMENT) if comment.startswith(COMMENT) else None
-    return QueuedJob(job_id, state, int(nodes), reason, time, name, run_dir)
+    return QueuedJob(job_id, state, int(nodes), reason, time, run_dir)
 
 
 def _call(command: str, *arguments: str) -> str:

@@ -78,11 +78,11 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
 
 
 def write(plan: Plan) -> Path:
-    """RUN/cluster with the resolved settings and the job script; that folder."""
+    """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
     folder = runs.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "settings.yaml", dump_config(plan.config))
-    write_whole(folder / "job.sh", plan.script)
+    write_whole(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
+    write_whole(folder / "job.sh", plan.script, private=True)
     return folder
 
 

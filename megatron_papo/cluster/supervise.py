@@ -1,6 +1,6 @@
 """Runs a training run inside a Slurm job: starts its ranks, watches them, and sees that the run goes on.
 
-    python3 -m megatron_papo.cluster.supervise --settings SETTINGS.json --ranks N --srun "OPTIONS" -- COMMAND...
+    python3 -m megatron_papo.cluster.supervise --settings SETTINGS.json --ranks N --srun=OPTION ... -- COMMAND...
 
 SETTINGS.json is what `papo check --json` printed. The batch script hands over to this program (exec), so that Slurm's
 signals reach it. `srun COMMAND` is an attempt. When one ends:
@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -42,6 +41,7 @@ from megatron_papo.observe.lock import Holder, RunHeld, drop_own, look
 from megatron_papo.observe.notes import read_failures
 from megatron_papo.observe.progress import RunProgress, read_progress
 from megatron_papo.process import asked_to_save, command, go_on_without_readers, remember
+from megatron_papo.text import LINES, as_text
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
@@ -195,7 +195,8 @@ class Supervisor:
             (self._run_dir / SAVED_FILE).unlink()
         logs = self._logs(number)
         logs.mkdir(parents=True, exist_ok=True)
-        srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/rank_%t.log", *self._srun]
+        output = f"{str(logs).replace('%', '%%')}/rank_%t.log"
+        srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={output}", *self._srun]
         with (logs / "srun.log").open("w") as said:
             step = subprocess.Popen(
                 [*srun, *self._command, *overrides], stdin=subprocess.DEVNULL, stdout=said, stderr=said
@@ -372,7 +373,8 @@ def say(text: str) -> None:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    """Whoever reads the job's log reads it on a terminal, and a rank's output holds what a model or a row says."""
+    print(as_text(text, LINES + "\r"), end="", flush=True)
 
 
 def main() -> int:
@@ -383,13 +385,13 @@ def main() -> int:
     parser.add_argument("--settings", type=Path, required=True, help="what `papo check --json` printed")
     parser.add_argument("--ranks", type=int, required=True, help="of the whole job")
     parser.add_argument("--save-asked", action="store_true", help="SIGUSR1 came before this program began")
-    parser.add_argument("--srun", default="", help="more options of srun, as one word")
+    parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="one more option of srun")
     parser.add_argument("command", nargs="+", help="what every rank runs")
     options = parser.parse_args()
     if options.save_asked:
         remember()
     settings = json.loads(options.settings.read_text())
-    return Supervisor(Job.here(), settings, options.ranks, shlex.split(options.srun), options.command).main()
+    return Supervisor(Job.here(), settings, options.ranks, options.srun, options.command).main()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from megatron_papo.config.generation import GenerationConfig as GenerationConfig
 from megatron_papo.config.load import ConfigError as ConfigError
 from megatron_papo.config.load import dump_config as dump_config
 from megatron_papo.config.load import load_config as load_config
+from megatron_papo.config.load import plain_tree as plain_tree
 from megatron_papo.config.tree import MOST_IMAGE_PIXELS as MOST_IMAGE_PIXELS
 from megatron_papo.config.tree import CheckpointConfig as CheckpointConfig
 from megatron_papo.config.tree import ColumnsConfig as ColumnsConfig

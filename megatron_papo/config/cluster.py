@@ -60,7 +60,7 @@ class ClusterConfig(Section):
     setup: list[str] = []
     """Shell lines run in the batch script after modules and environment."""
     variables: dict[str, str] = {}
-    """Environment variables of every rank; they win over those of slurm/fabric.sh."""
+    """Environment variables of every rank; they win over those of slurm/fabric.sh. No secrets (docs/security.md)."""
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:

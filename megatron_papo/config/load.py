@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,73 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_papo.config.tree import Config
+from megatron_papo.config.values import faults_of_values, faults_of_variables
+from megatron_papo.config.yaml_text import YamlFault, parse, read_mapping
+from megatron_papo.secret_values import without_secrets
+from megatron_papo.text import hidden_in
+
+_SHOWN = 200
+"""Letters of a value that a refusal shows at most."""
 
 
 class ConfigError(ValueError):
     """A setting that cannot be; the message names the key's path."""
 
 
-def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = (), *, to_run: bool = True) -> Config:
     """Reads `path` (YAML; `extends: FILE` takes another file's values first), then `key.path=value` overrides.
 
-    Raises ConfigError with one line a fault, each beginning with the key's path.
+    `to_run`: false for what a run has written of itself, to be looked at alone: secrets may have been left out of it.
+    Raises ConfigError with one line a fault, each beginning with the key's path or the file.
     """
     tree = _read_yaml(Path(path)) if path else {}
     texts = {}
     for override in overrides:
         key, equals, texts[key] = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"{override}: overrides are written key.path=value")
         _put(tree, key.split("."), _scalar(key, texts[key]))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        return _validate_with_texts(tree, texts, error)
+        config = _validate_with_texts(tree, texts, error)
+    faults = list(faults_of_values(config.model_dump(), left_out=not to_run))
+    faults += faults_of_variables(config.cluster.variables, config.cluster.setup) if to_run else []
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
 
 
-def dump_config(config: Config) -> str:
-    """The resolved settings as YAML that `load_config` reads back to an equal Config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+def plain_tree(config: Config, *, secrets: bool = False) -> dict[str, Any]:
+    """The settings as plain values for showing and keeping: what looks like a secret is left out of them, unless
+    `secrets` are asked for, for a file that only its owner reads."""
+    tree = config.model_dump()
+    return json.loads(json.dumps(tree if secrets else without_secrets(tree), default=str))  # paths as text
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def dump_config(config: Config, *, secrets: bool = False) -> str:
+    """The resolved settings as YAML that `load_config` reads back to an equal Config; `secrets` as of `plain_tree`."""
+    return yaml.safe_dump(plain_tree(config, secrets=secrets), sort_keys=False)
+
+
+def _read_yaml(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """With what it extends; `extended_by`: the files on the way here."""
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = read_mapping(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping, not {type(tree).__name__}")
+    except YamlFault as fault:
+        raise ConfigError(f"{path}: {fault}") from None
     base = tree.pop("extends", None)
-    return _merge(_read_yaml(path.parent / base), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str) or not base or hidden_in(base):
+        raise ConfigError(f"{path}: extends: must be the name of one file, got {_short(base)}")
+    here = (*extended_by, os.path.realpath(path))
+    below = path.parent / base
+    if os.path.realpath(below) in here:
+        raise ConfigError(f"{path}: extends: {base} extends this file in turn")
+    return _merge(_read_yaml(below, here), tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +112,8 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _scalar(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+        value = parse(text) if text else ""
+    except YamlFault:
         return text
     if isinstance(value, str):
         try:
@@ -101,5 +129,10 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         message = "unknown key"
     elif fault["type"] != "value_error":
-        message = f"{message}, got {fault['input']!r}"
+        message = f"{message}, got {_short(fault['input'])}"
     return f"{path}: {message}" if path else message
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_papo.doctor import gpu
 from megatron_papo.doctor.finding import Finding, version
 from megatron_papo.doctor.packages import apex, compared, required, shortened
+from megatron_papo.text import as_text
 
 PROJECT = "megatron_papo"
 _SHOWN = {
@@ -36,7 +38,8 @@ def main() -> int:
     findings = examine()
     table = Table("", "found", "", "what it means", title="papo doctor", title_style="bold", title_justify="left")
     for finding in findings:
-        table.add_row(finding.name, finding.found or "–", _SHOWN[finding.state], finding.note)
+        name, found, note = (Text(as_text(text)) for text in (finding.name, finding.found or "–", finding.note))
+        table.add_row(name, found, _SHOWN[finding.state], note)
     Console().print(table)
     missing = [finding.name for finding in findings if finding.state == "missing"]
     warned = [finding.name for finding in findings if finding.state == "warning"]

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_papo.secret_values import text_without_secrets
+from megatron_papo.text import LINES, as_text
+
 Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
 
 SAVED_EXIT = 85
@@ -77,8 +80,8 @@ def describe(rank: int, error: BaseException) -> Failure:
         kind = "stopped"
     elif isinstance(error, ValueError):
         kind = "value"
-    text = "".join(traceback.format_exception(error))
-    return Failure(rank, time.time(), kind, type(error).__name__, str(error), text)
+    message, text = map(text_without_secrets, (str(error), "".join(traceback.format_exception(error))))
+    return Failure(rank, time.time(), kind, type(error).__name__, message, text)
 
 
 def the_cause(failures: list[Failure]) -> Failure:
@@ -103,7 +106,7 @@ def print_failure(failure: Failure, run_dir: Path) -> None:
         text = _set_aside(failure, run_dir) + failure.reason()
     else:
         text = failure.traceback + failure.reason()
-    print(text, file=sys.stderr, flush=True)
+    print(as_text(text, LINES), file=sys.stderr, flush=True)
 
 
 def _set_aside(failure: Failure, run_dir: Path) -> str:
@@ -111,7 +114,7 @@ def _set_aside(failure: Failure, run_dir: Path) -> str:
     path = run_dir / "failures" / f"rank_{failure.rank}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(failure.traceback)
+        path.write_text(failure.traceback, "utf-8", "backslashreplace")
     except OSError:
         return failure.traceback
     return f"papo: the traceback is in {path}\n"

@@ -27,6 +27,7 @@ from megatron_papo.observe.failures import Failure
 from megatron_papo.observe.lock import touch
 from megatron_papo.observe.notes import belong_to, is_ours, own_attempt, read_note
 from megatron_papo.observe.stacks import stack_file
+from megatron_papo.text import LINES, as_text
 
 PEER_EXIT = 3
 """Exit code of a rank that ended because another one had failed."""
@@ -119,8 +120,8 @@ class Heartbeat:
 
     def _end(self, note: Failure) -> None:
         with suppress(Exception):
-            text = f"papo: rank {self._rank} ends, since {note.reason().removeprefix('papo: ')}"
-            print(text, file=sys.stderr, flush=True)
+            why = as_text(note.reason().removeprefix("papo: "), LINES)
+            print(f"papo: rank {self._rank} ends, since {why}", file=sys.stderr, flush=True)
         with suppress(OSError):
             if note.kind in ("stalled", "killed"):  # the latter of one that is silent, while others stall
                 file, how = stack_file(self._run.dir, self._rank), "stalled" if note.kind == "stalled" else "was silent"

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from megatron_papo.accelerator import has_gpu, peak_memory, reset_peak_memory
 from megatron_papo.config import ObserveConfig
+from megatron_papo.text import as_text
 
 named_range = torch.profiler.record_function
 """A block's name in the trace; costs microseconds when none is being written."""
@@ -72,4 +73,4 @@ def profiled(observe: ObserveConfig, run_dir: Path, rank: int, step: int) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
     except OSError as error:
-        print(f"papo: warning: rank {rank}: no trace of step {step}: {error}", file=sys.stderr, flush=True)
+        print(f"papo: warning: rank {rank}: no trace of step {step}: {as_text(error)}", file=sys.stderr, flush=True)

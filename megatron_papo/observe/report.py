@@ -13,8 +13,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_papo.files import read_records
+from megatron_papo.text import as_text
 
 _COLUMNS = 3
 _INK, _SOFT, _LINE = "#1f2430", "#6b7280", "#2468b4"
@@ -94,13 +96,13 @@ def before_after_table(
     Rows are the keys of `before`, then those that only `after` has; a missing value is shown as a dash.
     """
     keys = [*before, *(key for key in after if key not in before)]
-    cells = [(key, *_cells(before.get(key), after.get(key))) for key in keys]
+    cells = [(as_text(key), *_cells(before.get(key), after.get(key))) for key in keys]
     table = Table(title=title, title_style="bold", header_style="bold")
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     (console or Console()).print(table)
     lines = [f"| {title} | before | after | change |", "|---|---:|---:|---:|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells]) + "\n"

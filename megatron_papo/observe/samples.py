@@ -10,11 +10,11 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 from PIL import Image
 
 from megatron_papo.data.images import decode_image
+from megatron_papo.observe.html import escape, page
 
 Picture = bytes | Image.Image
 """Compressed bytes (PNG, JPEG) or a decoded image."""
@@ -63,14 +63,8 @@ class SampleRow:
 def sample_page(step: int, rows: Sequence[SampleRow]) -> str:
     """The whole HTML page."""
     mean = sum(row.reward for row in rows) / max(len(rows), 1)
-    return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Samples of step {step}</title><style>{_STYLE}</style>\n"
-        f"<header><h1>Samples of step {step}</h1><p>{len(rows)} rollouts, mean reward {mean:.3f}</p></header>\n"
-        + "\n".join(_card(row) for row in rows)
-        + "\n</html>\n"
-    )
+    head = f"<header><h1>Samples of step {step}</h1><p>{len(rows)} rollouts, mean reward {mean:.3f}</p></header>"
+    return page(f"Samples of step {step}", _STYLE, "\n".join([head, *map(_card, rows)]))
 
 
 def as_pil(picture: Picture) -> Image.Image:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatron_papo.config import ObserveConfig
 from megatron_papo.files import parse_record, set_aside, write_whole
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
+from megatron_papo.text import LINES, as_text
 
 _HEADLINE = {
     "loss/total": "loss",
@@ -36,10 +39,12 @@ _HEADLINE = {
     "eval/accuracy": "[bold]held-out accuracy[/]",
 }
 """What the console's line of a step shows of the values, and how it calls them."""
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|-]")
+"""What Markdown takes as it is behind a backslash."""
 
 
 def _print_warning(text: str) -> None:
-    print(f"papo: warning: {text}", file=sys.stderr, flush=True)
+    print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
 
 
 class Sinks:
@@ -174,9 +179,15 @@ def _strict(value: float) -> float | str:
 def _markdown(rows: Sequence[SampleRow]) -> str:
     lines = ["| problem | response | answer | reward |", "|---|---|---|---|"]
     for row in rows:
-        cells = (row.problem, row.response, row.answer, f"{row.reward:.3g}")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
+        cells = (*map(_as_markdown, (row.problem, row.response, row.answer)), f"{row.reward:.3g}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _as_markdown(text: str) -> str:
+    """A cell that shows `text`: neither HTML nor a picture or link of Markdown, which a page would fetch."""
+    plain = _MARKDOWN.sub(r"\\\g<0>", escape(as_text(text, LINES), quote=False))
+    return plain.replace("\n", "<br>")
 
 
 def _as_array(picture: Any) -> Any:

@@ -8,6 +8,7 @@ had not yet written when the disk filled: RUN/metrics.jsonl has it.
 from __future__ import annotations
 
 import re
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from megatron_papo.config import ObserveConfig
 from megatron_papo.files import write_whole
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, beside_each_other
+from megatron_papo.secret_values import text_without_secrets
+from megatron_papo.text import LINES, as_text
 
 _MAX_WAITING = 10_000
 
@@ -71,6 +74,7 @@ class WandbRun:
             self._run = None
 
     def _open(self) -> Any:
+        command = " ".join(sys.argv)
         run = wandb.init(
             project=self._observe.wandb_project,
             dir=str(self._run_dir),
@@ -78,7 +82,11 @@ class WandbRun:
             id=self._id(),
             resume="allow",
             config=yaml.safe_load(self._config_text),
-            settings=wandb.Settings(console="off", silent=self._observe.wandb == "offline"),
+            settings=wandb.Settings(
+                console="off",
+                silent=self._observe.wandb == "offline",
+                x_disable_meta=text_without_secrets(command) != command,  # which holds the command as it was given
+            ),
         )
         run.define_metric("*", step_metric="step")
         return run
@@ -102,5 +110,6 @@ def _table(rows: Sequence[SampleRow]) -> wandb.Table:
     for row in rows:
         views = [wandb.Image(beside_each_other(view)) if view else None for view in (row.images, row.masked_images)]
         scores = [row.reward_parts.get(name) for name in parts]
-        table.add_data(*views, row.problem, row.response, row.answer, row.reward, *scores)
+        texts = [as_text(text, LINES) for text in (row.problem, row.response, row.answer)]
+        table.add_data(*views, *texts, row.reward, *scores)
     return table

@@ -15,6 +15,7 @@ from megatron_papo.planning.estimate import Estimate
 from megatron_papo.planning.plan import Plan
 from megatron_papo.planning.published_runs import beside_published
 from megatron_papo.planning.scale import ScalePoint
+from megatron_papo.text import as_text
 
 _SECONDS = ("generate", "score", "update", "hand over")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "engine", "kv")
@@ -54,7 +55,7 @@ def print_plan(plan: Plan, shown: Sequence[Estimate], explain: bool) -> None:
     console.print(f"{counts['fit']} ways fit, {counts['too_large']} do not, {counts['refused']} layouts cannot be.")
     if explain:
         for refused in plan.reasons():
-            console.print(f"  {refused.name}: {refused.reason}", highlight=False, soft_wrap=True)
+            console.print(f"  {refused.name}: {as_text(refused.reason)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(found: Sequence[Estimate]) -> str:

@@ -83,4 +83,4 @@ def _read(run: Path) -> tuple[Config, list[dict[str, Any]]]:
     records = [record for record in read_records(lines) if all(name in record for name in needed)]
     if not records:
         raise ConfigError(f"{lines}: no step with {', '.join(needed)}")
-    return load_config(run / "config.yaml"), records
+    return load_config(run / "config.yaml", to_run=False), records

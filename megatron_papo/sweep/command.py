@@ -16,6 +16,7 @@ from megatron_papo.sweep.plot import sweep_png
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import LIVING, State, states_of, write_refused
 from megatron_papo.sweep.submit import Checked, arrays_of, check_points, submit_arrays
+from megatron_papo.text import as_text
 
 _LOOK_S = 2.0
 _SETTLE_S = 60.0
@@ -84,7 +85,7 @@ def finish(sweep: Sweep, points: Sequence[Point]) -> int:
 
 
 def say(text: str) -> None:
-    print(f"sweep: {text}", file=sys.stderr, flush=True)
+    print(f"sweep: {as_text(text)}", file=sys.stderr, flush=True)
 
 
 def _tell(each: Checked, state: State, kept: bool) -> None:

@@ -183,6 +183,6 @@ def _settings(point: Point) -> Config | None:
     """As the point was submitted last; None before, and where they cannot be read."""
     kept = runs.folder_of(point.run_dir) / "settings.yaml"
     try:
-        return load_config(kept) if kept.exists() else None
+        return load_config(kept, to_run=False) if kept.exists() else None
     except ConfigError:
         return None

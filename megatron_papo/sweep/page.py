@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_papo.files import write_whole
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
 from megatron_papo.sweep.points import Sweep
+from megatron_papo.text import as_text
 
 HEADERS = (
     "point", "ranks", "TPxPPxDP", "prompts", "state", "tokens/s", "tokens/s/rank", "speed-up", "ideal", "efficiency",
@@ -24,8 +27,8 @@ _FIGURES = (
 
 
 def cells(row: Row) -> list[str]:
-    """Medians; of tokens a second and of a step's seconds the spread too."""
-    return [
+    """Medians; of tokens a second and of a step's seconds the spread too. In one line, and nothing hidden."""
+    shown = [
         row.name,
         str(row.ranks),
         row.layout,
@@ -44,6 +47,7 @@ def cells(row: Row) -> list[str]:
         _number(row.median("memory_gib"), 2),
         row.state.reason,
     ]
+    return [as_text(cell) for cell in shown]
 
 
 def print_table(rows: Sequence[Row], sweep: Sweep) -> None:
@@ -52,13 +56,13 @@ def print_table(rows: Sequence[Row], sweep: Sweep) -> None:
     shown = _columns(filled)
     console = Console()
     console.width = max(console.width, 220)
-    table = Table(*(HEADERS[column] for column in shown), title=_title(sweep), title_justify="left")
+    table = Table(*(HEADERS[column] for column in shown), title=Text(_title(sweep)), title_justify="left")
     for line in filled:
-        table.add_row(*(line[column] for column in shown))
+        table.add_row(*(Text(line[column]) for column in shown))
     console.print(table)
     for row in rows:
         if row.state.reason:
-            console.print(f"  {row.name}: {row.state.reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {row.name}: {as_text(row.state.reason)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(rows: Sequence[Row], sweep: Sweep) -> str:
@@ -70,8 +74,12 @@ def markdown(rows: Sequence[Row], sweep: Sweep) -> str:
         "| " + " | ".join(HEADERS[column] for column in shown) + " |",
         "|" + "---|" * len(shown),
     ]
-    lines += ["| " + " | ".join(row[column].replace("|", "\\|") for column in shown) + " |" for row in filled]
+    lines += ["| " + " | ".join(_as_markdown(row[column]) for column in shown) + " |" for row in filled]
     return "\n".join(lines) + "\n"
+
+
+def _as_markdown(cell: str) -> str:
+    return escape(cell, quote=False).replace("|", "\\|")
 
 
 def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
@@ -79,7 +87,7 @@ def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
     page, sheet = sweep.folder / "table.md", sweep.folder / "table.csv"
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_whole(page, markdown(rows, sweep))
-    with sheet.open("w", newline="") as file:
+    with sheet.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         spreads = (f"{figure}{end}" for figure in _FIGURES for end in ("", "_min", "_max"))
         writer.writerow([*_CSV_HEAD, *spreads])

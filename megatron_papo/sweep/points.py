@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.basics import Count, Section
+from megatron_papo.config.values import faults_of_values
+from megatron_papo.config.yaml_text import YamlFault, read_mapping
 
 BASICS = (
     "checkpoint.save_every=0",
@@ -118,18 +119,19 @@ class Point:
 def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
     """`more`: overrides behind the file's. Raises ConfigError, a line a fault, each with file and key."""
     try:
-        tree: Any = yaml.safe_load(path.read_text())
+        tree = read_mapping(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such sweep file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping")
+    except YamlFault as fault:
+        raise ConfigError(f"{path}: {fault}") from None
     try:
         sweep = Sweep.model_validate(tree)
         sweep = Sweep.model_validate(tree | {"overrides": [*sweep.overrides, *more]})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from None
+    faults = list(faults_of_values(sweep.model_dump(exclude={"overrides"})))
+    if faults:
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
     config = sweep.config
     return sweep if config is None else sweep.model_copy(update={"config": path.parent / config})
 

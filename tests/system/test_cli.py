@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_papo.cli import main
 from megatron_papo.config import dump_config, load_config
 from megatron_papo.data import source
 from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
@@ -196,6 +197,76 @@ def test_what_may_still_work_is_not_refused(rows, model, monkeypatch, verb, sett
     assert faults_of_inputs(verb, config) + faults_of_ranks(verb, config, num_ranks) == []
 
 
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [
+        ("rows.jsonl", "rows.jsonl is no folder that can be written to"),
+        ("./rows.jsonl/a/b", "{}/rows.jsonl is no folder that can be written to"),
+        ("loop/a", "{}/loop is no folder that can be written to"),
+        ("/proc/a", "No such file or directory"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monkeypatch, capsys, folder, why):
+    (rows / "loop").symlink_to("loop")
+    monkeypatch.chdir(rows)
+    for name in OUTER:
+        monkeypatch.delenv(name, raising=False)
+    words = ["data.train=rows.jsonl", "data.eval=rows.jsonl", f"run.dir={folder}", "train.tokens_per_micro_batch=99999"]
+    for verb in ("train", "sft", "eval", "certify"):
+        assert main([verb, f"model.path={model}", *words]) == 2
+        line = f"papo: error: run.dir: {Path(folder)}: {why.format(rows)}"
+        assert capsys.readouterr().err.splitlines()[-1:] == [line]
+
+
+def test_a_rank_started_from_outside_fails_without_its_folder_and_may_be_started_again(
+    rows, model, monkeypatch, capsys
+):
+    monkeypatch.chdir(rows)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = [f"model.path={model}", *GIVEN, "run.dir=rows.jsonl/a", "train.tokens_per_micro_batch=99999"]
+    assert main(["train", *words]) == 1  # 2 would tell the supervisor of a job that it is no use
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "papo: rank 0 failed: ValueError: run.dir: rows.jsonl/a: Not a directory"
+    )
+
+
+def test_what_score_writes_is_looked_at_before(rows, model, monkeypatch, capsys):
+    monkeypatch.chdir(rows)
+    for out, why in (("rewards", "is a folder"), ("rows.jsonl/a", "rows.jsonl is no folder")):
+        assert main(["score", "--model", str(model), "--data", "rows.jsonl", "--out", out]) == 2
+        assert f"papo: error: --out: {out.removesuffix('/a')}: {why}" in capsys.readouterr().err
+
+
+def test_a_refusal_shows_what_was_given_as_text(rows, model, monkeypatch, capsys):
+    monkeypatch.chdir(rows)
+    assert main(["train", "run.\x1b[31mname=1"]) == 2
+    assert capsys.readouterr().err == "papo: error: run.\\x1b[31mname: unknown key\n"
+    assert main(["train", "a\x1b.yaml"]) == 2
+    assert capsys.readouterr().err == "papo: error: a\\x1b.yaml: no such config file\n"
+    assert main(["train", f"model.path={model}", f"data.train={'n' * 300}.jsonl"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_variables_of_a_launcher_that_are_no_numbers_are_one_line(rows, model, monkeypatch, capsys):
+    monkeypatch.chdir(rows)
+    monkeypatch.setenv("RANK", "0")
+    for world, why in (("x", "'x'"), ("0", "RANK=0 is none of WORLD_SIZE=0 ranks")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert main(["train", f"model.path={model}", *GIVEN, "--ranks=1"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("papo: error: ") and why in line
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == ("papo: error: the working folder is not there any more: cd to another one\n")
+
+
 def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not
     config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])
@@ -273,16 +344,19 @@ def test_words_that_are_not_understood(tmp_path, words, expected):
     assert expected in refusal(*words, cwd=tmp_path)[-1]
 
 
-def test_a_run_prints_no_remarks_of_the_libraries_and_goes_on_without_a_reader(tmp_path):
+def test_a_run_prints_no_remarks_of_the_libraries_and_needs_neither_home_nor_reader(tmp_path):
     inputs = make_inputs(tmp_path)
     settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True, "observe__console": True}
     (tmp_path / "a.yaml").write_text(dump_config(tiny_run(inputs, tmp_path / "run", **settings)))
     reader, broken = os.pipe()
     os.close(reader)  # as of `papo train | head`
-    done = papo("train", "a.yaml", "--ranks", "2", cwd=tmp_path, stdout=broken, PYTHONPATH=str(REPO))
+    own = {"PYTHONPATH": str(REPO), "HOME": "/proc"}  # which takes no file
+    done = papo("train", "a.yaml", "--ranks", "2", cwd=tmp_path, stdout=broken, **own)
     os.close(broken)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
+    warning, *rest = done.stderr.splitlines()
+    assert warning.startswith("papo: warning: HOME: is no folder that can be written to: ")
+    assert rest == [
         "papo: starting 2 ranks",
         "papo: warning: standard output: Broken pipe; the run goes on without it, and says so once",
     ]

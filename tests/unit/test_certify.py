@@ -171,3 +171,4 @@ def test_the_page_shows_the_verdict_and_all_log_probs_and_escapes_text():
     assert "departs from trainer by 0.5 nats at most" in page and "<td>fail" in page
     assert "&lt;b&gt;" in page and "<b>" not in page and "&lt;p&gt;" in page
     assert "<th>trainer<th>engine" in page and "-1.00000" in page
+    assert "default-src 'none'" in page and "<script" not in page

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.cluster.finished import is_finished
-from megatron_papo.cluster.render import job_script, sbatch_options
+from megatron_papo.cluster.listing import Line, print_listing
+from megatron_papo.cluster.render import array_script, job_script, sbatch_options
+from megatron_papo.cluster.runs import write_whole
 from megatron_papo.cluster.slurm import SlurmError, sbatch
+from megatron_papo.cluster.supervise import say
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.cluster import time_limit_s
 
@@ -106,6 +110,91 @@ def test_setup_lines_come_before_variables():
     assert variables(render(load_config(None, words)), "A", "B") == ("1", "it is 3")
 
 
+HOSTILE = "a'; touch pwned; $(touch pwned) `touch pwned` \"\\ # *"
+
+
+def test_no_value_becomes_a_command(tmp_path: Path):
+    words = [
+        "cluster.environment=container",
+        f"cluster.container={HOSTILE}",
+        f"cluster.modules=[{json.dumps(HOSTILE)}]",
+    ]
+    more = [
+        f"cluster.mounts=[{json.dumps(HOSTILE)}]",
+        f"cluster.variables={{A: {json.dumps(HOSTILE + chr(10) + 'b')}}}",
+    ]
+    config = load_config(None, [*words, *more])
+    folder = Path("/data/runs/a")
+    script = job_script(
+        config, home=tmp_path / HOSTILE, work_dir=Path("/work"), folder=folder / "cluster", made_from="x\ntouch pwned"
+    )
+    *lines, _ = script.splitlines()
+    names = ("PAPO_CONTAINER", "PAPO_MODULES", "PAPO_MOUNTS", "PAPO_HOME", "A")
+    shown = "\n".join([*lines, "papo_setup", *(f'printf "%s\\0" "${name}"' for name in names)])
+    done = subprocess.run(["bash", "-c", shown], cwd=tmp_path, capture_output=True, text=True, check=True)
+    home = str(tmp_path / HOSTILE)
+    assert done.stdout.split("\0") == [HOSTILE, HOSTILE, HOSTILE, home, HOSTILE + "\nb", ""]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", ["a\ntouch pwned", 'a" --wrap=x "', "a'", "a\\", "a #", "$(a)", "`a`", "\x1b[31m"])
+@pytest.mark.parametrize("key", ["run.name", "cluster.partition", "cluster.time", "cluster.memory", "cluster.sbatch"])
+def test_what_fits_no_sbatch_line_is_refused_with_its_key(key: str, bad: str):
+    option = [f"--comment={bad}"]
+    with pytest.raises(ConfigError) as refused:
+        render(load_config(None, [f"{key}={json.dumps(option if key == 'cluster.sbatch' else bad)}"]))
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"{key}") and "\x1b" not in line
+
+
+def test_what_users_write_there_fits():
+    words = [
+        "run.name=größe 7b (v2.1)", "cluster.constraint=[a|b]&c*2", "cluster.partition=gpu,long", "cluster.time=1-0:30",
+        "cluster.sbatch=[--mail-user=me@lab.org, --licenses=matlab@slurmdb:2, '--exclude=node[1-3]', -x node1, --hold]",
+    ]  # fmt: skip
+    assert head(render(load_config(None, words)))[0] == '--job-name="größe 7b (v2.1)"'
+
+
+def test_folders_that_fit_no_sbatch_line_are_refused():
+    config = load_config(None, [])
+    for folder, work_dir, key in (("/a'b", "/w", "run.dir"), ("/a", "/w\nx", "the working folder")):
+        with pytest.raises(ConfigError, match=f"^{key}: "):
+            job_script(config, home=Path("/h"), work_dir=Path(work_dir), folder=Path(folder), made_from="")
+    with pytest.raises(ConfigError, match=r"^dir: "):
+        array_script([], {}, work_dir=Path("/w"), folder=Path("/a\\b"), made_from="")
+    assert "--output=/a%%j/cluster/job_%j.log" in head(render(config, Path("/a%j")))
+
+
+def test_a_script_does_not_say_the_secrets_of_its_command():
+    made_from = "python tools/submit_slurm.py data.train=https://me:pass@host/a.jsonl"
+    script = job_script(
+        load_config(None, []), home=Path("/h"), work_dir=Path("/w"), folder=Path("/a"), made_from=made_from
+    )
+    assert "me:pass" not in script and "# Made by: python tools/submit_slurm.py data.train=https://" in script
+
+
+def test_a_private_file_is_its_owners_from_the_beginning(tmp_path: Path):
+    for private, mode in ((False, 0o644), (True, 0o600), (False, 0o644)):
+        write_whole(tmp_path / "a", "text", private=private)
+        assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_list_of_runs_shows_names_as_text(capsys: pytest.CaptureFixture, monkeypatch, terminal: bool):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    print_listing([Line("1", "running", "1", "0:00", "0", "0", "runs/[red]a\x1b[31m\tb", "\u202ewhy\n")])
+    printed = capsys.readouterr().out
+    assert r"runs/[red]a\x1b[31m\tb" in printed and r"\u202ewhy\n" in printed
+    assert terminal or printed.count("\n") == 2
+
+
+def test_a_jobs_log_shows_what_a_rank_printed(capsys: pytest.CaptureFixture):
+    say("reason \x1b]0;x\x07")
+    assert capsys.readouterr().out == "papo: reason \\x1b]0;x\\x07\n"
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
@@ -162,3 +251,35 @@ def test_without_slurm_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_every_script_is_bash():
     for script in (REPO / "slurm").glob("*.sh"):
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def _lab(folder: object) -> subprocess.CompletedProcess[str]:
+    words = ["bash", str(REPO / "tools" / "slurm_lab.sh"), "env"]
+    return subprocess.run(
+        words, env=os.environ | {"SLURM_LAB": str(folder)}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_lab_of_root_lies_where_nobody_else_can_write(tmp_path: Path):
+    (good := tmp_path / "good").mkdir(mode=0o755)
+    assert _lab(good).stdout == f"export SLURM_CONF={good}/slurm.conf\n"
+    (tmp_path / "link").symlink_to(good)
+    (tmp_path / "file").touch()
+    for name, mode in (("group", 0o775), ("all", 0o777), ("sticky", 0o1777)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "below").mkdir(mode=0o755)
+        (tmp_path / name).chmod(mode)
+    assert _lab(tmp_path / "sticky" / "below").returncode == 0  # as in /tmp
+    for name, why in {
+        "link": "is a link",
+        "file": "no such folder",
+        "gone": "no such folder",
+        "group": "others can write to it",
+        "sticky": "others can write to it",
+        "all/below": "others can write to it",
+        "a b": "takes a whole path",
+        "$(id)": "takes a whole path",
+    }.items():
+        done = _lab(tmp_path / name)
+        assert (done.returncode, done.stdout) == (2, "") and why in done.stderr, name
+    assert "takes a whole path" in _lab("lab").stderr

@@ -1,11 +1,12 @@
 """What `papo doctor` finds, on folders and version lists made for it, and once on this machine."""
 
+import io
 from pathlib import Path
 
 import pytest
 
 import megatron_papo.doctor as doctor
-from megatron_papo import tested
+from megatron_papo import cli, tested
 from megatron_papo.doctor import Finding, apex, compared, gpu, required, shortened
 
 
@@ -139,3 +140,16 @@ def test_this_machine_has_what_the_tests_need():
     assert {"Python", "accelerator", "NCCL", "vLLM", "Transformer Engine", "NVIDIA Apex"} <= set(found)
     assert [finding for finding in found.values() if finding.state == "missing"] == []
     assert found["torch"].found.startswith("2.") and found["megatron-core"].found.startswith("0.19.")
+
+
+def test_what_is_found_is_shown_as_text_on_a_terminal_of_any_encoding(monkeypatch):
+    found = [Finding("a[red]", "\x1b[31m", "absent", "the [vllm] extra"), Finding("b", "", "ok")]
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["doctor"]) == 0
+    screen.seek(0)
+    printed = screen.read()
+    assert "a[red]" in printed and r"\x1b[31m" in printed and "the [vllm] extra" in printed
+    assert r"\u2013" in printed  # a dash, for what is not there

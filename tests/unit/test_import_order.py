@@ -31,6 +31,7 @@ LAYERS = (
         "doctor",
         "launch",
         "keeper",
+        "caches",
         "choose",
         "precision",
         "record",
@@ -54,6 +55,7 @@ LAYERS = (
     ("types",),
     ("host_copies",),
     ("config", "accelerator", "files", "tested", "held", "rendezvous"),
+    ("text", "secret_values"),
     ("process",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}

@@ -19,13 +19,13 @@ from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
 from megatron_papo.observe.awake import AwakeClock
 from megatron_papo.observe.clock import StageClock
-from megatron_papo.observe.failures import Failure, describe, is_peers_fault, the_cause
+from megatron_papo.observe.failures import Failure, describe, is_peers_fault, print_failure, the_cause
 from megatron_papo.observe.heartbeat import Heartbeat, silent_rank
 from megatron_papo.observe.notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
-from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
+from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
 
 QUIET = ObserveConfig(console=False, tensorboard=False)
 
@@ -86,7 +86,8 @@ def test_ranks_that_are_not_enabled_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path):
+def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["papo", "train", "data.train=https://me:pass@host/rows.jsonl"])
     (tmp_path / "wandb_id.txt").write_bytes(b"\0\xff")  # spoilt by a disk
     said: list[str] = []
     observe = ObserveConfig(console=False, wandb="offline")
@@ -105,6 +106,7 @@ def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path
     assert {"samples/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"me:pass" in path.read_bytes()]
     assert b"loss/total" in content and b"samples" in content
     tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
     (row,) = json.loads(tables[0].read_text())["data"]
@@ -118,10 +120,29 @@ def test_a_sample_page_is_whole_in_itself_and_escapes_what_a_model_said(tmp_path
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 2
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "http" not in text
+    assert "://" not in text and "default-src 'none'" in text
     assert "how many &lt;image&gt; 7s?" in text and "accuracy 1" in text and "format 0.5" in text
     assert text.count("<article class=right>") == 1 and text.count("<article class=wrong>") == 1
     assert "mean reward 0.475" in text
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>![p](http://evil/p.png) \x1b]0;x\x07 \u202etxt `a` |b|\n# c"
+
+
+def test_a_page_a_table_and_the_screen_show_what_a_model_said_as_text(capsys, tmp_path):
+    row = SampleRow(HOSTILE, HOSTILE, HOSTILE, 1.0, {"<b>\x1b": 1.0})
+    shown = sample_page(0, [row])
+    assert not [part for part in ("<img", "</script", "<b>", "\x1b", "\x07", "\u202e") if part in shown]
+    assert shown.count(r"\x1b]0;x\x07 \u202etxt") == 3
+    assert shown.index("Content-Security-Policy") < shown.index("<style>")
+    (_, _, line) = _markdown([row]).splitlines()
+    assert "<img" not in line and "![" not in line and "](" not in line and "\x1b" not in line
+    assert r"\!\[p\]\(http://evil/p\.png\)" in line and r"<br>\# c" in line
+    assert line.replace("\\|", "").count("|") == 5
+    told = describe(0, ValueError("data.train: cannot read https://me:pass@host/a"))
+    assert "me:pass" not in told.message + told.traceback and told.message.endswith("@host/a")
+    print_failure(Failure(0, 0.0, "error", "RuntimeError", "row 3: \x1b[2J\u202e"), tmp_path)
+    assert capsys.readouterr().err == "papo: rank 0 failed: RuntimeError: row 3: \\x1b[2J\\u202e\n"
 
 
 def test_pictures_stand_beside_each_other():

@@ -17,7 +17,7 @@ from megatron_papo.cluster.supervise import Job
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.planning.runs import STAGES as PLANNERS_STAGES
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row, Spread, gather, measured_steps
-from megatron_papo.sweep.page import markdown, write_tables
+from megatron_papo.sweep.page import markdown, print_table, write_tables
 from megatron_papo.sweep.plot import draw, sweep_png
 from megatron_papo.sweep.points import Point, Sweep, load_sweep, points_of
 from megatron_papo.sweep.states import State, states_of, write_refused
@@ -93,6 +93,7 @@ def test_ranks_without_gpus(tmp_path: Path):
             {"points": [{"ranks": 1, "overrides": ["train.prompts_per_step=4"]}]},
             "points.0: overrides: train.prompts_per_step: the sweep sets it",
         ),
+        ({"dir": "a\nb"}, r"dir: holds \n, a character that does not show"),
         ({"name": "a/b"}, "name: 'a/b' is no name of a folder: letters, digits, dot, dash, underscore"),
     ],
 )
@@ -239,7 +240,7 @@ def test_a_resumed_run_warms_up_again(tmp_path: Path):
 
 
 def job(state: str, task: int, run_dir: Path) -> QueuedJob:
-    return QueuedJob(f"7_{task}", state, 1, "Resources", "0:01", "s", str(run_dir))
+    return QueuedJob(f"7_{task}", state, 1, "Resources", "0:01", str(run_dir))
 
 
 def submitted(point: Point) -> None:
@@ -280,7 +281,7 @@ def test_how_points_stand(tmp_path: Path):
     }
 
 
-def test_tables_and_picture(tmp_path: Path):
+def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     sweep, points = two_points(tmp_path, calibration="first")
     states = {point.name: State("done") for point in points} | {"ranks_12": State("failed", "a | b")}
     rows = gather(sweep, points, states)
@@ -296,6 +297,10 @@ def test_tables_and_picture(tmp_path: Path):
         table = list(csv.DictReader(file))
     assert table[1]["speed_up"] == "2.0" and table[1]["tokens_per_s_max"] == "180"
     assert table[2]["tokens_per_s"] == "" and table[2]["reason"] == "a | b"
+    rows = gather(sweep, points, states | {"ranks_12": State("failed", "[red]\x1b[31m\n<b>")})
+    print_table(rows, sweep)
+    assert r"  ranks_12: [red]\x1b[31m\n<b>" in capsys.readouterr().out.splitlines()
+    assert markdown(rows, sweep).splitlines()[6].endswith(r"| [red]\x1b[31m\n&lt;b&gt; |")
 
     speed, shares = draw(rows, sweep).axes
     drawn = {line.get_label(): line for line in speed.get_lines() if not line.get_label().startswith("_")}

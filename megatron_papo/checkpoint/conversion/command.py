@@ -16,6 +16,7 @@ from megatron_papo.checkpoint.conversion.crew import Crew, reason_of
 from megatron_papo.checkpoint.conversion.plan import Direction, Settings
 from megatron_papo.checkpoint.conversion.verify import verify
 from megatron_papo.config import ConfigError
+from megatron_papo.text import LINES, as_text
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,5 @@ def _verify(request: Request, crew: Crew) -> int:
 
 def _say(crew: Crew, text: str) -> None:
     if crew.rank == 0:
-        print(text, flush=True)
+        print(as_text(text, LINES), flush=True)
         sys.stdout.flush()
