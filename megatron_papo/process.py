@@ -144,7 +144,8 @@ def _open(number: int) -> None:
 
 
 def _stream(given: Any, number: int) -> Any:
-    """`given` over an `_Output`; a character that its encoding lacks is written as its escape. One that is not this process's own stream, as within a test, stays as it is."""
+    """`given` over an `_Output`; a character that its encoding lacks is written as its escape. One that is not this
+    process's own stream, as within a test, stays as it is."""
     encoding, at_once, by_line = "utf-8", False, number == 2
     if given is not None:
         raw = getattr(given.buffer, "raw", given.buffer) if type(given) is io.TextIOWrapper else None
