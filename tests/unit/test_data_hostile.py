@@ -7,13 +7,14 @@ import socket
 import struct
 import weakref
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig, MaskConfig
+from megatron_papo.config import ColumnsConfig, Config, DataConfig, MaskConfig
 from megatron_papo.data import BadRow, Masks, PromptDataset, dataset, load_processor, masking
 from megatron_papo.data.images import BadImage, decode_image
 from megatron_papo.observe.samples import beside_each_other
@@ -224,6 +225,21 @@ def test_texts_without_end_are_not_tokenised(processor, tmp_path):
     rows = open_rows(processor, tmp_path / "set", {"problem": long}, {"problem": "2+2?", "answer": long})
     refused(rows, 0, "prompt too long", "100000 letters are more than 80 tokens")
     refused(rows, 1, "answer too long", "100000 letters, at most 65536 are compared")
+
+
+def test_demonstrations_are_texts_of_an_end_without_pictures(processor, tmp_path):
+    from megatron_papo.sft import _demonstration
+
+    config = Config(train={"tokens_per_micro_batch": 8192})
+    run = SimpleNamespace(config=config, processor=processor)
+    most = 8192 * processor.most_letters_of_a_token
+    told = {"<|image_pad|>": "the response contains the vision token", "x" * (most + 1): "letters is more than"}
+    question = {"problem": "2+2?"}
+    rows = open_rows(processor, tmp_path / "set", *({**question, "response": text} for text in [*told, "4"]))
+    for row, message in enumerate(told.values()):
+        with pytest.raises(ValueError, match=rf"^data.train: row {row}: .*{message}"):
+            _demonstration(run, rows, rows.prompt(row))
+    assert _demonstration(run, rows, rows.prompt(2)).rollouts[0].text == "4"
 
 
 @pytest.mark.parametrize(("error", "reason"), [(MemoryError, "out of memory"), (RecursionError, "nested too deep")])

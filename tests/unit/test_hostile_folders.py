@@ -1,10 +1,12 @@
 """Model folders made to harm: indexes and headers that lie, links to secrets, code beside the weights, odd numbers."""
 
+import ast
 import copy
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +228,20 @@ def test_numbers_that_no_model_has(tmp_path, key):
         with pytest.raises(ValueError, match=r"config.json: ") as caught:
             ModelShape.from_folder(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_whatever_opens_strangers_files_says_what_it_opens():
+    """No call is forgotten: formats of pictures by name, no code of a model folder."""
+    found = {"formats": 0, "trust_remote_code": 0}
+    root = Path(__file__).parents[2]
+    for path in (file for folder in ("megatron_papo", "tools", "examples") for file in (root / folder).rglob("*.py")):
+        text = path.read_text()
+        if not any(word in text for word in ("Image.open", "LLM(", "from_pretrained")):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            needed = "formats" if called == "Image.open" else "trust_remote_code"
+            if called in ("Image.open", "LLM") or called.endswith(".from_pretrained"):
+                assert needed in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}: {called}"
+                found[needed] += 1
+    assert found["formats"] >= 2 and found["trust_remote_code"] >= 6
