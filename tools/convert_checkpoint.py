@@ -26,7 +26,7 @@ GIB, GB = 2**30, 10**9
 def main() -> int:
     arguments = _parser().parse_args()
     from megatron_papo.launch import outer_rank
-    from megatron_papo.text import as_text, print_anything
+    from megatron_papo.text import LINES, as_text, print_anything
 
     print_anything()
     try:
@@ -36,7 +36,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         from megatron_papo.checkpoint.conversion.crew import reason_of
 
-        print(as_text(reason_of(error)), file=sys.stderr)
+        print(as_text(reason_of(error), LINES), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
