@@ -27,7 +27,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     from megatron_papo.launch import outer_rank
     from megatron_papo.process import go_on_without_readers
-    from megatron_papo.text import as_text
+    from megatron_papo.text import LINES, as_text
 
     go_on_without_readers()
     try:
@@ -37,7 +37,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         from megatron_papo.checkpoint.conversion.crew import reason_of
 
-        print(as_text(reason_of(error)), file=sys.stderr)
+        print(as_text(reason_of(error), LINES), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
