@@ -32,6 +32,7 @@ LAYERS = (
         "launch",
         "keeper",
         "caches",
+        "rank_signals",
         "choose",
         "precision",
         "record",
