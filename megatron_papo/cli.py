@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from megatron_papo.process import command, go_on_without_readers
 from megatron_papo.refuse import faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
 
 _VERBS = {
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
+    if not options.dry_run:
+        go_on_without_readers()
     if _speaks():
         for warning in config.warnings():
             print(f"papo: warning: {warning}", file=sys.stderr)
@@ -64,8 +67,8 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         print(dump_config(config), end="")
         return 0
     from megatron_papo.launch import Work, launch
-    from megatron_papo.observe.failures import tell_torchrun
     from megatron_papo.observe.lock import RunHeld
+    from megatron_papo.observe.notes import tell_torchrun
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
     module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
@@ -220,7 +223,8 @@ def _speaks() -> bool:
 def _refuse(error: ConfigError, config: Config | None) -> int:
     """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
     from megatron_papo.launch import outer_rank
-    from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
+    from megatron_papo.observe.failures import Failure
+    from megatron_papo.observe.notes import leave_note, tell_torchrun
 
     tell_torchrun(f"papo: error: {error}")
     outer = outer_rank(os.environ) if "SLURM_STEP_ID" in os.environ else None
@@ -234,4 +238,4 @@ def _refuse(error: ConfigError, config: Config | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -3,8 +3,10 @@
 Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
 than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
 its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
-the last thing printed. SIGUSR1 asks every rank to save and end after its step; the exit code is then
-SAVED_EXIT. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
+the last thing printed. Signals to this process are for all ranks: SIGINT, SIGTERM and SIGHUP end them, Ctrl-Z stops
+them, SIGUSR1 asks them to save and end after their step; the exit code is then SAVED_EXIT. Nothing of a run is left in
+folders for temporary files. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in
+a Slurm job.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -31,18 +33,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_papo.observe.failures import (
-    SAVED_EXIT,
-    Failure,
-    describe,
-    leave_note,
-    print_failure,
-    read_failures,
-    tell_torchrun,
-    the_cause,
-    write_failure,
+from megatron_papo.keeper import kept_groups
+from megatron_papo.observe.failures import SAVED_EXIT, Failure, describe, print_failure, the_cause
+from megatron_papo.observe.notes import NotesInMemory, announce, report_to, tell_launcher
+from megatron_papo.observe.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
+from megatron_papo.observe.watchdog import STALL_EXIT
+from megatron_papo.process import (
+    asked_to_save,
+    begin,
+    go_on_without_readers,
+    interrupted_at_once,
+    remember,
+    save_requests_held,
 )
-from megatron_papo.observe.watchdog import STALL_EXIT, drop_empty_stack_file, dump_stacks_on_sigterm
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -50,6 +53,10 @@ _SETTLE_S = 1.5
 """After the first failure, how long other ranks have to leave their notes."""
 _STOP_S = 3.0
 """From SIGTERM to SIGKILL."""
+_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run; those that were ignored when it began, as SIGHUP under nohup, go on being so."""
+_OPEN_FILES = 256
+"""Libraries, connections to other ranks and files of a checkpoint."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -74,7 +81,8 @@ def _imported(name: str) -> ModuleType:
         return sys.modules[name]
     gc.disable()
     try:
-        return importlib.import_module(name)
+        with interrupted_at_once():
+            return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()
@@ -115,28 +123,31 @@ def first_host(nodelist: str) -> str:
 
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code."""
+    begin()
+    go_on_without_readers()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an Adam on the host gets more, for its part of a step (optim.py)
     _quieten()
     outer = outer_rank(os.environ)
     if outer is not None:
         os.environ.update(outer)
         return _call_here(work, int(os.environ["RANK"]))
+    if (most := _most_open_files()) < _OPEN_FILES:
+        print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
+        return 2
     print(f"papo: starting {num_ranks} rank{'s' * (num_ranks > 1)}", file=sys.stderr, flush=True)
     return _launch_local(work, num_ranks)
 
 
 def _call_here(work: Work, rank: int) -> int:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the verb listens: it would end the process
-    dump_stacks_on_sigterm(work.run_dir, rank)
     try:
+        dump_stacks_on_sigterm(work.run_dir, rank)
         code = work.call()
     except Exception as error:
         failure = describe(rank, error)
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
-        leave_note(work.run_dir, failure)
+        announce(work.run_dir, failure)
         print_failure(failure, work.run_dir)
-        tell_torchrun(failure.reason())
         drop_empty_stack_file(work.run_dir, rank)
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     drop_empty_stack_file(work.run_dir, rank)
@@ -144,46 +155,54 @@ def _call_here(work: Work, rank: int) -> int:
 
 
 def _launch_local(work: Work, num_ranks: int) -> int:
-    spawned = _has_gpu()
-    if not spawned:
-        _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
-    context = multiprocessing.get_context("spawn" if spawned else "fork")
-    with tempfile.TemporaryDirectory(prefix="papo_") as folder, _stop_on_sigterm():
+    with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
+        spawned = _has_gpu()
+        if not spawned:
+            _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
+        context = multiprocessing.get_context("spawn" if spawned else "fork")
+        notes = NotesInMemory()
         addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
         ranks = [
-            context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), Path(folder)))  # type: ignore[attr-defined]
+            context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), notes))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by a rank until the verb listens
-        try:
-            for process in ranks:
-                process.start()
-            signal.signal(signal.SIGUSR1, lambda *_: _forward(ranks, signal.SIGUSR1))
-            return _watch(ranks, work, Path(folder))
-        except KeyboardInterrupt:
-            print("papo: interrupted", file=sys.stderr)
-            return 128 + signal.SIGINT
-        finally:
-            _stop(ranks)
-            _tidy(work.run_dir, made)
-            if sys.stdout.isatty():
-                print("\x1b[?25h", end="", flush=True)  # the cursor, which a rank's progress bar may have hidden
+        with _signals_to(ranks):
+            try:
+                with save_requests_held():  # until each rank is there and knows what it means
+                    for process in ranks:
+                        process.start()
+                        keep(process.pid)
+                if asked_to_save():
+                    _forward(ranks, signal.SIGUSR1)
+                return _watch(ranks, work, notes)
+            finally:
+                _ignore_ends()
+                _stop(ranks)
+                notes.close()
+                _tidy(work.run_dir, made)
+                if sys.stdout.isatty():
+                    print("\x1b[?25h", end="", flush=True)  # the cursor, which a rank's progress bar may have hidden
 
 
-def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, folder: Path) -> None:
+def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, notes: NotesInMemory) -> None:
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP):  # the launcher has handlers of its own
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    begin()
+    go_on_without_readers()
     os.environ.update(addresses, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=addresses["WORLD_SIZE"])
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as in _call_here
-    dump_stacks_on_sigterm(work.run_dir, rank)
+    report_to(notes)
     try:
+        dump_stacks_on_sigterm(work.run_dir, rank)
         code = work.call()
     except Exception as error:
         failure = describe(rank, error)
-        write_failure(folder, failure)
+        tell_launcher(failure)
         sys.stdout.flush()
         if failure.kind == "distributed":
             time.sleep(_VICTIM_WAIT_S)
@@ -191,7 +210,7 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, fo
     sys.exit(code)
 
 
-def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
+def _watch(ranks: list[BaseProcess], work: Work, notes: NotesInMemory) -> int:
     """Waits until every rank has ended well, or one has not; then says which and why. The exit code."""
     running, saved = list(ranks), False
     while running:
@@ -200,8 +219,8 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
         exitcodes = [process.exitcode for process in running]
         saved = saved or SAVED_EXIT in exitcodes
         if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
-            failure = _explain(ranks, work, folder)
-            stalled = failure.kind == "stalled"
+            failure = _explain(ranks, work, notes)
+            stalled = failure.kind == "stalled" or STALL_EXIT in [process.exitcode for process in ranks]
             _stop(ranks)
             if stalled:
                 _print_stacks(ranks, work.run_dir)
@@ -211,11 +230,11 @@ def _watch(ranks: list[BaseProcess], work: Work, folder: Path) -> int:
     return SAVED_EXIT if saved else 0
 
 
-def _explain(ranks: list[BaseProcess], work: Work, folder: Path) -> Failure:
+def _explain(ranks: list[BaseProcess], work: Work, reported: NotesInMemory) -> Failure:
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline and any(process.exitcode is None for process in ranks):
         wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
-    notes = read_failures(folder)
+    notes = reported.read()
     for rank, process in enumerate(ranks):
         if process.exitcode not in (None, 0, SAVED_EXIT) and rank not in notes:
             notes[rank] = _without_note(rank, process.exitcode, work.run_dir)
@@ -229,7 +248,7 @@ def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return Failure(rank, time.time(), "killed", "killed", f"by signal {name}{hint}")
     stacks = run_dir / "stacks" / f"rank_{rank}.txt"
-    first_line = stacks.read_text().partition("\n")[0] if stacks.exists() else ""
+    first_line = stacks.read_text(errors="replace").partition("\n")[0] if stacks.exists() else ""
     if first_line:
         return Failure(rank, stacks.stat().st_mtime, "stalled", "stalled", first_line)
     return Failure(rank, time.time(), "silent", "ended", f"with exit code {exitcode}")
@@ -252,7 +271,8 @@ def _stop(ranks: list[BaseProcess]) -> None:
 def _forward(ranks: list[BaseProcess], number: signal.Signals) -> None:
     for process in ranks:
         if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # just ended
+                os.kill(process.pid, number)
 
 
 def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
@@ -270,7 +290,7 @@ def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
     for rank, process in enumerate(ranks):
         path = run_dir / "stacks" / f"rank_{rank}.txt"
         if process.exitcode != STALL_EXIT and path.exists():
-            print(f"papo: rank {rank}: {path.read_text()}", file=sys.stderr)
+            print(f"papo: rank {rank}: {path.read_text(errors='replace')}", file=sys.stderr)
 
 
 def _tidy(run_dir: Path, made: list[Path]) -> None:
@@ -291,6 +311,13 @@ def _quieten() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+def _most_open_files() -> int:
+    """The limit that this process and its ranks have from now on: as high as it may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
+
+
 def _has_gpu() -> bool:
     import torch
 
@@ -304,14 +331,44 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Lets SIGTERM to this process end the ranks first; the exit code is the usual 143."""
+def _signals_to(ranks: list[BaseProcess]) -> Iterator[None]:
+    """What comes to this process reaches the ranks, which have process groups of their own. SIGINT, SIGTERM and SIGHUP
+    end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that."""
 
-    def handler(number: int, frame: Any) -> None:
+    def end(number: int, frame: Any) -> None:
+        _ignore_ends()
+        if number == signal.SIGINT:
+            with suppress(OSError):
+                os.write(2, b"papo: interrupted\n")
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, handler)
+    def save(number: int, frame: Any) -> None:
+        remember()
+        _forward(ranks, signal.SIGUSR1)
+
+    handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(_END, end)
+    handlers |= {signal.SIGTSTP: lambda *_: _pause(ranks), signal.SIGUSR1: save}
+    before = {number: signal.getsignal(number) for number in handlers}
     try:
+        for number, handler in handlers.items():
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _ignore_ends() -> None:
+    """The end is under way: a second signal is not to disturb it."""
+    for number in _END:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _pause(ranks: list[BaseProcess]) -> None:
+    """Stops the ranks, then this process, until somebody has it go on."""
+    for process in ranks:
+        _signal_group(process, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for process in ranks:
+        _signal_group(process, signal.SIGCONT)

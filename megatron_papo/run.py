@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,10 +31,10 @@ from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Generator
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
+from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.heartbeat import Heartbeat
-from megatron_papo.observe.watchdog import StageClock
 from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
-from megatron_papo.parallel import Layout, gather_objects, initialize, move_items, own_rank, shutdown
+from megatron_papo.parallel import Layout, everyone, gather_objects, initialize, move_items, own_rank, shutdown
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.types import Batch, Group
@@ -89,9 +90,10 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
     adapt_megatron()
     with ExitStack() as stack:
         clock = stack.enter_context(StageClock(config.run, own_rank(), config.observe.console))
-        stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
+        heartbeat = stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
         with clock.stage("join"):
             layout = initialize(config.parallel, num_engine_ranks)
+            heartbeat.met(gather_objects(uuid.uuid4().hex, everyone())[0])
         stack.push(_end_groups)
         shape = ModelShape.from_folder(folder)
         check_layout(config, shape, layout.world_size)

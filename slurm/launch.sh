@@ -20,6 +20,9 @@
 #
 # The batch host itself needs python3 (3.9 or later) and nothing installed, also when ranks run in a container.
 
+# Slurm may ask for a save before there is anything to save: that would end a shell.
+trap 'papo_asked=1' USR1
+
 papo_refuse() { echo "papo: error: $*" >&2; exit 2; }
 
 papo_modules() {
@@ -62,7 +65,7 @@ papo_check() { # settings and facts; leaves the resolved settings in $papo_setti
   papo_settings=$(mktemp)
   said=$(mktemp)
   if ! srun "${papo_srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$PAPO_PYTHON" -m megatron_papo.cli check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
+    "$PAPO_PYTHON" -m megatron_papo check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
     grep '^papo: ' "$said" >&2 || cat "$said" >&2 # srun's own line on the exit status adds nothing to ours
     exit 2
   fi
@@ -112,6 +115,7 @@ papo_job=$SLURM_JOB_ID
 scontrol update "JobId=$papo_job" "Comment=papo:$(realpath "$papo_run")" 2>/dev/null || true
 if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then exit 0; fi
 
-exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" \
+trap '' USR1 # until the supervisor listens
+exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" ${papo_asked:+--save-asked} \
   --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) --srun "$(printf '%q ' "${papo_srun[@]}")" -- \
-  "$PAPO_PYTHON" -m megatron_papo.cli train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"
+  "$PAPO_PYTHON" -m megatron_papo train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"

@@ -22,7 +22,7 @@ Command = Process | subprocess.Popen
 
 def papo(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
     """`papo WORDS...`; options as of `run`."""
-    return run("-m", "megatron_papo.cli", *words, **options)  # type: ignore[arg-type]
+    return run("-m", "megatron_papo", *words, **options)  # type: ignore[arg-type]
 
 
 def run(

@@ -32,7 +32,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.which in ("update", "step") and find_spec("trl") is None:
         parser.error(f"{arguments.which} needs TRL: `make bench` installs it")
-    sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
     from tools.benchmarks.quiet import quieten
     from tools.benchmarks.table import print_rows, write_rows
 
@@ -104,4 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

@@ -26,7 +26,9 @@ GIB, GB = 2**30, 10**9
 def main() -> int:
     arguments = _parser().parse_args()
     from megatron_papo.launch import outer_rank
+    from megatron_papo.process import go_on_without_readers
 
+    go_on_without_readers()
     try:
         if arguments.workers == 1 and outer_rank(os.environ) is None:
             return _alone(arguments)
@@ -101,4 +103,6 @@ def _together(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

@@ -134,4 +134,6 @@ def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assum
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    sys.exit(main())
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

@@ -100,4 +100,6 @@ def _arguments() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

@@ -120,4 +120,6 @@ def _list() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

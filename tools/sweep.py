@@ -62,4 +62,6 @@ def _sweep(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    sys.exit(main())
+    from megatron_papo.process import command
+
+    sys.exit(command(main))

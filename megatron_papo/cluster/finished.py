@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.observe.progress import read_progress
+from megatron_papo.process import command
 
 
 def is_finished(settings: dict[str, Any]) -> bool:
@@ -35,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -1,6 +1,7 @@
 """Which rank of a cluster job is dead: from the signs of life that ranks write (observe/heartbeat.py), or srun's words.
 
-A sign's age is counted from when it was last seen to change, by the watcher's own clock. Standard library alone.
+A sign's age is counted from when it was last seen to change, by the watcher's own clock, without the time for which the
+watcher itself was stopped: a job that was suspended is alive. Standard library alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_papo.files import read_object
+from megatron_papo.observe.awake import AwakeClock
 from megatron_papo.observe.failures import Failure
 
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.*)")
@@ -19,6 +21,8 @@ _NODE_INDEX = re.compile(r"error: .*missing step on node (\d+)")
 _NODE_NAME = re.compile(r"error: Node failure on (\S+)")
 _ENDED_BY_SRUN = ("Terminating StepId", "Job step aborted", "forcing job termination")
 """From such a line on, tasks die because srun ends them."""
+_LONGEST_GAP_S = 10.0
+"""Between two looks, which are a second apart and more where Slurm or the disk takes its time."""
 
 
 class RankWatch:
@@ -27,7 +31,7 @@ class RankWatch:
     def __init__(self, run_dir: Path, num_ranks: int, limit_s: float, start_limit_s: float):
         self._folder, self._num_ranks = run_dir / "heartbeats", num_ranks
         self._limit_s, self._start_limit_s = limit_s, start_limit_s
-        self._began = time.monotonic()
+        self._clock = AwakeClock(_LONGEST_GAP_S)
         self._signs: dict[int, dict[str, object]] = {}
         self._changed: dict[int, float] = {}
 
@@ -39,10 +43,10 @@ class RankWatch:
     def dead_rank(self, but: set[int]) -> Failure | None:
         """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well, and one
         in `but` has told why it ended."""
-        now = time.monotonic()
+        now = self._clock.seconds()
         present = [rank for rank in self._look(now) if rank not in but]
         for rank in range(self._num_ranks):
-            if rank not in self._changed and now - self._began > self._start_limit_s:
+            if rank not in self._changed and now > self._start_limit_s:
                 return _dead(rank, f"gave no sign of life for {self._start_limit_s:g} s after the start")
         longest = min(present, key=lambda rank: self._changed[rank], default=None)
         if longest is None or now - self._changed[longest] <= self._limit_s:
@@ -51,7 +55,7 @@ class RankWatch:
 
     def longest_silent(self, but: set[int]) -> Failure | None:
         """After the ranks have ended: the first to fall silent, of those not in `but`, who have told why they ended."""
-        now = time.monotonic()
+        now = self._clock.seconds()
         others = [rank for rank in self._look(now) if rank not in but]
         return self._silent(min(others, key=lambda rank: self._changed[rank]), now) if others else None
 
@@ -78,7 +82,7 @@ class RankWatch:
                 sign, rank = read_object(path), int(path.stem.removeprefix("rank_"))
             except ValueError:  # just gone, or a disk that hiccups
                 continue
-            if not {"host", "stage"} <= sign.keys():
+            if not {"count", "host", "stage"} <= sign.keys():
                 continue
             found.append(rank)
             if self._signs.get(rank) != sign:

@@ -37,9 +37,11 @@ from typing import TextIO
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.files import read_records
-from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, read_failures, the_cause
+from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
 from megatron_papo.observe.lock import Holder, RunHeld, drop_own, look
+from megatron_papo.observe.notes import read_failures
 from megatron_papo.observe.progress import RunProgress, read_progress
+from megatron_papo.process import asked_to_save, command, go_on_without_readers, remember
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
@@ -92,8 +94,10 @@ class Supervisor:
         self._run_dir = Path(str(run["dir"]))
         self._max_failures = int(str(run["max_failures"]))
         self._beat_limit_s, self._start_limit_s = float(str(run["heartbeat_limit_s"])), float(str(run["stall_limit_s"]))
-        self._asked_to_save = False
-        self._told_to_end_at = math.inf
+        self._asked_to_save = asked_to_save()
+        self._told_to_end = False
+        self._noted: dict[int, Failure] = {}
+        """Failures of the present attempt, up to when it was told to end: later ones are of that."""
 
     def main(self) -> int:
         """Attempts until the run is done or has to leave this job; the exit code of the job."""
@@ -131,7 +135,7 @@ class Supervisor:
         end = attempts[-1].end
         if end in _FINAL:
             return _FINAL[end]
-        if self._told_to_end_at < math.inf:
+        if self._told_to_end:
             return 128 + signal.SIGTERM
         if end == "saved":
             return self._queue_again("saved before the time limit")
@@ -208,21 +212,22 @@ class Supervisor:
 
     def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: TextIO) -> Failure | None:
         """Until the ranks have ended, by themselves or because one of them is dead: that one."""
-        notes: dict[int, Failure] = {}
         noted_at, asked_at = math.inf, -math.inf
+        self._noted = {}
         while step.poll() is None:
             time.sleep(_LOOK_S)
-            _show(first.read())
             now = time.monotonic()
-            with suppress(OSError, ValueError):  # a shared disk that hiccups: the next look is a second away
-                notes = read_failures(self._run_dir / "failures")
-            dead = watch.dead_rank(but=set(notes))
+            with suppress(OSError):  # a shared disk that hiccups: the next look is a second away
+                _show(first.read())
+                if not self._told_to_end:
+                    self._noted = read_failures(self._run_dir / "failures")
+            dead = watch.dead_rank(but=set(self._noted))
             if self._asked_to_save and watch.all_started and now - asked_at > _ASK_AGAIN_S:
                 asked_at = now
                 step.send_signal(signal.SIGUSR1)  # srun passes it on to every rank
-            if notes:
+            if self._noted:
                 noted_at = min(noted_at, now)
-            if dead or now - noted_at > _NOTE_WAIT_S or self._told_to_end_at < math.inf:
+            if dead or now - noted_at > _NOTE_WAIT_S or self._told_to_end:
                 self._end_step(step)
                 return dead
         return None
@@ -242,9 +247,11 @@ class Supervisor:
                 step.wait()
 
     def _how_it_ended(self, code: int, srun_log: Path, watch: RankWatch, dead: Failure | None) -> Ending:
-        notes = list(read_failures(self._run_dir / "failures").values())
-        if self._told_to_end_at < math.inf:
-            notes = [note for note in notes if note.time < self._told_to_end_at]  # later ones are of being ended
+        notes = list(self._noted.values())
+        if not self._told_to_end:  # later ones are of being ended
+            with suppress(OSError):
+                notes = list(read_failures(self._run_dir / "failures").values())
+        if self._told_to_end:
             if not notes and not dead:
                 return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
         elif code in (0, SAVED_EXIT) and not dead:  # a job of one rank ends with the latter
@@ -321,7 +328,7 @@ class Supervisor:
         self._asked_to_save = True
 
     def _hear_end(self, *_: object) -> None:
-        self._told_to_end_at = min(time.time(), self._told_to_end_at)
+        self._told_to_end = True
 
 
 def _job_id(environ: Mapping[str, str]) -> str:
@@ -365,23 +372,25 @@ def say(text: str) -> None:
 
 
 def _show(text: str) -> None:
-    """The job's log may be on the disk that is full: that is no reason to end."""
-    with suppress(OSError):
-        print(text, end="", flush=True)
+    print(text, end="", flush=True)
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
+    go_on_without_readers()  # the job's log may be on a disk that is full
     parser = argparse.ArgumentParser(
         prog="python3 -m megatron_papo.cluster.supervise", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--settings", type=Path, required=True, help="what `papo check --json` printed")
     parser.add_argument("--ranks", type=int, required=True, help="of the whole job")
+    parser.add_argument("--save-asked", action="store_true", help="SIGUSR1 came before this program began")
     parser.add_argument("--srun", default="", help="more options of srun, as one word")
     parser.add_argument("command", nargs="+", help="what every rank runs")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
+    if options.save_asked:
+        remember()
     settings = json.loads(options.settings.read_text())
     return Supervisor(Job.here(), settings, options.ranks, shlex.split(options.srun), options.command).main()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(main))

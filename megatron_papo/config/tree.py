@@ -26,7 +26,8 @@ class RunConfig(Section):
     seed: int = 0
     """Of the data order, sampling, masks and random weights."""
     stall_limit_s: Positive = 1800.0
-    """A stage that makes no progress for this long dumps every rank's Python stack and stops the run."""
+    """A stage that makes no progress for this long dumps every rank's Python stack and stops the run; between stages
+    too."""
     stage_limits_s: dict[str, Positive] = {}
     """Limits of single stages instead, e.g. `{generate: 3600, save: 600}`; names as in the metrics `time/<stage>`."""
     heartbeat_s: Positive = 5.0

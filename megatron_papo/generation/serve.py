@@ -19,6 +19,7 @@ from megatron_papo.config import Config
 from megatron_papo.generation.separate_store import EngineStore
 from megatron_papo.generation.serve_engine import Ending, Seat, run_engine
 from megatron_papo.parallel import world_store
+from megatron_papo.process import save_requests_held
 
 _POLL_S = 0.25
 _END_S = 10.0
@@ -58,7 +59,8 @@ class _Child:
         context = multiprocessing.get_context("spawn")  # CUDA and vLLM do not survive a fork
         self._hears, says = context.Pipe(duplex=False)
         self.process = context.Process(target=run_engine, args=(self.config, self.seat, says))
-        self.process.start()
+        with save_requests_held():  # until it expects them
+            self.process.start()
         says.close()
         return self
 

@@ -35,6 +35,7 @@ from megatron_papo.generation.shares import Answer, Job
 from megatron_papo.generation.vllm_engine import VllmGenerator
 from megatron_papo.generation.vllm_requests import bare
 from megatron_papo.parallel import Layout, world_store
+from megatron_papo.process import begin, go_on_without_readers
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_S = 0.5
@@ -69,7 +70,8 @@ def run_engine(config: Config, seat: Seat, says: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the trainer's ranks
+    begin()
+    go_on_without_readers()
     try:
         _serve(config, seat)
     except Exception as error:

@@ -1,25 +1,20 @@
-"""Why a rank ended: each failing rank leaves a note, and the run reports the note that explains the others.
+"""Why a rank ended: each failing rank says so, and the run reports the failure that explains the others.
 
 A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
 theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
 one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
-its traceback goes to a file, and the console shows the reason alone. Leaves out what the operating system knows
-(signals, exit codes): that is for the launcher.
+its traceback goes to a file, and the console shows the reason alone. Leaves out how the others hear of it (notes.py)
+and what the operating system knows (signals, exit codes): that is for the launcher.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 import traceback
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
-
-from megatron_papo.files import made_of, parse_record
+from typing import Literal
 
 Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
 
@@ -33,9 +28,6 @@ _ORDER: tuple[tuple[Kind, ...], ...] = (
     ("config", "stopped", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
 )  # fmt: skip
 """What explains a run, best first; within one row the earliest."""
-
-_TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Where torchrun tells each rank to leave its reason, for the report that it ends with."""
 
 _PEER_TYPES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 _PEER_WORDS = ("closed by peer", "reset by peer", "gloo/transport", "nccl error", "nccl communicator", "broken pipe")
@@ -51,6 +43,8 @@ class Failure:
     """Class of the exception, or what stands in its place."""
     message: str
     traceback: str = ""
+    attempt: str = ""
+    """Of which attempt of the run; empty before its ranks have met (notes.py)."""
 
     def reason(self) -> str:
         """The line that the run ends with."""
@@ -87,26 +81,6 @@ def describe(rank: int, error: BaseException) -> Failure:
     return Failure(rank, time.time(), kind, type(error).__name__, str(error), text)
 
 
-def write_failure(folder: Path, failure: Failure) -> None:
-    """Leaves the note as one file; complete or absent, never half."""
-    draft = folder / f"rank_{failure.rank}.tmp"
-    draft.write_text(json.dumps(asdict(failure)))
-    draft.rename(folder / f"rank_{failure.rank}.json")
-
-
-def leave_note(run_dir: Path, failure: Failure) -> None:
-    """The note where the ranks of all nodes look for it, RUN/failures; nothing where nothing can be written."""
-    with suppress(OSError):
-        (run_dir / "failures").mkdir(parents=True, exist_ok=True)
-        write_failure(run_dir / "failures", failure)
-
-
-def read_failures(folder: Path) -> dict[int, Failure]:
-    """The notes found in `folder`, by rank; one that a disk has spoilt tells nothing. Raises OSError."""
-    notes = [made_of(Failure, parse_record(path.read_bytes()) or {}) for path in sorted(folder.glob("rank_*.json"))]
-    return {note.rank: note for note in notes if note is not None and note.kind in get_args(Kind)}
-
-
 def the_cause(failures: list[Failure]) -> Failure:
     """The failure that explains the others."""
     assert failures, "a run that failed has a failure"
@@ -130,17 +104,6 @@ def print_failure(failure: Failure, run_dir: Path) -> None:
     else:
         text = failure.traceback + failure.reason()
     print(text, file=sys.stderr, flush=True)
-
-
-def tell_torchrun(reason: str) -> None:
-    """Lets torchrun's closing report name `reason`; without torchrun, nothing. The earliest rank's is its root cause.
-
-    In the format of torch.distributed.elastic's error handler, without a call stack: the report would show it instead.
-    """
-    path = os.environ.get(_TORCHRUN_FILE)
-    if path:
-        note = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": note}))
 
 
 def _set_aside(failure: Failure, run_dir: Path) -> str:

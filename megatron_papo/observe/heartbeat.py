@@ -4,8 +4,8 @@ A thread writes RUN/heartbeats/rank_N.json every `run.heartbeat_s`: host, proces
 (the supervisor of a cluster job) compares the count with what it was, so that clocks need not agree. The same thread
 looks for the note that a failing rank leaves in RUN/failures. On a note of a stall it writes this rank's stacks; on
 any note it ends this process, which may well wait in a collective for the rank that is gone. Files on the disk that all
-nodes share are what works under srun, torchrun and by hand alike. Notes older than this rank's first sign of life
-are another attempt's.
+nodes share are what works under srun, torchrun and by hand alike. What lay there when this rank began is another
+attempt's, and so is a note that says so (notes.py).
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from megatron_papo.config import RunConfig
-from megatron_papo.observe.failures import Failure, read_failures
+from megatron_papo.observe.failures import Failure
 from megatron_papo.observe.lock import touch
-from megatron_papo.observe.watchdog import stack_file
+from megatron_papo.observe.notes import belong_to, is_ours, own_attempt, read_note
+from megatron_papo.observe.stacks import stack_file
 
 PEER_EXIT = 3
 """Exit code of a rank that ended because another one had failed."""
@@ -31,6 +34,8 @@ _CAUSE_WAIT_S = 2.0
 """From a note to the end of this rank: one that fails for the same cause leaves its own note in the meantime."""
 _LAST_BEAT_S = 5.0
 """That a clean end waits for a beat under way, on a disk that may not answer."""
+_MISSED_BEATS = 3
+"""So many beats behind the others, a rank is silent."""
 
 
 class Heartbeat:
@@ -41,14 +46,14 @@ class Heartbeat:
         self._run, self._rank, self._stage = run, rank, stage
         self._path = run.dir / "heartbeats" / f"rank_{rank}.json"
         self._count = 0
-        self._first_time = 0.0
+        self._said = False
+        self._earlier: set[tuple[str, int, int]] = set()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
+        self._earlier = set(self._notes().values())
         self._beat()
-        with suppress(OSError):
-            self._first_time = self._path.stat().st_mtime  # of the shared disk's clock, as the notes are
         self._thread.start()
         return self
 
@@ -60,10 +65,19 @@ class Heartbeat:
                 self._path.unlink()
                 self._path.parent.rmdir()  # fails as long as another rank's is there
 
+    def met(self, attempt: str) -> None:
+        """From now on signs and notes of this rank are of `attempt`, as those of all its ranks, which have met."""
+        belong_to(attempt)
+        self._beat()
+
     def _watch(self) -> None:
         while not self._ended.wait(self._run.heartbeat_s):
-            self._beat()
-            note = self._failed_peer()
+            try:
+                self._beat()
+                note = self._failed_peer()
+            except Exception as error:  # whatever lies there: without this thread the rank would be taken for dead
+                self._say_once(error)
+                continue
             if note and not self._ended.wait(_CAUSE_WAIT_S):
                 self._end(note)
 
@@ -71,6 +85,7 @@ class Heartbeat:
         """A full disk or one that does not answer is no reason to end: the supervisor decides."""
         self._count += 1
         sign = {"count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "stage": self._stage()}
+        sign["attempt"] = own_attempt()
         draft = self._path.with_suffix(".tmp")
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,19 +95,61 @@ class Heartbeat:
             touch(self._run.dir)
 
     def _failed_peer(self) -> Failure | None:
-        with suppress(OSError, ValueError):
-            for rank, note in read_failures(self._run.dir / "failures").items():
-                written = (self._run.dir / "failures" / f"rank_{rank}.json").stat().st_mtime
-                if rank != self._rank and written >= self._first_time:
-                    return note
+        for path, place in self._notes().items():
+            note = read_note(path) if place not in self._earlier else None
+            if note is not None and note.rank != self._rank and is_ours(note):
+                return note
         return None
 
+    def _notes(self) -> dict[Path, tuple[str, int, int]]:
+        """The files there are, and what tells each from one that takes its place; without a look at any clock."""
+        found = {}
+        with suppress(OSError):
+            for path in sorted((self._run.dir / "failures").glob("rank_*.json")):
+                with suppress(OSError):
+                    state = path.stat()
+                    found[path] = (path.name, state.st_ino, state.st_mtime_ns)
+        return found
+
+    def _say_once(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            text = f"papo: warning: rank {self._rank}: looking for failures: {type(error).__name__}: {error}"
+            print(text, file=sys.stderr, flush=True)
+
     def _end(self, note: Failure) -> None:
-        print(
-            f"papo: rank {self._rank} ends, since {note.reason().removeprefix('papo: ')}", file=sys.stderr, flush=True
-        )
-        if note.kind == "stalled":
-            file = stack_file(self._run.dir, self._rank)
-            print(f"while rank {note.rank} stalled: {note.message}", file=file, flush=True)
-            faulthandler.dump_traceback(file=file, all_threads=True)
+        with suppress(Exception):
+            text = f"papo: rank {self._rank} ends, since {note.reason().removeprefix('papo: ')}"
+            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if note.kind in ("stalled", "killed"):  # the latter of one that is silent, while others stall
+                file, how = stack_file(self._run.dir, self._rank), "stalled" if note.kind == "stalled" else "was silent"
+                print(f"while rank {note.rank} {how}: {note.message}", file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
         os._exit(PEER_EXIT)
+
+
+def silent_rank(run: RunConfig) -> Failure | None:
+    """The one that has been silent for longest while others were not, by the clock of the disk that they all write to;
+    None when all have been heard of lately. A rank that ended well has no sign, and one that never began has none."""
+    signs = _signs(run.dir / "heartbeats")
+    first = min(signs, key=lambda rank: signs[rank][0], default=None)
+    if first is None:
+        return None
+    (written, sign), newest = signs[first], max(written for written, _ in signs.values())
+    if newest - written <= _MISSED_BEATS * run.heartbeat_s:
+        return None
+    stage = f"in stage {sign['stage']}" if sign.get("stage") else "between stages"
+    text = f"no sign of life from {sign.get('host')} for {newest - written:.0f} s ({stage})"
+    return Failure(first, time.time(), "killed", "dead", text)
+
+
+def _signs(folder: Path) -> dict[int, tuple[float, dict[str, Any]]]:
+    """By rank: when it was written and what it says; those of this attempt."""
+    found = {}
+    for path in folder.glob("rank_*.json"):
+        with suppress(OSError, ValueError):
+            written, sign = path.stat().st_mtime, json.loads(path.read_text())
+            if isinstance(sign, dict) and sign.get("attempt") == own_attempt():
+                found[int(path.stem.removeprefix("rank_"))] = (written, sign)
+    return found

@@ -1,4 +1,7 @@
-"""SIGUSR1 asks a run to save after the step it is in and to end; a cluster job gets it before its time limit."""
+"""SIGUSR1 asks a run to save after the step it is in and to end; a cluster job gets it before its time limit.
+
+One that came while the run was starting counts too: the run ends after its first step.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from types import FrameType
 from typing import Self
 
 from megatron_papo.parallel import any_rank
+from megatron_papo.process import asked_to_save
 
 
 class StopSignal:
@@ -17,6 +21,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGUSR1, self._hear)
+        self._heard = self._heard or asked_to_save()
         return self
 
     def __exit__(self, *_: object) -> None:

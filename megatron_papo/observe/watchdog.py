@@ -1,247 +1,119 @@
-"""Times every stage of a step, and its memory; shows its progress; ends a run that stalls, with every rank's stack.
+"""Ends a run that stalls, with every rank's stack, from the beginning of a verb to its end.
 
-A stage that makes no progress for longer than the limit writes the stacks of all threads to stderr and to
-RUN/stacks/rank_N.txt and ends the process; the launcher then ends the other ranks, whose SIGTERM writes their stacks to
-their own files. Progress is what the stage reports, and every stage that begins or ends within it. Leaves out stalls
-outside any stage: those run into the timeout of the collective (`parallel.timeout_s`).
+A thread of every rank looks whether the rank has moved: a stage began, reported progress or ended. When nothing has for
+longer than the limit of the stage, or `run.stall_limit_s` between stages, it writes the stacks of all threads to stderr
+and to RUN/stacks/rank_N.txt, says why, and ends the process; the others then end too, with their stacks (heartbeat.py,
+launch.py). Where a rank gives no sign of life any more, that one is the cause: the others only wait for it.
+Time for which this process was stopped does not count. Leaves out ranks of separate engines, which wait by profession.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import math
 import os
-import signal
-import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Self, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_papo.config import RunConfig
-from megatron_papo.observe.failures import Failure, leave_note, tell_torchrun
+from megatron_papo.observe.awake import AwakeClock
+from megatron_papo.observe.failures import Failure
+from megatron_papo.observe.heartbeat import silent_rank
+from megatron_papo.observe.notes import announce
+from megatron_papo.observe.stacks import stack_file
 
 STALL_EXIT = 124
 """Exit code of a rank that the watchdog ended."""
 
-_PLAIN_EVERY_S = 10.0
-"""Where the output is no terminal, a long stage prints a line this often."""
-_BACKUP_S = 10.0
-"""The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in this much later."""
-_REARM_S = 1.0
-"""Progress moves the C thread's time at most this often: it costs a thread each time."""
+_LOOK_S = 1.0
+_BACKUP = 2.0
+"""The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in after this many times
+the limit. It cannot tell that the process was stopped, so it leaves time for that: as long as the limit."""
+_LAST_WORDS_S = 20.0
+"""That a rank may take to say that it has stalled, on a disk that may not answer."""
 _PEERS_S = 4.0
 """Beyond a heartbeat, how long the others have to write where they are: once this rank is gone, collectives fail."""
 
-_stack_files: dict[Path, TextIO] = {}
 
+class Watchdog:
+    """As a context: watches. `moved`, `enter` and `leave` cost the rank next to nothing."""
 
-def stack_file(run_dir: Path, rank: int) -> TextIO:
-    """RUN/stacks/rank_N.txt, emptied when this process first asks for it, and kept open."""
-    path = run_dir / "stacks" / f"rank_{rank}.txt"
-    if path not in _stack_files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _stack_files[path] = path.open("w")
-    return _stack_files[path]
-
-
-def dump_stacks_on_sigterm(run_dir: Path, rank: int) -> None:
-    """From now on SIGTERM writes this process's stacks to its stack file, then ends it.
-
-    Done in C: works also while the interpreter waits inside a collective.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    faulthandler.register(signal.SIGTERM, file=stack_file(run_dir, rank), all_threads=True, chain=True)
-
-
-def drop_empty_stack_file(run_dir: Path, rank: int) -> None:
-    """At the end of a rank: away with the file that nothing was written to, and with a folder of none."""
-    faulthandler.unregister(signal.SIGTERM)
-    file = _stack_files.pop(run_dir / "stacks" / f"rank_{rank}.txt", None)
-    if file is None:
-        return
-    file.close()
-    path = Path(file.name)
-    with suppress(OSError):  # another rank still has a file in the folder, or has removed it
-        if path.stat().st_size == 0:
-            path.unlink()
-        path.parent.rmdir()
-
-
-class StageProgress:
-    """Handed out by `StageClock.stage`: how much of the stage is done."""
-
-    def __init__(self, clock: StageClock, name: str, total: int | None):
-        self._clock, self._name, self._total = clock, name, total
-        self._done, self._start = 0, time.monotonic()
-        self._next_line = self._start + _PLAIN_EVERY_S
-        self._task = clock._bar.add_task(name, total=total) if clock._bar else None
-
-    def advance(self, count: int = 1) -> None:
-        self._done += count
-        self._clock._moved()
-        if self._clock._bar and self._task is not None:
-            self._clock._bar.advance(self._task, count)
-        elif self._clock._plain and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + _PLAIN_EVERY_S
-            of = f"/{self._total}" if self._total else ""
-            print(f"  {self._name} {self._done}{of} ({time.monotonic() - self._start:.0f} s)", flush=True)
-
-    def reach(self, done: int, total: int) -> None:
-        """Progress so far, from work that counts by itself."""
-        self._total = total
-        if self._clock._bar and self._task is not None:
-            self._clock._bar.update(self._task, total=total)
-        self.advance(done - self._done)
-
-    def _finish(self) -> float:
-        if self._clock._bar and self._task is not None:
-            self._clock._bar.remove_task(self._task)
-        return time.monotonic() - self._start
-
-
-class StageClock:
-    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest.
-
-    As a context manager it ends the display, whatever happens inside.
-    """
-
-    def __init__(self, run: RunConfig, rank: int, console: bool = True):
-        """`console`: show progress; only rank 0 ever does."""
-        self._limits, self._run_dir, self._rank = run, run.dir, rank
-        # these import torch, which the launcher, who wants the stacks alone, does not wait for
-        from megatron_papo.accelerator import wait_for_device
-        from megatron_papo.observe.profiling import StageMemory, named_range
-
-        self._memory, self._named_range, self._wait_for_device = StageMemory(), named_range, wait_for_device
-        self._seconds: dict[str, float] = defaultdict(float)
+    def __init__(self, run: RunConfig, rank: int):
+        self._run, self._rank = run, rank
         self._open: list[str] = []
-        self._innermost: list[StageProgress] = []
-        self._deadline, self._rearm_at = math.inf, -math.inf
+        self._last = ""
+        self._moves = 0
         self._ended = threading.Event()
-        shown = console and rank == 0
-        screen = Console()
-        self._plain = shown and not screen.is_terminal
-        self._bar = _progress_bar(screen) if shown and screen.is_terminal else None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Self:
-        return self
+    def __enter__(self) -> None:
+        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._ended.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
-    @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[StageProgress]:
-        """Times the block under `name`, shows it, and ends the process when it stands still longer than the limit.
+    def enter(self, stage: str) -> None:
+        self._open.append(stage)
+        self._moves += 1
 
-        A stage ends when the GPU has done its work: a GPU runs behind the host, and the end of an update, Adam above
-        all, would count for the next stage. What waiting costs is the head start that the host has at that moment: the
-        next stage's first kernels come some 10 us after the last ones, a few times in a step of seconds.
-        """
-        self._enter(name)
-        progress = StageProgress(self, name, total)
-        self._innermost.append(progress)
-        try:
-            with self._named_range(name), self._memory.measured(name):
-                yield progress
-                self._wait_for_device()
-        finally:
-            self._innermost.pop()
-            self._seconds[name] += progress._finish()
-            self._leave()
+    def leave(self) -> None:
+        self._last = self._open.pop()
+        self._moves += 1
 
-    def report(self, done: int, total: int) -> None:
-        """Progress of the stage that is running, for work that does not know of stages."""
-        if self._innermost:
-            self._innermost[-1].reach(done, total)
+    def moved(self) -> None:
+        self._moves += 1
 
     def running(self) -> str:
         """The innermost stage at this moment; empty between stages."""
         return next(iter(self._open[-1:]), "")
 
-    def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`."""
-        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        self._seconds.clear()
-        return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}
+    def _watch(self) -> None:
+        look_s = min(_LOOK_S, *(limit / 4 for limit in (self._run.stall_limit_s, *self._run.stage_limits_s.values())))
+        clock, moves, since = AwakeClock(2 * look_s), -1, 0.0
+        while not self._ended.wait(look_s):
+            now, (key, limit) = clock.seconds(), self._limit()
+            if moves != self._moves:
+                moves, since = self._moves, now
+            if now - since >= limit:
+                self._end_after(self._run.heartbeat_s + _PEERS_S + _LAST_WORDS_S)
+                self._stalled(f"{self._place()} made no progress for {key}={limit:g}")
+            self._end_after(_BACKUP * limit - (now - since))
 
-    def _enter(self, name: str) -> None:
-        self._open.append(name)
-        self._moved()
-        if len(self._open) == 1:
-            self._ended = threading.Event()
-            threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
-            if self._bar:
-                self._bar.start()
-
-    def _leave(self) -> None:
-        self._open.pop()
-        if self._open:
-            self._moved()
-        else:
-            self._ended.set()
-            self._rearm_at = -math.inf
-            faulthandler.cancel_dump_traceback_later()
-            if self._bar:
-                self._bar.stop()
-
-    def _moved(self) -> None:
-        """Both watchdogs wait anew from now on."""
-        if not self._open:
-            return
-        now, limit = time.monotonic(), self._limit()[1]
-        self._deadline = now + limit
-        if now >= self._rearm_at:
-            self._rearm_at = now + _REARM_S
-            file = stack_file(self._run_dir, self._rank)
-            faulthandler.dump_traceback_later(limit + _BACKUP_S, file=file, exit=True)
+    def _end_after(self, seconds: float) -> None:
+        """By the C thread. Without a file for stacks there is none."""
+        with suppress(OSError, ValueError):
+            file = stack_file(self._run.dir, self._rank)
+            faulthandler.dump_traceback_later(seconds, file=file, exit=True)
 
     def _limit(self) -> tuple[str, float]:
         """The limit that holds, and the setting it comes from: the innermost open stage that has one of its own."""
         for name in reversed(self._open):
-            if name in self._limits.stage_limits_s:
-                return f"run.stage_limits_s.{name}", self._limits.stage_limits_s[name]
-        return "run.stall_limit_s", self._limits.stall_limit_s
+            if name in self._run.stage_limits_s:
+                return f"run.stage_limits_s.{name}", self._run.stage_limits_s[name]
+        return "run.stall_limit_s", self._run.stall_limit_s
 
-    def _watch(self, ended: threading.Event) -> None:
-        while not ended.wait(max(0.0, self._deadline - time.monotonic())):
-            for name in self._open[-1:]:  # none when the last stage ends at this moment
-                if time.monotonic() >= self._deadline:
-                    self._stalled(name)
+    def _place(self) -> str:
+        stage = self.running()
+        if stage:
+            return f"stage {stage}"
+        return f"the run, after stage {self._last}," if self._last else "the run, before its first stage,"
 
-    def _stalled(self, name: str) -> None:
-        key, limit = self._limit()
-        reason = f"stage {name} made no progress for {key}={limit:g}"
+    def _stalled(self, reason: str) -> None:
         text = reason
         with suppress(OSError):  # of a full disk
-            file = stack_file(self._run_dir, self._rank)
+            file = stack_file(self._run.dir, self._rank)
             print(reason, file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
-            text = Path(file.name).read_text()
-        # one write, so that the ranks' stacks do not mix on a shared terminal
-        os.write(sys.__stderr__.fileno(), f"papo: rank {self._rank}: {text}\n".encode())  # type: ignore[union-attr]
-        note = Failure(self._rank, time.time(), "stalled", "stalled", reason)
-        tell_torchrun(note.reason())
-        leave_note(self._run_dir, note)
-        if any((self._run_dir / "heartbeats").glob("rank_*.json")):
-            time.sleep(self._limits.heartbeat_s + _PEERS_S)
+            text = Path(file.name).read_text(errors="replace")
+        with suppress(OSError):  # one write, so that the ranks' stacks do not mix on a shared terminal
+            os.write(2, f"papo: rank {self._rank}: {text}\n".encode())
+        announce(self._run.dir, Failure(self._rank, time.time(), "stalled", "stalled", reason))
+        if (silent := silent_rank(self._run)) is not None:
+            announce(self._run.dir, silent)  # last, for torchrun keeps one reason a rank
+        with suppress(OSError):
+            if any((self._run.dir / "heartbeats").glob("rank_*.json")):
+                time.sleep(self._run.heartbeat_s + _PEERS_S)
         os._exit(STALL_EXIT)
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from megatron_papo.process import save_requests_held
+
 _START_S = 120.0
 """Importing sympy on a busy machine."""
 _SHARE = 0.95
@@ -75,7 +77,8 @@ class Verifier:
         if self._worker is None:
             script = Path(__file__).with_name("math_worker.py")
             command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s)]
-            self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            with save_requests_held():  # which are the trainer's, and would end the worker
+                self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if _read_line(self._worker, _START_S) != "ready":
                 self.close()
                 raise RuntimeError("the worker of math-verify did not start; its own message stands above")

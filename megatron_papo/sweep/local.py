@@ -30,7 +30,7 @@ def _run(checked: Checked) -> int:
     folder = write(checked.plan)
     (folder / "local.json").unlink(missing_ok=True)
     ranks = checked.plan.config.cluster.num_ranks
-    words = ["-m", "megatron_papo.cli", "train", str(folder / "settings.yaml"), f"--ranks={ranks}"]
+    words = ["-m", "megatron_papo", "train", str(folder / "settings.yaml"), f"--ranks={ranks}"]
     paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]  # as slurm/launch.sh has it
     code = 128 + 2
     with (folder / "local.log").open("a") as log:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_papo.config import ConfigError, RunConfig
+from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.heartbeat import Heartbeat
-from megatron_papo.observe.watchdog import StageClock
+from megatron_papo.observe.stopping import StopSignal
 
 
 def _start(timeout_s: float = 60.0) -> int:
@@ -59,8 +60,7 @@ def refused(folder: str) -> None:
 
 def rank_one_never_comes(folder: str) -> None:
     rank = _start()
-    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=3.0), rank)
-    with clock.stage("update"):
+    with StageClock(RunConfig(dir=Path(folder), stall_limit_s=3.0), rank) as clock, clock.stage("update"):
         if rank == 1:
             _sleeps_instead()
         _waits_in_a_collective()
@@ -83,7 +83,7 @@ def rank_one_stalls_in_generate(folder: str) -> None:
     run = RunConfig(dir=Path(folder), heartbeat_s=0.5, stage_limits_s={"generate": 2.0})
     with Heartbeat(run, rank, lambda: ""):
         if rank == 1:
-            with StageClock(run, rank, console=False).stage("generate"):
+            with StageClock(run, rank, console=False) as clock, clock.stage("generate"):
                 _sleeps_instead()
         _waits_in_a_collective()
 
@@ -97,34 +97,56 @@ def ends_well_with_a_heartbeat(folder: str) -> None:
     dist.destroy_process_group()
 
 
-def rank_one_has_no_stage(folder: str) -> None:
+def rank_one_stalls_between_stages(folder: str) -> None:
+    """Nobody watches rank 0."""
     if _start() == 1:
-        _sleeps_instead()
-    with StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0).stage("update"):
+        with StageClock(RunConfig(dir=Path(folder), stall_limit_s=1.0), 1) as clock:
+            with clock.stage("pack"):
+                pass
+            _sleeps_instead()
+    _sleeps_instead()
+
+
+def rank_one_is_stopped(folder: str) -> None:
+    """By the system, between stages."""
+    rank = _start()
+    run = RunConfig(dir=Path(folder), stall_limit_s=2.0, heartbeat_s=0.2)
+    with StageClock(run, rank, console=False) as clock, Heartbeat(run, rank, clock.running) as heartbeat:
+        heartbeat.met("this attempt")
+        with clock.stage("pack"):
+            pass
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         _waits_in_a_collective()
+
+
+def asked_to_save_while_starting(folder: str) -> None:
+    """Before the launcher itself has begun, as its command says."""
+    with StopSignal() as stop:
+        Path(folder, "asked").write_text(str(stop._heard))
 
 
 def slow_but_moving(folder: str) -> None:
     """A stage twice as long as the limit that reports; one whose inner stages do; then one that stands still."""
-    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False)
-    with clock.stage("score", total=20) as progress:
-        for done in range(20):
-            time.sleep(0.2)
-            progress.advance() if done % 2 else clock.report(done + 1, 20)
-    with clock.stage("evaluate"):
-        for _ in range(3):
-            with clock.stage("answer"):
-                time.sleep(1.0)
-    Path(folder, "survived").touch()
-    with clock.stage("update"):
-        _sleeps_instead()
+    with StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False) as clock:
+        with clock.stage("score", total=20) as progress:
+            for done in range(20):
+                time.sleep(0.2)
+                progress.advance() if done % 2 else clock.report(done + 1, 20)
+        with clock.stage("evaluate"):
+            for _ in range(3):
+                with clock.stage("answer"):
+                    time.sleep(1.0)
+        Path(folder, "survived").touch()
+        with clock.stage("update"):
+            _sleeps_instead()
 
 
 def blocks_the_interpreter(folder: str) -> None:
     """Moves for a while, then a call in C that keeps the interpreter to itself: Python's watchdog cannot run."""
-    clock = StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False)
-    with clock.stage("update") as progress:
-        for _ in range(8):
+    run = RunConfig(dir=Path(folder), stall_limit_s=1.5)
+    with StageClock(run, 0, console=False) as clock, clock.stage("update") as progress:
+        for _ in range(7):
             time.sleep(0.5)
             progress.advance()
         Path(folder, "survived").touch()
@@ -144,7 +166,7 @@ def _waits_in_a_collective() -> None:
 
 
 def wait_with_a_child(folder: str) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen(["sleep", "600"])
     Path(folder, f"pids_{os.environ['RANK']}").write_text(f"{os.getpid()} {child.pid}")
     _start()
     time.sleep(600)
@@ -152,6 +174,11 @@ def wait_with_a_child(folder: str) -> None:
 
 if __name__ == "__main__":
     from megatron_papo.launch import Work, launch
+    from megatron_papo.process import begin, command
 
     name, folder, num_ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    sys.exit(launch(Work(f"tests.system.launch_targets:{name}", (folder,), Path(folder)), num_ranks))
+    if name == "asked_to_save_while_starting":
+        begin()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    work = Work(f"tests.system.launch_targets:{name}", (folder,), Path(folder))
+    sys.exit(command(lambda: launch(work, num_ranks)))

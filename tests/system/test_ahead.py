@@ -38,7 +38,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def _start(config: Config, file: Path, *words: str) -> Command:
     file.write_text(dump_config(config))
-    return begin("-m", "megatron_papo.cli", "train", file, *words, log=file.with_suffix(".log"), vllm=True)
+    return begin("-m", "megatron_papo", "train", file, *words, log=file.with_suffix(".log"), vllm=True)
 
 
 def _run(config: Config, file: Path, *words: str) -> tuple[int, list[str]]:

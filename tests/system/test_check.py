@@ -97,7 +97,7 @@ def test_a_package_that_is_not_there(inputs, tmp_path):
         found = next(Path(entry) / name for entry in sys.path if entry and (Path(entry) / name).exists())
         (tmp_path / name).symlink_to(found)
     environ = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}", "PATH": os.environ["PATH"]}
-    command = [sys.executable, "-S", "-m", "megatron_papo.cli", "check", *inputs]
+    command = [sys.executable, "-S", "-m", "megatron_papo", "check", *inputs]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     missing = [line.split(":")[2].split()[-1] for line in done.stderr.splitlines() if ": package " in line]

@@ -23,10 +23,11 @@ REPO = Path(__file__).resolve().parents[2]
 OUTER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
 
 
-def papo(*words: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def papo(*words: object, cwd: Path, stdout: int = subprocess.PIPE, **environ: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, with the imports that it needs."""
     command = [str(PAPO), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=_shell() | environ, capture_output=True, text=True, timeout=120)
+    streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run(command, cwd=cwd, env=_shell() | environ, timeout=120, **streams)
 
 
 def _shell() -> dict[str, str]:
@@ -272,13 +273,19 @@ def test_words_that_are_not_understood(tmp_path, words, expected):
     assert expected in refusal(*words, cwd=tmp_path)[-1]
 
 
-def test_a_run_prints_no_remarks_of_the_libraries(tmp_path):
+def test_a_run_prints_no_remarks_of_the_libraries_and_goes_on_without_a_reader(tmp_path):
     inputs = make_inputs(tmp_path)
-    settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True}
+    settings = {"data__max_prompt_tokens": 194, "parallel__distributed_optimizer": True, "observe__console": True}
     (tmp_path / "a.yaml").write_text(dump_config(tiny_run(inputs, tmp_path / "run", **settings)))
-    done = papo("train", "a.yaml", "--ranks", "2", cwd=tmp_path, PYTHONPATH=str(REPO))
+    reader, broken = os.pipe()
+    os.close(reader)  # as of `papo train | head`
+    done = papo("train", "a.yaml", "--ranks", "2", cwd=tmp_path, stdout=broken, PYTHONPATH=str(REPO))
+    os.close(broken)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["papo: starting 2 ranks"]
+    assert done.stderr.splitlines() == [
+        "papo: starting 2 ranks",
+        "papo: warning: standard output: Broken pipe; the run goes on without it, and says so once",
+    ]
     assert len(metrics(tmp_path / "run")) == 2
 
 

@@ -24,7 +24,7 @@ def inputs(tmp_path_factory) -> Path:
 def _start(config: Config, file: Path) -> tuple[Command, Path]:
     file.write_text(dump_config(config))
     log = file.with_suffix(".log")
-    return begin("-m", "megatron_papo.cli", "train", file, log=log), log
+    return begin("-m", "megatron_papo", "train", file, log=log), log
 
 
 def _records(run_dir: Path) -> list[dict]:

@@ -23,7 +23,7 @@ KILLED_AFTER = 2
 
 def _start(config: Config, file: Path, ranks: int = 2) -> Command:
     file.write_text(dump_config(config))
-    return begin("-m", "megatron_papo.cli", "train", file, "--ranks", ranks, log=file.with_suffix(".log"))
+    return begin("-m", "megatron_papo", "train", file, "--ranks", ranks, log=file.with_suffix(".log"))
 
 
 def _run(config: Config, file: Path, ranks: int = 2) -> None:

@@ -56,7 +56,7 @@ def kill_rank(run_dir: Path, rank: int) -> None:
             environ = (process / "environ").read_bytes()
         except OSError:
             continue
-        ours = b"megatron_papo.cli\0train" in command and run_dir.name.encode() in command
+        ours = b"megatron_papo\0train" in command and run_dir.name.encode() in command
         if ours and f"\0SLURM_PROCID={rank}\0".encode() in environ:
             os.kill(int(process.name), signal.SIGKILL)
             return

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 LAYERS = (
     # the verbs, and what they share
     (
+        "__main__",
         "cli",
         "train",
         "train_ahead",
@@ -29,6 +30,7 @@ LAYERS = (
         "score",
         "doctor",
         "launch",
+        "keeper",
         "choose",
         "precision",
         "record",
@@ -52,6 +54,7 @@ LAYERS = (
     ("types",),
     ("host_copies",),
     ("config", "accelerator", "files", "tested"),
+    ("process",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
 TOP = set(LAYERS[0])

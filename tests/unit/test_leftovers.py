@@ -15,7 +15,7 @@ from megatron_papo.cluster import runs
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.cluster.ranks import RankWatch
 from megatron_papo.files import STEP_NAME, make_way, set_aside
-from megatron_papo.observe.failures import read_failures
+from megatron_papo.observe.notes import read_failures
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.observe.report import read_metrics
 from megatron_papo.observe.sinks import keep_steps_before

@@ -5,7 +5,9 @@ import io
 import json
 import math
 import mmap
+import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
-from megatron_papo.observe.failures import Failure, describe, is_peers_fault, read_failures, the_cause, write_failure
+from megatron_papo.observe.awake import AwakeClock
+from megatron_papo.observe.clock import StageClock
+from megatron_papo.observe.failures import Failure, describe, is_peers_fault, the_cause
+from megatron_papo.observe.heartbeat import Heartbeat, silent_rank
+from megatron_papo.observe.notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before
-from megatron_papo.observe.watchdog import StageClock
 
 QUIET = ObserveConfig(console=False, tensorboard=False)
 
@@ -235,24 +240,30 @@ def test_only_the_step_asked_for_leaves_a_trace_with_its_stages_by_name(tmp_path
     assert not {"stage of 0", "stage of 2"} & names
 
 
-def test_a_stage_that_fails_is_timed_and_disarmed(tmp_path):
-    clock = StageClock(RunConfig(dir=tmp_path, stall_limit_s=0.2), rank=0, console=False)
-    with pytest.raises(KeyError), clock.stage("update"):
-        raise KeyError("x")
-    time.sleep(0.4)  # an armed watchdog would end this process here
-    assert "time/update" in clock.take()
-
-
-def test_progress_arms_nothing_once_the_stage_is_over(tmp_path):
-    clock = StageClock(RunConfig(dir=tmp_path, stall_limit_s=0.2), rank=0, console=False)
-    with clock.stage("pack") as progress:
-        progress.advance()
+def test_a_stage_that_fails_is_timed_and_nothing_is_armed_once_the_clock_has_ended(tmp_path):
+    with StageClock(RunConfig(dir=tmp_path, stall_limit_s=0.2), rank=0, console=False) as clock:
+        with pytest.raises(KeyError), clock.stage("update"):
+            raise KeyError("x")
+        with clock.stage("pack") as progress:
+            for _ in range(6):
+                time.sleep(0.05)
+                progress.advance()
     progress.advance()
-    time.sleep(0.4)  # an armed watchdog would end this process here
+    time.sleep(0.5)  # an armed watchdog would end this process here
+    assert {"time/update", "time/pack"} < set(clock.take())
+
+
+def test_time_for_which_a_process_was_stopped_does_not_count(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock, seconds = AwakeClock(longest_gap_s=2.0), []
+    for now in (1001.0, 1002.5, 9002.5, 9003.0):  # noqa: B007 - read by the clock
+        seconds.append(clock.seconds())
+    assert seconds == [1.0, 2.5, 4.5, 5.0]
 
 
 def test_plain_output_shows_a_long_stage_by_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_papo.observe.watchdog._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("megatron_papo.observe.clock._PLAIN_EVERY_S", 0.0)
     with StageClock(RunConfig(dir=tmp_path), rank=0) as clock, clock.stage("generate", total=8) as progress:
         progress.advance(3)
         progress.advance(2)
@@ -283,6 +294,92 @@ def test_the_cause_is_the_earliest_failure_that_is_no_consequence(tmp_path):
     assert the_cause([gone, later, own]) == own
     assert the_cause([gone, note(3, 9.0, "killed"), note(4, 0.5, "stalled")]).rank == 3
     assert the_cause([note(5, 4.0, "distributed"), gone]) == gone
-    write_failure(tmp_path, own)
-    assert read_failures(tmp_path) == {1: own}
     assert own.reason() == "papo: rank 1 failed: error: "
+
+
+OWN = Failure(1, 2.0, "error", "RuntimeError", "a bug", "Traceback\n")
+
+
+def test_what_is_no_whole_note_is_passed_over(tmp_path):
+    write_failure(tmp_path, OWN)
+    whole = json.loads((tmp_path / "rank_1.json").read_text())
+    others = [b"", b"{", b"[]", b"7", b"null", b'"rank"', b"\xff\xfe", b"[" * 100_000, b"{}"]
+    for gone in ("rank", "kind"):
+        others.append(json.dumps({key: value for key, value in whole.items() if key != gone}).encode())
+    wrong = {"rank": "1"}, {"time": None}, {"kind": "tired"}, {"kind": []}, {"message": 3}, {"attempt": {}}
+    others += [json.dumps(whole | change).encode() for change in wrong]
+    for number, text in enumerate(others, start=2):
+        (tmp_path / f"rank_{number}.json").write_bytes(text)
+    (tmp_path / "rank_90.json").mkdir()
+    (tmp_path / "rank_91.json").symlink_to("gone")
+    (tmp_path / "rank_92.json").write_text(json.dumps(whole | {"rank": 92, "of a later version": 1}))
+    assert read_failures(tmp_path) == {1: OWN, 92: replace(OWN, rank=92)}
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
+
+
+def test_a_launcher_reads_what_its_ranks_reported_also_behind_a_line_cut_short():
+    notes = NotesInMemory()
+    notes.append(OWN)
+    os.write(notes._descriptor, b'{"rank": 0, "ti\n')
+    notes.append(replace(OWN, rank=2, traceback="x" * 200_000))
+    assert {rank: len(note.traceback) for rank, note in notes.read().items()} == {1: 10, 2: 200_000}
+    notes.close()
+
+
+def test_a_rank_hears_of_failures_of_its_own_attempt_alone(tmp_path, monkeypatch):
+    """Whatever the clocks say; and it goes on listening whatever lies there."""
+    monkeypatch.setattr("megatron_papo.observe.notes._attempt", "")
+    folder = tmp_path / "failures"
+    leave_note(tmp_path, replace(OWN, rank=3))
+    os.utime(folder / "rank_3.json", (time.time() + 1e6, time.time() + 1e6))  # before the clock was set back
+    with Heartbeat(RunConfig(dir=tmp_path, heartbeat_s=60.0), 0, lambda: "update") as heartbeat:
+        assert heartbeat._failed_peer() is None
+        leave_note(tmp_path, replace(OWN, rank=0))
+        assert heartbeat._failed_peer() is None, "its own"
+        leave_note(tmp_path, OWN)
+        assert heartbeat._failed_peer() == OWN, "of a rank that failed before all had met"
+        belong_to("an attempt whose last rank has just ended")
+        leave_note(tmp_path, OWN)
+        heartbeat.met("this attempt")
+        assert heartbeat._failed_peer() is None
+        leave_note(tmp_path, replace(OWN, rank=3))
+        os.utime(folder / "rank_3.json", (1.0, 1.0))
+        assert heartbeat._failed_peer() == replace(OWN, rank=3, attempt="this attempt")
+
+
+def test_the_thread_that_gives_signs_of_life_outlives_what_it_finds(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def fails(path):
+        asked.append(path)
+        raise KeyError("rank")
+
+    monkeypatch.setattr("megatron_papo.observe.heartbeat.read_note", fails)
+    with Heartbeat(RunConfig(dir=tmp_path, heartbeat_s=0.01), 0, lambda: "update"):
+        leave_note(tmp_path, OWN)
+        deadline = time.monotonic() + 10
+        while len(asked) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads((tmp_path / "heartbeats" / "rank_0.json").read_text())["count"] > 3
+    assert len(asked) >= 5 and capfd.readouterr().err.count("looking for failures: KeyError: 'rank'") == 1
+
+
+def test_the_silent_rank_is_the_one_whose_sign_is_old_of_this_attempt(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_papo.observe.notes._attempt", "this attempt")
+    run = RunConfig(dir=tmp_path, heartbeat_s=5.0)
+    assert silent_rank(run) is None
+
+    def sign(rank, at, attempt="this attempt"):
+        path = tmp_path / "heartbeats" / f"rank_{rank}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"host": f"node{rank}", "stage": "", "attempt": attempt}))
+        os.utime(path, (at, at))
+
+    sign(0, 1000.0), sign(1, 995.0), sign(7, 10.0, attempt="an earlier one"), sign(8, 9e9, attempt="")
+    (tmp_path / "heartbeats" / "rank_9.json").write_text("[]")
+    assert silent_rank(run) is None
+    sign(1, 969.0), sign(2, 980.0)
+    found = silent_rank(run)
+    assert found is not None and found.reason() == (
+        "papo: rank 1 failed: dead: no sign of life from node1 for 31 s (between stages)"
+    )

@@ -16,8 +16,9 @@ import pytest
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.cluster.supervise import Job, Supervisor
-from megatron_papo.observe.failures import SAVED_EXIT, RunStopped, describe, write_failure
+from megatron_papo.observe.failures import SAVED_EXIT, RunStopped, describe
 from megatron_papo.observe.lock import Holder, RunHeld, alone_in
+from megatron_papo.observe.notes import write_failure
 from megatron_papo.observe.progress import read_progress
 
 REPO = Path(__file__).parents[2]

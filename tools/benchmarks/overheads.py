@@ -16,15 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megatron_papo.config import RunConfig
-from megatron_papo.observe.watchdog import StageClock
+from megatron_papo.observe.clock import StageClock
 from tools.benchmarks.rows import Row
 from tools.benchmarks.timing import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "python, nothing"
 COMMANDS = {
-    "papo --help": ("-m", "megatron_papo.cli", "--help"),
-    "papo train --dry-run": ("-m", "megatron_papo.cli", "train", "--dry-run"),
+    "papo --help": ("-m", "megatron_papo", "--help"),
+    "papo train --dry-run": ("-m", "megatron_papo", "train", "--dry-run"),
     "convert_checkpoint.py --help": (str(ROOT / "tools" / "convert_checkpoint.py"), "--help"),
     "import megatron_papo.train": ("-c", "import megatron_papo.train"),
 }

@@ -82,7 +82,7 @@ def arguments(verb: str, settings: Path) -> list[str]:
 
 
 def start(verb: str, settings: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_papo.cli", *arguments(verb, settings)]
+    command = [sys.executable, "-m", "megatron_papo", *arguments(verb, settings)]
     with settings.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
 

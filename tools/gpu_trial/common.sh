@@ -107,7 +107,7 @@ if torch.cuda.is_available():
 found = {each.name: each.version for each in importlib.metadata.distributions()}
 print(*(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)))
 PYTHON
-	python3 -m megatron_papo.cli doctor
+	python3 -m megatron_papo doctor
 	df -h / /dev/shm /tmp
 	free -g
 }

@@ -17,7 +17,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
 from megatron_papo.model.policy import build_policy
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.observe.watchdog import StageClock
+from megatron_papo.observe.clock import StageClock
 from megatron_papo.optim import build_optimizer, wrap_policy
 from megatron_papo.parallel import initialize, own_rank, shutdown
 from megatron_papo.run import Run

@@ -1,0 +1,139 @@
+"""Times every stage of a step, and its memory; shows its progress, and lets the watchdog know of it.
+
+Progress is what a stage reports, and every stage that begins or ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from megatron_papo.accelerator import wait_for_device
+from megatron_papo.config import RunConfig
+from megatron_papo.observe.profiling import StageMemory, named_range
+from megatron_papo.observe.watchdog import Watchdog
+
+_PLAIN_EVERY_S = 10.0
+"""Where the output is no terminal, a long stage prints a line this often."""
+
+
+class StageProgress:
+    """Handed out by `StageClock.stage`: how much of the stage is done."""
+
+    def __init__(self, clock: StageClock, name: str, total: int | None):
+        self._clock, self._name, self._total = clock, name, total
+        self._done, self._start = 0, time.monotonic()
+        self._next_line = self._start + _PLAIN_EVERY_S
+        self._task = clock._bar.add_task(name, total=total) if clock._bar else None
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        self._clock._watchdog.moved()
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.advance(self._task, count)
+        elif self._clock._plain and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _PLAIN_EVERY_S
+            of = f"/{self._total}" if self._total else ""
+            print(f"  {self._name} {self._done}{of} ({time.monotonic() - self._start:.0f} s)", flush=True)
+
+    def reach(self, done: int, total: int) -> None:
+        """Progress so far, from work that counts by itself."""
+        self._total = total
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.update(self._task, total=total)
+        self.advance(done - self._done)
+
+    def _finish(self) -> float:
+        if self._clock._bar and self._task is not None:
+            self._clock._bar.remove_task(self._task)
+        return time.monotonic() - self._start
+
+
+class StageClock:
+    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest.
+
+    As a context manager it has the watchdog watch from its beginning to its end, and then ends the display.
+    """
+
+    def __init__(self, run: RunConfig, rank: int, console: bool = True):
+        """`console`: show progress; only rank 0 ever does."""
+        self._watchdog = Watchdog(run, rank)
+        self._memory = StageMemory()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._innermost: list[StageProgress] = []
+        shown = console and rank == 0
+        screen = Console()
+        self._plain = shown and not screen.is_terminal
+        self._bar = _progress_bar(screen) if shown and screen.is_terminal else None
+
+    def __enter__(self) -> Self:
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watchdog.__exit__()
+        if self._bar:
+            self._bar.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[StageProgress]:
+        """Times the block under `name` and shows it.
+
+        A stage ends when the GPU has done its work: a GPU runs behind the host, and the end of an update, Adam above
+        all, would count for the next stage. What waiting costs is the head start that the host has at that moment: the
+        next stage's first kernels come some 10 us after the last ones, a few times in a step of seconds.
+        """
+        self._enter(name)
+        progress = StageProgress(self, name, total)
+        self._innermost.append(progress)
+        try:
+            with named_range(name), self._memory.measured(name):
+                yield progress
+                wait_for_device()
+        finally:
+            self._innermost.pop()
+            self._seconds[name] += progress._finish()
+            self._leave()
+
+    def report(self, done: int, total: int) -> None:
+        """Progress of the stage that is running, for work that does not know of stages."""
+        if self._innermost:
+            self._innermost[-1].reach(done, total)
+
+    def running(self) -> str:
+        """The innermost stage at this moment; empty between stages."""
+        return self._watchdog.running()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`."""
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}
+
+    def _enter(self, name: str) -> None:
+        self._watchdog.enter(name)
+        if self._bar and not self._innermost:
+            self._bar.start()
+
+    def _leave(self) -> None:
+        self._watchdog.leave()
+        if self._bar and not self._innermost:
+            self._bar.stop()
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
