@@ -24,8 +24,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -43,18 +42,14 @@ from megatron_papo.process import (
     begin,
     go_on_without_readers,
     interrupted_at_once,
-    remember,
     save_requests_held,
 )
+from megatron_papo.rank_signals import forward, ignore_ends, signals_to, stop
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
 _SETTLE_S = 1.5
 """After the first failure, how long other ranks have to leave their notes."""
-_STOP_S = 3.0
-"""From SIGTERM to SIGKILL."""
-_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run; those that were ignored when it began, as SIGHUP under nohup, go on being so."""
 _OPEN_FILES = 256
 """Libraries, connections to other ranks and files of a checkpoint."""
 _PR_SET_PDEATHSIG = 1
@@ -167,18 +162,18 @@ def _launch_local(work: Work, num_ranks: int) -> int:
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), notes))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
-        with _signals_to(ranks):
+        with signals_to(ranks):
             try:
                 with save_requests_held():  # until each rank is there and knows what it means
                     for process in ranks:
                         process.start()
                         keep(process.pid)
                 if asked_to_save():
-                    _forward(ranks, signal.SIGUSR1)
+                    forward(ranks, signal.SIGUSR1)
                 return _watch(ranks, work, notes)
             finally:
-                _ignore_ends()
-                _stop(ranks)
+                ignore_ends()
+                stop(ranks)
                 notes.close()
                 _tidy(work.run_dir, made)
                 if sys.stdout.isatty():
@@ -221,7 +216,7 @@ def _watch(ranks: list[BaseProcess], work: Work, notes: NotesInMemory) -> int:
         if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
             failure = _explain(ranks, work, notes)
             stalled = failure.kind == "stalled" or STALL_EXIT in [process.exitcode for process in ranks]
-            _stop(ranks)
+            stop(ranks)
             if stalled:
                 _print_stacks(ranks, work.run_dir)
             print_failure(failure, work.run_dir)
@@ -252,37 +247,6 @@ def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
     if first_line:
         return Failure(rank, stacks.stat().st_mtime, "stalled", "stalled", first_line)
     return Failure(rank, time.time(), "silent", "ended", f"with exit code {exitcode}")
-
-
-def _stop(ranks: list[BaseProcess]) -> None:
-    """Ends every rank that still runs, and whatever any rank had started: SIGTERM first, for the stacks."""
-    alive = [process for process in ranks if process.is_alive()]
-    for process in alive:
-        _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_S
-    for process in alive:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in ranks:
-        _signal_group(process, signal.SIGKILL)
-        if process.pid is not None:
-            process.join()
-
-
-def _forward(ranks: list[BaseProcess], number: signal.Signals) -> None:
-    for process in ranks:
-        if process.is_alive() and process.pid is not None:
-            with suppress(ProcessLookupError):  # just ended
-                os.kill(process.pid, number)
-
-
-def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
-    if process.pid is None:
-        return
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:  # the group is empty, or the rank has not yet made it
-        if process.is_alive():
-            os.kill(process.pid, number)
 
 
 def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
@@ -328,47 +292,3 @@ def _free_port() -> int:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         return holder.getsockname()[1]
-
-
-@contextmanager
-def _signals_to(ranks: list[BaseProcess]) -> Iterator[None]:
-    """What comes to this process reaches the ranks, which have process groups of their own. SIGINT, SIGTERM and SIGHUP
-    end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that."""
-
-    def end(number: int, frame: Any) -> None:
-        _ignore_ends()
-        if number == signal.SIGINT:
-            with suppress(OSError):
-                os.write(2, b"papo: interrupted\n")
-        raise SystemExit(128 + number)
-
-    def save(number: int, frame: Any) -> None:
-        remember()
-        _forward(ranks, signal.SIGUSR1)
-
-    handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(_END, end)
-    handlers |= {signal.SIGTSTP: lambda *_: _pause(ranks), signal.SIGUSR1: save}
-    before = {number: signal.getsignal(number) for number in handlers}
-    try:
-        for number, handler in handlers.items():
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, handler)
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
-
-
-def _ignore_ends() -> None:
-    """The end is under way: a second signal is not to disturb it."""
-    for number in _END:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _pause(ranks: list[BaseProcess]) -> None:
-    """Stops the ranks, then this process, until somebody has it go on."""
-    for process in ranks:
-        _signal_group(process, signal.SIGSTOP)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    for process in ranks:
-        _signal_group(process, signal.SIGCONT)

@@ -7,7 +7,7 @@ SIGUSR1, by which a cluster job asks a run to save, would end a process that doe
 here on, and the run heeds it once it can (`observe/stopping.py`). Two kinds of programs write to a stream that takes no
 more. A command ends, as any tool does whose reader is gone. A run goes on without: its records are in its folder.
 Standard library alone, for Python 3.9 and later: a batch host has no more than that. Leaves out the signals that end
-ranks (`launch.py`).
+ranks (`rank_signals.py`).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ LAYERS = (
         "doctor",
         "launch",
         "keeper",
+        "rank_signals",
         "choose",
         "precision",
         "record",

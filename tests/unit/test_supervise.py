@@ -53,6 +53,8 @@ def test_progress_is_read_from_a_run_in_any_state(tmp_path):
     (tmp_path / "checkpoints" / "step_00000008.tmp" / "state.json").write_text('{"step": 8, "serial": 9}')
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "unix')
+    (tmp_path / "checkpoints" / "step_00000099").mkdir()
+    (tmp_path / "checkpoints" / "step_00000099" / "state.json").write_text("[]")
     found = read_progress(tmp_path)
     assert (found.steps_done, found.steps_saved, found.lost_steps, found.saved_at) == (8, 3, 5, 1030.0)
     assert found.lost() == "5 steps after it to be done again"
@@ -61,7 +63,7 @@ def test_progress_is_read_from_a_run_in_any_state(tmp_path):
 def test_an_attempt_is_read_as_its_newest_line_says_also_after_a_line_cut_short(tmp_path):
     write_attempt(tmp_path, FIRST)
     with (tmp_path / "attempts.jsonl").open("a") as file:
-        file.write('{"number": 1, "job"')
+        file.write('{"number": 1, "job"\n[]\n{"a later version": 1}\n')
     done = replace(FIRST, end="done", ended=1200.0, reached=4)
     write_attempt(tmp_path, done)
     second = replace(FIRST, number=2)
@@ -105,6 +107,9 @@ def test_a_rank_whose_sign_stands_still_is_dead_and_one_whose_file_is_gone_is_no
     watch = RankWatch(tmp_path, 3, limit_s=0.5, start_limit_s=60)
     for rank in range(3):
         beat(tmp_path, rank, 1, host=f"node{rank + 1}")
+    for number, text in enumerate((b"[]", b"{}", b"\xff", b"7")):  # no signs
+        (tmp_path / "heartbeats" / f"rank_{number + 3}.json").write_bytes(text)
+    beat(tmp_path, "of nobody", 1)
     assert watch.dead_rank(set()) is None and watch.all_started
     (tmp_path / "heartbeats" / "rank_0.json").unlink()  # ended well
     time.sleep(0.6)
@@ -191,6 +196,11 @@ def test_a_run_that_stops_itself_is_not_begun_again(tmp_path):
     ending = supervisor._how_it_ended(1, tmp_path / "srun.log", watch, None)
     assert (ending.end, ending.rank) == ("stopped", 1)
     assert supervisor._leave([replace(FIRST, end="stopped")]) == 1
+    supervisor._told_to_end = True  # whatever the clocks of the nodes say, what is noted from now on is of that
+    assert supervisor._how_it_ended(1, tmp_path / "srun.log", watch, None).end == "told to end"
+    supervisor._told_to_end = False
+    (tmp_path / "failures" / "rank_1.json").write_bytes(b"\xff[]")
+    assert supervisor._how_it_ended(1, tmp_path / "srun.log", watch, None).reason.endswith("srun: exit code 1")
     (tmp_path / "failures" / "rank_1.json").unlink()
     (tmp_path / "saved").write_text("4")
     assert supervisor._how_it_ended(SAVED_EXIT, tmp_path / "srun.log", watch, None).end == "saved"
