@@ -126,9 +126,6 @@ def _quieten_megatron() -> None:
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     ddp = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
     ddp.addFilter(lambda record: "full_param_layout not provided" not in record.getMessage())
-    # said of a checkpoint's list of tensors, which every rank reads for itself
-    warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled", category=UserWarning)
-    warnings.filterwarnings("ignore", message=r"The argument order of load has been changed", category=UserWarning)
     deprecated = r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     # said of Megatron's own lines too, but without a GPU they come by way of our adaptation

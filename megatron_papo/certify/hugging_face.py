@@ -64,7 +64,11 @@ def read_model(folder: Path, precision: Precision) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, precision), attn_implementation="sdpa", local_files_only=True
+        folder,
+        dtype=getattr(torch, precision),
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,  # no pickles
     )
     if shown:
         logging.enable_progress_bar()
