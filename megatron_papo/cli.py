@@ -102,8 +102,9 @@ def _alone(verb: str, config: Config) -> AbstractContextManager[None]:
     from megatron_papo.launch import outer_rank
     from megatron_papo.observe.lock import Holder, alone_in
 
-    environ = os.environ | (outer_rank(os.environ) or {})
-    first = environ.get("RANK", "0") == "0"
+    outer = outer_rank(os.environ)
+    environ = os.environ | (outer or {})
+    first = outer is None or environ["RANK"] == "0"
     mine = Holder.here(verb, environ, config.run.heartbeat_limit_s)
     return alone_in(config.run.dir, mine, takes=first and verb in _LOCKING)
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_papo.checkpoint.faults import DamagedCheckpoint
-from megatron_papo.checkpoint.pickled import Record, read_pickle
+from megatron_papo.checkpoint.pickled import Record, line_of, read_pickle
 
 METADATA_FILE = ".metadata"
 _LARGEST = 2**62
@@ -56,9 +56,8 @@ def parse_metadata(data: bytes, file: Path) -> Metadata:
         fields = _record(read_pickle(data, _CLASSES, _CONSTANTS), "Metadata").fields()
         described = {_text(name): _description(name, each) for name, each in fields["state_dict_metadata"].items()}
         places = dict(_place(index, info) for index, info in fields["storage_data"].items())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise DamagedCheckpoint(f"{file}: not the metadata of a checkpoint: {reason}") from None
+    except Exception as error:  # a stranger's values may fail anywhere
+        raise DamagedCheckpoint(f"{file}: not the metadata of a checkpoint: {line_of(error)}") from None
     return Metadata(described, storage_data=places)
 
 

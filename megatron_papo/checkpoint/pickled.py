@@ -15,7 +15,7 @@ from typing import Any
 Name = tuple[str, str]
 """Module and name within it."""
 _MOST_REASON = 200
-"""Characters of an error, which may quote the file."""
+"""Characters."""
 
 
 class Record:
@@ -48,8 +48,13 @@ def read_pickle(data: bytes, classes: frozenset[Name], constants: Mapping[Name, 
     try:
         return _Unpickler(data, classes, constants, storages).load()
     except Exception as error:  # a stranger's bytes may fail anywhere in it
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:_MOST_REASON]
-        raise ValueError(reason) from None
+        raise ValueError(line_of(error)) from None
+
+
+def line_of(error: Exception) -> str:
+    """What went wrong with a stranger's bytes, which it may quote, in a line of a bounded length."""
+    kind = "" if isinstance(error, ValueError) and str(error) else f"{type(error).__name__} "
+    return " ".join(f"{kind}{error}".split())[:_MOST_REASON]
 
 
 class _Unpickler(pickle._Unpickler):

@@ -26,6 +26,7 @@ from megatron_papo.checkpoint.blobs import Part, values_offset
 from megatron_papo.checkpoint.checksums import new_sum
 from megatron_papo.checkpoint.faults import DamagedCheckpoint
 from megatron_papo.checkpoint.opening import Opened
+from megatron_papo.checkpoint.pickled import line_of
 
 _AT_ONCE_BYTES = 2**18
 """So much is read and then summed: while it is in the caches."""
@@ -67,8 +68,7 @@ def read_object(opened: Opened, name: ShardedObject) -> Any:
     try:
         (tree,) = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # bytes may be wrong in any way
-        reason = str(error).partition("\n")[0]
-        raise DamagedCheckpoint(f"{path}: {index.fqn}: not plain tensors: {reason}") from None
+        raise DamagedCheckpoint(f"{path}: {index.fqn}: not plain tensors: {line_of(error)}") from None
     return tree
 
 

@@ -19,18 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_papo.checkpoint import optimizer_state
-from megatron_papo.checkpoint.faults import DamagedCheckpoint, agree
+from megatron_papo.checkpoint.faults import agree
 from megatron_papo.checkpoint.folders import MAX_SHOWN_FAULTS
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.parameters import Held, held_parameters
-from megatron_papo.checkpoint.reading import check_object, read_boxes, read_object
+from megatron_papo.checkpoint.random_states import random_states, read_random_states, set_random_states
+from megatron_papo.checkpoint.reading import check_object, read_boxes
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state_file import FORMAT, write_state_tree
@@ -79,7 +78,7 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
     """The state as it is now, copied to `staging`; without it the boxes are the state's own tensors, for who writes
     them before anything changes. Collective over all ranks."""
     held = held_parameters(state.model, state.shape, layout().tensor_size)
-    tree = {**model_tensors(held), **_random_states()}
+    tree = {**model_tensors(held), "rng": random_states()}
     counts = {"optimizer_step": 0, "schedule_steps": 0}
     if state.optimizer is not None:
         megatron = state.optimizer.megatron
@@ -127,12 +126,12 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
             tree |= _optimizer_tensors(state.optimizer, held, stored)
     check_stored(folder, tree, stored)
     resumed = state.optimizer is not None and saved["random_states"] and saved["layout"] == _layout_sizes()
-    random_states = agree(everyone(), folder, lambda: _read(opened, tree, resumed))
+    states = agree(everyone(), folder, lambda: _read(opened, tree, resumed))
     if layout().rank == 0:
         for remark in opened.remarks():
             warn(remark)
-    if random_states is not None:
-        _set_random_states(random_states)
+    if states is not None:
+        set_random_states(states)
     if state.optimizer is not None:
         _restore_schedule(state.optimizer, saved)
     return Restored(saved["step"], saved.get("metric"), saved["cursor"], saved["config"])
@@ -144,7 +143,7 @@ def _read(opened: Opened, tree: dict[str, ShardedTensor], resumed: bool) -> Mapp
     read_boxes(opened, tree)
     if layout().rank == 0:
         check_object(opened, COMMON_STATE)
-    return _checked_states(opened, read_object(opened, _random_states()["rng"])) if resumed else None
+    return read_random_states(opened) if resumed else None
 
 
 def _stored(opened: Opened) -> dict[str, tuple[int, ...]]:
@@ -202,33 +201,3 @@ def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 def _layout_sizes() -> dict[str, int]:
     here = layout()
     return {"tensor": here.tensor_size, "pipeline": here.pipeline_size, "data": here.data_size}
-
-
-def _random_states() -> dict[str, ShardedObject]:
-    states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    here = layout()
-    return {"rng": ShardedObject("rng", states, (here.world_size,), (here.rank,))}
-
-
-def _checked_states(opened: Opened, states: Any) -> Mapping[str, Any]:
-    """Raises DamagedCheckpoint for states that the generators of this rank would not take."""
-    own = _random_states()["rng"].data
-    try:
-        pairs = [(states[name], own[name]) for name in ("torch", "cuda") if name in own and name in states]
-        fits = "torch" in states and all(part.shape == like.shape for part, like in pairs)
-        parts = [*(part for part, _ in pairs), *states["tracker"].values()]
-        fits = fits and all(part.dtype == torch.uint8 for part in parts)
-    except (TypeError, KeyError, AttributeError):
-        fits = False
-    if not fits:
-        raise DamagedCheckpoint(f"{opened.folder}: rng: not the states of random number generators")
-    return states
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -32,6 +32,7 @@ from megatron_papo.checkpoint.state import (
     Restored,
     Snapshot,
     TrainState,
+    read_state,
     snapshot,
     write_state_file,
 )
@@ -117,6 +118,10 @@ class CheckpointStore:
         self.wait()
         if self._failure is not None:
             raise self._failure
+
+    def load(self, path: Path | str, state: TrainState) -> Restored:
+        """Fills `state` from the checkpoint at `path`, whatever layout wrote it. Raises ValueError as `read_state`."""
+        return read_state(path, state)
 
     def resume(self, state: TrainState, check: Check = lambda folder, saved: None) -> tuple[Path, Restored] | None:
         """Fills `state` from the newest checkpoint that is whole; None when there is none. See `resume.py`."""
