@@ -1,5 +1,5 @@
 """Commands that are killed at moments of chance end as if they had not been; a damaged newest checkpoint is noticed,
-named, and the one before it used.
+named, and the one before it used where anything is missing.
 
 The slow cases kill and damage much; those of every commit are few, of the same kinds and seeded. To see the counts:
 
@@ -199,11 +199,17 @@ def _resumed(saved: Saved, folder: Path, file: str, damage: Damage, moments: ran
     if code := work.begin(log).wait(timeout=300):
         return f"exit code {code}: {log.read_text()}"
     said = [line for line in log.read_text().splitlines() if line.startswith("papo: ")]
-    if not any(line.startswith("papo: warning: ") and str(newest) in line for line in said):
+    if not any(line.startswith("papo: warning: ") and str(newest / file) in line for line in said):
         return f"unnoticed: {said}"
-    if not any(line.startswith(f"papo: resumed from {newest.with_name('step_00000001')}, step 1") for line in said):
-        return f"the older one was not used: {said}"
+    used = newest if _is_side_file(file) else newest.with_name("step_00000001")
+    if not any(line.startswith(f"papo: resumed from {used}, step ") for line in said):
+        return f"{used.name} was not used: {said}"
     return "" if work.result() == saved.curve else "another curve"
+
+
+def _is_side_file(file: str) -> bool:
+    """A copy of the Hugging Face folder's: a run reads its own of `model.path`, and goes on from the checkpoint."""
+    return not file.endswith(".distcp") and file not in (".metadata", "metadata.json", "checksums.json", "state.json")
 
 
 def _one_of_each(saved: Saved) -> list[tuple[str, Damage]]:
