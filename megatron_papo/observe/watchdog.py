@@ -41,6 +41,7 @@ class Watchdog:
 
     def __init__(self, run: RunConfig, rank: int):
         self._run, self._rank = run, rank
+        self._look_s = min(_LOOK_S, *(limit / 4 for limit in (run.stall_limit_s, *run.stage_limits_s.values())))
         self._open: list[str] = []
         self._last = ""
         self._moves = 0
@@ -71,9 +72,8 @@ class Watchdog:
         return next(iter(self._open[-1:]), "")
 
     def _watch(self) -> None:
-        look_s = min(_LOOK_S, *(limit / 4 for limit in (self._run.stall_limit_s, *self._run.stage_limits_s.values())))
-        clock, moves, since = AwakeClock(2 * look_s), -1, 0.0
-        while not self._ended.wait(look_s):
+        clock, moves, since = AwakeClock(2 * self._look_s), -1, 0.0
+        while not self._ended.wait(self._look_s):
             now, (key, limit) = clock.seconds(), self._limit()
             if moves != self._moves:
                 moves, since = self._moves, now
@@ -113,7 +113,9 @@ class Watchdog:
         announce(self._run.dir, Failure(self._rank, time.time(), "stalled", "stalled", reason))
         if (silent := silent_rank(self._run)) is not None:
             announce(self._run.dir, silent)  # last, for torchrun keeps one reason a rank
+        wait_s = 2 * self._look_s  # others stall for the same cause, and look at another moment
         with suppress(OSError):
             if any((self._run.dir / "heartbeats").glob("rank_*.json")):
-                time.sleep(self._run.heartbeat_s + _PEERS_S)
+                wait_s = self._run.heartbeat_s + _PEERS_S
+        time.sleep(wait_s)
         os._exit(STALL_EXIT)
