@@ -47,7 +47,7 @@ def resume_newest(folder: Path, state: TrainState, check: Check, warn: Callable[
             break
         check(*newest)
         try:
-            restored = read_state(newest[0], state)
+            restored = read_state(newest[0], state, warn)
         except DamagedCheckpoint as error:
             damaged[newest[0]] = str(error)
             continue

@@ -66,8 +66,9 @@ def _verb(verb: str, inputs: Path, folder: Path, result: Callable[[Path], Any], 
 
 
 def _curve(run_dir: Path) -> str:
-    """Without what an engine measures of itself, which no checkpoint keeps."""
-    return json.dumps([{n: v for n, v in line.items() if not n.startswith("engine/")} for line in metrics(run_dir)])
+    """Without what an engine measures of itself, which no checkpoint keeps, and how often a killed one began again."""
+    left_out = ("engine/", "engine_restarts")
+    return json.dumps([{n: v for n, v in line.items() if not n.startswith(left_out)} for line in metrics(run_dir)])
 
 
 def _last_scores(run_dir: Path) -> str:
@@ -233,7 +234,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(saved, 
     damages = choose(saved)
     for number, (file, damage) in enumerate(damages):
         if found := _resumed(saved, tmp_path / str(number), file, damage, moments):
-            wrong[f"{file} {damage.name}"] = found
+            wrong[f"{number}: {file} {damage.name}"] = found
         shutil.rmtree(tmp_path / str(number))
     print(f"damages: {len(damages)}, of them noticed, named and survived: {len(damages) - len(wrong)}")
     assert not wrong, "\n".join(f"{which}: {what}" for which, what in wrong.items())
