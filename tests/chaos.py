@@ -18,6 +18,8 @@ import psutil
 
 from tests.commands import Command
 
+Kill = Callable[[Command, random.Random], None]
+
 _END_S = 20.0
 """That what a killed command had started takes to end, on a busy machine."""
 
@@ -87,9 +89,7 @@ def kill_one_process(command: Command, moments: random.Random) -> None:
 KILLS = (kill_everything, kill_the_launcher, kill_one_process)
 
 
-def killed_at(
-    command: Command, after_s: float, kill: Callable[[Command, random.Random], None], moments: random.Random
-) -> bool:
+def killed_at(command: Command, after_s: float, kill: Kill, moments: random.Random) -> bool:
     """Kills the command after so many seconds, unless it ended before; whether it was killed.
 
     Fails when anything of it is left after a while.
