@@ -160,7 +160,7 @@ def _prepare_vllm() -> None:
     config.compile_threads = 1  # in this process, which must not have threads when it forks
     torch.set_num_threads(1)
     # torch's pool of threads is made anew in a forked process by whoever asks for it first. Threads of autograd ask at
-    # the same time, which one in twenty backward passes did not survive; here the only thread there is does
+    # the same time, which 4 of 54 runs did not survive; here the only thread there is does
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     for mode in (contextlib.nullcontext(), _CudaMeansCpu()):  # an engine on ranks of its own, and one in the trainer's
         with mode, torch.inference_mode():
