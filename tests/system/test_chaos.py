@@ -134,7 +134,6 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kills", "seed"),
     [
-        pytest.param(_sft, 2, 0, id="sft"),
         pytest.param(_to_megatron, 2, 0, id="to Megatron"),
         pytest.param(_train, 12, 1, id="train, often", marks=SLOW),
         pytest.param(_ahead, 12, 2, id="ahead, often", marks=[SLOW, NEEDS_VLLM]),
