@@ -1,7 +1,8 @@
 """`papo eval`: avg@k on held-out prompts, with the images and with them masked.
 
 Answers are sampled `eval.samples` times a prompt at `eval.temperature`; the second pass sees masked images only, so
-the gap between the two is what seeing is worth. The perception KL is k3 between the two views on the answers given
+the gap between the two is what seeing is worth. Its rows are no draws of the run's order, so every evaluation has the
+same seeds and sees the same masked images. The perception KL is k3 between the two views on the answers given
 with the image, a token mean. One line of scores is appended to `RUN/eval.jsonl`.
 """
 
@@ -30,8 +31,6 @@ from megatron_papo.serving import serve, serves
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64
-_STEP = 0
-"""Enters seeds of answers and masks: every evaluation of a run sees the same masked images."""
 
 
 def main(config: Config) -> int:
@@ -63,7 +62,7 @@ def evaluate(
     rows = share_of(range(num_rows), run.layout.data_rank, run.layout.data_size)
     # generation may be a collective across data-parallel ranks: all of them call it equally often
     most = max(gather_objects(len(rows), run.layout.data_group))
-    masks = Masks(config.perception.mask, config.run.seed, _STEP) if config.eval.masked else None
+    masks = Masks(config.perception.mask, config.run.seed) if config.eval.masked else None
     total: Metrics = {}
     with run.clock.stage("evaluate", total=len(rows)) as progress:
         for start in range(0, most, _PROMPTS_AT_ONCE):
@@ -95,7 +94,6 @@ def _answer(
 ) -> list[Group]:
     config = run.config
     sampling = Sampling(
-        step=_STEP,
         group_size=config.eval.samples,
         temperature=config.eval.temperature,
         top_p=config.generation.top_p,

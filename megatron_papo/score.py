@@ -29,8 +29,6 @@ from megatron_papo.run import Run, open_run, pack_rows
 from megatron_papo.types import Group
 
 _ROWS_AT_ONCE = 64
-_STEP = 0
-"""Enters the seed of the masks."""
 
 
 def main(config: Config, data: Path, out: Path) -> None:
@@ -77,7 +75,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:
     config = run.config
-    prompt = dataset.prompt(row, Masks(config.perception.mask, config.run.seed, _STEP))
+    prompt = dataset.prompt(row, Masks(config.perception.mask, config.run.seed))
     token_ids = tuple(run.processor.tokenizer(cells["response"], add_special_tokens=False)["input_ids"])
     if not token_ids:
         raise ValueError(f"row {row}: `response` has no tokens")

@@ -104,7 +104,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
         with clock.stage("draw"):
             draw = draw_prompts_of(training, step)
         with clock.stage("generate"):
-            groups = generate(run, training.generator, draw.prompts, sampling_of(config, step, chosen.rounds))
+            groups = generate(run, training.generator, draw.prompts, sampling_of(config))
         with clock.stage("reward"):
             groups = reward_groups(training.rewarder, groups, run.layout)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
@@ -189,9 +189,9 @@ def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:
         updates_per_step=train.updates_per_step,
         data_rank=run.layout.data_rank,
         data_size=run.layout.data_size,
+        masks=Masks(config.perception.mask, config.run.seed) if config.reads_masked_view else None,
     )
-    masks = Masks(config.perception.mask, config.run.seed) if config.reads_masked_view else None
-    return Prefetch(dataset, draw, masks, num_steps=train.steps, ahead=config.data.prefetch)
+    return Prefetch(draw, num_steps=train.steps, ahead=config.data.prefetch)
 
 
 def draw_prompts_of(training: Training, step: int) -> Draw:
@@ -202,11 +202,9 @@ def draw_prompts_of(training: Training, step: int) -> Draw:
     return draw
 
 
-def sampling_of(config: Config, step: int, round: int) -> Sampling:
-    """Every round of dynamic sampling draws anew, also where small data brings a prompt back within a step."""
-    generation, dynamic = config.generation, config.train.dynamic_sampling
+def sampling_of(config: Config) -> Sampling:
+    generation = config.generation
     return Sampling(
-        step=step * dynamic.max_rounds + round if dynamic.enabled else step,
         group_size=config.train.group_size,
         temperature=generation.temperature,
         top_p=generation.top_p,

@@ -100,7 +100,7 @@ def take_off(training: Training, step: int) -> Flight:
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
     with training.run.clock.stage("generate"):
-        _engines(training).submit(draw.prompts, sampling_of(training.run.config, step, 0))
+        _engines(training).submit(draw.prompts, sampling_of(training.run.config))
     return Flight(step, cursor, draw)
 
 
@@ -108,7 +108,7 @@ def landed(training: Training, flight: Flight) -> Flight:
     """With its rollouts, waited for."""
     if flight.groups is not None:
         return flight
-    sampling = sampling_of(training.run.config, flight.step, 0)
+    sampling = sampling_of(training.run.config)
     with training.run.clock.stage("generate"):
         groups = collect(training.run, _engines(training), flight.draw.prompts, sampling, policy_version=flight.step)
     return replace(flight, groups=tuple(groups), metrics=training.generator.take_metrics())

@@ -31,7 +31,7 @@ class ModelInputs:
 @dataclass(frozen=True)
 class Prompt:
     id: str
-    """Stable over the run: names the row of the dataset."""
+    """Stable over the run: names the row of the dataset, which may come more than once, even in one step."""
     row: int
     problem: str
     answer: str
@@ -40,6 +40,9 @@ class Prompt:
     inputs: ModelInputs
     masked_pixel_values_PD: Tensor | None = None
     """The masked view through the same processor; same shape as inputs.pixel_values_PD."""
+    visit: int = 0
+    """Position of this draw in the run's endless order, which no other draw has; 0 for rows that are not drawn from it.
+    Seeds of rollouts and masks are made from it."""
 
     @property
     def num_images(self) -> int:

@@ -36,9 +36,6 @@ from megatron_papo.rollouts import recover, remind
 from megatron_papo.run import Run, model_folder
 from megatron_papo.types import Metrics, Prompt
 
-_STEP = -1
-"""Enters the seeds of the answers: no step of training draws them."""
-
 Asked = tuple[int, tuple[int, ...]]
 """(which prompt, the response to it)."""
 
@@ -128,7 +125,6 @@ class Certifier:
         """This rank's engine; one that dies is started anew, as often as in training."""
         config = self._run.config
         sampling = Sampling(
-            step=_STEP,
             group_size=1,
             temperature=1.0,
             top_p=1.0,

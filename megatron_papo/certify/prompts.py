@@ -12,6 +12,8 @@ from megatron_papo.types import Prompt
 
 _ROWS_LOOKED_AT = 4096
 """For images, from the first on."""
+_VISIT = -1
+"""Enters the seeds of the answers: no draw of training has it."""
 
 
 def prompts_to_certify(config: Config, processor: Processor) -> list[Prompt]:
@@ -30,6 +32,6 @@ def _prompts(dataset: PromptDataset, *, with_images: bool) -> Iterator[Prompt]:
         try:
             images = dataset.images(row)
             if bool(images) == with_images and len(set(images)) == len(images):
-                yield dataset.prompt(row)
+                yield dataset.prompt(row, visit=_VISIT)
         except BadRow:
             continue

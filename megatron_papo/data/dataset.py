@@ -8,9 +8,10 @@ raises BadRow with its number and the reason; what then happens is for `draw` to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
@@ -19,7 +20,7 @@ from megatron_papo.config import ColumnsConfig, DataConfig
 from megatron_papo.data.chat_template import TemplateFailed
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
-from megatron_papo.data.masking import Masks, mask_images, spoil_image, with_masked
+from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
 from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Pixels, Processor
 from megatron_papo.data.source import open_source
 from megatron_papo.types import Prompt
@@ -30,6 +31,8 @@ _PRESETS = {
     "geometry3k": (ColumnsConfig(),),
 }
 
+
+Spoiler = Callable[[Image.Image], Image.Image]
 
 _MAX_ANSWER = 65_536
 """Letters. Every response is compared with all of them."""
@@ -117,8 +120,8 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def prompt(self, row: int, masks: Masks | None = None) -> Prompt:
-        """The row as the model reads it, and with `masks` also its masked view; raises BadRow.
+    def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
+        """The row as the model reads it, and with `masks` also its masked view at this `visit`; raises BadRow.
 
         What costs least is looked at first, and pictures are decoded one at a time, once for both views, and not kept:
         a batch of them would fill the host's memory.
@@ -136,19 +139,12 @@ class PromptDataset:
             self._check_length(row, text_ids_S.numel())
             compressed = image_bytes(items, self._images, self._max_pixels)
             prompt_id = f"{self.which}:{row}"
-            pixels, masked = self._views(row, prompt_id, compressed, text_ids_S.numel(), masks)
+            pixels, masked = self._views(row, visit, prompt_id, compressed, text_ids_S.numel(), masks)
             inputs = self._processor.join(text_ids_S, pixels)
-            prompt = Prompt(prompt_id, row, problem, answer, compressed, inputs)
+            prompt = Prompt(prompt_id, row, problem, answer, compressed, inputs, visit=visit)
             if masked:
                 return with_masked(prompt, masked)
-            return prompt if masks is None else self.mask(prompt, masks)
-
-    def mask(self, prompt: Prompt, masks: Masks) -> Prompt:
-        """A prompt of this dataset with its masked view made, or made anew; see `mask_images`. Raises BadRow."""
-        with _named(prompt.row):
-            return mask_images(
-                prompt, masks.settings, self._processor, seed=masks.seed, step=masks.step, swap_pool=self
-            )
+            return prompt if masks is None else mask_images(prompt, masks, self._processor, self)
 
     def images(self, row: int) -> tuple[bytes, ...]:
         """Compressed images of a row; raises BadRow when one cannot be read."""
@@ -188,7 +184,7 @@ class PromptDataset:
             raise BadRow(row, "prompt too long", f"{num_tokens} tokens, data.max_prompt_tokens is {self._max_tokens}")
 
     def _views(
-        self, row: int, prompt_id: str, compressed: Sequence[bytes], num_tokens: int, masks: Masks | None
+        self, row: int, visit: int, prompt_id: str, compressed: Sequence[bytes], num_tokens: int, masks: Masks | None
     ) -> tuple[list[Pixels], list[Pixels]]:
         """Pixels of every picture, and of its masked view where `masks` spoil it as loaded; `num_tokens` without them.
 
@@ -196,22 +192,25 @@ class PromptDataset:
         """
         pixels, masked = [], []
         for index, data in enumerate(compressed):
-            of_picture, of_masked = self._view(row, prompt_id, index, data, masks)
+            of_picture, of_masked = self._view(data, self._spoiler(row, visit, prompt_id, index, masks))
             pixels.append(of_picture)
             masked += of_masked
             num_tokens += int(self._processor.num_tokens(of_picture[1])) - 1
             self._check_length(row, num_tokens)
         return pixels, masked
 
-    def _view(
-        self, row: int, prompt_id: str, index: int, data: bytes, masks: Masks | None
-    ) -> tuple[Pixels, list[Pixels]]:
+    def _spoiler(self, row: int, visit: int, prompt_id: str, index: int, masks: Masks | None) -> Spoiler | None:
+        """What makes the masked view of a picture as loaded."""
+        if masks is None or masks.settings.align != "raw":
+            return None
+        random = mask_random(masks.seed, visit, prompt_id, index)
+        return partial(spoil_image, row=row, mask=masks.settings, random=random, swap_pool=self)
+
+    def _view(self, data: bytes, spoil: Spoiler | None) -> tuple[Pixels, list[Pixels]]:
         """Of one picture, which is gone when the next is decoded."""
         image = self.decoded(data)
         pixels = self._processor.pixel_values([image])
-        if masks is None or masks.settings.align != "raw":
-            return pixels, []
-        return pixels, [self._processor.pixel_values([spoil_image(image, index, prompt_id, row, masks, self)])]
+        return pixels, [] if spoil is None else [self._processor.pixel_values([spoil(image)])]
 
     def _choose_columns(self, data: DataConfig) -> ColumnsConfig:
         has = set(self._rows.column_names)

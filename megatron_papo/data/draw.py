@@ -84,7 +84,7 @@ def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: B
         if row in bad_rows.found:
             continue
         try:
-            return dataset.prompt(row, masks)
+            return dataset.prompt(row, masks, visit=position)
         except BadRow as bad:
             bad_rows.add(bad)
     raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.counts}")

@@ -1,10 +1,10 @@
 """The masked view of a prompt: its pictures spoiled, everything else alike.
 
-Pure and seeded from (run seed, step, prompt id, image index), so that a resumed run masks alike, every picture of a
-prompt is masked independently, and the next visit draws afresh. The paper's mask is `cells` on the picture as loaded:
-a grid of square cells from the upper left corner, each black with probability `ratio`, the partial ones at the right
-and lower edge too. The spoiled picture keeps its size and goes through the same processor, so the grid of patches,
-and with it the position ids, stay those of the original.
+Pure and seeded from (run seed, visit, prompt id, image index), so that a resumed run masks alike, every picture of a
+prompt is masked independently, and the next visit draws afresh, though it be in the same step. The paper's mask is
+`cells` on the picture as loaded: a grid of square cells from the upper left corner, each black with probability
+`ratio`, the partial ones at the right and lower edge too. The spoiled picture keeps its size and goes through the same
+processor, so the grid of patches, and with it the position ids, stay those of the original.
 
 Beyond the paper: `align: patches` blackens merged patches of the already processed pixels, without a second run of
 the processor; and other kinds of spoiling. `ratio` and `cell` mean, for blur: radius `cell` pixels; noise: weight
@@ -39,7 +39,6 @@ class Masks:
     settings: MaskConfig
     seed: int
     """The run's."""
-    step: int = 0
 
 
 class SwapPool(Protocol):
@@ -53,18 +52,16 @@ class SwapPool(Protocol):
     def decoded(self, data: bytes) -> Image.Image: ...
 
 
-def mask_images(
-    prompt: Prompt, mask: MaskConfig, processor: Processor, *, seed: int, step: int, swap_pool: SwapPool | None = None
-) -> Prompt:
+def mask_images(prompt: Prompt, masks: Masks, processor: Processor, swap_pool: SwapPool | None = None) -> Prompt:
     """The prompt with `masked_pixel_values_PD` filled; a prompt without pictures comes back as it is.
 
     Pictures are decoded, spoiled and processed one at a time: a whole row of them may not fit the host's memory.
     """
     if prompt.inputs.pixel_values_PD is None:
         return prompt
-    if mask.align == "patches":
-        return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, mask, processor, seed=seed, step=step))
-    spoiled = masked_raw_images(prompt, mask, seed=seed, step=step, swap_pool=swap_pool)
+    if masks.settings.align == "patches":
+        return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, masks, processor))
+    spoiled = masked_raw_images(prompt, masks, swap_pool)
     return with_masked(prompt, [processor.pixel_values([image]) for image in spoiled])
 
 
@@ -76,27 +73,29 @@ def with_masked(prompt: Prompt, pixels: Sequence[Pixels]) -> Prompt:
     return replace(prompt, masked_pixel_values_PD=torch.cat([values for values, _ in pixels]))
 
 
-def masked_raw_images(
-    prompt: Prompt, mask: MaskConfig, *, seed: int, step: int, swap_pool: SwapPool | None = None
-) -> Iterator[Image.Image]:
+def masked_raw_images(prompt: Prompt, masks: Masks, swap_pool: SwapPool | None = None) -> Iterator[Image.Image]:
     """The spoiled pictures themselves, one after the other, RGB in their own size.
 
     Only for `align: raw`. Raises ValueError for `swap` without a pool or with one that has no other picture.
     """
-    masks = Masks(mask, seed, step)
     for index, data in enumerate(prompt.images):
-        yield spoil_image(decode_image(data), index, prompt.id, prompt.row, masks, swap_pool)
+        random = mask_random(masks.seed, prompt.visit, prompt.id, index)
+        yield spoil_image(decode_image(data), prompt.row, masks.settings, random, swap_pool)
+
+
+def mask_random(seed: int, visit: int, prompt_id: str, index: int) -> np.random.RandomState:
+    """The random numbers that spoil picture `index` of a prompt at a visit."""
+    return random_state("mask", seed, visit, prompt_id, index)
 
 
 def spoil_image(
-    image: Image.Image, index: int, prompt_id: str, row: int, masks: Masks, swap_pool: SwapPool | None
+    image: Image.Image, row: int, mask: MaskConfig, random: np.random.RandomState, swap_pool: SwapPool | None
 ) -> Image.Image:
-    """Picture `index` of a prompt as `align: raw` shows it masked; `image` stays as it is."""
-    assert masks.settings.align == "raw"
-    random = _generator(prompt_id, masks.seed, masks.step, index)
-    if masks.settings.kind == "swap":
+    """A picture of row `row` as `align: raw` shows it masked, by `mask_random`; `image` stays as it is."""
+    assert mask.align == "raw"
+    if mask.kind == "swap":
         return _other_image(row, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC)
-    return _SPOIL[masks.settings.kind](image, masks.settings, random)
+    return _SPOIL[mask.kind](image, mask, random)
 
 
 def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.random.RandomState) -> np.ndarray:
@@ -104,10 +103,6 @@ def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.rando
     rows, columns = -(-height // cell), -(-width // cell)
     cells = random.random_sample((rows, columns)) < ratio
     return cells.repeat(cell, axis=0).repeat(cell, axis=1)[:height, :width]
-
-
-def _generator(prompt_id: str, seed: int, step: int, index: int) -> np.random.RandomState:
-    return random_state("mask", seed, step, prompt_id, index)
 
 
 def _black_cells(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
@@ -154,7 +149,7 @@ def _other_image(own_row: int, pool: SwapPool | None, random: np.random.RandomSt
     raise ValueError(f"perception.mask.kind: swap found no other picture in {_SWAP_TRIES} rows")
 
 
-def _mask_patches(prompt: Prompt, mask: MaskConfig, processor: Processor, *, seed: int, step: int) -> Tensor:
+def _mask_patches(prompt: Prompt, masks: Masks, processor: Processor) -> Tensor:
     """Merged patches set to what black becomes after normalisation; rows of a merged patch follow one another."""
     assert prompt.inputs.pixel_values_PD is not None and prompt.inputs.grid_thw_I3 is not None
     pixel_values_PD = prompt.inputs.pixel_values_PD.clone()
@@ -163,7 +158,8 @@ def _mask_patches(prompt: Prompt, mask: MaskConfig, processor: Processor, *, see
     for index, (time, height, width) in enumerate(prompt.inputs.grid_thw_I3.tolist()):
         assert time == 1, "a picture has one frame"
         num_cells = height * width // patches_per_cell
-        cells = torch.from_numpy(_generator(prompt.id, seed, step, index).random_sample(num_cells) < mask.ratio)
+        random = mask_random(masks.seed, prompt.visit, prompt.id, index)
+        cells = torch.from_numpy(random.random_sample(num_cells) < masks.settings.ratio)
         image_mask_P = cells.repeat_interleave(patches_per_cell)
         pixel_values_PD[start : start + image_mask_P.numel()][image_mask_P] = _black_patch(processor)
         start += image_mask_P.numel()

@@ -18,10 +18,8 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call of `generate` draws."""
+    """How one call of `generate` draws; that every visit of a prompt draws anew is the prompt's part."""
 
-    step: int
-    """Enters the seeds, so that every step draws anew."""
     group_size: int
     temperature: float
     """0 is greedy: the likeliest token, its log-prob that of temperature 1 without top-k and top-p."""
@@ -59,7 +57,7 @@ class Generator(Protocol):
         """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.
 
         All ranks of a model-parallel group pass the same prompts and get the same groups. A rollout depends on
-        (seed, step, prompt id, its index in the group) and the weights alone, not on what else is generated.
+        (seed, the prompt's visit and id, its index in the group) and the weights alone, not on what else is generated.
         Raises EngineLost when the engine died.
         """
         ...

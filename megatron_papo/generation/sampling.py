@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_papo.generation.base import Sampling
 
 
-def rollout_seed(seed: int, step: int, prompt_id: str, index: int) -> int:
+def rollout_seed(seed: int, visit: int, prompt_id: str, index: int) -> int:
     """63 bits, the same in every process and Python version."""
-    key = f"{seed}\0{step}\0{prompt_id}\0{index}".encode()
+    key = f"{seed}\0{visit}\0{prompt_id}\0{index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 

@@ -100,7 +100,7 @@ class SeparateGenerator:
         asked, self._asked = self._asked, None
         assert asked is not None, "submit comes first"
         answers = self._hear(asked)
-        self._raise_where_lost(f"while it made the rollouts of step {asked.sampling.step}")
+        self._raise_where_lost("while it made rollouts")
         assert answers is not None
         self._metrics = {"engine/seconds": (answers.seconds, 1.0), "engine/prefix_cached": answers.prefix_cached}
         decode = self.requests.processor.decode

@@ -40,7 +40,7 @@ class Answer:
 def make_jobs(prompts: Sequence[Prompt], sampling: Sampling) -> list[Job]:
     """All rollouts of the call, group after group."""
     return [
-        Job(place, index, rollout_seed(sampling.seed, sampling.step, prompt.id, index))
+        Job(place, index, rollout_seed(sampling.seed, prompt.visit, prompt.id, index))
         for place, prompt in enumerate(prompts)
         for index in range(sampling.group_size)
     ]

@@ -42,7 +42,7 @@ def make_config(folder: Path, **generation: Any) -> Config:
 
 def make_sampling(**changes: Any) -> Sampling:
     values = {
-        "step": 3, "group_size": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_response_tokens": 12, "seed": 5
+        "group_size": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_response_tokens": 12, "seed": 5
     }  # fmt: skip
     return Sampling(**(values | changes))
 
@@ -62,7 +62,7 @@ def make_prompts(config: Config) -> tuple[Processor, list[Prompt]]:
     for row, (text, number) in enumerate(cases):
         images = pictures(number)
         inputs = processor.encode("<image>" * number + text, images)
-        prompt = Prompt(f"row-{row}", row, text, "", (), inputs)
+        prompt = Prompt(f"row-{row}", row, text, "", (), inputs, visit=3)
         if images:
             spoiled = [Image.new("RGB", image.size, (20 * row, 0, 90)) for image in images]
             prompt = replace(prompt, masked_pixel_values_PD=processor.pixel_values(spoiled)[0])

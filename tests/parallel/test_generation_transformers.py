@@ -37,7 +37,7 @@ SETTINGS = {
     "top_p": {"top_p": 0.6, "temperature": 0.8},
     "both": {"top_k": 20, "top_p": 0.9},
     "masked": {"masked": True},
-    "next_step": {"step": 4},
+    "twice": {},
     "other_seed": {"seed": 6},
 }
 
@@ -72,11 +72,14 @@ def _generate(folder: Path, parallel: dict[str, int], settings: dict[str, dict],
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     generator.load_weights(iter(named_tensors(model)), policy_version=7)
     mine = prompts[layout.data_rank :: layout.data_size]
+    twice = [replace(prompt, visit=visit) for prompt in mine for visit in (3, 4)]
     found = {}
     for batch_size in batch_sizes:
         generator.batch_size = batch_size
         found |= {
-            name if len(batch_sizes) == 1 else batch_size: generator.generate(mine, make_sampling(**changes))
+            name if len(batch_sizes) == 1 else batch_size: generator.generate(
+                twice if name == "twice" else mine, make_sampling(**changes)
+            )
             for name, changes in settings.items()
         }
     generator.close()
@@ -108,10 +111,12 @@ def test_greedy_takes_the_likeliest_token_and_every_rollout_is_alike(alone, mode
         assert torch.equal(logits[inputs.token_ids_S.numel() - 1 : -1].argmax(-1), response)
 
 
-def test_rollouts_differ_in_a_group_between_steps_and_between_seeds(alone):
+def test_rollouts_differ_in_a_group_between_visits_and_between_seeds(alone):
     for group in alone["plain"]:
         assert len({rollout.response_ids for rollout in group.rollouts}) == 4
-    drawn = [{ids for group in tokens(alone[name]) for ids in group} for name in ("plain", "next_step", "other_seed")]
+    first, later = tokens(alone["twice"])[::2], tokens(alone["twice"])[1::2]
+    assert first == tokens(alone["plain"]), "the same prompt again in the batch changes nothing"
+    drawn = [{ids for group in groups for ids in group} for groups in (first, later, tokens(alone["other_seed"]))]
     assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
 
 

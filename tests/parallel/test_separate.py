@@ -46,10 +46,10 @@ class Trainer:
     prompts: list[Prompt]
     """Of this data-parallel rank."""
 
-    def ask(self, step: int = 3) -> list[Group]:
+    def ask(self) -> list[Group]:
         from megatron_papo.rollouts import generate
 
-        return generate(self.run, self.generator, self.prompts, make_sampling(step=step, **SAMPLING))
+        return generate(self.run, self.generator, self.prompts, make_sampling(**SAMPLING))
 
     def hand_over(self, version: int) -> None:
         from megatron_papo.rollouts import hand_over
@@ -198,7 +198,7 @@ def _survives(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     engine_rank, told = 2, io.StringIO()
     with redirect_stderr(told), _trainer(config) as trainer:
-        run, generator, sampling = trainer.run, trainer.generator, make_sampling(step=3, **SAMPLING)
+        run, generator, sampling = trainer.run, trainer.generator, make_sampling(**SAMPLING)
         trainer.hand_over(VERSION)
         undisturbed = trainer.ask()
         found["groups"] = {group.prompt.id: group.rollouts for group in undisturbed}
@@ -229,7 +229,7 @@ def test_an_engine_that_is_killed_is_started_again_with_the_same_rollouts(inputs
     _check_same(_rollouts(trainer), colocated)
     again = "; it is started again and asked the same"  # noticed when the hand-over begins, or just within it
     told = [
-        f"papo: warning: engine 0 died (signal 9) while it made the rollouts of step 3{again}",
+        f"papo: warning: engine 0 died (signal 9) while it made rollouts{again}",
         f"papo: warning: engine 0 died (signal 9) before the weights were handed over{again}",
     ]
     for rank, found in enumerate(trainer):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, Config, DataConfig, MaskConfig
-from megatron_papo.data import BadRow, Masks, PromptDataset, dataset, load_processor, masking
+from megatron_papo.data import BadRow, Masks, PromptDataset, dataset, load_processor
 from megatron_papo.data.images import BadImage, decode_image
 from megatron_papo.observe.samples import beside_each_other
 from tests.tiny import make_tiny_folder
@@ -257,14 +257,13 @@ def test_what_takes_all_memory_is_a_bad_row(processor, tmp_path, monkeypatch, er
             if name == "image_bytes":
                 with pytest.raises(BadRow, match=reason):
                     rows.images(0)
-    prompt = rows.prompt(0)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "decode_image", fail)
+        patch.setattr(rows, "images", fail)
         with pytest.raises(ValueError, match="swap found no other picture"):
-            rows.mask(prompt, Masks(MaskConfig(kind="swap"), seed=0))
-        patch.setattr(masking, "decode_image", fail)
+            rows.prompt(0, Masks(MaskConfig(kind="swap"), seed=0))
+        patch.setattr(dataset, "spoil_image", fail)
         with pytest.raises(BadRow, match=f"row 0: {reason}"):
-            rows.mask(prompt, Masks(MaskConfig(), seed=0))
+            rows.prompt(0, Masks(MaskConfig(), seed=0))
 
 
 def test_a_page_of_samples_reduces_what_is_long():

@@ -1,6 +1,7 @@
 """The masked view: golden masks, independence, statistics, edges, every kind, and the patch-aligned short cut."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from megatron_papo.config import Config, DataConfig, MaskConfig
-from megatron_papo.data import load_processor, mask_images, masked_raw_images
+from megatron_papo.data import Masks, load_processor, mask_images, masked_raw_images
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import cell_mask
 from megatron_papo.data.order import random_state
@@ -46,7 +47,7 @@ def black_of(image):
 
 def test_golden_mask(processor):
     prompt = as_prompt(processor, picture(56, 56))
-    (masked,) = masked_raw_images(prompt, MaskConfig(), seed=1, step=2)
+    (masked,) = masked_raw_images(replace(prompt, visit=2), Masks(MaskConfig(), seed=1))
     cells = black_of(masked)[::14, ::14].astype(int)
     assert cells.tolist() == GOLDEN
     kept = ~black_of(masked)
@@ -55,19 +56,19 @@ def test_golden_mask(processor):
 
 
 def test_same_after_resume_and_fresh_at_the_next_visit(processor):
-    def masked(row=5, seed=1, step=2):
-        prompt = as_prompt(processor, picture(56, 56), row=row)
-        return mask_images(prompt, MaskConfig(), processor, seed=seed, step=step).masked_pixel_values_PD
+    def masked(row=5, seed=1, visit=2):
+        prompt = replace(as_prompt(processor, picture(56, 56), row=row), visit=visit)
+        return mask_images(prompt, Masks(MaskConfig(), seed), processor).masked_pixel_values_PD
 
     assert torch.equal(masked(), masked())
-    assert not torch.equal(masked(), masked(step=3))
+    assert not torch.equal(masked(), masked(visit=3))
     assert not torch.equal(masked(), masked(seed=2))
     assert not torch.equal(masked(), masked(row=6))
 
 
 def test_masked_view_goes_through_the_same_processor(processor):
     image = picture(100, 70)
-    prompt = mask_images(as_prompt(processor, image), MaskConfig(), processor, seed=0, step=0)
+    prompt = mask_images(as_prompt(processor, image), Masks(MaskConfig(), seed=0), processor)
     pixels = np.array(image)
     pixels[cell_mask(70, 100, 14, 0.6, random_state("mask", 0, 0, "train:5", 0))] = 0
     expected = processor.encode("<image>", [Image.fromarray(pixels)]).pixel_values_PD
@@ -78,9 +79,9 @@ def test_masked_view_goes_through_the_same_processor(processor):
 
 def test_images_of_a_prompt_are_masked_independently(processor):
     both = as_prompt(processor, picture(56, 56), picture(56, 56))
-    first, second = masked_raw_images(both, MaskConfig(), seed=0, step=0)
+    first, second = masked_raw_images(both, Masks(MaskConfig(), seed=0))
     assert (black_of(first) != black_of(second)).any()
-    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), MaskConfig(), seed=0, step=0)
+    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), Masks(MaskConfig(), seed=0))
     assert (np.array(alone) == np.array(first)).all()
 
 
@@ -103,13 +104,13 @@ def test_ratio_statistics():
 
 def test_text_only_prompt_is_unchanged(processor):
     prompt = Prompt("train:0", 0, "2+2?", "4", (), processor.encode("2+2?", []))
-    assert mask_images(prompt, MaskConfig(), processor, seed=0, step=0) is prompt
+    assert mask_images(prompt, Masks(MaskConfig(), seed=0), processor) is prompt
 
 
 def test_aligned_to_patches_equals_masking_the_resized_image(processor):
     resized, other = picture(112, 84), picture(56, 56, seed=1)  # sizes that the processor leaves as they are
     mask = MaskConfig(align="patches", ratio=0.5)
-    prompt = mask_images(as_prompt(processor, resized, other), mask, processor, seed=0, step=0)
+    prompt = mask_images(as_prompt(processor, resized, other), Masks(mask, seed=0), processor)
     masked = []
     for index, image in enumerate((resized, other)):
         rows, columns = image.height // 28, image.width // 28
@@ -136,14 +137,15 @@ def test_swap_takes_another_rows_picture_at_the_same_size(processor):
         decoded = staticmethod(decode_image)
 
     prompt = as_prompt(processor, picture(56, 42))  # row 5 of the pool: never its own picture
-    for step in range(10):
-        (swapped,) = masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=step, swap_pool=Pool())
+    swap = Masks(MaskConfig(kind="swap"), seed=0)
+    for visit in range(10):
+        (swapped,) = masked_raw_images(replace(prompt, visit=visit), swap, Pool())
         assert swapped.size == (56, 42) and (np.array(swapped) == 200).all()
     with pytest.raises(ValueError, match=r"perception.mask.kind: swap needs the dataset"):
-        next(masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0))
+        next(masked_raw_images(prompt, swap))
     Pool.rows = ((), ())
     with pytest.raises(ValueError, match=r"perception.mask.kind: swap found no other picture in 100 rows"):
-        next(masked_raw_images(prompt, MaskConfig(kind="swap"), seed=0, step=0, swap_pool=Pool()))
+        next(masked_raw_images(prompt, swap, Pool()))
 
 
 def test_blur_noise_and_crop(processor):
@@ -152,7 +154,7 @@ def test_blur_noise_and_crop(processor):
     prompt = as_prompt(processor, Image.fromarray(halves))
 
     def spoil(**mask):
-        (image,) = masked_raw_images(prompt, MaskConfig(**mask), seed=0, step=0)
+        (image,) = masked_raw_images(prompt, Masks(MaskConfig(**mask), seed=0))
         assert image.size == (60, 60)
         return np.array(image).astype(int)
 
@@ -162,7 +164,7 @@ def test_blur_noise_and_crop(processor):
     assert noisy[:, :30].max() <= 51 and noisy[:, 30:].min() >= 200  # 0.2 x 255 and 0.8 x 250
     assert (spoil(kind="noise", ratio=0.0) == halves).all()
     tall = picture(7, 150)
-    (image,) = masked_raw_images(as_prompt(processor, tall), MaskConfig(kind="noise"), seed=0, step=0)
+    (image,) = masked_raw_images(as_prompt(processor, tall), Masks(MaskConfig(kind="noise"), seed=0))
     noise = random_state("mask", 0, 0, "train:5", 0).randint(0, 256, (150, 7, 3))
     assert (np.array(image) == np.rint(0.4 * np.array(tall) + 0.6 * noise)).all(), "one draw, whatever the rows at once"
     assert (spoil(kind="crop", ratio=0.0) == halves).all()
@@ -171,15 +173,15 @@ def test_blur_noise_and_crop(processor):
 def test_crop_enlarges_a_window_of_the_area_that_is_left(processor):
     slope = np.broadcast_to(4 * np.arange(60, dtype=np.uint8)[None, :, None], (60, 60, 3))
     prompt = as_prompt(processor, Image.fromarray(np.ascontiguousarray(slope)))
-    mask = MaskConfig(kind="crop", ratio=0.75)
-    crops = [next(masked_raw_images(prompt, mask, seed=0, step=step)) for step in range(20)]
+    mask = Masks(MaskConfig(kind="crop", ratio=0.75), seed=0)
+    crops = [next(masked_raw_images(replace(prompt, visit=visit), mask)) for visit in range(20)]
     lefts = []
     for image in crops:
         columns = np.array(image).astype(int)[:, :, 0]
         assert (columns == columns[:1]).all()  # the slope runs along x only
         assert abs(columns[0, -1] - columns[0, 0] - 4 * 29) <= 8  # a quarter of the area is half of the width
         lefts.append(columns[0, 0])
-    assert len(set(lefts)) > 5 and max(lefts) <= 4 * 31  # somewhere else at every step, within the picture
+    assert len(set(lefts)) > 5 and max(lefts) <= 4 * 31  # somewhere else at every visit, within the picture
 
 
 def test_patches_only_with_cells():

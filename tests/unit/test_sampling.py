@@ -20,7 +20,7 @@ PROBABILITIES = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
 
 def sampling(**changes) -> Sampling:
     values = {
-        "step": 0, "group_size": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_response_tokens": 8, "seed": 0
+        "group_size": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_response_tokens": 8, "seed": 0
     }  # fmt: skip
     return Sampling(**(values | changes))
 
@@ -32,7 +32,7 @@ def probabilities(banned=NONE, logits=None, **changes) -> list[float]:
 
 def test_seeds_are_fixed_and_distinct():
     assert rollout_seed(0, 0, "a", 0) == 8_620_633_999_387_762_751  # resumed runs and other machines draw alike
-    seeds = {rollout_seed(s, t, p, i) for s in range(3) for t in range(3) for p in ("1", "11", "a") for i in range(8)}
+    seeds = {rollout_seed(s, v, p, i) for s in range(3) for v in range(3) for p in ("1", "11", "a") for i in range(8)}
     assert len(seeds) == 3 * 3 * 3 * 8
     assert rollout_seed(1, 2, "3", 4) != rollout_seed(1, 23, "", 4)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -55,7 +55,7 @@ def _picture(width: int, height: int) -> Image.Image:
 
 JOBS = (Job(0, 0, 2**63 - 1), Job(0, 1, 0), Job(7, 0, 1))
 SAMPLING = Sampling(
-    step=3, group_size=2, temperature=0.1 + 0.2, top_p=1.0, top_k=0, max_response_tokens=6, seed=2**40, masked=True
+    group_size=2, temperature=0.1 + 0.2, top_p=1.0, top_k=0, max_response_tokens=6, seed=2**40, masked=True
 )
 REQUESTS = {
     0: Request([5, 151_655, 7], [5, 151_655, 151_655, 7], [_picture(56, 28), _picture(28, 84)]),
@@ -125,7 +125,7 @@ NO_PICTURE = {"compact_ids": [], "full_ids": [], "pictures": [[9, 9, b"x"]]}
         (msgspec.msgpack.encode({"type": "Line"}), "Invalid value 'Line'"),
         (msgspec.msgpack.encode(["Stop"]), "Expected `object`, got `array`"),
         (_with(Stop(), now=True), "unknown field `now`"),
-        (_with(MESSAGES[0], sampling={}), "missing required field `step`"),
+        (_with(MESSAGES[0], sampling={}), "missing required field `group_size`"),
         (_with(MESSAGES[0], jobs=[[1, 2, "3"]]), "Expected `object`, got `array`"),
         (_with(MESSAGES[4], dtype="Tensor"), "unknown dtype"),
         (_with(MESSAGES[4], dtype=[]), "unhashable"),

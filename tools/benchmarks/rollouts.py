@@ -18,7 +18,7 @@ from PIL import Image
 from megatron_papo.advantages import with_advantages
 from megatron_papo.config import MaskConfig
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.masking import mask_images
+from megatron_papo.data.masking import Masks, mask_images
 from megatron_papo.data.processor import PLACEHOLDER, Processor
 from megatron_papo.types import Group, Prompt, Rollout
 from tools.benchmarks.models import NUM_PLAIN_WORDS
@@ -52,7 +52,7 @@ def make_groups(workload: Workload, processor: Processor, seed: int = 0) -> list
     groups = []
     for row in range(workload.num_prompts):
         prompt = _prompt(workload, row, processor, random)
-        prompt = mask_images(prompt, MaskConfig(), processor, seed=seed, step=0)
+        prompt = mask_images(prompt, Masks(MaskConfig(), seed), processor)
         rollouts = tuple(_rollout(workload, index, random) for index in range(workload.group_size))
         rewards = tuple(random.random(workload.group_size).tolist())
         groups.append(with_advantages(Group(prompt, rollouts, rewards)))

@@ -79,7 +79,7 @@ def _measure(folder: Path, options: Options, prefix_caching: bool) -> Found:
     engine = build_generator(config, processor, layout)
     engine.load_weights(drawn_tensors(shape, parameter_dtype("auto")), policy_version=0)
     sampling = Sampling(
-        step=0, group_size=work.group_size, temperature=1.0, top_p=1.0, top_k=0, seed=0,
+        group_size=work.group_size, temperature=1.0, top_p=1.0, top_k=0, seed=0,
         max_response_tokens=work.response_tokens,
     )  # fmt: skip
     rates = []
