@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config
+from megatron_papo.data.order import DataCursor
 from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.tiny_run import OVERRIDES, make_inputs, metrics, tiny_run
 
 OBJECTIVES = {
     "frozen": {"loss__entropy_coef": 0.03},
@@ -46,7 +47,12 @@ def _train(config: Config) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    """Five rows, so that the second step, which begins at the fifth, draws one of two pictures twice."""
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    assert [DataCursor(5, OVERRIDES["run.seed"]).row(position) for position in range(4, 8)] == [3, 3, 2, 1]
+    return folder
 
 
 @pytest.fixture(scope="module", params=[pytest.param("frozen", marks=pytest.mark.fast), "joint"])
