@@ -18,8 +18,13 @@ def group_advantages(rewards: tuple[float, ...]) -> tuple[float, ...]:
     """
     if not rewards or min(rewards) == max(rewards):
         return (0.0,) * len(rewards)
-    mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
+    mean, std = statistics.fmean(rewards), reward_std(rewards)
     return tuple((reward - mean) / (std + EPS) for reward in rewards)
+
+
+def reward_std(rewards: tuple[float, ...]) -> float:
+    """The unbiased standard deviation, which advantages divide by; 0 of a single reward."""
+    return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
 
 
 def with_advantages(group: Group) -> Group:

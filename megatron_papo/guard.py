@@ -1,8 +1,9 @@
 """Watches the signs that the perception term is being hacked, and says when to lower its coefficient or to stop.
 
 Too large a coefficient lets the policy earn KL by unrelated tokens (arXiv 2507.06448, "loss hacking"). Of the signs
-known to come before reward falls, three are watched: the perception KL climbs, the upper clip fraction climbs, the
-entropy under the masked image climbs. Left out: the variance of the KL and the dip of the entropy, which are logged.
+known to come before reward falls, three are watched: the perception KL climbs, the share of clipped tokens climbs (of
+advantages of either sign, as in the published curves), the entropy under the masked image climbs. Left out: the
+variance of the KL and the dip of the entropy, which are logged.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class CollapseGuard:
     factor: float = 1.0
 
     def observe(
-        self, *, perception_kl: float | None, clip_high: float | None, masked_entropy: float | None
+        self, *, perception_kl: float | None, clip_fraction: float | None, masked_entropy: float | None
     ) -> tuple[CollapseGuard, GuardDecision]:
         """Token means of one step, None for what the step had no tokens for; NaN counts as over the limit."""
         if self.config.action == "off":
@@ -40,7 +41,7 @@ class CollapseGuard:
         limits = self.config
         signs = (
             ("perception_kl", perception_kl, limits.perception_kl),
-            ("clip_high", clip_high, limits.clip_high_fraction),
+            ("clip_fraction", clip_fraction, limits.clip_fraction),
             ("masked_entropy", masked_entropy, limits.masked_entropy),
         )
         over = [f"{name} {value:.4g} > {limit:g}" for name, value, limit in signs if _is_over(value, limit)]

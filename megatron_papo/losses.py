@@ -31,19 +31,41 @@ class LossSettings:
     entropy: EntropyConfig
     perception_coef: float
     """Of this step: after the schedule and the guard."""
+    entropy_coef: float
+    """Of this step, as the next: after the schedule."""
+    masked_entropy_coef: float
+    first_update: bool = True
+    """Whether the policy is still the one that the rollout batch began with."""
 
     @classmethod
     def at_step(cls, config: Config, step: int, guard_factor: float = 1.0) -> LossSettings:
-        return cls(config.loss, config.perception, config.entropy, perception_coef(config, step, guard_factor))
+        """Of the first update of `step` (from 0). The guard lowers gamma alone: the entropy terms hold against the same
+        collapse, and would be lowered with it just when they are needed."""
+        loss, gamma, share = config.loss, perception_coef(config, step), schedule_share(config, step)
+        return cls(
+            loss,
+            config.perception,
+            config.entropy,
+            perception_coef=gamma * guard_factor,
+            entropy_coef=loss.entropy_coef * share,
+            masked_entropy_coef=loss.masked_entropy_coef * share,
+        )
 
 
-def perception_coef(config: Config, step: int, guard_factor: float = 1.0) -> float:
-    """Gamma at `step` (from 0): linear from loss.perception_coef to perception.coef_end over perception.coef_steps,
-    constant after that and without a schedule, times what the guard left of it."""
+def perception_coef(config: Config, step: int) -> float:
+    """Gamma at `step` (from 0), before the guard: linear from loss.perception_coef to perception.coef_end over
+    perception.coef_steps, constant after that and without a schedule."""
     start, end, steps = config.loss.perception_coef, config.perception.coef_end, config.perception.coef_steps
     if end is None or steps is None:
-        return start * guard_factor
-    return (start + (end - start) * min(step / steps, 1.0)) * guard_factor
+        return start
+    return start + (end - start) * min(step / steps, 1.0)
+
+
+def schedule_share(config: Config, step: int) -> float:
+    """What the schedule of gamma leaves of both entropy coefficients at `step`: gamma as a share of the larger of the
+    schedule's two ends, so that a schedule that rises from 0 brings them up to what the settings say. 1 without one."""
+    highest = max(config.loss.perception_coef, config.perception.coef_end or 0.0)
+    return perception_coef(config, step) / highest if highest > 0 else 1.0
 
 
 def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> tuple[Tensor, Metrics]:
@@ -52,7 +74,8 @@ def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> 
     `loss/NAME` is what a term adds to the loss, coefficient and sign included, with a count of 0: one micro-batch
     does not know how many make a step (`Metrics`). The others are means over the response tokens that a loss reads,
     those of the masked view over the tokens whose prompt has an image (a count of 0 when there is none). Without old
-    log-probs the update is on-policy.
+    log-probs the first update is on-policy. What compares engine and trainer is measured where the old policy's
+    log-probs are known: not from the second update on with `loss.old_logprobs=rollout`.
     """
     seen = _measure(outputs, row, settings)
     parts = {
@@ -65,8 +88,9 @@ def papo_loss(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> 
         sums = {f"loss/{name}": _summand(part) for name, part in (parts | {"total": total}).items()}
         for name, values_R, over_R in _means(seen, row, settings.loss):
             sums[name] = (values_R * over_R).sum(), over_R.sum()
-        gap_R = (seen.trainer_R - row.rollout_logprobs_R).abs() * row.loss_mask_R
-        sums["rollout_gap_max"] = gap_R.max(), gap_R.new_ones(())
+        if seen.trainer_R is not None:
+            gap_R = (seen.trainer_R - row.rollout_logprobs_R).abs() * row.loss_mask_R
+            sums["rollout_gap_max"] = gap_R.max(), gap_R.new_ones(())
     return total, _metrics(sums)
 
 
@@ -132,9 +156,9 @@ class _Measured:
     policy_R: Tensor
     old_R: Tensor
     """What the ratio is taken against."""
-    trainer_R: Tensor
-    """The old policy's log-probs as the trainer computes them, what the engine's are compared with."""
     entropy_R: Tensor
+    trainer_R: Tensor | None = None
+    """The old policy's log-probs as the trainer computes them, what the engine's are compared with."""
     correction_R: Tensor | None = None
     ref_kl_R: Tensor | None = None
     perception_kl_R: Tensor | None = None
@@ -144,19 +168,22 @@ class _Measured:
 def _measure(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> _Measured:
     policy_R, loss = outputs.policy_logprobs_R, settings.loss
     assert loss.reference_coef == 0 or row.ref_logprobs_R is not None, "the reference was not scored"
-    trainer_R = policy_R.detach() if row.old_logprobs_R is None else row.old_logprobs_R
+    trainer_R = policy_R.detach() if settings.first_update else None
+    trainer_R = trainer_R if row.old_logprobs_R is None else row.old_logprobs_R
+    old_R = row.rollout_logprobs_R if loss.old_logprobs == "rollout" else trainer_R
+    assert old_R is not None, "the old policy was not scored"
     seen = _Measured(
         policy_R=policy_R,
-        old_R=row.rollout_logprobs_R if loss.old_logprobs == "rollout" else trainer_R,
+        old_R=old_R,
+        entropy_R=_entropy(settings.entropy.kind, policy_R, outputs.entropy_R, settings.entropy_coef),
         trainer_R=trainer_R,
-        correction_R=correction_weights(trainer_R, row, loss),
-        entropy_R=_entropy(settings.entropy.kind, policy_R, outputs.entropy_R, loss.entropy_coef),
+        correction_R=None if trainer_R is None else correction_weights(trainer_R, row, loss),
         ref_kl_R=None if row.ref_logprobs_R is None else kl_k3(policy_R, row.ref_logprobs_R),
     )
     joint = settings.perception.masked_branch == "joint"
     masked_R = outputs.masked_logprobs_R if joint else row.masked_logprobs_R
     if masked_R is None:
-        needed = settings.perception_coef > 0 or loss.masked_entropy_coef > 0
+        needed = settings.perception_coef > 0 or settings.masked_entropy_coef > 0
         assert not (needed and row.has_image_R.any()), "the masked view was not scored"
         if not needed:
             return seen
@@ -164,7 +191,7 @@ def _measure(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> _
     kl_R = outputs.perception_kl_R if settings.perception.kl == "full" else kl_k3(policy_R, masked_R)
     assert kl_R is not None, "perception.kl=full, but the head was not asked for it"
     kind = settings.entropy.kind if joint else "sampled"  # a frozen branch keeps no logits
-    masked_entropy_R = _entropy(kind, masked_R, outputs.masked_entropy_R, loss.masked_entropy_coef)
+    masked_entropy_R = _entropy(kind, masked_R, outputs.masked_entropy_R, settings.masked_entropy_coef)
     return replace(seen, perception_kl_R=kl_R, masked_entropy_R=masked_entropy_R)
 
 
@@ -184,14 +211,14 @@ def _terms(seen: _Measured, row: MicroBatch, settings: LossSettings) -> Iterator
     loss, weights_R, image_weights_R = settings.loss, row.weights_R, row.perception_weights_R
     term_R = policy_term(seen.policy_R, seen.old_R, row.advantages_R, loss)
     yield "policy", 1.0, weights_R, term_R if seen.correction_R is None else term_R * seen.correction_R
-    yield "entropy", loss.entropy_coef, weights_R, seen.entropy_R
+    yield "entropy", settings.entropy_coef, weights_R, seen.entropy_R
     if seen.ref_kl_R is not None:
         yield "reference", loss.reference_coef, weights_R, seen.ref_kl_R
     if seen.perception_kl_R is not None:
         read_R = perception_term(seen.perception_kl_R, row, settings.perception)
         yield "perception", -settings.perception_coef, image_weights_R, read_R
     if seen.masked_entropy_R is not None:
-        yield "masked_entropy", loss.masked_entropy_coef, image_weights_R, seen.masked_entropy_R
+        yield "masked_entropy", settings.masked_entropy_coef, image_weights_R, seen.masked_entropy_R
 
 
 def _means(seen: _Measured, row: MicroBatch, loss: LossConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -202,11 +229,15 @@ def _means(seen: _Measured, row: MicroBatch, loss: LossConfig) -> Iterator[tuple
     yield "entropy", seen.entropy_R, tokens_R
     yield "ratio", ratio_R, tokens_R
     yield "policy_kl", kl_k3(seen.old_R, seen.policy_R), tokens_R  # KL(old || policy): the tokens are old's
-    yield "clip_low", worse_R & (ratio_R < 1 - loss.clip_low), tokens_R
-    yield "clip_high", (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high), tokens_R
+    low_R = worse_R & (ratio_R < 1 - loss.clip_low)
+    high_R = (row.advantages_R > 0) & (ratio_R > 1 + loss.clip_high)
+    yield "clip_low", low_R, tokens_R
+    yield "clip_high", high_R, tokens_R
+    yield "clip_fraction", low_R | high_R, tokens_R
     yield "clip_dual", worse_R & (ratio_R > (loss.dual_clip or torch.inf)), tokens_R
-    yield "rollout_gap", (seen.trainer_R - row.rollout_logprobs_R).abs(), tokens_R
-    yield "rollout_kl", kl_k3(row.rollout_logprobs_R, seen.trainer_R), tokens_R  # KL(engine || trainer)
+    if seen.trainer_R is not None:
+        yield "rollout_gap", (seen.trainer_R - row.rollout_logprobs_R).abs(), tokens_R
+        yield "rollout_kl", kl_k3(row.rollout_logprobs_R, seen.trainer_R), tokens_R  # KL(engine || trainer)
     if seen.correction_R is not None:
         yield "correction", seen.correction_R, tokens_R
         lost_R = seen.correction_R == (0 if loss.correction == "masked" else loss.correction_cap)

@@ -44,14 +44,15 @@ class Optimizer:
         self.policy.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self) -> dict[str, float]:
+    def step(self, fault: str = "") -> dict[str, float]:
         """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`.
 
-        An update that the guard leaves out changes neither weights nor moments; the schedule moves on all the same.
+        An update that the guard leaves out, as it does when there is a `fault`, changes neither weights nor moments;
+        the schedule moves on all the same. Every rank passes the same.
         """
         self.megatron.prepare_grads()
         grad_norm = gradient_norm(self.megatron)
-        skipped = self.guard.skips(grad_norm)
+        skipped = self.guard.skips(grad_norm, fault)
         if not skipped:
             clip_gradients(self.megatron, grad_norm, self.clip_grad)
             with host_threads(self.num_host_threads) if self.num_host_threads else nullcontext():
@@ -111,23 +112,34 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
     megatron = get_megatron_optimizer(settings, [policy], config_overrides=_overrides(optim))
     if has_gpu():
         _fuse(megatron)
+    schedule = build_schedule(megatron, optim, num_updates)
+    num_host_threads = share_of_cores() if optim.offload_fraction else None
+    return Optimizer(policy, megatron, schedule, UpdateGuard(optim), optim.clip_grad, num_host_threads)
+
+
+def build_schedule(megatron: MegatronOptimizer, optim: OptimConfig, num_updates: int) -> OptimizerParamScheduler:
+    """Rates over `num_updates` updates, as `optim.schedule` says, set for the first of them.
+
+    Megatron's warm-up begins at a rate of zero and its decay ends at the least rate, zero by default. Both places lie
+    outside the run: the first update is the schedule's step 1, and the decay is one step longer than the run.
+    """
+    warm_up = optim.warmup_steps
     schedule = OptimizerParamScheduler(
         megatron,
         init_lr=0.0,
         max_lr=optim.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=optim.warmup_steps,
-        lr_decay_steps=max(num_updates, optim.warmup_steps + 1),
+        min_lr=optim.lr * optim.min_lr_fraction,
+        lr_warmup_steps=warm_up,
+        lr_decay_steps=max(num_updates, warm_up) + 1 if warm_up else num_updates,
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    if optim.warmup_steps:
-        schedule.step(increment=1)  # Megatron's warm-up begins at a rate of zero: the first update would do nothing
-    num_host_threads = share_of_cores() if optim.offload_fraction else None
-    return Optimizer(policy, megatron, schedule, UpdateGuard(optim), optim.clip_grad, num_host_threads)
+    if warm_up:
+        schedule.step(increment=1)
+    return schedule
 
 
 def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:

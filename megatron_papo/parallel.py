@@ -194,12 +194,17 @@ def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], grou
     return [*kept.values(), *received]
 
 
+def larger(one: float, other: float) -> float:
+    """The larger of two, NaN where either is: Python's `max` keeps a NaN or drops it by their order."""
+    return one if math.isnan(one) or one >= other else other
+
+
 def joined(name: str, one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
     """Two parts of a metric as one: sums, and of a name that ends in `_max` the larger."""
     if one is None:
         return other
     if name.endswith("_max"):
-        return max(one, other)
+        return larger(one[0], other[0]), max(one[1], other[1])
     return one[0] + other[0], one[1] + other[1]
 
 

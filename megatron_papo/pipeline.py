@@ -25,6 +25,7 @@ from megatron_papo.packing import masked_row
 from megatron_papo.parallel import broadcast_from_last_stage, joined, sum_metrics
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
+from megatron_papo.update_guard import fault_of
 
 MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
 
@@ -117,14 +118,14 @@ def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadReq
 
 
 def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss) -> Metrics:
-    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks.
+    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks. An update with
+    a loss or log-probs that are not finite on any of them is skipped on all.
 
     `loss/...` are values of this step's loss, so that adding up the metrics of updates gives their mean.
     """
     optimizer.zero_grad()
     with optimizer.policy.module.fp8.updating():
         collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
-    values = optimizer.step()
     total: Metrics = {}
     for metrics in collected:
         add_metrics(total, metrics)
@@ -132,6 +133,7 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
         name: (numerator, 1.0 if name.startswith("loss/") else count)
         for name, (numerator, count) in sum_metrics(total).items()
     }
+    values = optimizer.step(fault_of(total))
     return total | {f"optim/{name}": (value, 1.0) for name, value in values.items()}
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_papo.accelerator import device
 from megatron_papo.config import Fp8Config
@@ -121,11 +120,11 @@ def measure(policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadR
         with counted(policy, row.num_tokens) as counters:
             (found,) = score(policy, [row], head, fp8=True)
         gap_R = (found.policy_logprobs_R - plain.policy_logprobs_R).abs()[row.loss_mask_R.to(device())]
-        sums.gap += _number(gap_R.sum())
-        sums.gap_max = max(sums.gap_max, _number(gap_R.max()) if gap_R.numel() else 0.0)
+        sums.gap += _number(gap_R.sum().item())
+        sums.gap_max = max(sums.gap_max, _number(gap_R.max().item()) if gap_R.numel() else 0.0)
         sums.num_tokens += gap_R.numel()
-        sums.amax_max = max(sums.amax_max, counters.amax)
-        sums.padding_max = max(sums.padding_max, counters.padding_amax)
+        sums.amax_max = max(sums.amax_max, _number(counters.amax))
+        sums.padding_max = max(sums.padding_max, _number(counters.padding_amax))
         sums.num_values += counters.num_values
         sums.num_saturated += counters.num_saturated
         sums.num_flushed += counters.num_flushed
@@ -145,7 +144,6 @@ def over_ranks(sums: Sums) -> Sums:
     return whole
 
 
-def _number(value: Tensor) -> float:
+def _number(value: float) -> float:
     """A maximum over ranks would drop NaN."""
-    found = value.item()
-    return math.inf if math.isnan(found) else found
+    return math.inf if math.isnan(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from megatron_papo.accelerator import device_name, parameter_dtype
 from megatron_papo.accounting import peak_tflops
+from megatron_papo.advantages import reward_std
 from megatron_papo.config import dump_config
 from megatron_papo.data.dataset import BadRows
 from megatron_papo.generation.pictures import pictures
@@ -27,6 +27,7 @@ from megatron_papo.planning.runs import planned, planned_values
 from megatron_papo.run import Run
 from megatron_papo.text import as_text
 from megatron_papo.types import Group, Metrics
+from megatron_papo.update_guard import UpdateGuard
 
 _STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
 """Those of a step: what tokens per second are counted over."""
@@ -138,7 +139,7 @@ def group_sums(groups: Sequence[Group], merge_unit: int) -> Metrics:
             sums["cut_off"].append(rollout.finish_reason == "length")
         if group.rewards:
             sums.setdefault("reward", []).extend(group.rewards)
-            sums.setdefault("group/reward_std", []).append(statistics.pstdev(group.rewards))
+            sums.setdefault("group/reward_std", []).append(reward_std(group.rewards))
             sums.setdefault("group/all_equal", []).append(min(group.rewards) == max(group.rewards))
         for name, values in group.reward_parts.items():
             sums.setdefault(f"reward/{name}", []).extend(values)
@@ -181,6 +182,12 @@ def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
             run,
             f"data.{which}: left out so far: " + ", ".join(f"{reason} {num}" for reason, num in sorted(counts.items())),
         )
+
+
+def name_skipped(run: Run, guard: UpdateGuard) -> None:
+    """A line for every update that has just been skipped."""
+    for reason in guard.take_skipped():
+        warn(run, f"an update was skipped: {reason}")
 
 
 def print_scores(scores: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
-from megatron_papo.record import Recorder, name_bad_rows
+from megatron_papo.record import Recorder, name_bad_rows, name_skipped
 from megatron_papo.run import Run, open_run, pack_update
 from megatron_papo.save import Checkpoints
 from megatron_papo.types import Group, Metrics, Prompt
@@ -96,4 +96,6 @@ def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:
         rows = pack_update(run, groups, groups[0])
     run.meter.updated(rows)
     with run.clock.stage("update"):
-        return update_policy(optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)
+        metrics = update_policy(optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)
+    name_skipped(run, optimizer.guard)
+    return metrics

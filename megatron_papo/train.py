@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from megatron_papo.packing import joint_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
 from megatron_papo.precision import PrecisionGuard, watch_precision
-from megatron_papo.record import Recorder, name_bad_rows, warn
+from megatron_papo.record import Recorder, name_bad_rows, name_skipped, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.rollouts import generate, hand_over
@@ -130,12 +130,14 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
         )
         run.meter.scored(batches)
     with clock.stage("update", total=len(batches)) as progress:
-        loss = partial(papo_loss, settings=LossSettings.at_step(config, step, training.guard.factor))
-        for batch in batches:
+        settings = LossSettings.at_step(config, step, training.guard.factor)
+        for place, batch in enumerate(batches):
             rows = _views(batch, config)
+            loss = partial(papo_loss, settings=replace(settings, first_update=place == 0))
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
+    name_skipped(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 
 
@@ -251,7 +253,7 @@ def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
     means = {name: total / count for name, (total, count) in metrics.items() if count}
     training.guard, decision = training.guard.observe(
         perception_kl=means.get("perception_kl"),
-        clip_high=means.get("clip_high"),
+        clip_fraction=means.get("clip_fraction"),
         masked_entropy=means.get("masked_entropy"),
     )
     if decision.action == "lower":

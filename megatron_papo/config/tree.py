@@ -7,7 +7,7 @@ Settings never change after they were loaded. Layout against model shape (heads,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -181,14 +181,27 @@ class GuardConfig(Section):
     """What to do: nothing, lower the coefficient, or save and stop."""
     perception_kl: Positive = 1.0
     """Sign: mean perception KL above this, nats a token."""
-    clip_high_fraction: Positive = 0.007
-    """Sign: fraction of tokens clipped above over this."""
+    clip_fraction: Positive = 0.007
+    """Sign: fraction of tokens whose ratio is clipped, of advantages of either sign, above this."""
     masked_entropy: Positive = 1.1
     """Sign: entropy with the image masked above this, nats a token."""
     patience: Count = 3
     """Steps in a row with a sign before acting."""
     factor: Fraction = 0.5
-    """`lower` multiplies the coefficient by this."""
+    """`lower` multiplies the perception coefficient by this, and leaves the entropy terms, which counter collapse."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, tree: Any) -> Any:
+        """Runs of before have written all settings into their config.yaml: what is at its default there is no wish."""
+        if not isinstance(tree, dict) or "clip_high_fraction" not in tree:
+            return tree
+        if tree["clip_high_fraction"] != 0.007:
+            raise ValueError(
+                "clip_high_fraction, of positive advantages alone, is now clip_fraction, of advantages of either sign: "
+                "set that"
+            )
+        return {key: value for key, value in tree.items() if key != "clip_high_fraction"}
 
 
 class PerceptionConfig(Section):
@@ -202,7 +215,8 @@ class PerceptionConfig(Section):
     top_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The term reads only this fraction of each response's tokens: those of highest KL."""
     coef_end: NonNegative | None = None
-    """Linear schedule of loss.perception_coef to this value over `coef_steps`."""
+    """Linear schedule of loss.perception_coef to this value over `coef_steps`. Both entropy coefficients follow it as
+    in the reference code: they are multiplied by the coefficient's share of the larger of its two ends."""
     coef_steps: Count | None = None
     """Steps of that schedule."""
     guard: GuardConfig = GuardConfig()
@@ -358,11 +372,13 @@ class OptimConfig(Section):
     lr_projector: Positive | None = None
     """Of the projector; null: `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up, over all optimizer steps of the run."""
+    """How the rate falls after the warm-up: not, linearly or along half a cosine, to its end at the first update that
+    the run does not make. Of N updates u = 1..N with W of warm-up and W' = max(W, 1) the part that has been walked is
+    (u - W') / (N + 1 - W'): every update of the run moves the weights."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up: the rate of update u is u / warmup_steps of the whole one, never 0."""
     min_lr_fraction: Fraction = 0.0
-    """Where the schedule ends, as a fraction of the rate."""
+    """Where the schedule ends, as a fraction of the rate: what the update after the last would have."""
     weight_decay: NonNegative = 0.01
     """Decoupled; none on biases and norms."""
     beta1: Fraction = 0.9
@@ -374,8 +390,8 @@ class OptimConfig(Section):
     clip_grad: NonNegative = 1.0
     """0: no clipping."""
     spike_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """An update whose gradient norm exceeds this many times the median of the last 32 is skipped; one that is not
-    finite always is."""
+    """An update whose gradient norm exceeds this many times the median of the last 32 is skipped; one whose gradient,
+    loss or log-probs (the engine's too) are not finite always is, with a warning that says which."""
     max_skipped: Count = 8
     """Skipped updates in a row that stop the run."""
     precision_aware: bool = False

@@ -1,5 +1,6 @@
 """Megatron-Core on a machine without a GPU, the process groups, and the exchanges between ranks."""
 
+import math
 import os
 import random
 
@@ -79,12 +80,14 @@ def _layout_and_exchanges() -> dict:
     here = initialize(ParallelConfig(tensor=1, pipeline=2))
     tensor = torch.arange(3.0).reshape(3, 1) + here.data_rank if here.is_last_stage else None
     metrics = {"loss": (here.rank, 1.0), f"only/{here.data_rank}": (2.0, 1.0)}
+    nan = {f"nan_{place}_max": (math.nan if here.data_rank == place else 1.0, 1.0) for place in range(2)}
     return {
         "place": (here.rank, here.tensor_rank, here.pipeline_rank, here.data_rank, here.data_size),
         "stages": (here.is_first_stage, here.is_last_stage),
         "model": gather_objects(here.rank, here.model_group),
         "heard": broadcast_from_last_stage(tensor, (3, 1), torch.float32).tolist(),
         "metrics": sum_metrics(metrics),
+        "nan": [value for value, _ in sum_metrics(nan).values()],
     }
 
 
@@ -96,6 +99,7 @@ def test_layout_and_exchanges_over_two_stages_and_two_replicas():
     for rank, result in enumerate(results):
         expected = [[0.0 + rank % 2], [1.0 + rank % 2], [2.0 + rank % 2]]
         assert result["heard"] == expected
+        assert all(map(math.isnan, result["nan"])), "a maximum keeps a NaN, whichever rank has it"
         # of the last stage: ranks 2 and 3
         assert result["metrics"] == {"loss": (5.0, 2.0), "only/0": (2.0, 1.0), "only/1": (2.0, 1.0)}
 

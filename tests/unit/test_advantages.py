@@ -9,6 +9,7 @@ import torch
 
 from megatron_papo.advantages import group_advantages, keep_group, with_advantages
 from megatron_papo.config import DynamicSamplingConfig
+from megatron_papo.record import group_sums
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 PROMPT = Prompt("row-7", 7, "how many?", "3", (), ModelInputs(torch.tensor([1, 2]), None, None))
@@ -33,6 +34,11 @@ def test_equal_rewards_give_exactly_zero(reward: float):
     assert with_advantages(_group((reward,) * 5)).advantages == (0.0,) * 5
     naive = torch.tensor([0.9] * 5)  # why it is decided on the rewards: an fp32 mean may miss them
     assert not torch.equal(naive - naive.sum() * torch.tensor(1 / 5), torch.zeros(5))
+
+
+def test_the_spread_that_is_logged_is_the_one_that_advantages_divide_by():
+    groups = [_group((1.0, 0.0, 0.0, 0.0)), _group((0.9, 0.9, 0.9)), _group((0.4,))]  # 0.5; equal; one of supervision
+    assert group_sums(groups, merge_unit=4)["group/reward_std"] == (0.5, 3.0)
 
 
 def test_advantages_do_not_depend_on_shift_and_scale():

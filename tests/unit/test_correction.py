@@ -75,6 +75,21 @@ def test_the_ratio_is_against_the_engine_when_asked():
     _, metrics = papo_loss(HeadOutputs(policy_logprobs_R=TRAINER), _row(), settings)
     assert _parts(metrics)["policy"] == pytest.approx((-4 - 1.5 - 0.25 + 1.0) / 8)
     assert _means(metrics)["ratio"] == pytest.approx((4 + 1.5 + 0.25 + 1) / 4)
+    assert _means(metrics)["rollout_gap_max"] == pytest.approx(log(4)), "the policy is still the one that generated"
+
+
+def test_the_engine_is_compared_with_the_policy_that_generated_and_no_later_one():
+    """In later updates only recomputed log-probs are of that policy: the policy's own would add its drift."""
+    compared = {"rollout_gap", "rollout_gap_max", "rollout_kl"}
+    against_engine = LossSettings.at_step(_config({"old_logprobs": "rollout"}), 0)
+    recomputed = LossSettings.at_step(_config(), 0)
+    drifted = HeadOutputs(policy_logprobs_R=TRAINER - 3.0)
+    _, first = papo_loss(drifted, _row(), against_engine)
+    _, later = papo_loss(drifted, _row(), replace(against_engine, first_update=False))
+    _, scored = papo_loss(drifted, _row(old_logprobs_R=TRAINER), replace(recomputed, first_update=False))
+    assert compared <= first.keys() and not compared & later.keys() and first.keys() - later.keys() == compared
+    assert _means(scored)["rollout_gap"] == pytest.approx((2 * log(4) + log(1.5)) / 4)
+    assert later["ratio"] == first["ratio"]
 
 
 def test_a_split_between_responses_changes_no_weight():

@@ -6,8 +6,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from megatron_papo.config import Fp8Config
+from megatron_papo.model.fp8.counters import Counters, _count
 from megatron_papo.precision import PrecisionGuard, Sums
 
 CONFIG = Fp8Config(recipe="tensorwise", gap_every=3, gap_limit=0.05)
@@ -59,3 +61,13 @@ def test_means_and_shares():
         "fp8/flushed": (5, 100),
     }
     assert Sums().gap_mean == 0.0
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_a_nan_among_a_layers_inputs_is_counted_whichever_pass_has_it(broken):
+    counters = Counters()
+    for number in range(3):
+        values = torch.full((4, 8), float(number + 1))
+        values[number, 2] = math.nan if number == broken else 1.0
+        _count(torch.nn.Linear(8, 8), (values,), counters=counters, recipe="tensorwise", places=(None, None))
+    assert math.isnan(counters.amax)

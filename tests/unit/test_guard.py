@@ -10,10 +10,10 @@ import pytest
 from megatron_papo.config import GuardConfig
 from megatron_papo.guard import CollapseGuard
 
-CALM = {"perception_kl": 0.05, "clip_high": 0.0005, "masked_entropy": 0.4}
+CALM = {"perception_kl": 0.05, "clip_fraction": 0.0005, "masked_entropy": 0.4}
 
 
-@pytest.mark.parametrize("sign", [{"perception_kl": 1.01}, {"clip_high": 0.008}, {"masked_entropy": nan}])
+@pytest.mark.parametrize("sign", [{"perception_kl": 1.01}, {"clip_fraction": 0.008}, {"masked_entropy": nan}])
 def test_guard_lowers_after_patience_and_begins_anew(sign: dict):
     guard = CollapseGuard(GuardConfig(action="lower", patience=2, factor=0.5))
     actions, factors = [], []
@@ -28,14 +28,14 @@ def test_guard_lowers_after_patience_and_begins_anew(sign: dict):
 
 def test_guard_stops_with_its_reason():
     guard = CollapseGuard(GuardConfig(action="stop", patience=1))
-    guard, decision = guard.observe(perception_kl=2.5, clip_high=0.0, masked_entropy=1.2)
+    guard, decision = guard.observe(perception_kl=2.5, clip_fraction=0.0, masked_entropy=1.2)
     assert decision.action == "stop"
     assert decision.reason == "perception_kl 2.5 > 1, masked_entropy 1.2 > 1.1, 1 steps in a row"
 
 
 def test_guard_is_silent_without_values_at_the_limit_and_when_off():
     on, off = CollapseGuard(GuardConfig(action="stop", patience=1)), CollapseGuard(GuardConfig(patience=1))
-    nothing, at_limit = dict.fromkeys(CALM), {"perception_kl": 1.0, "clip_high": 0.007, "masked_entropy": 1.1}
+    nothing, at_limit = dict.fromkeys(CALM), {"perception_kl": 1.0, "clip_fraction": 0.007, "masked_entropy": 1.1}
     for guard, signs in ((on, nothing), (on, at_limit), (off, {**CALM, "perception_kl": 9.0})):
         after, decision = guard.observe(**signs)
         assert after == guard and decision.action == "none" and decision.reason == ""

@@ -88,6 +88,7 @@ def test_clip_fractions_follow_the_sign_of_the_advantage():
     row = _wide_row(advantages, old=-F64(ratios).log() - 1)
     _, metrics = papo_loss(HeadOutputs(F64([-1.0] * 6)), row, LossSettings.at_step(_config(), 0))
     assert [metrics[f"clip_{side}"] for side in ("low", "high", "dual")] == [(1.0, 6.0)] * 3
+    assert metrics["clip_fraction"] == (2.0, 6.0)  # what the guard watches: clipped at either sign of the advantage
 
 
 def _wide_row(advantages: list[float], old: Tensor) -> MicroBatch:
@@ -148,6 +149,7 @@ def test_whole_objective_by_hand():
     assert total.item() == pytest.approx(policy + reference + perception + entropy + masked_entropy, abs=1e-12)
     expected = {
         "policy_logprobs": -1.0, "entropy": 1.0, "ratio": 1.0, "clip_low": 0.25, "clip_high": 0.25, "clip_dual": 0.0,
+        "clip_fraction": 0.5,
         "policy_kl": (1.5 - log(1.5) - 1 + 0.5 + log(2) - 1) / 4, "rollout_gap": (log(1.5) + log(2)) / 4,
         "rollout_gap_max": log(2), "rollout_kl": (1 / 1.5 + log(1.5) - 1 + 2 - log(2) - 1) / 4,
         "ref_kl": (1 - log(2)) / 4, "perception_kl": 0.5 / 3,
@@ -314,5 +316,41 @@ def test_supervised_loss_by_hand():
 def test_perception_coefficient_over_steps():
     linear = _config({"perception_coef": 0.04}, perception={"coef_end": 0.01, "coef_steps": 3})
     assert [perception_coef(linear, step) for step in range(5)] == pytest.approx([0.04, 0.03, 0.02, 0.01, 0.01])
-    constant = _config({"perception_coef": 0.04})
-    assert perception_coef(constant, 100) == 0.04 and perception_coef(constant, 100, 0.25) == 0.01
+    assert perception_coef(_config({"perception_coef": 0.04}), 100) == 0.04
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "gammas", "shares"),
+    [
+        (0.04, 0.01, [0.04, 0.025, 0.01, 0.01], [1.0, 0.625, 0.25, 0.25]),
+        (0.04, 0.0, [0.04, 0.02, 0.0, 0.0], [1.0, 0.5, 0.0, 0.0]),
+        (0.01, 0.04, [0.01, 0.025, 0.04, 0.04], [0.25, 0.625, 1.0, 1.0]),  # never above what the settings say
+        (0.0, 0.04, [0.0, 0.02, 0.04, 0.04], [0.0, 0.5, 1.0, 1.0]),
+        (0.0, 0.0, [0.0] * 4, [1.0] * 4),  # nothing is annealed
+        (0.04, None, [0.04] * 4, [1.0] * 4),
+    ],
+)
+def test_both_entropy_coefficients_follow_the_schedule_of_gamma_and_not_the_guard(start, end, gammas, shares):
+    schedule = {} if end is None else {"coef_end": end, "coef_steps": 2}
+    coefs = {"perception_coef": start, "entropy_coef": 0.03, "masked_entropy_coef": 0.05}
+    config = _config(coefs, perception=schedule)
+    for guard_factor in (1.0, 0.25):
+        found = [LossSettings.at_step(config, step, guard_factor) for step in range(4)]
+        assert [each.perception_coef for each in found] == pytest.approx([gamma * guard_factor for gamma in gammas])
+        assert [each.entropy_coef for each in found] == pytest.approx([0.03 * share for share in shares])
+        assert [each.masked_entropy_coef for each in found] == pytest.approx([0.05 * share for share in shares])
+
+
+def test_an_annealed_entropy_term_is_what_the_loss_adds():
+    coefs = {"perception_coef": 0.02, "entropy_coef": 0.03, "masked_entropy_coef": 0.05}
+    config = _config(coefs, perception={"coef_end": 0.0, "coef_steps": 2})
+    row, outputs = _row(masked_logprobs_R=F64([-2.0] * 4)), HeadOutputs(F64([-1.0] * 4))
+    parts = [_parts(papo_loss(outputs, row, LossSettings.at_step(config, step))[1]) for step in range(3)]
+    assert [part.get("entropy", 0.0) for part in parts] == pytest.approx([0.03 / 2, 0.015 / 2, 0.0])
+    assert [part.get("masked_entropy", 0.0) for part in parts] == pytest.approx([0.05, 0.025, 0.0])
+
+
+def test_a_later_update_without_old_logprobs_is_refused():
+    later = replace(LossSettings.at_step(_config(), 0), first_update=False)
+    with pytest.raises(AssertionError, match="old policy was not scored"):
+        papo_loss(HeadOutputs(F64([-1.0] * 4)), _row(), later)

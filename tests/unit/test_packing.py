@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial, reduce
+from itertools import permutations
 
 import pytest
 import torch
@@ -423,3 +426,14 @@ def test_supervised_demonstrations_pack_like_rollouts():
     total.backward()
     assert total.item() == pytest.approx(3.0) and metrics["policy_logprobs"] == (-12.0, 4.0)
     assert policy.grad.tolist() == [-0.25] * 4
+
+
+@pytest.mark.parametrize("values", list(permutations((1.0, math.nan, 3.0, -math.inf))))
+def test_a_maximum_of_micro_batches_keeps_a_nan_wherever_it_stands(values):
+    for name, expected in (("gap_max", math.nan), ("gap", math.nan)):
+        total = None
+        for value in values:
+            total = joined(name, total, (value, 1.0))
+        assert total == pytest.approx((expected, 1.0 if name == "gap_max" else 4.0), nan_ok=True)
+    numbers = [value for value in values if not math.isnan(value)]
+    assert reduce(partial(joined, "gap_max"), [(value, 1.0) for value in numbers]) == (3.0, 1.0)

@@ -33,7 +33,11 @@ def check_logprobs(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequen
     others = {"plain": plain.logprobs(groups)}
     if trl is not None:
         others["TRL"] = trl.logprobs(_given(ours, groups), groups)
-    gaps = {name: max(float((own[key] - other[key]).abs().max()) for key in own) for name, other in others.items()}
+    # torch's maximum keeps a NaN, Python's may not
+    gaps = {
+        name: float(torch.stack([(own[key] - other[key]).abs().max() for key in own]).max())
+        for name, other in others.items()
+    }
     return [_checked(f"agreement: log-probs, ours against {name}", gap, "nats") for name, gap in gaps.items()]
 
 

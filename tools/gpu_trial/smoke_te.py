@@ -54,7 +54,8 @@ def linear(te: Any, which: Any) -> Gap:
     gaps = [gap(found, wide) for found, wide in zip((out, x.grad, layer.weight.grad), expected)]
     if which is not None and min(gaps) < FP8_LEAST:
         raise Wrong(f"gaps {', '.join(f'{each:.1e}' for each in gaps)}: this was no FP8")
-    return Gap(max(gaps), BF16_LIMIT if which is None else FP8_LIMIT).checked()
+    largest = torch.tensor(gaps).max().item()  # NaN when one is, where Python's maximum may not be
+    return Gap(largest, BF16_LIMIT if which is None else FP8_LIMIT).checked()
 
 
 def linear_expected(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from megatron_papo.checkpoint.conversion.stores import Files, Store, read_rows
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.checkpoint.slices import Entry
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.parallel import larger
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -82,7 +83,8 @@ def _differences(entry: Entry, sides: tuple[_Side, _Side], chunk_bytes: int) -> 
             differ = a[rows].view(bits) != b[rows].view(bits)  # bit patterns: NaNs that are the same count as equal
             counts[span.source] += int(differ.sum())
             gap = (a[rows][differ].double() - b[rows][differ].double()).abs()
-            gaps[span.source] = max(gaps[span.source], gap.max().item() if gap.numel() else 0.0)
+            if gap.numel():
+                gaps[span.source] = larger(gaps[span.source], gap.max().item())
     return [
         f"{source.name}: {count} of {torch.Size(source.shape).numel()} values differ, by at most {gap:.3g}"
         for source, count, gap in zip(entry.sources, counts, gaps)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from megatron_papo.model.fp8.operands import BLOCKS
 from megatron_papo.model.fp8.quantize import E4M3, e8m0_scale, float_scale, largest, round_rows, rounded
 from megatron_papo.model.policy import VisionLanguageModel
-from megatron_papo.parallel import layout
+from megatron_papo.parallel import larger, layout
 
 
 @dataclass
 class Counters:
-    """Over the values that this rank's linears read."""
+    """Over the values that this rank's linears read; a maximum over a NaN is NaN."""
 
     amax: float = 0.0
     num_values: int = 0
@@ -57,7 +57,7 @@ def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recip
     num_padding, num_tokens = places
     if num_tokens is not None:
         values_TC, padding_TC = _apart(values_TC, num_tokens, num_padding(num_tokens))
-        counters.padding_amax = max(counters.padding_amax, float(largest(padding_TC)))
+        counters.padding_amax = larger(counters.padding_amax, float(largest(padding_TC)))
     amax, scale = largest(values_TC), _delayed_scale(linear) if recipe == "delayed" else None
     if scale is not None:
         counters.num_saturated += int((values_TC.abs() * scale > torch.finfo(E4M3).max).sum())
@@ -66,7 +66,7 @@ def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recip
         found_TC = round_rows(values_TC, BLOCKS[recipe], e8m0_scale if recipe == "mxfp8" else float_scale, E4M3)
     else:
         found_TC = rounded(values_TC, float_scale(amax, E4M3), E4M3)
-    counters.amax = max(counters.amax, float(amax))
+    counters.amax = larger(counters.amax, float(amax))
     counters.num_flushed += int(((found_TC == 0) & (values_TC != 0)).sum())
     counters.num_values += values_TC.numel()
 
