@@ -24,6 +24,7 @@ from megatron_papo.parallel import Layout, gather_objects, sum_metrics
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.hardware import gpu_of
 from megatron_papo.planning.runs import planned, planned_values
+from megatron_papo.rollout_sums import rollout_sums
 from megatron_papo.run import Run
 from megatron_papo.text import as_text
 from megatron_papo.types import Group, Metrics
@@ -61,12 +62,26 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._sinks.close()
 
+    def record_start(self, scores: dict[str, float]) -> None:
+        """An evaluation of the starting weights. Scores in the record of a step are those after it, so these are in
+        one of step -1."""
+        times, memory = _split(self._run.clock.take())
+        values = {f"eval/{name}": value for name, value in scores.items()}
+        self._sinks.log(-1, values | times | _max_over_ranks(memory, self._run.layout))
+
     def record(self, step: int, groups: Sequence[Group], metrics: Metrics, scores: dict[str, float]) -> None:
         """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds and peak memory of each
-        stage, the model's FLOPs, and the scores of an evaluation when there was one."""
+        stage, the model's FLOPs, and the scores of an evaluation when there was one.
+
+        `groups`: those trained on. Where `metrics` has the sums of all that were generated, those of `groups` stand
+        beside them under `trained/`.
+        """
         times, memory = _split(self._run.clock.take())
         work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
-        sums = metrics | sum_metrics(group_sums(groups, self._run.shape.vision.merge_unit) | work)
+        prefix = "trained/" if "tokens" in metrics else ""
+        trained = rollout_sums(groups, self._run.shape.vision.merge_unit)
+        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work)
+        sums.pop("trained/tokens", None)
         totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if "perception_kl_squared" in values:
@@ -123,32 +138,6 @@ def _max_over_ranks(values: dict[str, float], layout: Layout) -> dict[str, float
         shares = gather_objects(values, group)
         values = {name: max(share.get(name, 0.0) for share in shares) for name in sorted(set().union(*shares))}
     return values
-
-
-def group_sums(groups: Sequence[Group], merge_unit: int) -> Metrics:
-    """Sums over this rank's rollouts and groups: rewards and their parts, lengths, groups that agree."""
-    sums: dict[str, list[float]] = {"tokens": [], "response_tokens": [], "cut_off": []}
-    sums |= {"prompt_tokens": [], "image_tokens": []}
-    for group in groups:
-        prompt_tokens = group.prompt.inputs.token_ids_S.numel()
-        sums["prompt_tokens"].append(prompt_tokens)
-        sums["image_tokens"].append(_image_tokens(group, merge_unit))
-        for rollout in group.rollouts:
-            sums["tokens"].append(prompt_tokens + len(rollout.response_ids))
-            sums["response_tokens"].append(len(rollout.response_ids))
-            sums["cut_off"].append(rollout.finish_reason == "length")
-        if group.rewards:
-            sums.setdefault("reward", []).extend(group.rewards)
-            sums.setdefault("group/reward_std", []).append(reward_std(group.rewards))
-            sums.setdefault("group/all_equal", []).append(min(group.rewards) == max(group.rewards))
-        for name, values in group.reward_parts.items():
-            sums.setdefault(f"reward/{name}", []).extend(values)
-    return {name: (float(sum(values)), float(len(values))) for name, values in sums.items()}
-
-
-def _image_tokens(group: Group, merge_unit: int) -> int:
-    grid_thw_I3 = group.prompt.inputs.grid_thw_I3
-    return 0 if grid_thw_I3 is None else int(grid_thw_I3.prod(dim=1).sum()) // merge_unit
 
 
 def _sample(run: Run, group: Group) -> SampleRow:

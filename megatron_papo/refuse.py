@@ -64,6 +64,8 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
             f"train.prompts_per_step: {train.prompts_per_step} with train.updates_per_step={train.updates_per_step} "
             f"leaves an update {prompts} prompts, {ranks}"
         )
+    if verb == "train" and train.prompts_per_round < data_ranks:
+        faults.append(f"train.dynamic_sampling.prompts_per_round: {train.prompts_per_round} prompts are {ranks}")
     if verb == "sft" and config.sft.batch_size < data_ranks:
         faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
     colocated = verb in ("train", "certify", "eval") and generation.engine == "vllm" and not num_engines

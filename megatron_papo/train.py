@@ -79,6 +79,8 @@ def main(config: Config) -> int:
             training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
         with Recorder(run, first_step, config.train.steps) as recorder:
+            if first_step == 0 and evaluation_is_due(training, -1):
+                recorder.record_start(evaluate_heldout(training))
             for step in range(first_step, config.train.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, metrics = train_step(training, step)
@@ -99,7 +101,7 @@ def main(config: Config) -> int:
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     """One rollout batch and its optimizer updates; the groups trained on, and what was measured."""
     run, config, clock = training.run, training.run.config, training.run.clock
-    chosen = ChosenGroups(config.train)
+    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
     while not chosen.enough:
         with clock.stage("draw"):
             draw = draw_prompts_of(training, step)
@@ -187,8 +189,8 @@ def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:
     draw = partial(
         draw_prompts,
         dataset,
-        num_prompts=train.prompts_per_step,
-        updates_per_step=train.updates_per_step,
+        num_prompts=train.prompts_per_round,
+        updates_per_step=train.updates_per_step if train.prompts_per_round == train.prompts_per_step else 1,
         data_rank=run.layout.data_rank,
         data_size=run.layout.data_size,
         masks=Masks(config.perception.mask, config.run.seed) if config.reads_masked_view else None,
@@ -262,10 +264,10 @@ def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
 
 
 def evaluation_is_due(training: Training, step: int) -> bool:
-    """After step `step` (from 0)."""
-    config = training.run.config.train
-    every, last = config.eval_every, step + 1 == config.steps
-    return training.heldout is not None and (last or (every > 0 and (step + 1) % every == 0))
+    """After step `step` (from 0); -1: of the starting weights."""
+    config, done = training.run.config.train, step + 1
+    due = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+    return training.heldout is not None and (due if done else config.eval_at_start)
 
 
 def evaluate_heldout(training: Training) -> dict[str, float]:

@@ -51,10 +51,13 @@ def main(config: Config) -> int:
         open_training(run) as training,
         Checkpoints(run, training.optimizer, "train") as checkpoints,
     ):
-        flight = _resume(training, checkpoints)
+        kept, first_step = _resume(training, checkpoints), checkpoints.next_step
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, checkpoints.next_step, num_steps) as recorder:
-            for step in range(checkpoints.next_step, num_steps):
+        with Recorder(run, first_step, num_steps) as recorder:
+            if first_step == 0 and evaluation_is_due(training, -1):
+                recorder.record_start(evaluate_heldout(training))
+            flight = kept or (take_off(training, first_step) if first_step < num_steps else None)
+            for step in range(first_step, num_steps):
                 assert flight is not None and flight.step == step
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, metrics, flight = train_step(training, flight)
@@ -89,7 +92,8 @@ def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics
     following = take_off(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
         groups = reward_groups(training.rewarder, flight.groups, run.layout)
-    chosen = ChosenGroups(config.train).add(flight.draw.places, groups, run.layout.data_group)
+    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
+    chosen = chosen.add(flight.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
     return groups, metrics | sum_metrics(measured) | certified, following
 
@@ -138,7 +142,7 @@ def _state(training: Training, flight: Flight | None) -> dict[str, Any]:
 
 
 def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
-    """The first step's rollouts: those the checkpoint holds, else asked for; None when no step is left."""
+    """The first step's rollouts, where the checkpoint holds them. The engines get their weights when a step is left."""
     ahead = restore(training, checkpoints).get("ahead", {})
     step = checkpoints.next_step
     if step >= training.run.config.train.steps:
@@ -147,7 +151,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)
-    return kept or take_off(training, step)
+    return kept
 
 
 def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None:

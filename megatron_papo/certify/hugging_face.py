@@ -131,7 +131,7 @@ class HuggingFace:
 
     def _render(self, problem: str) -> str:
         """The prompt with structured content; written out for a template that knows text alone."""
-        question = f"{problem.strip()} {self._data.instruction}" if self._data.instruction else problem
+        question = f"{problem.strip()}\n\n{self._data.instruction}" if self._data.instruction else problem
         pieces = question.split(PLACEHOLDER)
         content: list[dict[str, str]] = []
         for number, piece in enumerate(pieces):

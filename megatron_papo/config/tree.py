@@ -29,7 +29,8 @@ class RunConfig(Section):
     """A stage that makes no progress for this long dumps every rank's Python stack and stops the run; between stages
     too."""
     stage_limits_s: dict[str, Positive] = {}
-    """Limits of single stages instead, e.g. `{generate: 3600, save: 600}`; names as in the metrics `time/<stage>`."""
+    """Limits of single stages instead, e.g. `{generate: 3600, save: 600}`; names as in the metrics `time/<stage>`, of a
+    stage within another the last part."""
     heartbeat_s: Positive = 5.0
     """Every rank writes a sign of life under run.dir/heartbeats this often, and looks whether another has failed."""
     heartbeat_limit_s: Positive = 60.0
@@ -124,9 +125,9 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     instruction: str = (
         "You first think through the reasoning process as an internal monologue, enclosed within <think> </think> "
-        "tags. Then provide your final answer enclosed within \\boxed{}."
+        "tags. Then, provide your final answer enclosed within \\boxed{}."
     )
-    """Follows the question in the user's turn; empty means the question alone."""
+    """Follows the question in the user's turn, after a blank line; empty means the question alone."""
     system: str | None = None
     """The system turn; null: the chat template's own."""
     min_pixels: Count = 200_704
@@ -281,8 +282,12 @@ class DynamicSamplingConfig(Section):
     """Mean accuracy must be above this."""
     high: Fraction = 0.99
     """Mean accuracy must be below this."""
+    prompts_per_round: Count | None = None
+    """Prompts that are drawn at a time, over all ranks; null: train.prompts_per_step."""
     max_rounds: Count = 20
-    """Rounds of generation before giving up."""
+    """Rounds of a step before giving up."""
+    when_none_kept: Literal["drop", "keep"] = "drop"
+    """A round of which no prompt would be kept: drop it as any other, or keep all of it (PAPO's reference code)."""
 
 
 class OverlongConfig(Section):
@@ -333,6 +338,8 @@ class TrainConfig(Section):
     """Pad every row to tokens_per_micro_batch: what CUDA graphs and overlapped tensor-parallel exchanges need."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """0: only after the last step, when data.eval is set."""
+    eval_at_start: bool = False
+    """Evaluate the starting weights too, before the first step, when data.eval is set."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -341,7 +348,19 @@ class TrainConfig(Section):
                 f"train.prompts_per_step={self.prompts_per_step} does not divide by "
                 f"train.updates_per_step={self.updates_per_step}"
             )
+        dynamic, most = self.dynamic_sampling, self.dynamic_sampling.max_rounds * self.prompts_per_round
+        if dynamic.enabled and most < self.prompts_per_step:
+            raise ValueError(
+                f"train.dynamic_sampling: max_rounds={dynamic.max_rounds} rounds of {self.prompts_per_round} prompts "
+                f"are fewer than train.prompts_per_step={self.prompts_per_step}"
+            )
         return self
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Drawn and generated at a time, over all ranks: a whole step's but under dynamic sampling."""
+        dynamic = self.dynamic_sampling
+        return (dynamic.prompts_per_round if dynamic.enabled else None) or self.prompts_per_step
 
 
 class SftConfig(Section):
@@ -358,6 +377,10 @@ class EvalConfig(Section):
     """k of avg@k."""
     temperature: NonNegative = 1.0
     """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Null: generation.top_p."""
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """0: no limit; null: generation.top_k."""
     limit: Count | None = None
     """Rows to evaluate; null: all."""
     masked: bool = True

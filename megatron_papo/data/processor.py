@@ -119,7 +119,7 @@ class Processor:
 
     def render(self, problem: str) -> str:
         """The prompt as text, one image token a picture, up to where the assistant's turn begins."""
-        question = f"{problem.strip()} {self.instruction}" if self.instruction else problem
+        question = f"{problem.strip()}\n\n{self.instruction}" if self.instruction else problem
         question = question.replace(PLACEHOLDER, VISION_START + IMAGE_PAD + VISION_END)
         turns = [{"role": "user", "content": question}]
         if self.system is not None:

@@ -26,7 +26,9 @@ _PLAIN_EVERY_S = 10.0
 class StageProgress:
     """Handed out by `StageClock.stage`: how much of the stage is done."""
 
-    def __init__(self, clock: StageClock, name: str, total: int | None):
+    def __init__(self, clock: StageClock, path: str, name: str, total: int | None):
+        self.path = path
+        """Under which it is counted: its name behind those of the stages around it."""
         self._clock, self._name, self._total = clock, name, total
         self._done, self._start = 0, time.monotonic()
         self._next_line = self._start + _PLAIN_EVERY_S
@@ -56,7 +58,8 @@ class StageProgress:
 
 
 class StageClock:
-    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest.
+    """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest: one
+    within another counts as `outer/inner`, beside the outer one that it is part of.
 
     As a context manager it has the watchdog watch from its beginning to its end, and then ends the display.
     """
@@ -90,15 +93,16 @@ class StageClock:
         next stage's first kernels come some 10 us after the last ones, a few times in a step of seconds.
         """
         self._enter(name)
-        progress = StageProgress(self, name, total)
+        path = f"{self._innermost[-1].path}/{name}" if self._innermost else name
+        progress = StageProgress(self, path, name, total)
         self._innermost.append(progress)
         try:
-            with named_range(name), self._memory.measured(name):
+            with named_range(name), self._memory.measured(path):
                 yield progress
                 wait_for_device()
         finally:
             self._innermost.pop()
-            self._seconds[name] += progress._finish()
+            self._seconds[path] += progress._finish()
             self._leave()
 
     def report(self, done: int, total: int) -> None:
@@ -111,7 +115,10 @@ class StageClock:
         return self._watchdog.running()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`."""
+        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`.
+
+        Only the outermost, those without a slash in their name, add up: the seconds of the others are part of theirs.
+        """
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}

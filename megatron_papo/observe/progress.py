@@ -40,7 +40,7 @@ def read_progress(run_dir: Path) -> RunProgress:
     records = [each for each in read_records(run_dir / "metrics.jsonl") if isinstance(each.get("step"), int)]
     done = records[-1]["step"] + 1 if records else 0
     saved, written_at = _newest_checkpoint(run_dir / "checkpoints")
-    saved_at = [record.get("unix_time") for record in records if record["step"] == saved - 1]
+    saved_at = [record.get("unix_time") for record in records if saved and record["step"] == saved - 1]
     times = [float(time) for time in saved_at if isinstance(time, (int, float))]
     return RunProgress(done, saved, times[-1] if times else 0.0, written_at)
 

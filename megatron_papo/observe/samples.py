@@ -63,7 +63,8 @@ class SampleRow:
 def sample_page(step: int, rows: Sequence[SampleRow]) -> str:
     """The whole HTML page."""
     mean = sum(row.reward for row in rows) / max(len(rows), 1)
-    head = f"<header><h1>Samples of step {step}</h1><p>{len(rows)} rollouts, mean reward {mean:.3f}</p></header>"
+    which = f"{len(rows)} rollouts that were trained on, mean reward {mean:.3f}"
+    head = f"<header><h1>Samples of step {step}</h1><p>{which}</p></header>"
     return page(f"Samples of step {step}", _STYLE, "\n".join([head, *map(_card, rows)]))
 
 

@@ -1,6 +1,7 @@
 """Where the numbers and samples of a run go: JSON lines, TensorBoard, wandb, pages of samples, the console.
 
-RUN/metrics.jsonl is the record, one line a step; the others show the same numbers. A run that resumes at step n
+RUN/metrics.jsonl is the record, one line a step; the others show the same numbers. Scores of an evaluation are in the
+record of the step after which they were taken, those of the starting weights in one of step -1. A run that resumes at n
 drops what it had recorded at n and later, so that every step stands once. A disk that is full ends nothing: what it
 does not take waits in memory (outbox.py). Leaves out averaging: values arrive as they are to be shown.
 Only the rank that is `enabled` writes anything.
@@ -30,6 +31,7 @@ from megatron_papo.text import LINES, as_text
 _HEADLINE = {
     "loss/total": "loss",
     "reward": "reward",
+    "trained/reward": "trained on",
     "reward/accuracy": "accuracy",
     "reward/format": "format",
     "perception_kl": "perception KL",
@@ -68,6 +70,7 @@ class Sinks:
             return
         self._outbox = Outbox(warn)
         self._outbox.put(self._run_dir / "config.yaml", config_text.encode())
+        start_step = start_step or -1  # where scores of the starting weights are logged
         self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step, warn)
         if observe.tensorboard:
             from megatron_papo.observe.board import Board
@@ -151,11 +154,12 @@ def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] =
 
 
 def console_line(step: int, values: Mapping[str, float], num_steps: int | None = None) -> str:
-    """The step's few numbers that one watches, and the time it took."""
+    """The step's few numbers that one watches, and the time it took. Step -1: the weights before the first step."""
     of = f" of {num_steps}" if num_steps else ""
-    parts = [f"[bold]step {step:>4}[/]{of}"]
+    parts = [f"[bold]step {step:>4}[/]{of}" if step >= 0 else "[bold]before step 0[/]"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
+    stages = {name: value for name, value in stages.items() if "/" not in name}  # the others are part of these
     if stages:
         total = sum(stages.values())
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]

@@ -1,12 +1,14 @@
 """A run beside its plan: what the planner says of the step that was just measured, from the same accounting.
 
-Lengths are the means of that step, so that plan and measurement are of the same work. `calibrated` fits the planner to
-a run: the median over its steps of measured over planned, stage by stage.
+Lengths are the means of that step, so that plan and measurement are of the same work: under dynamic sampling rollouts
+of all prompts that were drawn, in as many rounds, and updates of those trained on. `calibrated` fits the planner to a
+run: the median over its steps of measured over planned, stage by stage.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ _LENGTHS = ("prompt_tokens", "image_tokens", "response_tokens")
 
 
 def planned(
-    config: Config, shape: ModelShape, gpu: Gpu, num_ranks: int, assumed: Assumptions, lengths: dict[str, float]
+    config: Config, shape: ModelShape, gpu: Gpu, num_ranks: int, assumed: Assumptions, record: Mapping[str, Any]
 ) -> Estimate:
-    """Of one step whose prompts, images and responses have these mean tokens (`_LENGTHS`)."""
+    """Of the step that `record` tells of, by the names of its metrics: the mean tokens of prompts, images and responses
+    (`_LENGTHS`), and what dynamic sampling drew."""
     parallel = config.parallel
     data = num_ranks // (parallel.tensor * parallel.pipeline)
     layers = stage_layers(parallel, shape)
@@ -39,14 +42,26 @@ def planned(
     )
     nodes = max(1, config.cluster.nodes)
     cluster = Cluster(gpu, nodes, max(1, num_ranks // nodes))
-    work = Workload.of(
+    generated = _workload(config, shape, {name: float(record[name]) for name in _LENGTHS})
+    if "sampling/prompts" not in record:
+        return estimate_applied(candidate, config, shape, cluster, assumed, generated)
+    rounds = float(record["sampling/rounds"])
+    generated = replace(generated, prompts=max(1, round(float(record["sampling/prompts"]) / rounds)))
+    trained = _workload(config, shape, {name: float(record[f"trained/{name}"]) for name in _LENGTHS})
+    found, each_round = (
+        estimate_applied(candidate, config, shape, cluster, assumed, work) for work in (trained, generated)
+    )
+    return replace(found, seconds=found.seconds | {"generate": rounds * each_round.seconds["generate"]})
+
+
+def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> Workload:
+    return Workload.of(
         config,
         shape,
         text_tokens=round(lengths["prompt_tokens"] - lengths["image_tokens"]),
         image_tokens=round(lengths["image_tokens"]),
         response_tokens=max(1, round(lengths["response_tokens"])),
     )
-    return estimate_applied(candidate, config, shape, cluster, assumed, work)
 
 
 def planned_values(found: Estimate) -> dict[str, float]:
@@ -65,8 +80,7 @@ def calibrated(run: Path, gpu: Gpu) -> Assumptions:
     shape = ModelShape.from_folder(folder)
     ratios: dict[str, list[float]] = {name: [] for name in STAGES.values()}
     for record in records[1:] or records:
-        lengths = {name: float(record[name]) for name in _LENGTHS}
-        found = planned(config, shape, gpu, int(record["ranks"]), Assumptions(), lengths)
+        found = planned(config, shape, gpu, int(record["ranks"]), Assumptions(), record)
         for stage, name in STAGES.items():
             measured, plan = float(record.get(f"time/{stage}", 0.0)), found.seconds[stage]
             if measured > 0 and plan > 0:

@@ -36,6 +36,7 @@ SETTINGS = {
     "optim__eps": 1e-4,
     "reward__overlong__enabled": False,
     "train__dynamic_sampling__high": 1.0,
+    "train__dynamic_sampling__prompts_per_round": 2,
 }
 """What a recipe says of its machine and its data is replaced; what it says of the objective stays.
 

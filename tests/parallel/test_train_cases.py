@@ -74,6 +74,8 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     (alone,), (shared,) = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
     assert shared["sampling/rounds"] >= 3 and shared["sampling/kept_share"] < 0.5
+    assert 0 < shared["reward/accuracy"] < 0.5 * shared["trained/reward/accuracy"], "of all, and of those trained on"
+    assert shared["group/all_equal"] > 0.5 > shared["trained/group/all_equal"]
     assert shared["optim/grad_norm"] > 0
 
 
@@ -108,27 +110,33 @@ def half_of_the_rows(response: str, answer: str, problem: str) -> float:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("align", ["raw", "patches"])
-def test_prompts_prepared_ahead_change_no_number(torn_inputs, tmp_path, dynamic, align):
+def test_neither_prompts_prepared_ahead_nor_a_resume_change_a_number(torn_inputs, tmp_path, dynamic, align):
     settings = {
-        "train__steps": 4,
         "data__on_bad_row": "skip",
         "data__eval": torn_inputs / "rows.jsonl",
         "eval__samples": 1,
         "perception__mask__align": align,
         "train__eval_every": 2,
+        "train__eval_at_start": "true",
     }
     if dynamic:
         settings |= {
             "reward__function": "tests.parallel.test_train_cases:half_of_the_rows",
             "train__dynamic_sampling__enabled": "true",
             "train__dynamic_sampling__high": 1.0,
+            "train__dynamic_sampling__prompts_per_round": 3,
         }
-    ways = {way: tiny_run(torn_inputs, tmp_path / way, data__prefetch=way, **settings) for way in ("true", "false")}
-    run_ranks(_train, 1, *ways.values())
+    runs = [
+        tiny_run(torn_inputs, tmp_path / way, data__prefetch=way, train__steps=steps, **settings)
+        for way, steps in (("true", 4), ("false", 2), ("false", 4))
+    ]
+    run_ranks(_train, 1, *runs)
     ahead, on_the_spot = metrics(tmp_path / "true"), metrics(tmp_path / "false")
     assert json.dumps(ahead) == json.dumps(on_the_spot)
-    assert len(ahead) == 4 and any(step.get("perception_kl", 0.0) > 0 for step in ahead)
-    assert (max(step["sampling/rounds"] for step in ahead) > 1) == dynamic
+    start, *steps = ahead
+    assert start["step"] == -1 and start.keys() == {"step", *(name for name in steps[1] if name.startswith("eval/"))}
+    assert len(steps) == 4 and any(step.get("perception_kl", 0.0) > 0 for step in steps)
+    assert (max(step["sampling/rounds"] for step in steps) > 1) == dynamic
 
 
 def _scores(folder: Path) -> dict[str, float]:

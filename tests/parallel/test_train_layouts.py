@@ -27,6 +27,8 @@ OBJECTIVES = {
         "loss__averaging": "sequence",
         "train__dynamic_sampling__enabled": True,
         "train__dynamic_sampling__high": 1.0,
+        "train__dynamic_sampling__prompts_per_round": 3,
+        "train__dynamic_sampling__when_none_kept": "keep",
         "train__tokens_per_micro_batch": 400,
     },
 }

@@ -27,6 +27,10 @@ AHEAD = {
     "loss__correction": "truncated",
     "checkpoint__save_every": 1,
     "run__heartbeat_s": 0.5,
+    "train__eval_at_start": True,
+    "eval__limit": 2,
+    "eval__samples": 1,
+    "eval__masked": False,
     **CERTIFIED,
 }
 
@@ -58,16 +62,17 @@ def _sign(run_dir: Path, rank: int) -> psutil.Process:
 
 
 def test_a_killed_trainer_goes_on_as_if_it_had_not_been_killed(inputs, tmp_path):
-    undisturbed = tmp_path / "undisturbed"
-    code, printed = _run(tiny_run(inputs, undisturbed, **AHEAD), tmp_path / "undisturbed.yaml")
+    undisturbed, settings = tmp_path / "undisturbed", {**AHEAD, "data__eval": inputs / "rows.jsonl"}
+    code, printed = _run(tiny_run(inputs, undisturbed, **settings), tmp_path / "undisturbed.yaml")
     assert code == 0, printed
     assert "papo: starting 2 ranks" in printed
-    curve = _curve(undisturbed)
+    start, *curve = _curve(undisturbed)
+    assert start["step"] == -1 and "eval/accuracy" in start and "eval/accuracy" in curve[-1]
     assert [line["rollout_age"] for line in curve] == [0, 1, 1, 1]
     assert curve[0]["rollout_gap"] < 1e-4 < 1e-2 < min(line["rollout_gap"] for line in curve[1:])
     assert curve[0]["correction"] == pytest.approx(1, abs=1e-4)
 
-    config = tiny_run(inputs, tmp_path / "killed", **AHEAD)
+    config = tiny_run(inputs, tmp_path / "killed", **settings)
     process = _start(config, tmp_path / "killed.yaml")
     deadline = time.monotonic() + 150
     while not (tmp_path / "killed/checkpoints/step_00000002/state.json").exists():
@@ -82,7 +87,7 @@ def test_a_killed_trainer_goes_on_as_if_it_had_not_been_killed(inputs, tmp_path)
     code, printed = _run(config, tmp_path / "killed.yaml")
     assert code == 0, printed
     assert any("resumed from" in line for line in printed)
-    assert json.dumps(_curve(tmp_path / "killed")) == json.dumps(curve)
+    assert json.dumps(_curve(tmp_path / "killed")) == json.dumps([start, *curve])
 
 
 def test_an_engine_that_does_not_start_ends_the_run_with_its_reason(inputs, tmp_path):

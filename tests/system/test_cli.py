@@ -163,6 +163,21 @@ def rows(tmp_path) -> Path:
             ],
         ),
         (
+            "train",
+            [
+                "train.dynamic_sampling.enabled=true",
+                "train.dynamic_sampling.prompts_per_round=3",
+                "train.dynamic_sampling.max_rounds=200",
+                "parallel.tensor=2",
+                "--ranks",
+                "8",
+            ],
+            [
+                "train.dynamic_sampling.prompts_per_round: 3 prompts are fewer than the 4 data-parallel ranks "
+                "(8 ranks, parallel.tensor=2, parallel.pipeline=1)"
+            ],
+        ),
+        (
             "sft",
             ["sft.batch_size=1", "train.prompts_per_step=1", "train.updates_per_step=1", "--ranks", "2"],
             [

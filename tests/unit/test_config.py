@@ -84,6 +84,14 @@ def test_every_fault_has_its_line():
         (["parallel.sequence=true"], "parallel.sequence needs parallel.tensor > 1"),
         (["parallel.pipeline=2", "parallel.pipeline_layers=[3]"], "parallel.pipeline_layers names 1 stages"),
         (["train.prompts_per_step=10", "train.updates_per_step=3"], "train.prompts_per_step=10 does not divide"),
+        (
+            [
+                "train.dynamic_sampling.enabled=true",
+                "train.dynamic_sampling.prompts_per_round=100",
+                "train.dynamic_sampling.max_rounds=3",
+            ],
+            "train.dynamic_sampling: max_rounds=3 rounds of 100 prompts are fewer than train.prompts_per_step=384",
+        ),
         (["loss.averaging=fixed"], "loss.averaging=fixed and loss.fixed_denominator go together"),
         (["loss.fixed_denominator=10"], "loss.averaging=fixed and loss.fixed_denominator go together"),
         (["perception.coef_end=0.0"], "perception.coef_end and perception.coef_steps go together"),

@@ -81,7 +81,7 @@ def test_template_that_knows_only_strings(folder, tmp_path):
 def test_instruction_and_system(folder):
     with_both = DATA.model_copy(update={"instruction": "Think.", "system": "You see."})
     assert load_processor(folder, with_both).render(" What? \n") == (
-        "<|im_start|>system\nYou see.<|im_end|>\n<|im_start|>user\nWhat? Think.<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou see.<|im_end|>\n<|im_start|>user\nWhat?\n\nThink.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "user\n What? \n<|im_end|>" in load_processor(folder, DATA).render(" What? \n")  # the question alone, as is
 

@@ -36,6 +36,7 @@ LAYERS = (
         "choose",
         "precision",
         "record",
+        "rollout_sums",
         "rollouts",
         "in_flight",
         "run",

@@ -23,6 +23,7 @@ from megatron_papo.observe.failures import Failure, describe, is_peers_fault, pr
 from megatron_papo.observe.heartbeat import Heartbeat, silent_rank
 from megatron_papo.observe.notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
 from megatron_papo.observe.profiling import profiled
+from megatron_papo.observe.progress import read_progress
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
@@ -161,6 +162,42 @@ def test_the_line_of_a_step_shows_what_was_logged_and_the_longest_stages():
     assert "3.3 s (generate 2.0, update 1.0, pack 0.2)" in line
 
 
+def test_a_stage_within_another_is_not_counted_twice(tmp_path):
+    """Neither on the console, nor by whoever sums `time/<stage>` of the record."""
+    clock = StageClock(RunConfig(dir=tmp_path), rank=1)
+    start = time.monotonic()
+    for _ in range(2):
+        with clock.stage("evaluate"), clock.stage("answer"), clock.stage("hand over"):
+            time.sleep(0.02)
+    with clock.stage("hand over"):
+        pass
+    passed, taken = time.monotonic() - start, clock.take()
+    seconds = {name: value for name, value in taken.items() if name.startswith("time/")}
+    assert seconds.keys() == {
+        "time/evaluate", "time/evaluate/answer", "time/evaluate/answer/hand over", "time/hand over",
+    }  # fmt: skip
+    outermost = sum(value for name, value in seconds.items() if name.count("/") == 1)
+    assert seconds["time/evaluate"] <= outermost <= passed
+    line = console_line(0, {"time/evaluate": 4.0, "time/evaluate/answer": 3.0, "time/update": 1.0})
+    assert "5.0 s (evaluate 4.0, update 1.0)" in line
+
+
+def test_scores_of_the_starting_weights_stand_before_the_first_step(tmp_path):
+    """Once, whatever became of an earlier attempt; and they are no step that was done."""
+    for _ in range(2):
+        with Sinks(QUIET, tmp_path, "") as sinks:
+            sinks.log(-1, {"eval/accuracy": 0.25})
+    assert (read_progress(tmp_path).steps_done, read_progress(tmp_path).saved_at) == (0, 0.0)
+    with Sinks(QUIET, tmp_path, "") as sinks:
+        sinks.log(-1, {"eval/accuracy": 0.25})
+        sinks.log(0, {"eval/accuracy": 0.5})
+        sinks.log(1, {"eval/accuracy": 0.75})
+    with Sinks(QUIET, tmp_path, "", start_step=1):
+        pass
+    assert [(record["step"], record["eval/accuracy"]) for record in records(tmp_path)] == [(-1, 0.25), (0, 0.5)]
+    assert "before step 0" in console_line(-1, {"eval/accuracy": 0.25}, 4)
+
+
 def test_curves_are_drawn_from_the_record(tmp_path):
     lines = [{"step": step, "reward": step / 10, "lr": "nan"} for step in range(20)]
     lines[9]["eval/accuracy"] = 0.5
@@ -200,8 +237,8 @@ def test_the_clock_adds_up_the_seconds_of_each_stage(tmp_path):
                 with clock.stage("inner"):
                     time.sleep(0.05)
         taken = clock.take()
-    assert {name for name in taken if name.startswith("time/")} == {"time/update", "time/inner"}
-    assert 0.1 <= taken["time/inner"] <= taken["time/update"] < 2.0
+    assert {name for name in taken if name.startswith("time/")} == {"time/update", "time/update/inner"}
+    assert 0.1 <= taken["time/update/inner"] <= taken["time/update"] < 2.0
     assert clock.take() == {}
 
 
@@ -243,8 +280,9 @@ def test_a_stage_has_its_own_peak_and_at_least_that_of_the_stages_within(tmp_pat
         hold(300)
     taken = clock.take()
     base = taken["memory/empty"]
-    above = {name: (taken[f"memory/{name}"] - base) / 2**20 for name in ("outer", "inner", "tiny", "around", "within")}
-    assert above == pytest.approx({"outer": 400, "inner": 200, "tiny": 0, "around": 300, "within": 300}, abs=40)
+    expected = {"outer": 400, "outer/inner": 200, "outer/tiny": 0, "around": 300, "around/within": 300}
+    above = {name: (taken[f"memory/{name}"] - base) / 2**20 for name in expected}
+    assert above == pytest.approx(expected, abs=40)
     assert clock.take() == {}
 
 
