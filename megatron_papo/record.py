@@ -14,7 +14,6 @@ from rich.table import Table
 
 from megatron_papo.accelerator import device_name, parameter_dtype
 from megatron_papo.accounting import peak_tflops
-from megatron_papo.advantages import reward_std
 from megatron_papo.config import dump_config
 from megatron_papo.data.dataset import BadRows
 from megatron_papo.generation.pictures import pictures
