@@ -1,11 +1,10 @@
 """The PAPO objective per response token, in nats and fp32. Pure torch.
 
 Every term is a weighted sum: `weights_R` and `perception_weights_R` already hold each token's share in the global
-mean, so micro-batches and data-parallel ranks add up and no layout changes the gradient.
-Departs from the paper: by default no gradient flows through the masked branch, as in the paper's reference code
-(`perception.masked_branch: joint` is the paper's formula), and the ratio within k3 is pi_masked / pi, the unbiased
-form. Departs from that code: never a mean of micro-batch means. Importance weights between the engine's log-probs and
-the trainer's are in `correction.py`.
+mean, so micro-batches and data-parallel ranks add up and no layout changes the gradient. Importance weights between
+the engine's log-probs and the trainer's are in `correction.py`.
+Departs from the paper: by default no gradient flows through the masked branch, and the ratio within k3 is
+pi_masked / pi. docs/departures.md has these and all others, from the paper's reference code too.
 Source: Perception-Aware Policy Optimization, arXiv 2507.06448; dual clip, arXiv 1912.09729.
 """
 

@@ -2,7 +2,8 @@
 
 Every rank runs this same program, but those of separate engines, which serve it (`serving.py`). A stage is a plain
 function call over frozen values; what is distributed is hidden in the stages themselves. The loss is
-`losses.papo_loss`; where it departs from the paper stands there. `train_ahead.py` does the same one step ahead.
+`losses.papo_loss`; what departs from the paper stands in docs/departures.md. `train_ahead.py` does the same one step
+ahead.
 """
 
 from __future__ import annotations
