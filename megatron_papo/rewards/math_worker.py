@@ -6,14 +6,18 @@ request a line on standard input, one JSON value a line on standard output: true
 memory did, or math-verify crashed.
 """
 
+import cmath
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from typing import Any
 
 _MEMORY = 4 << 30  # bytes of address space: 9^{9^9} would take all there is before its time is out
+_NEAR = 1.000001e-6  # a millionth, and what doubles lose
+_ZERO = 1e-90  # what thirty digits leave of an expression that is zero
 
 
 def main() -> None:
@@ -82,16 +86,66 @@ def _compare_forever(requests: int, replies: int, timeout_s: float) -> None:
 
 
 def compare(answer: str, gold: str) -> bool:
-    """Whether math-verify calls the two equal; its own timers are off."""
+    """Whether math-verify calls the two equal and their numbers are not apart; its own timers are off.
+
+    It leaves units alone, which are gone from both, and would take a variable for one: the h of 2\\pi r h.
+    """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    kinds = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling), ExprExtractionConfig()]
     parsed_gold, parsed_answer = (
         parse(f"\\boxed{{{text}}}", kinds, fallback_mode="no_fallback", parsing_timeout=None) for text in (gold, answer)
     )
-    return bool(
-        verify(parsed_gold, parsed_answer, float_rounding=6, allow_set_relation_comp=True, timeout_seconds=None)
-    )
+    equal = verify(parsed_gold, parsed_answer, float_rounding=6, allow_set_relation_comp=True, timeout_seconds=None)
+    return bool(equal) and not apart(parsed_gold[0], parsed_answer[0])
+
+
+def apart(gold: Any, answer: Any) -> bool:
+    """Whether two expressions that math-verify calls equal differ by more than a millionth of the gold value.
+
+    It rounds to six places, and so takes all tiny numbers for one. Members of sets, tuples and intervals are compared
+    one by one; equations other than `x = …`, inequalities and percentages, which have two values, are left to it.
+    """
+    from sympy import Equality, FiniteSet, Rational
+    from sympy.core.expr import UnevaluatedExpr
+
+    gold, answer = (one.rhs if isinstance(one, Equality) and one.lhs.is_Symbol else one for one in (gold, answer))
+    gold_members, members = _members(gold), _members(answer)
+    if len(members) != len(gold_members) or gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):
+        return False
+    symbols = sorted(set().union(*(one.free_symbols for one in (*members, *gold_members))), key=str)
+    point = {symbol: Rational(13 + 7 * place, 10) for place, symbol in enumerate(symbols)}
+    values, gold_values = ([_value(member, point) for member in some] for some in (members, gold_members))
+    if None in values or None in gold_values:
+        return False
+    if isinstance(gold, FiniteSet) or isinstance(answer, FiniteSet):
+        values, gold_values = sorted(values, key=_order), sorted(gold_values, key=_order)
+    return any(abs(value - of) > _NEAR * abs(of) + _ZERO for value, of in zip(values, gold_values))
+
+
+def _members(expression: Any) -> list[Any]:
+    from sympy import FiniteSet, Interval, MatrixBase, Tuple
+
+    if isinstance(expression, MatrixBase):
+        return list(expression.flat())
+    if isinstance(expression, Interval):
+        return [expression.start, expression.end]
+    return list(expression.args) if isinstance(expression, (FiniteSet, Tuple)) else [expression]
+
+
+def _value(expression: Any, point: dict[Any, Any]) -> complex | None:
+    """At the point; None for what has no finite value."""
+    try:
+        value = complex(expression.subs(point).doit().evalf(30))
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return value if cmath.isfinite(value) else None
+
+
+def _order(value: complex) -> tuple[float, float]:
+    return value.real, value.imag
 
 
 def _write(descriptor: int, line: str) -> None:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from types import TracebackType
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.rewards.answers import agree, gold_answer, last_box, normalise, plain_latex
+from megatron_papo.rewards.answers import agree, gold_answer, last_box
 from megatron_papo.rewards.parts import anls, call_function, format_reward, load_function, overlong, repetition
+from megatron_papo.rewards.spelling import normalise
 from megatron_papo.rewards.verifier import Verifier
 from megatron_papo.types import Group, Prompt, Rollout
 
@@ -81,6 +82,4 @@ class Rewarder:
         if self._config.accuracy == "exact":
             return float(bool(normalise(answer)) and normalise(answer) == normalise(gold))
         verdict = agree(answer, gold)
-        if verdict is None:
-            verdict = self._verifier.equal(plain_latex(answer), plain_latex(gold))
-        return float(verdict)
+        return float(verdict if isinstance(verdict, bool) else self._verifier.equal(*verdict))
