@@ -15,16 +15,19 @@ beyond equality:
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_papo.rewards.numerals import equal_numbers
 from megatron_papo.rewards.spelling import plain, spell
-from megatron_papo.rewards.units import clash, split_units
+from megatron_papo.rewards.units import Unit, clash, split_units
 
 MAX_ANSWER = 200
 """Characters of a box; a longer one is no answer."""
 MAX_DEPTH = 12
 """Nested braces of a box."""
+_MAX_READ = 1000
+"""Letters of a gold answer, and of any answer in its one spelling."""
 
 _BRACKETED = re.compile(r"\(([A-J])\)[.:]? ?(.*)", re.DOTALL)
 _BARE = re.compile(r"([A-J])(?:$|[).](?![A-Z](?![a-z])) ?(.*)|(?<=[A-E]):(?![A-Z]) ?(.*))", re.DOTALL)
@@ -82,22 +85,40 @@ def agree(answer: str, gold: str) -> bool | Algebra:
     """Whether the rules call `answer` right, or what is left to ask. Nothing agrees with an empty answer."""
     if not answer.strip() or not gold.strip() or not " ".join(answer.split()).isprintable():
         return False  # control characters and halves of surrogates are no answer
-    spelled, spelled_gold = spell(answer), spell(gold)
-    answer, gold = plain(spelled), plain(spelled_gold)
-    if not answer or not gold:
+    read, read_gold = _read(answer[:_MAX_READ]), _read(gold[:_MAX_READ])
+    if not read.text or not read_gold.text:
         return False
+    if max(map(len, (gold, read.text, read_gold.text))) > _MAX_READ:
+        return answer == gold  # nobody writes such an answer; some signs of Unicode stand for a whole sentence
     for rule in (_same_text, _same_choice, _same_words, _same_date):
-        verdict = rule(answer, gold)
+        verdict = rule(read.text, read_gold.text)
         if verdict is not None:
             return verdict
-    (value, units), (gold_value, gold_units) = split_units(spelled), split_units(spelled_gold)
-    if clash(units, gold_units):
+    if clash(read.units, read_gold.units):
         return False
-    value, gold_value = plain(value), plain(gold_value)
+    value, gold_value = read.value, read_gold.value
     verdict = _same_text(value, gold_value)
     if verdict is None:
         verdict = equal_numbers(value, gold_value)
     return Algebra(_for_math_verify(value), _for_math_verify(gold_value)) if verdict is None else verdict
+
+
+class _Reading(NamedTuple):
+    text: str
+    value: str
+    """Without units."""
+    units: frozenset[Unit]
+
+
+@lru_cache(maxsize=4096)
+def _read(answer: str) -> _Reading:
+    """Answers of a group, and its gold answer, are read once."""
+    spelled = spell(answer)
+    text = plain(spelled)
+    if len(text) > _MAX_READ:
+        return _Reading(text, text, frozenset())
+    value, units = split_units(spelled)
+    return _Reading(text, plain(value), units)
 
 
 def _same_text(answer: str, gold: str) -> bool | None:

@@ -1,9 +1,10 @@
-"""The process that runs math-verify, so that the trainer never does. Run as a script; imports nothing of the package.
+"""The process that runs math-verify or mathruler, so that the trainer never does. Run as a script; imports nothing of
+the package.
 
 It has no threads and no torch, so it can fork: a child does the comparing, and a timer of the kernel ends the child
 when a comparison takes too long, in whatever C code it is. The parent then forks another, at no import's cost. One
 request a line on standard input, one JSON value a line on standard output: true, false, or null when time ran out,
-memory did, or math-verify crashed.
+memory did, or the grader crashed.
 """
 
 import cmath
@@ -13,7 +14,11 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
+
+Grader = Callable[[str, str], bool]
+"""Of an answer and the gold answer."""
 
 _MEMORY = 4 << 30  # bytes of address space: 9^{9^9} would take all there is before its time is out
 _NEAR = 1.000001e-6  # a millionth, and what doubles lose
@@ -21,27 +26,27 @@ _ZERO = 1e-90  # what thirty digits leave of an expression that is zero
 
 
 def main() -> None:
-    """Serves until standard input ends; the only argument is the limit in seconds."""
-    timeout_s = float(sys.argv[1])
+    """Serves until standard input ends; the arguments are the limit in seconds and the grader."""
+    timeout_s, grader = float(sys.argv[1]), {"math-verify": compare, "mathruler": grade}[sys.argv[2]]
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when to end
-    compare("\\frac{1}{2}", "x+1")  # fills math-verify's caches before the first fork
-    child = Child(timeout_s)
+    grader("\\frac{1}{2}", "x+1")  # imports all, and fills caches, before the first fork
+    child = Child(timeout_s, grader)
     if child.ask(json.dumps(["2\\sqrt{3}", "\\sqrt{12}"])) != "true":
-        sys.exit("math-verify does not know that 2\\sqrt{3} is \\sqrt{12}")
+        sys.exit(f"{sys.argv[2]} does not know that 2\\sqrt{3} is \\sqrt{12}")
     _write(sys.stdout.fileno(), "ready")
     for line in sys.stdin:
         reply = child.ask(line)
         if reply is None:
             child.close()
-            child = Child(timeout_s)
+            child = Child(timeout_s, grader)
         _write(sys.stdout.fileno(), reply or "null")
 
 
 class Child:
     """A fork of this process that compares, until a comparison outlasts the timer."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, grader: Grader) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         self._pid = os.fork()
@@ -49,7 +54,7 @@ class Child:
             os.close(self._requests)
             os.close(self._replies)
             try:
-                _compare_forever(requests, replies, timeout_s)
+                _compare_forever(requests, replies, timeout_s, grader)
             finally:
                 os._exit(0)
         os.close(requests)
@@ -67,20 +72,21 @@ class Child:
         os.waitpid(self._pid, 0)
 
 
-def _compare_forever(requests: int, replies: int, timeout_s: float) -> None:
+def _compare_forever(requests: int, replies: int, timeout_s: float, grader: Grader) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     memory = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # writes no file, whatever an answer makes of it
     sys.set_int_max_str_digits(4300)
     for line in os.fdopen(requests):
         answer, gold = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         try:
-            right = compare(answer, gold)
+            right = grader(answer, gold)
         except (Exception, RecursionError, MemoryError):
-            right = None  # sympy and its parser raise anything
+            right = None  # sympy and the parsers raise anything
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, json.dumps(right))
 
@@ -100,6 +106,24 @@ def compare(answer: str, gold: str) -> bool:
     )
     equal = verify(parsed_gold, parsed_answer, float_rounding=6, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal) and not apart(parsed_gold[0], parsed_answer[0])
+
+
+def grade(answer: str, gold: str) -> bool:
+    """mathruler's verdict. It takes an expression for Python and evaluates it, where it has at most two unknown letters:
+    a text within one could be evaluated in its turn, and hold any program, so that none is let through."""
+    from mathruler import grader
+
+    if not hasattr(grader, "parse_any"):
+        grader.parse_any, grader._sympy_parse = grader._sympy_parse, _parse_without_texts
+    return bool(grader.grade_answer(answer, gold))
+
+
+def _parse_without_texts(expression: str) -> Any:
+    from mathruler import grader
+
+    if "'" in expression or '"' in expression:
+        raise ValueError("a text is no mathematics")  # which mathruler takes for a wrong answer
+    return grader.parse_any(expression)
 
 
 def apart(gold: Any, answer: Any) -> bool:

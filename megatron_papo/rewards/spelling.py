@@ -40,6 +40,7 @@ _ABOUT = re.compile(
     r"(?:\\approx|\\sim|=|approximately|approx\.?|about|around|roughly|大约|约为|约)(?![A-Za-z]) *(?=[\d\\.$+(-])", re.I
 )
 _PERCENT = re.compile(r" *[\x02\x03]* *(?:percent|per cent|pct)[\x02\x03. ]*$", re.IGNORECASE)
+_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _LOOSE_SPACE = re.compile(r"(?<![^\W_]) +| +(?![^\W_])")
 
 _SIGNS = {
@@ -69,6 +70,8 @@ _ROOTS = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
 def spell(answer: str) -> str:
     """The one spelling, with marks around upright text; for ASCII and Unicode alike."""
     answer = answer.strip()
+    if len(answer) == 1 and answer.isascii() or answer.isdigit() and answer.isascii():
+        return answer  # most answers, and nothing to do
     if not answer.isascii():
         answer = _as_latex(answer)
     if answer.startswith("$") and answer.count("$") == 1:
@@ -77,6 +80,7 @@ def spell(answer: str) -> str:
         answer = _TWICE_ESCAPED.sub("\\\\", answer)
     answer = " ".join(_read(answer).replace("{,}", ",").split())
     answer = _PERCENT.sub("%", _ABOUT.sub("", answer, count=1) if _ABOUT.match(answer) else answer)
+    answer = _PI.sub(r"\\pi ", answer)
     answer = _SHORT_FRACTION.sub(_long_fraction, answer)
     return answer.removesuffix(".").strip()
 

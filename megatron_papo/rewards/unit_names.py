@@ -18,7 +18,8 @@ _WORDS = """
 in = inch inches; ft = foot feet; yd = yard; mi = mile; µm = micron; ha = hectare; acre = acre; gal = gallon;
 qt = quart; pt = pint; min = minute; h = hour; d = day; wk = week; mo = month; yr = year; t = ton tonne; lb = lb;
 pound = pound; oz = ounce; rad = radian; degree = degree; celsius = celsius centigrade; fahrenheit = fahrenheit;
-dollar = dollar; euro = euro; yuan = yuan; yen = yen; rupee = rupee; cent = cent; unit = unit; atm = atmosphere
+dollar = dollar; euro = euro; yuan = yuan; yen = yen; rupee = rupee; cent = cent; unit = unit; atm = atmosphere;
+kΩ = kilohm; MΩ = megohm
 """
 _CHINESE = """
 mm = 毫米; cm = 厘米 公分; dm = 分米; m = 米; km = 千米 公里; nm = 纳米; µm = 微米; in = 英寸; ft = 英尺; mi = 英里; ha = 公顷;

@@ -27,10 +27,12 @@ from megatron_papo.rewards.unit_names import (
 Unit = frozenset[tuple[str, int]]
 """Names of the table, or a noun, with their powers."""
 
+_MOST_TOKENS = 40
+"""Of a unit, blanks included."""
 _HAN = "|".join(sorted([*CHINESE, "平方", "立方", "每"], key=len, reverse=True))
 _TOKEN = re.compile(
     rf"(?P<degree>\^ ?(?:\\circ|\{{ ?\\circ ?\}}))|(?P<power>\^ ?(?:-?\d|\{{ ?-?\d ?\}}))|"
-    rf"(?P<word>[APap]\.[Mm](?![A-Za-z])|(?:\\mu ?)?[A-Za-z]+|[A-Za-z]?\\Omega|\\\$|[€£¥¢₹Å]|{_HAN})|"
+    rf"(?P<word>[APap]\.[Mm](?![A-Za-z])|[A-Za-z]?\\Omega|(?:\\mu ?)?[A-Za-z]+|\\\$|[€£¥¢₹Å]|{_HAN})|"
     rf"(?P<skip>\\cdot|[.*)}}{{ ])|(?P<slash>/)|(?P<open>[({OPEN}])|(?P<close>{CLOSE})|(?P<other>\\[A-Za-z]+|.)",
     re.DOTALL,
 )
@@ -51,11 +53,18 @@ def split_units(spelled: str) -> tuple[str, frozenset[Unit]]:
     """The answer without its units, and those; of a list, tuple or interval the units of every member."""
     if spelled[:1] == OPEN and spelled.find(CLOSE) == len(spelled) - 1:
         spelled = plain(spelled)  # all of it is upright text, which then says nothing
-    if not _LISTED.search(spelled):
-        value, unit = _split(spelled)
-        if unit is None:
-            value, unit = _split_noun(spelled)
-        return value, frozenset(() if unit is None else (unit,))
+    value, unit = _split(spelled)
+    if unit is None and not _LISTED.search(spelled):
+        value, unit = _split_noun(spelled)
+    if _LISTED.search(value) and (unit is None or value[-1] not in ")]"):
+        return _split_members(spelled)
+    if unit is None and value.endswith("%"):
+        unit = frozenset({("%", 1)})
+    return value, frozenset(() if unit is None else (unit,))
+
+
+def _split_members(spelled: str) -> tuple[str, frozenset[Unit]]:
+    """Of `3 cm and 4 cm` or `(3 m, 4 m)`."""
     units: set[Unit] = set()
     members = _BETWEEN.split(spelled)
     for index in range(0, len(members), 2):
@@ -83,7 +92,7 @@ def _split(text: str) -> tuple[str, Unit | None]:
         text = f"{text[: fraction.start()]}{OPEN}{fraction[1]}/{fraction[2]}{CLOSE}"
     tokens = list(_TOKEN.finditer(text))
     first = len(tokens)
-    while first and tokens[first - 1].lastgroup != "other":
+    while first > max(0, len(tokens) - _MOST_TOKENS) and tokens[first - 1].lastgroup != "other":
         first -= 1
     for start in range(first, len(tokens)):
         if tokens[start].lastgroup in ("word", "degree", "open", "slash"):
@@ -145,7 +154,7 @@ def _measures(value: str, tokens: list[re.Match[str]]) -> bool:
         return False
     upright = tokens[0].lastgroup == "degree" or tokens[0][0] == OPEN
     if not (value[-1].isdigit() or value[-1] in f")}}]!{CLOSE}" or value.endswith("\\pi")):
-        return upright and value[-1].isalpha()
+        return upright and value[-1].isalpha() or number(plain(value)) is not None  # 5 million
     words = [token[0] for token in tokens if token.lastgroup == "word"]
     loose = [word for word in words if len(word) == 1 and word.isascii() or word in _PRODUCTS]
     if upright or not loose:
