@@ -38,8 +38,9 @@ def main(config: Config) -> int:
     if serves(config):
         return serve(config)
     with open_run(config, config.generation.num_engine_ranks) as run:
-        max_tokens = config.generation.max_response_tokens
-        with Rewarder(config.reward, max_response_tokens=max_tokens) as rewarder, closing(_generator(run)) as generator:
+        max_tokens, prefix = config.generation.max_response_tokens, run.processor.response_prefix
+        rewarder = Rewarder(config.reward, max_response_tokens=max_tokens, response_prefix=prefix)
+        with rewarder, closing(_generator(run)) as generator:
             dataset = PromptDataset(config.data, "eval", run.processor)
             scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:

@@ -179,6 +179,10 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         yield from _vllm()
     if config.reward.function is not None and verb != "certify":
         yield from _reward_function(config.reward.function)
+    elif config.reward.accuracy == "mathruler" and verb != "certify":
+        for name in ("mathruler", "pylatexenc"):  # which mathruler imports and does not ask for
+            if importlib.util.find_spec(name) is None:
+                yield f"reward.accuracy: {name} is not installed; install the package's [mathruler] extra, or take math"
 
 
 def _vllm() -> Iterator[str]:

@@ -165,7 +165,11 @@ def open_training(run: Run) -> Iterator[Training]:
             generator=generator,
             certifier=Certifier(run, generator),
             rewarder=stack.enter_context(
-                Rewarder(config.reward, max_response_tokens=config.generation.max_response_tokens)
+                Rewarder(
+                    config.reward,
+                    max_response_tokens=config.generation.max_response_tokens,
+                    response_prefix=run.processor.response_prefix,
+                )
             ),
             prompts=stack.enter_context(closing(prefetch_prompts(run, dataset))),
             heldout=heldout,

@@ -306,8 +306,8 @@ class RewardConfig(Section):
     """Weight of a right answer in the box."""
     format_weight: NonNegative = 0.1
     """Weight of a think block followed by a box."""
-    accuracy: Literal["math", "exact", "anls"] = "math"
-    """Equal as mathematics, equal as text, or ANLS similarity."""
+    accuracy: Literal["math", "mathruler", "exact", "anls"] = "math"
+    """Equal as mathematics, by the grader of the paper's code, equal as text, or ANLS similarity."""
     repetition_weight: NonNegative = 0.0
     """Subtracted: weight x fraction of repeated n-grams."""
     repetition_ngram: Count = 4

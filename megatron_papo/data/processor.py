@@ -156,6 +156,14 @@ class Processor:
         return self.tokenizer.eos_token_id
 
     @cached_property
+    def response_prefix(self) -> str:
+        """The think block that the chat template opens at the head of every answer: `<think>\\n`, or nothing. One that
+        it closes too, as Qwen3's does where thinking is off, is the template's and no part of the answer."""
+        after = self.render("7").rpartition(self.instruction.strip() or "7")[2]  # of the question
+        _, opened, rest = after.rpartition("<think>")
+        return opened + rest if opened and "</think>" not in rest else ""
+
+    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, the end of turn first: template, tokenizer and generation_config.json agree."""
         found = [self.end_of_turn_id, self.tokenizer.eos_token_id]

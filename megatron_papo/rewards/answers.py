@@ -1,39 +1,52 @@
-"""Finding the answer in a response, and the cheap rules that settle most comparisons: string, number, choice.
+"""Finding the answer in a response, and the cheap rules that settle most comparisons: text, choice, unit, number.
 
 Every function here is linear in a capped length, so that no answer can cost time. `agree` says True or False where a
-rule applies and None where it takes algebra; that rest is for `verifier`. What the rules decide beyond equality:
+rule applies; where it takes algebra, it gives what is left to ask of math-verify (`verifier`). What the rules decide
+beyond equality:
 
-- numbers: 1,000 = 1000, 1e3 = 1000, 1/2 = 0.5 = 50\\%, and 50\\% = 50; within a millionth of the smaller of 1 and the
-  gold value, so that 0.333333 = 1/3 and 2e-7 is not 1e-7;
-- choices: where the gold answer is a letter, A = (A) = A. 30 = \\text{A};
-- words of three letters and more are words, compared without case, not products of variables.
+- numbers: 1,000 = 1000, 1e3 = 1000, 1/2 = 0.5 = 50\\%, 7 1/2 = 7.5, and 50\\% = 50; within a millionth of the smaller
+  of 1 and the gold value, so that 0.333333 = 1/3 and 2e-7 is not 1e-7;
+- units: 24 cm^2 = 24 and never 24 kg (`units`);
+- choices: where the gold answer is one letter, A = (A) = A. 30 = \\text{A} = Option A; ABD = A,B,D in that order;
+- words of three letters and more are words, compared without case, not products of variables;
+- dates are compared number by number, and are no differences.
 """
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_papo.rewards.numerals import equal_numbers
+from megatron_papo.rewards.spelling import plain, spell
+from megatron_papo.rewards.units import Unit, clash, split_units
 
 MAX_ANSWER = 200
 """Characters of a box; a longer one is no answer."""
 MAX_DEPTH = 12
 """Nested braces of a box."""
-_MAX_EXPONENT = 300
-_MAX_DIGITS = 100
+_MAX_READ = 1000
+"""Letters of a gold answer, and of any answer in its one spelling."""
 
-_NUMBER = re.compile(
-    r"([+-]?)\$?(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.(\d*))?(?:[eE]([+-]?\d{1,4})|\\times10\^\{?([+-]?\d{1,4})\}?)?"
-)
-_FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?[\d.,]+)\}\{([+-]?[\d.,]+)\}|([\d.,]+)/([\d.,]+))")
-_THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
-_TWO_NUMBERS = re.compile(r"\d \d")
-_CHOICE = re.compile(r"\(?([A-Ja-j])(?:[).:].*)?", re.DOTALL)
-_GOLD_CHOICE = re.compile(r"\(?([A-J])(?:[).:].*)?", re.DOTALL)
-_WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-]+[^\W\d_]+)*")
-_SIGNS = str.maketrans(
-    {"−": "-", "°": "^\\circ", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "≤": "\\le ", "≥": "\\ge "}
-)
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf|operatorname|mbox)\{([^{}]*)\}")
+_BRACKETED = re.compile(r"\(([A-J])\)[.:]? ?(.*)", re.DOTALL)
+_BARE = re.compile(r"([A-J])(?:$|[).](?![A-Z](?![a-z])) ?(.*)|(?<=[A-E]):(?![A-Z]) ?(.*))", re.DOTALL)
+_CHOICE_WORD = re.compile(r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?|选项?|答案[是为]?)[ :]*(?=[(A-Ja-j])", re.I)
+_MORE_CHOICES = re.compile(r"^(?:and\b|or\b|[,;&/])|^\(?[A-J][).:,]|[,;] ?\(?[A-J] ?[).:=]|\([A-J]\)")
+_SPECIES = frozenset("coli elegans melanogaster subtilis aureus thaliana cerevisiae rerio sapiens pylori".split())
+"""After an abbreviated genus: E. coli is no choice."""
+_CHOICES = re.compile(r"\(?[A-J]\)?(?:(?: ?[,;&] ?(?:and )?| and | )?\(?[A-J]\)?)+")
+_WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-]+[^\W\d_]+)*|[Nn]o")
+_DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
+_DIGIT = re.compile(r"\d")
+_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
+
+
+class Algebra(NamedTuple):
+    """What the rules leave to math-verify, as LaTeX and without units."""
+
+    answer: str
+    gold: str
 
 
 def last_box(text: str) -> str | None:
@@ -68,72 +81,88 @@ def gold_answer(answer: str) -> str:
     return answer.strip() if boxed is None else boxed
 
 
-def plain_latex(answer: str) -> str:
-    """What math-verify reads best: Unicode signs as LaTeX writes them, text wrappers gone."""
-    return _WRAPPED.sub(r"\1", answer.translate(_SIGNS))
-
-
-def normalise(answer: str) -> str:
-    """One spelling of the same string: no math delimiters, spacing commands, text wrappers or closing full stop."""
-    answer = answer.strip().strip("$").strip()
-    for command in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\ "):
-        answer = answer.replace(command, "")
-    answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return " ".join(plain_latex(answer).removesuffix(".").split())
-
-
-def agree(answer: str, gold: str) -> bool | None:
-    """Whether the rules call `answer` right; None where none applies. Nothing agrees with an empty answer."""
+def agree(answer: str, gold: str) -> bool | Algebra:
+    """Whether the rules call `answer` right, or what is left to ask. Nothing agrees with an empty answer."""
     if not answer.strip() or not gold.strip() or not " ".join(answer.split()).isprintable():
         return False  # control characters and halves of surrogates are no answer
-    answer, gold = normalise(answer), normalise(gold)
-    if answer == gold:
-        return bool(answer)
-    gold_choice = _GOLD_CHOICE.fullmatch(gold)
-    if gold_choice and (choice := _CHOICE.fullmatch(answer)):
-        return choice.group(1).upper() == gold_choice.group(1)
-    if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold):
-        return answer.casefold() == gold.casefold()
-    value, gold_value = number(answer), number(gold)
-    if value is None or gold_value is None:
-        return None
-    if answer.endswith("%") and not gold.endswith("%"):
-        return _near(value, gold_value) or _near(value / 100, gold_value)
-    if gold.endswith("%") and not answer.endswith("%"):
-        return _near(value, gold_value) or _near(100 * value, gold_value)
-    return _near(value, gold_value)
+    read, read_gold = _read(answer[:_MAX_READ]), _read(gold[:_MAX_READ])
+    if not read.text or not read_gold.text:
+        return False
+    if max(map(len, (gold, read.text, read_gold.text))) > _MAX_READ:
+        return answer == gold  # nobody writes such an answer; some signs of Unicode stand for a whole sentence
+    for rule in (_same_text, _same_choice, _same_words, _same_date):
+        verdict = rule(read.text, read_gold.text)
+        if verdict is not None:
+            return verdict
+    if clash(read.units, read_gold.units):
+        return False
+    value, gold_value = read.value, read_gold.value
+    verdict = _same_text(value, gold_value)
+    if verdict is None:
+        verdict = equal_numbers(value, gold_value)
+    return Algebra(_for_math_verify(value), _for_math_verify(gold_value)) if verdict is None else verdict
 
 
-def number(text: str) -> Fraction | None:
-    """The exact value of a plain number, fraction or percentage (as its number of percent); None for anything else."""
-    text = _THOUSANDS.sub("", text)
-    if _TWO_NUMBERS.search(text):
-        return None
-    text = text.replace(" ", "").removesuffix("%").removesuffix("\\")
-    fraction = _FRACTION.fullmatch(text)
-    if not fraction:
-        return _decimal(text)
-    sign, *parts = fraction.groups()
-    top, bottom = (_decimal(part) for part in parts if part is not None)
-    if top is None or not bottom:
-        return None
-    return -top / bottom if sign == "-" else top / bottom
+class _Reading(NamedTuple):
+    text: str
+    value: str
+    """Without units."""
+    units: frozenset[Unit]
 
 
-def _decimal(text: str) -> Fraction | None:
-    matched = _NUMBER.fullmatch(text)
-    if not matched or len(text) > _MAX_DIGITS:
-        return None
-    sign, whole, decimals, exponent, times_exponent = matched.groups()
-    if not whole and not decimals:
-        return None
-    power = int(exponent or times_exponent or 0)
-    if abs(power) > _MAX_EXPONENT:
-        return None
-    digits = (whole or "0").replace(",", "").replace("{", "").replace("}", "")
-    value = Fraction(f"{digits}.{decimals or '0'}") * Fraction(10) ** power
-    return -value if sign == "-" else value
+@lru_cache(maxsize=4096)
+def _read(answer: str) -> _Reading:
+    """Answers of a group, and its gold answer, are read once."""
+    spelled = spell(answer)
+    text = plain(spelled)
+    if len(text) > _MAX_READ:
+        return _Reading(text, text, frozenset())
+    value, units = split_units(spelled)
+    return _Reading(text, plain(value), units)
 
 
-def _near(value: Fraction, gold: Fraction) -> bool:
-    return abs(value - gold) <= Fraction(1, 10**6) * min(Fraction(1), abs(gold))
+def _same_text(answer: str, gold: str) -> bool | None:
+    """True or unknown. No space matters but that between two numbers."""
+    return True if answer == gold or _SPACE.sub("", answer) == _SPACE.sub("", gold) else None
+
+
+def _same_choice(answer: str, gold: str) -> bool | Algebra | None:
+    """By the letter, and by the text where both give numbers; several choices by their letters in order."""
+    choice, gold_choice = _choice(answer, any_case=True), _choice(gold)
+    if choice and gold_choice:
+        (letter, text), (gold_letter, gold_text) = choice, gold_choice
+        if letter == gold_letter and _DIGIT.search(text) and _DIGIT.search(gold_text):
+            return agree(text, gold_text)  # F: 20 N is not F: 30 N
+        return letter == gold_letter
+    if _CHOICES.fullmatch(answer) and _CHOICES.fullmatch(gold):
+        letters, gold_letters = re.findall("[A-J]", answer), re.findall("[A-J]", gold)
+        return True if letters == gold_letters else None
+    return None
+
+
+def _choice(text: str, *, any_case: bool = False) -> tuple[str, str] | None:
+    """Letter and text of a single choice: `A`, `(A)`, `A. 30`, `Option A`; None for anything else."""
+    text = _CHOICE_WORD.sub("", text, count=1) if _CHOICE_WORD.match(text) else text
+    if any_case and re.fullmatch(r"[a-j]|\([a-j]\)", text):
+        text = text.upper()
+    found = _BRACKETED.fullmatch(text) or _BARE.fullmatch(text)
+    if not found:
+        return None
+    letter, *texts = found.groups()
+    text = next((text.strip() for text in texts if text), "")
+    return None if text in _SPECIES or _MORE_CHOICES.search(text) else (letter, text)
+
+
+def _same_words(answer: str, gold: str) -> bool | None:
+    return answer.casefold() == gold.casefold() if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold) else None
+
+
+def _same_date(answer: str, gold: str) -> bool | None:
+    date, gold_date = _DATE.fullmatch(answer), _DATE.fullmatch(gold)
+    if not date or not gold_date:
+        return None
+    return [int(date[part]) for part in (1, 3, 4)] == [int(gold_date[part]) for part in (1, 3, 4)]
+
+
+def _for_math_verify(text: str) -> str:
+    return text.replace("%", "\\%")

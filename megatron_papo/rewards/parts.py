@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_papo.config import OverlongConfig
 from megatron_papo.rewards.answers import last_box
+
+_SPACES_AT_TAGS = re.compile(r"\s*(<|>|/)\s*")
 
 RewardFunction = Callable[[str, str, str], float]
 
@@ -20,6 +23,11 @@ def format_reward(response: str) -> float:
     response = response.strip()
     end = response.find("</think>")
     return float(response.startswith("<think>") and end >= 0 and bool(last_box(response[end:])))
+
+
+def without_spaces_at_tags(response: str) -> str:
+    """As the paper's code reads a response before it looks for an answer: no spaces around `<`, `>` and `/`."""
+    return _SPACES_AT_TAGS.sub(r"\1", response)
 
 
 def anls(answer: str, gold: str, threshold: float = 0.5) -> float:

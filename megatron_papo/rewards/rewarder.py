@@ -1,7 +1,8 @@
 """Rewards of whole groups: parts by name, and their weighted sum.
 
 reward = accuracy_weight x accuracy + format_weight x format - repetition_weight x repetition + overlong. With the
-defaults that is the paper's 0.9 and 0.1. Accuracy reads the last box only; no box is a wrong answer. The same input
+defaults that is the paper's 0.9 and 0.1. Accuracy reads the last box only; no box is a wrong answer. A think block
+that the chat template opens belongs to the answer, for its format and for a user's function. The same input
 has the same reward, except for a comparison that takes close to reward.timeout_s: ranks that must agree let one of
 them ask.
 """
@@ -13,8 +14,17 @@ from dataclasses import replace
 from types import TracebackType
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.rewards.answers import agree, gold_answer, last_box, normalise, plain_latex
-from megatron_papo.rewards.parts import anls, call_function, format_reward, load_function, overlong, repetition
+from megatron_papo.rewards.answers import agree, gold_answer, last_box
+from megatron_papo.rewards.parts import (
+    anls,
+    call_function,
+    format_reward,
+    load_function,
+    overlong,
+    repetition,
+    without_spaces_at_tags,
+)
+from megatron_papo.rewards.spelling import normalise
 from megatron_papo.rewards.verifier import Verifier
 from megatron_papo.types import Group, Prompt, Rollout
 
@@ -22,8 +32,11 @@ from megatron_papo.types import Group, Prompt, Rollout
 class Rewarder:
     """A context manager, because it may hold a worker process."""
 
-    def __init__(self, reward: RewardConfig, *, max_response_tokens: int | None = None) -> None:
-        """`max_response_tokens` is needed with reward.overlong.enabled. Raises ValueError for a bad reward.function."""
+    def __init__(
+        self, reward: RewardConfig, *, max_response_tokens: int | None = None, response_prefix: str = ""
+    ) -> None:
+        """`max_response_tokens` is needed with reward.overlong.enabled; `response_prefix` is what the chat template has
+        written of every answer (`Processor.response_prefix`). Raises ValueError for a bad reward.function."""
         if reward.overlong.enabled:
             if max_response_tokens is None:
                 raise ValueError("reward.overlong: needs generation.max_response_tokens")
@@ -35,7 +48,8 @@ class Rewarder:
         self._config = reward
         self._max_response_tokens = max_response_tokens
         self._function = load_function(reward.function) if reward.function else None
-        self._verifier = Verifier(reward.timeout_s)
+        self._response_prefix = response_prefix
+        self._verifier = Verifier(reward.timeout_s, "mathruler" if reward.accuracy == "mathruler" else "math-verify")
 
     def __enter__(self) -> Rewarder:
         return self
@@ -52,7 +66,7 @@ class Rewarder:
 
     def parts(self, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         """The parts of one rollout: accuracy and format always, repetition and overlong where they count."""
-        found = {"accuracy": self._accuracy(prompt, rollout.text), "format": format_reward(rollout.text)}
+        found = {"accuracy": self._accuracy(prompt, rollout.text), "format": format_reward(self._response_prefix + rollout.text)}
         if self._config.repetition_weight:
             found["repetition"] = repetition(rollout.text, self._config.repetition_ngram)
         if self._config.overlong.enabled:
@@ -72,7 +86,7 @@ class Rewarder:
 
     def _accuracy(self, prompt: Prompt, response: str) -> float:
         if self._function is not None:
-            return call_function(self._function, response, prompt.answer, prompt.problem)
+            return call_function(self._function, self._response_prefix + response, prompt.answer, prompt.problem)
         answer, gold = last_box(response), gold_answer(prompt.answer)
         if not answer:
             return 0.0
@@ -80,7 +94,7 @@ class Rewarder:
             return anls(answer, gold)
         if self._config.accuracy == "exact":
             return float(bool(normalise(answer)) and normalise(answer) == normalise(gold))
+        if self._config.accuracy == "mathruler":
+            return float(self._verifier.equal(without_spaces_at_tags(answer), gold))
         verdict = agree(answer, gold)
-        if verdict is None:
-            verdict = self._verifier.equal(plain_latex(answer), plain_latex(gold))
-        return float(verdict)
+        return float(verdict if isinstance(verdict, bool) else self._verifier.equal(*verdict))

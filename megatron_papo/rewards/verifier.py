@@ -1,7 +1,7 @@
-"""math-verify at arm's length: starts `math_worker` on first use and never waits for it longer than the limit.
+"""A grader at arm's length: starts `math_worker` on first use and never waits for it longer than the limit.
 
-math-verify raises outside the main thread, hangs on towers of powers and can take all memory; here none of that
-reaches the trainer. The worker is a fresh Python, not a fork: a process that holds torch and gloo threads must not
+math-verify raises outside the main thread, hangs on towers of powers and can take all memory, and mathruler evaluates
+what it is given as Python; here none of that reaches the trainer. The worker is a fresh Python, not a fork: a process that holds torch and gloo threads must not
 fork. Verdicts are remembered, since the samples of a group often agree.
 """
 
@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from megatron_papo.process import save_requests_held
 
@@ -33,8 +34,9 @@ _MOST_REPLIED = 100
 class Verifier:
     """A context manager; `equal` may be called from any thread of one process, one call at a time."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, grader: Literal["math-verify", "mathruler"] = "math-verify") -> None:
         self._timeout_s = timeout_s
+        self._grader = grader
         self._worker: subprocess.Popen[bytes] | None = None
         self._verdicts: dict[tuple[str, str], bool] = {}
 
@@ -45,7 +47,7 @@ class Verifier:
         self.close()
 
     def equal(self, answer: str, gold: str) -> bool:
-        """Whether math-verify calls the two mathematically equal; False when it did not know in time."""
+        """Whether the grader calls the two equal; False when it did not know in time."""
         if len(gold) > _MAX_GOLD:
             return False
         key = (answer, gold)
@@ -80,12 +82,12 @@ class Verifier:
             self.close()
         if self._worker is None:
             script = Path(__file__).with_name("math_worker.py")
-            command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s)]
+            command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s), self._grader]
             with save_requests_held():  # which are the trainer's, and would end the worker
                 self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if _read_line(self._worker, _START_S) != "ready":
                 self.close()
-                raise RuntimeError("the worker of math-verify did not start; its own message stands above")
+                raise RuntimeError(f"the worker of {self._grader} did not start; its own message stands above")
         return self._worker
 
 
