@@ -35,11 +35,18 @@ class Prompt:
     row: int
     problem: str
     answer: str
+    """The right answer, or the first of several."""
     images: tuple[bytes, ...]
     """Compressed bytes (PNG, JPEG) as the dataset holds them."""
     inputs: ModelInputs
     masked_pixel_values_PD: Tensor | None = None
     """The masked view through the same processor; same shape as inputs.pixel_values_PD."""
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Any of which is right."""
+        return (self.answer, *self.other_answers)
 
     @property
     def num_images(self) -> int:
