@@ -35,11 +35,8 @@ class Demonstrations(PromptDataset):
 
     def __init__(self, config: Config, processor: Processor) -> None:
         super().__init__(config.data, "train", processor, needs_answer=False)
-        self._column, self._budget, self._reader = (
-            config.sft.response_column,
-            config.train.tokens_per_micro_batch,
-            processor,
-        )
+        self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
+        self._reader = processor
         self.column(0, self._column)
 
     def prompt(self, row: int, masks: Masks | None = None) -> Prompt:

@@ -160,13 +160,16 @@ class PromptDataset:
         return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem
 
     def _answers(self, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
-        """One at least, an empty one where none is read."""
-        if not self._needs_answer:
-            return ("",)
-        answers = answers_of(cells[self._columns.answer], self._answer_feature)
-        if not answers:
+        """One at least; where none is needed it may be empty."""
+        try:
+            answers = answers_of(cells.get(self._columns.answer), self._answer_feature)
+        except BadCell:
+            if self._needs_answer:
+                raise
+            answers = ()
+        if self._needs_answer and not answers:
             raise BadRow(row, "no answer")
-        return answers
+        return answers or ("",)
 
     def _check_length(self, row: int, num_tokens: int) -> None:
         if num_tokens > self._max_tokens:

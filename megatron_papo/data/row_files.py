@@ -76,7 +76,8 @@ def load_files(files: Sequence[str], split: str) -> Dataset:
     """The rows of all files, in order. Raises ValueError that names the file and the column where they do not fit."""
     kinds = {BUILDERS.get(Path(file).suffix): file for file in files}
     if None in kinds:
-        raise ValueError(f"{kinds[None]}: unknown kind of file, know {', '.join(BUILDERS)}")
+        which = f"{kinds[None]}: " if len(files) > 1 else ""
+        raise ValueError(f"{which}unknown kind of file, know {', '.join(BUILDERS)}")
     if len(kinds) > 1:
         raise ValueError(f"files of several kinds: {', '.join(kinds.values())}")
     kind = str(next(iter(kinds)))
