@@ -23,7 +23,7 @@ from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.parallel import gather_objects, sum_metrics
 from megatron_papo.pipeline import add_metrics, score_views
-from megatron_papo.record import name_bad_rows, print_scores
+from megatron_papo.record import name_bad_rows, name_missing_pictures, print_scores
 from megatron_papo.rewards import Rewarder
 from megatron_papo.rollouts import generate, hand_over
 from megatron_papo.run import Run, open_run, pack_rows, reward_groups
@@ -31,6 +31,10 @@ from megatron_papo.serving import serve, serves
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64
+
+
+class NothingEvaluated(ValueError):
+    """No row of data.eval can be a prompt."""
 
 
 def main(config: Config) -> int:
@@ -41,13 +45,20 @@ def main(config: Config) -> int:
         max_tokens, prefix = config.generation.max_response_tokens, run.processor.response_prefix
         rewarder = Rewarder(config.reward, max_response_tokens=max_tokens, response_prefix=prefix)
         with rewarder, closing(_generator(run)) as generator:
-            dataset = PromptDataset(config.data, "eval", run.processor)
+            dataset = open_heldout(run)
             scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:
             model = str(config.model.path or config.model.checkpoint)
             append_record(run.folder / "eval.jsonl", {"model": model, **scores})
             print_scores(scores)
     return 0
+
+
+def open_heldout(run: Run) -> PromptDataset:
+    """data.eval; a line where it seems to have lost its pictures."""
+    dataset = PromptDataset(run.config.data, "eval", run.processor)
+    name_missing_pictures(run, dataset)
+    return dataset
 
 
 def evaluate(
@@ -57,6 +68,7 @@ def evaluate(
 
     With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
     `masked_response_tokens`, `perception_kl`, and `gap`, the accuracy with the image less that without.
+    Raises NothingEvaluated.
     """
     config = run.config
     num_rows = min(len(dataset), config.eval.limit or len(dataset))
@@ -78,6 +90,8 @@ def evaluate(
             progress.advance(len(chunk))
     name_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
+    if not scores:
+        raise NothingEvaluated(f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated")
     if "masked_accuracy" in scores:
         scores["gap"] = scores["seen_accuracy"] - scores["masked_accuracy"]
     return {name: value for name, value in scores.items() if not name.startswith("seen_")}

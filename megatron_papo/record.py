@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_papo.accelerator import device_name, parameter_dtype
 from megatron_papo.accounting import peak_tflops
 from megatron_papo.config import dump_config
-from megatron_papo.data.dataset import BadRows
+from megatron_papo.data.dataset import BadRows, PromptDataset
 from megatron_papo.generation.pictures import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
@@ -149,7 +149,7 @@ def _sample(run: Run, group: Group) -> SampleRow:
         masked = tuple(pictures(prompt.masked_pixel_values_PD, grid_thw_I3, run.processor.image_processor))
     return SampleRow(
         problem=prompt.problem,
-        answer=prompt.answer,
+        answer=" or ".join(prompt.answers),
         response=rollout.text,
         images=prompt.images,
         masked_images=masked,
@@ -176,6 +176,14 @@ def name_skipped(run: Run, guard: UpdateGuard) -> None:
     """A line for every update that has just been skipped."""
     for reason in guard.take_skipped():
         warn(run, f"an update was skipped: {reason}")
+
+
+def name_missing_pictures(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
+    """A line where rows are read without pictures and nobody has said that this is meant, and where the perception
+    terms, if there are any, will find none to read."""
+    if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
+        so = "loss.perception_coef has nothing to work on" if perception else "rows are read without pictures"
+        warn(run, f"data.{dataset.which}: {why}: {so}")
 
 
 def print_scores(scores: dict[str, float]) -> None:

@@ -1,17 +1,21 @@
 """`papo sft`: supervised warm-up on demonstrations, with the same model, packing and optimizer as `papo train`.
 
 Minimises the token mean of -log-prob of the column `sft.response_column`, closed by the end-of-turn token. The
-learning-rate schedule spreads over `sft.steps`.
+learning-rate schedule spreads over `sft.steps`. A row whose response cannot be learnt from is a bad row like any other:
+`data.on_bad_row` says whether it ends the run.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from megatron_papo.config import Config
-from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
 from megatron_papo.data.draw import draw_prompts
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
+from megatron_papo.data.processor import Processor
 from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.failures import RunStopped
@@ -20,17 +24,56 @@ from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
-from megatron_papo.record import Recorder, name_bad_rows, name_skipped
+from megatron_papo.record import Recorder, name_bad_rows, name_missing_pictures, name_skipped
 from megatron_papo.run import Run, open_run, pack_update
 from megatron_papo.save import Checkpoints
 from megatron_papo.types import Group, Metrics, Prompt
+
+
+class Demonstrations(PromptDataset):
+    """data.train with a response to every prompt. Raises ValueError when there is no column of them."""
+
+    def __init__(self, config: Config, processor: Processor) -> None:
+        super().__init__(config.data, "train", processor, needs_answer=False)
+        self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
+        self._reader = processor
+        self.column(0, self._column)
+
+    def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
+        """Of a row whose response can be learnt from; raises BadRow. What costs least is looked at first."""
+        text = self._text(row)
+        prompt = super().prompt(row, masks, visit)
+        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._reader.encode_response(text))
+        if num_tokens > self._budget:
+            raise self._too_long(row, f"{num_tokens} tokens with the prompt")
+        return prompt
+
+    def group(self, prompt: Prompt) -> Group:
+        """A prompt of this data set with its response."""
+        text = self._text(prompt.row)
+        return supervised_group(prompt, self._reader.encode_response(text), text)
+
+    def _text(self, row: int) -> str:
+        text: Any = self.column(row, self._column)
+        if not isinstance(text, str) or not text:
+            raise BadRow(row, "no response", f"no text in {self._column!r}")
+        if len(text) > self._budget * self._reader.most_letters_of_a_token:  # tokenising it would take its time
+            raise self._too_long(row, f"{len(text)} letters")
+        if token := self._reader.vision_token_in(text):
+            raise BadRow(row, "vision token in text", f"{token} in the response")
+        return text
+
+    def _too_long(self, row: int, how_long: str) -> BadRow:
+        limit = f"train.tokens_per_micro_batch is {self._budget}"
+        return BadRow(row, "response too long", f"{how_long}, {limit}")
 
 
 def main(config: Config) -> int:
     """Trains from the newest checkpoint under `run.dir`, or from `model`, to `sft.steps`; the exit code."""
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
-            dataset = PromptDataset(config.data, "train", run.processor, needs_answer=False)
+            dataset = Demonstrations(config, run.processor)
+            name_missing_pictures(run, dataset)
             bad_rows = BadRows(config.data.on_bad_row)
             optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
         cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
@@ -58,7 +101,7 @@ def main(config: Config) -> int:
 
 
 def _draw_demonstrations(
-    run: Run, dataset: PromptDataset, bad_rows: BadRows, cursor: DataCursor
+    run: Run, dataset: Demonstrations, bad_rows: BadRows, cursor: DataCursor
 ) -> tuple[list[Group], DataCursor]:
     with run.clock.stage("draw"):
         draw = draw_prompts(
@@ -71,22 +114,7 @@ def _draw_demonstrations(
             bad_rows=bad_rows,
         )
         name_bad_rows(run, bad_rows, "train")
-        return [_demonstration(run, dataset, prompt) for prompt in draw.prompts], draw.cursor
-
-
-def _demonstration(run: Run, dataset: PromptDataset, prompt: Prompt) -> Group:
-    text = dataset.column(prompt.row, run.config.sft.response_column)
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"data.train: row {prompt.row} has no text in {run.config.sft.response_column!r}")
-    budget = run.config.train.tokens_per_micro_batch
-    if len(text) > budget * run.processor.most_letters_of_a_token:  # tokenising it would take its time
-        raise ValueError(
-            f"data.train: row {prompt.row}: a response of {len(text)} letters is more than "
-            f"train.tokens_per_micro_batch={budget}"
-        )
-    if token := run.processor.vision_token_in(text):
-        raise ValueError(f"data.train: row {prompt.row}: the response contains the vision token {token}")
-    return supervised_group(prompt, run.processor.encode_response(text), text)
+        return [dataset.group(prompt) for prompt in draw.prompts], draw.cursor
 
 
 def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:

@@ -24,7 +24,7 @@ from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.prefetch import Prefetch
 from megatron_papo.data.processor import load_processor
-from megatron_papo.evaluate import evaluate
+from megatron_papo.evaluate import NothingEvaluated, evaluate, open_heldout
 from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.guard import CollapseGuard
 from megatron_papo.losses import LossSettings, papo_loss
@@ -37,7 +37,7 @@ from megatron_papo.packing import joint_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
 from megatron_papo.precision import PrecisionGuard, watch_precision
-from megatron_papo.record import Recorder, name_bad_rows, name_skipped, warn
+from megatron_papo.record import Recorder, name_bad_rows, name_missing_pictures, name_skipped, warn
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rewards import Rewarder
 from megatron_papo.rollouts import generate, hand_over
@@ -151,7 +151,8 @@ def open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = _training_rows(run)
-            heldout = PromptDataset(config.data, "eval", run.processor) if config.data.eval is not None else None
+            name_missing_pictures(run, dataset, perception=config.loss.perception_coef > 0)
+            heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             # the reference is the policy as it starts: taken before any checkpoint is resumed
@@ -276,9 +277,14 @@ def evaluation_is_due(training: Training, step: int) -> bool:
 
 
 def evaluate_heldout(training: Training) -> dict[str, float]:
-    """Scores of the weights that the generator has."""
+    """Scores of the weights that the generator has; none, and a warning, where no held-out row is good: a run does not
+    end for what it does not train on."""
     assert training.heldout is not None
-    return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))
+    try:
+        return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))
+    except NothingEvaluated as error:
+        warn(training.run, str(error))
+        return {}
 
 
 def state_of(training: Training) -> dict[str, Any]:

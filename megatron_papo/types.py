@@ -35,6 +35,7 @@ class Prompt:
     row: int
     problem: str
     answer: str
+    """The right answer, or the first of several."""
     images: tuple[bytes, ...]
     """Compressed bytes (PNG, JPEG) as the dataset holds them."""
     inputs: ModelInputs
@@ -43,6 +44,12 @@ class Prompt:
     visit: int = 0
     """Position of this draw in the run's endless order, which no other draw has; 0 for rows that are not drawn from it.
     Seeds of rollouts and masks are made from it."""
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Any of which is right."""
+        return (self.answer, *self.other_answers)
 
     @property
     def num_images(self) -> int:

@@ -8,7 +8,6 @@ trainer's. fp32 where the host's memory holds that, else bfloat16.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import cache
 from math import prod
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import chat_template
-from megatron_papo.data.images import FORMATS
+from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
 from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.inspection import tape_transformers
@@ -103,10 +101,7 @@ class HuggingFace:
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
         """The whole sequence in one pass, without a cache."""
-        images = [
-            ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
-            for data in prompt.images
-        ]
+        images = [decode_image(data) for data in prompt.images]
         batch = self._processor(
             text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False
         )

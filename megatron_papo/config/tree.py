@@ -102,9 +102,9 @@ class ColumnsConfig(Section):
     problem: str = "problem"
     """Column of the question."""
     answer: str = "answer"
-    """Column of the right answer."""
-    images: str = "images"
-    """Column of one image or several: bytes, paths or pictures."""
+    """Column of the right answer, or of a list of them, any of which counts."""
+    images: str | None = "images"
+    """Column of one image or several: bytes, paths, base64 or pictures; null: the text alone is read."""
 
 
 MOST_IMAGE_PIXELS = 89_000_000

@@ -1,28 +1,32 @@
 """Rows of a dataset as prompts, each checked when it is drawn.
 
-Columns `problem` (with `<image>` placeholders), `answer`, `images`, under names of your own; two presets know how
-ViRL39K (both its own release and the one of PAPO's authors) and Geometry3K name theirs. A row that cannot be a prompt
-raises BadRow with its number and the reason; what then happens is for `draw` to decide.
+Columns `problem`, `answer`, `images`, under names of your own; two presets know how ViRL39K (both its own release and
+the one of PAPO's authors) and Geometry3K name theirs. `<image>` in a problem says where a picture belongs; without any
+the pictures come first, as TRL has it. A row that cannot be a prompt raises BadRow with its number and the reason; what
+then happens is for `draw` to decide.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.data.bad_rows import BadRow as BadRow
+from megatron_papo.data.bad_rows import BadRows as BadRows
+from megatron_papo.data.cells import BadCell, answers_of, question_of
 from megatron_papo.data.chat_template import TemplateFailed
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
 from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Pixels, Processor
-from megatron_papo.data.source import open_source
+from megatron_papo.data.row_files import missing_columns
+from megatron_papo.data.source import open_source, picture_columns
+from megatron_papo.text import shown
 from megatron_papo.types import Prompt
 
 _PRESETS = {
@@ -31,56 +35,11 @@ _PRESETS = {
     "geometry3k": (ColumnsConfig(),),
 }
 
-
 Spoiler = Callable[[Image.Image], Image.Image]
 
-_MAX_ANSWER = 65_536
-"""Letters. Every response is compared with all of them."""
-
-
-class BadRow(ValueError):
-    """A row that cannot be a prompt. `reason` is one of a few, for counting; `detail` says more."""
-
-    def __init__(self, row: int, reason: str, detail: str = "") -> None:
-        super().__init__(f"row {row}: {reason}" + (f" ({detail})" if detail else ""))
-        self.row, self.reason, self.detail = row, reason, detail
-
-
-@dataclass
-class BadRows:
-    """What to do about bad rows, and which were met: each row counts once."""
-
-    action: Literal["skip", "stop"]
-    found: dict[int, BadRow] = field(default_factory=dict)
-    _num_named: int = 0
-
-    def add(self, bad: BadRow) -> None:
-        """Notes the row; with `stop`, raises it."""
-        if self.action == "stop":
-            raise bad
-        self.found[bad.row] = bad
-
-    def copy(self) -> BadRows:
-        """The same rows, for a thread to add to; `merge` brings what it met back."""
-        return BadRows(self.action, dict(self.found))
-
-    def merge(self, other: BadRows) -> None:
-        """Notes the rows of a copy too, in the order in which it met them."""
-        self.found.update(other.found)
-
-    def take_new(self) -> list[BadRow]:
-        """Those met since the last call, to be named to the user."""
-        new = list(self.found.values())[self._num_named :]
-        self._num_named = len(self.found)
-        return new
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """reason -> rows."""
-        return dict(Counter(bad.reason for bad in self.found.values()))
-
-    def __str__(self) -> str:
-        return "\n".join(str(self.found[row]) for row in sorted(self.found)) or "no bad rows"
+_ROWS_LOOKED_AT = 1024
+"""For pictures, spread over the rows."""
+_VIDEOS = ("videos", "video")
 
 
 @contextmanager
@@ -88,7 +47,7 @@ def _named(row: int) -> Iterator[None]:
     """What goes wrong with the row's own values is BadRow: a row is not trusted to fit memory or recursion either."""
     try:
         yield
-    except BadImage as error:
+    except (BadCell, BadImage) as error:
         raise BadRow(row, error.reason, str(error)) from None
     except ImageTooExtreme as error:
         raise BadRow(row, "image too extreme", str(error)) from None
@@ -112,10 +71,13 @@ class PromptDataset:
         split = data.split if which == "train" else data.eval_split or data.split
         self.name, self.which, self._key = name, which, f"data.{which}"
         self._processor, self._needs_answer, self._max_tokens = processor, needs_answer, data.max_prompt_tokens
-        self._max_pixels = data.max_image_pixels
+        self._max_pixels, self._system = data.max_image_pixels, data.system
         source = open_source(name, split, self._key, data.image_roots)
         self._rows, self._images = source.rows, source.images
         self._columns = self._choose_columns(data)
+        if fault := missing_columns(source.files, self._read_columns()):
+            raise ValueError(f"{self._key}: {fault}")
+        self._answer_feature = self._rows.features.get(self._columns.answer)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -128,8 +90,8 @@ class PromptDataset:
         """
         with _named(row):
             cells = self._rows[row]
-            problem, answer = self._problem(row, cells), self._answer(row, cells)
-            items = image_items(cells.get(self._columns.images))
+            items = image_items(self._pictures(cells))
+            problem, answers = self._problem(row, cells, len(items)), self._answers(row, cells)
             if problem.count(PLACEHOLDER) != len(items):
                 placeholders = problem.count(PLACEHOLDER)
                 raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(items)} images")
@@ -141,7 +103,9 @@ class PromptDataset:
             prompt_id = f"{self.which}:{row}"
             pixels, masked = self._views(row, visit, prompt_id, compressed, text_ids_S.numel(), masks)
             inputs = self._processor.join(text_ids_S, pixels)
-            prompt = Prompt(prompt_id, row, problem, answer, compressed, inputs, visit=visit)
+            prompt = Prompt(
+                prompt_id, row, problem, answers[0], compressed, inputs, visit=visit, other_answers=answers[1:]
+            )
             if masked:
                 return with_masked(prompt, masked)
             return prompt if masks is None else mask_images(prompt, masks, self._processor, self)
@@ -149,7 +113,7 @@ class PromptDataset:
     def images(self, row: int) -> tuple[bytes, ...]:
         """Compressed images of a row; raises BadRow when one cannot be read."""
         with _named(row):
-            return image_bytes(image_items(self._rows[row].get(self._columns.images)), self._images, self._max_pixels)
+            return image_bytes(image_items(self._pictures(self._rows[row])), self._images, self._max_pixels)
 
     def decoded(self, data: bytes) -> Image.Image:
         """A picture of this dataset, RGB; raises BadImage."""
@@ -158,26 +122,53 @@ class PromptDataset:
     def column(self, row: int, name: str) -> Any:
         """Any other cell of the row, e.g. the response that supervision reads; ValueError for an unknown column."""
         if name not in self._rows.column_names:
-            raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {self._listed()}")
+            raise ValueError(f"{self._key}: {self._lacks(name)}, has {self._listed()}")
         return self._rows[row][name]
 
-    def _problem(self, row: int, cells: dict[str, Any]) -> str:
-        problem = cells[self._columns.problem]
-        if not isinstance(problem, str) or not problem.strip():
-            raise BadRow(row, "no problem")
+    @property
+    def lacks_image_column(self) -> bool:
+        """Whether the column of pictures is not there, and null has not been said to mean that."""
+        return self._columns.images is not None and self._columns.images not in self._rows.column_names
+
+    def without_pictures(self) -> str | None:
+        """Why this seems to be a data set of text alone, in words; None where a row has a picture.
+
+        Looks at some of the rows, in their column of pictures alone, and decodes nothing.
+        """
+        column = self._columns.images
+        if column is None:
+            return "data.columns.images is null"
+        if self.lacks_image_column:
+            return f"{self.name} has no column {column!r}"
+        cells = self._rows.select_columns([column])
+        places = range(0, len(cells), -(-len(cells) // _ROWS_LOOKED_AT))
+        if any(image_items(cells[place][column]) for place in places):
+            return None
+        return f"none of {len(places)} rows of {self.name}, which has {len(cells)}, holds a picture in {column!r}"
+
+    def _pictures(self, cells: dict[str, Any]) -> Any:
+        return cells.get(self._columns.images) if self._columns.images is not None else None
+
+    def _problem(self, row: int, cells: dict[str, Any], num_images: int) -> str:
+        problem = question_of(cells[self._columns.problem], self._system)
+        if video := next((name for name in _VIDEOS if name != self._columns.images and cells.get(name)), None):
+            raise BadRow(row, "video", f"in column {video!r}: only pictures are read")
         most = self._max_tokens * self._processor.most_letters_of_a_token
         if len(problem) > most:  # tokenising it would take its time
             raise BadRow(row, "prompt too long", f"{len(problem)} letters are more than {self._max_tokens} tokens")
-        return problem
+        return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem
 
-    def _answer(self, row: int, cells: dict[str, Any]) -> str:
-        value = cells.get(self._columns.answer)
-        answer = "" if value is None else str(value)
-        if self._needs_answer and not answer.strip():
+    def _answers(self, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
+        """One at least; where none is needed it may be empty."""
+        try:
+            answers = answers_of(cells.get(self._columns.answer), self._answer_feature)
+        except BadCell:
+            if self._needs_answer:
+                raise
+            answers = ()
+        if self._needs_answer and not answers:
             raise BadRow(row, "no answer")
-        if len(answer) > _MAX_ANSWER:
-            raise BadRow(row, "answer too long", f"{len(answer)} letters, at most {_MAX_ANSWER} are compared")
-        return answer
+        return answers or ("",)
 
     def _check_length(self, row: int, num_tokens: int) -> None:
         if num_tokens > self._max_tokens:
@@ -219,12 +210,35 @@ class PromptDataset:
             required += [("answer", data.columns.answer)] if self._needs_answer else []
             for key, column in required:
                 if column not in has:
-                    raise ValueError(f"data.columns.{key}: {self.name} has no column {column!r}, has {self._listed()}")
+                    raise ValueError(f"data.columns.{key}: {self._lacks(column)}, has {self._listed()}")
+            self._check_image_column(data.columns.images)
             return data.columns
         for columns in _PRESETS[data.preset]:
             if {columns.problem, columns.answer, columns.images} <= has:
                 return columns
         raise ValueError(f"data.preset: {self.name} is not laid out as {data.preset}, has {self._listed()}")
 
+    def _check_image_column(self, column: str | None) -> None:
+        """A column that the settings name must be there. The default one may be missing where no other could be meant:
+        text alone is a data set too."""
+        if column is None or column in self._rows.column_names:
+            return
+        if column != ColumnsConfig().images:
+            raise ValueError(f"data.columns.images: {self._lacks(column)}, has {self._listed()}")
+        if others := picture_columns(self._rows.features):
+            raise ValueError(
+                f"data.columns.images: {self._lacks(column)}, but {others[0]!r}, which seems to hold pictures; "
+                "null reads the text alone"
+            )
+
+    def _read_columns(self) -> list[str]:
+        """Those that are read of every row."""
+        columns = [self._columns.problem]
+        columns += [self._columns.answer] if self._needs_answer else []
+        return columns + [name for name in (self._columns.images,) if name in self._rows.column_names]
+
+    def _lacks(self, column: str) -> str:
+        return f"{self.name} has no column {column!r}"
+
     def _listed(self) -> str:
-        return ", ".join(self._rows.column_names)
+        return shown(", ".join(self._rows.column_names), 400)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.held import Held, hold
+from megatron_papo.text import shown
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 
@@ -35,31 +36,32 @@ class ImageFiles:
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of one file. Raises BadImage."""
         if _ADDRESS.match(name):
-            raise BadImage("image is an address", f"{name[:200]}: only files of this machine are read")
-        path = self._start / name
+            raise BadImage("image is an address", f"{shown(name)}: only files of this machine are read")
+        path, told = self._start / name, str(self._start / shown(name))
         try:
             with hold(path) as held:
-                self._check(path, held, max_bytes)
+                self._check(told, held, max_bytes)
                 with held.open() as file:
                     data = file.read(max_bytes + 1)
         except BadImage:
             raise
         except OSError as error:
-            raise BadImage("image file missing", f"{str(path)[:500]}: {error.strerror}") from None
+            raise BadImage("image file missing", f"{told}: {error.strerror}") from None
         except ValueError as error:  # a zero byte, half a surrogate
-            raise BadImage("image file missing", f"{name[:200]!r}: {error}") from None
-        check_size(str(path), len(data), max_bytes)  # it may have grown
+            raise BadImage("image file missing", f"{shown(name)!r}: {error}") from None
+        check_size(told, len(data), max_bytes)  # it may have grown
         return data
 
-    def _check(self, path: Path, held: Held, max_bytes: int) -> None:
+    def _check(self, told: str, held: Held, max_bytes: int) -> None:
         if not any(held.place.is_relative_to(folder) for folder in self._folders):
             raise BadImage(
                 "image outside the data set",
-                f"{path}: lies at {held.place}; data.image_roots names more folders whose images may be read",
+                f"{told}: lies at {shown(held.place, 120)}; "
+                "data.image_roots names more folders whose images may be read",
             )
         if not held.is_file:
-            raise BadImage("image is no file", f"{path}: not a regular file")
-        check_size(str(path), held.num_bytes, max_bytes)
+            raise BadImage("image is no file", f"{told}: not a regular file")
+        check_size(told, held.num_bytes, max_bytes)
 
 
 def check_size(what: str, num_bytes: int, max_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """Images as datasets hold them: to compressed bytes, and from bytes to pixels.
 
-A cell may hold one image or a list of them, each as bytes, a path or a dict of the two (how `datasets` stores an image
-it has not decoded); bytes win. Compressed bytes are what is kept; pixels live as long as a step. Transparency is
-dropped (RGB values under it count), as the common training codes do; EXIF rotation is applied, as `datasets` does.
+A cell may hold one image or a list of them, each as bytes, base64 (a `data:` address, or the text alone), a path or a
+dict of those (how `datasets` stores an image it has not decoded, and how chat interfaces write one); bytes win.
+Compressed bytes are what is kept; pixels live as long as a step. What those pixels are says `pixels.py`.
 
 Bytes are not trusted: only the formats below are tried (Pillow knows others that start programs), and the size that a
 header states is looked at before any pixel is decoded.
@@ -10,6 +10,7 @@ header states is looked at before any pixel is decoded.
 
 from __future__ import annotations
 
+import binascii
 import io
 import re
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image, ImageOps
 
 from megatron_papo.config import MOST_IMAGE_PIXELS
 from megatron_papo.data.image_files import BadImage, ImageFiles, check_size
+from megatron_papo.data.pixels import rgb
+from megatron_papo.text import shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What is opened; MPO, which many phones write, is opened as JPEG."""
@@ -29,11 +32,14 @@ _MOST_SCANS = 100
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 """Of a JPEG, but for those that stand in the data of a scan."""
+_DATA_ADDRESS = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{32,}={0,2}\s*")
+"""Of a picture's bytes: it begins as one of `FORMATS` does, and no name of a file is so long without a dot."""
 
 
 def image_items(cell: Any) -> list[Any]:
-    """The images of a cell, in order, as the data set holds each."""
-    if cell is None:
+    """The images of a cell, in order, as the data set holds each. An empty text, which CSV has for nothing, is none."""
+    if cell is None or cell == "":
         return []
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
@@ -61,13 +67,13 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
             if opened.format in ("JPEG", "MPO") and _num_scans(data) > _MOST_SCANS:
                 raise BadImage("corrupt image", f"more than {_MOST_SCANS} scans of one JPEG")
             ImageOps.exif_transpose(opened, in_place=True)
-            return opened.convert("RGB")
+            return rgb(opened)
     except (BadImage, MemoryError, RecursionError):
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("image too large", str(error)) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more, by format
-        raise BadImage("corrupt image", f"{type(error).__name__}: {error}") from None
+        raise BadImage("corrupt image", f"{type(error).__name__}: {shown(error, 200)}") from None
 
 
 def _num_scans(data: bytes) -> int:
@@ -82,11 +88,37 @@ def _num_scans(data: bytes) -> int:
 
 
 def _one(item: Any, files: ImageFiles, max_bytes: int) -> bytes:
-    if isinstance(item, dict) and {"bytes", "path"} & set(item):
-        item = item.get("bytes") or item.get("path")
+    if isinstance(item, dict):
+        item = _named_in(item)
     if isinstance(item, (bytes, bytearray, memoryview)):
         check_size("the row's images", len(item), max_bytes)
         return bytes(item)
     if isinstance(item, str) and item:
-        return files.read(item, max_bytes)
+        text = _base64_in(item)
+        return files.read(item, max_bytes) if text is None else _from_base64(text, max_bytes)
     raise BadImage("corrupt image", f"neither bytes nor path: {type(item).__name__}")
+
+
+def _named_in(item: dict[str, Any]) -> Any:
+    """What a dict holds of a picture: bytes before a path before what a message of a chat has."""
+    for name in ("bytes", "path", "image", "image_url", "url"):
+        if found := item.get(name):
+            return _named_in(found) if isinstance(found, dict) and name == "image_url" else found
+    return item
+
+
+def _base64_in(item: str) -> str | None:
+    """The base64 of a picture that is written out; None for a path."""
+    if address := _DATA_ADDRESS.match(item):
+        return item[address.end() :]
+    return item if _BASE64.fullmatch(item) else None
+
+
+def _from_base64(text: str, max_bytes: int) -> bytes:
+    """Three bytes from four letters, but for the breaks between lines."""
+    text = "".join(text.split())
+    check_size("the row's images", len(text) // 4 * 3, max_bytes)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:
+        raise BadImage("corrupt image", f"{len(text)} letters of base64: {error}") from None

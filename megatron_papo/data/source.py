@@ -4,25 +4,36 @@ The library would open whatever file a row names, in any format and of any size:
 depth of a column, it is told to leave. Data sets that come as a program it has refused since version 4.
 
 A file (parquet, JSON lines, CSV, Arrow), a pattern of files, a folder saved by `datasets`, a folder of pictures with a
-metadata file, any other folder that `datasets` recognises, or a name on the hub.
+metadata file, any other folder that `datasets` recognises, or a name on the hub. A name that is there as it is written
+is that file or folder, whatever `[ ]`, `?` or `*` it has.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_papo.data.image_files import ImageFiles
+from megatron_papo.data.row_files import (
+    BUILDERS,
+    escaped,
+    files_of_folder,
+    files_of_pattern,
+    first_line,
+    is_pattern,
+    load,
+    load_files,
+    load_folder,
+)
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
-_BUILDERS = {
-    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow",
-}  # fmt: skip
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_NAMES_OF_PICTURES = re.compile(r"(image|img|picture|photo)s?(_(path|file|url|bytes)s?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Source:
     rows: Dataset
     images: ImageFiles
     """The files that paths of pictures may name; relative ones start at the folder of the rows."""
+    files: list[str]
+    """Those that the rows were read from, as far as they are known."""
 
 
 def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = ()) -> Source:
@@ -41,13 +54,24 @@ def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = (
         if not root.is_dir():
             raise ValueError(f"data.image_roots: {root} is no folder")
     try:
-        rows, folder = _open(name, split)
+        rows, folder, files = _open(name, split)
     except Exception as error:  # the library raises a different type for each builder
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{key}: cannot read {name} (split {split}): {reason[0]}") from error
+        raise ValueError(f"{key}: cannot read {name} (split {split}): {first_line(error)}") from error
     if not len(rows):
         raise ValueError(f"{key}: {name} (split {split}) has no rows")
-    return Source(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]))
+    return Source(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]), files)
+
+
+def picture_columns(features: Features) -> list[str]:
+    """Columns that seem to hold pictures: by their name, or by their type in `datasets`."""
+    return [
+        name for name, feature in features.items() if _NAMES_OF_PICTURES.fullmatch(name) or _holds_pictures(feature)
+    ]
+
+
+def _holds_pictures(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)
+    return type(inner).__name__ == "Image" or (isinstance(inner, dict) and {"bytes", "path"} <= set(inner))
 
 
 def _folders(folder: Path | None) -> list[Path]:
@@ -60,29 +84,54 @@ def _folders(folder: Path | None) -> list[Path]:
     return [folder, Path(config.EXTRACTED_DATASETS_PATH)]
 
 
-def _open(name: str, split: str) -> tuple[Dataset, Path | None]:
+def _open(name: str, split: str) -> tuple[Dataset, Path | None, list[str]]:
+    """The rows, the folder where their pictures begin, and the files they were read from, if these are known."""
     import datasets  # slow to import
 
     datasets.disable_progress_bars()  # every rank would show its own
     path = Path(name)
-    if path.is_file() or any(letter in name for letter in "*?"):
-        if path.suffix not in _BUILDERS:
-            raise ValueError(f"unknown kind of file, know {', '.join(_BUILDERS)}")
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files={split: name}, split=split), path.parent
+    if "://" in name:
+        return load(_kind_of(name), split, data_files={split: name}), None, []
+    if path.is_file():
+        return load_files([name], split), path.parent, [name]
+    if is_pattern(name):
+        files, folder = files_of_pattern(name)
+        return load_files(files, split), folder, files
     if not path.is_dir():
-        if path.suffix in _BUILDERS or path.is_absolute():
+        if path.suffix in BUILDERS or path.is_absolute():
             raise FileNotFoundError("no such file or folder")
-        return datasets.load_dataset(name, split=split), None
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(name)
+        return load(name, split), None, []
+    rows, files = _open_folder(path, split)
+    return rows, path, files
+
+
+def _open_folder(folder: Path, split: str) -> tuple[Dataset, list[str]]:
+    """The rows and, of a folder of files of rows, these."""
+    import datasets
+
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, dict):
             if split not in saved:
                 raise ValueError(f"no split {split}, has {', '.join(saved)}")
             saved = saved[split]
-        return saved, path
-    if _is_picture_folder(path):
-        return datasets.load_dataset("imagefolder", data_dir=name, split=split), path
-    return datasets.load_dataset(name, split=split), path
+        return saved, []
+    literal = escaped(folder) == str(folder.absolute())  # else the library finds nothing in it
+    if _is_picture_folder(folder):
+        if literal:
+            return load("imagefolder", split, data_dir=str(folder)), []
+        return load("imagefolder", split, data_files={split: list(map(escaped, files_of_folder(folder, split)))}), []
+    if not literal:
+        files = files_of_folder(folder, split)
+        return load_files([file for file in files if Path(file).suffix in BUILDERS], split), files
+    return load_folder(folder, split)
+
+
+def _kind_of(address: str) -> str:
+    suffix = Path(address).suffix
+    if suffix not in BUILDERS:
+        raise ValueError(f"unknown kind of file, know {', '.join(BUILDERS)}")
+    return BUILDERS[suffix]
 
 
 def _is_picture_folder(folder: Path) -> bool:

@@ -1,7 +1,9 @@
 """Rows of every kind of source as prompts; what makes a row bad; skipping and stopping alike on every rank."""
 
+import base64
 import io
 import json
+import re
 
 import datasets
 import numpy as np
@@ -154,10 +156,160 @@ def test_sources_that_cannot_be_read(processor, tmp_path):
         PromptDataset(DATA, "eval", processor)
 
 
+def write_parquet(path, **columns):
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    return str(path)
+
+
+def test_a_column_of_pictures_that_is_not_there(processor, tmp_path):
+    """The name that somebody gave must be there; the default one, where another column seems to hold them."""
+    text = {"problem": ["2+2?"], "answer": ["4"]}
+    pictures = {**text, "image": [png(0)]}
+    named = write_parquet(tmp_path / "a.parquet", **pictures)
+    with pytest.raises(ValueError, match=r"data.columns.images: .*no column 'imgs', has problem, answer, image$"):
+        open_train(processor, named, columns=ColumnsConfig(images="imgs"))
+    with pytest.raises(ValueError, match=r"data.columns.images: .*no column 'images', but 'image', which seems"):
+        open_train(processor, named)
+    typed = write_parquet(tmp_path / "b.parquet", **text, view=[{"bytes": png(0), "path": None}])
+    with pytest.raises(ValueError, match="but 'view', which seems"):
+        open_train(processor, typed)
+    said = open_train(processor, named, columns=ColumnsConfig(images=None))
+    assert said.prompt(0).images == () and not said.lacks_image_column and "is null" in said.without_pictures()
+
+    plain = open_train(processor, write_parquet(tmp_path / "c.parquet", **text))
+    assert plain.lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
+    empty = {"problem": ["2+2?"] * 3000, "answer": ["4"] * 3000, "images": [[]] * 3000}
+    unseen = open_train(processor, write_parquet(tmp_path / "d.parquet", **empty))
+    assert not unseen.lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
+    assert open_train(processor, named, columns=ColumnsConfig(images="image")).without_pictures() is None
+
+
+def test_pictures_come_first_where_the_text_has_no_place_for_them(processor, tmp_path):
+    cells = [[png(0), png(1)], [png(0), png(1)], []]
+    problems = ["Same?", "Same as <image>?", "2+2?"]
+    rows = open_train(
+        processor, write_parquet(tmp_path / "x.parquet", problem=problems, answer=["1"] * 3, images=cells)
+    )
+    assert rows.prompt(0).problem == "<image><image>Same?" and rows.prompt(2).problem == "2+2?"
+    with pytest.raises(BadRow, match=r"placeholder count \(1 <image> for 2 images\)"):
+        rows.prompt(1)
+
+
+def test_pictures_written_as_text(processor, tmp_path):
+    text = base64.b64encode(png(0)).decode()
+    address = f"data:image/png;base64,{text}"
+    good = [
+        text, base64.encodebytes(png(0)).decode(), address, {"bytes": text}, {"path": None, "bytes": text},
+        {"url": address}, {"type": "image_url", "image_url": {"url": address}}, {"image": address},
+    ]  # fmt: skip
+    bad = {
+        text[:200] + "*" + text[200:]: "image file missing", text[:-2]: "corrupt image", address[:-2]: "corrupt image",
+        "https://example.org/" + "a" * 5000: "image is an address", text[:400] + ".png": "image file missing",
+        text[:40] + "A" * 2_000_000: "image too large",
+    }  # fmt: skip
+    lines = [{"problem": "<image>?", "answer": "1", "images": [item]} for item in [*good, *bad]]
+    for row, line in enumerate(lines):  # one file each: a column of JSON lines has one type
+        name = write_lines(tmp_path / f"{row}.jsonl", [line])
+        if row < len(good):
+            assert open_train(processor, name).prompt(0).images == (png(0),), row
+            continue
+        with pytest.raises(BadRow) as caught:
+            open_train(processor, name, max_image_pixels=1).prompt(0)
+        assert caught.value.reason == list(bad.values())[row - len(good)] and len(str(caught.value)) < 350
+
+
+def test_answers_of_files_are_what_is_written_in_them(processor, tmp_path):
+    (tmp_path / "a.csv").write_text("problem,answer,images\n1?,007,\n2?,None,\n3?,1.50,\n4?,,\n")
+    rows = open_train(processor, tmp_path / "a.csv")
+    assert [rows.prompt(row).answers for row in range(3)] == [("007",), ("None",), ("1.50",)]
+    with pytest.raises(BadRow, match="no answer"):
+        rows.prompt(3)
+    for dates in (["2020-05-17", "2021-01-02"], ["2020-05-17T10:00", "2021-01-02 10"]):
+        lines = [{"problem": "when?", "answer": date, "also": [date]} for date in dates]
+        name = write_lines(tmp_path / f"{len(dates[0])}.jsonl", lines)
+        for columns in (ColumnsConfig(), ColumnsConfig(answer="also")):
+            dated = open_train(processor, name, columns=columns)
+            assert [dated.prompt(row).answer for row in (0, 1)] == dates
+    labels = datasets.Features(problem=datasets.Value("string"), answer=datasets.ClassLabel(names=["square", "disc"]))
+    table = datasets.Dataset.from_dict({"problem": ["?"] * 2, "answer": [1, 0]}, features=labels)
+    table.to_parquet(tmp_path / "l.parquet")
+    assert open_train(processor, tmp_path / "l.parquet").prompt(0).answer == "disc"
+
+
+def test_folders_and_files_whose_names_look_like_patterns(processor, tmp_path):
+    """A name that is there is taken literally, and so is the part of a pattern that is there."""
+    folder = tmp_path / "data [v2]?*"
+    (folder / "pictures").mkdir(parents=True)
+    (tmp_path / "data 2").mkdir()  # what `[v2]` would match
+    line = {"problem": "<image>?", "answer": "1", "images": ["0.png"]}
+    for place, answer in ((folder / "a[1].jsonl", "1"), (folder / "b.jsonl", "2"), (tmp_path / "data 2/a1.jsonl", "3")):
+        write_lines(place, [{**line, "answer": answer}])
+        (place.parent / "0.png").write_bytes(png(0))
+    datasets.Dataset.from_dict(rows_of([picture(0), picture(1)])).save_to_disk(folder / "saved")
+    datasets.Dataset.from_dict({"problem": ["2+2?"], "answer": ["6"]}).to_parquet(folder / "pictures/x.parquet")
+    found = {
+        folder / "a[1].jsonl": ["1"], folder / "?.jsonl": ["2"], folder / "*.jsonl": ["1", "2"],
+        tmp_path / "data [12]/*.jsonl": ["3"], folder / "saved": ["3", "4"], folder / "pictures": ["6"],
+        folder / "**/x.parquet": ["6"],
+    }  # fmt: skip
+    for name, answers in found.items():
+        rows = open_train(processor, name)
+        assert [rows.prompt(row).answer for row in range(len(rows))] == answers, name
+    with pytest.raises(ValueError, match=r"cannot read .* \(split train\): no file matches"):
+        open_train(processor, folder / "z*.jsonl")
+    with pytest.raises(ValueError, match=r"0.png: unknown kind of file, know \.parquet"):
+        open_train(processor, folder / "*")
+
+    labelled = tmp_path / "pictures [small]"
+    labelled.mkdir()
+    (labelled / "0.png").write_bytes(png(0))
+    write_lines(labelled / "metadata.jsonl", [{"file_name": "0.png", "problem": "?", "answer": "7"}])
+    rows = open_train(processor, labelled, columns=ColumnsConfig(images="image"))
+    assert rows.prompt(0).answer == "7" and rows.prompt(0).images == (png(0),)
+
+
+def test_files_of_one_set_must_have_the_same_columns(processor, tmp_path):
+    full = {"problem": ["?"], "answer": ["1"], "images": [[]]}
+    other = {
+        "has no column 'images'": {"problem": ["?"], "answer": ["1"]},
+        "has a column 'more', .*a.parquet has none": {**full, "more": [1]},
+        "column 'answer' of .*b.parquet holds lists of string, that of .*a.parquet string": {**full, "answer": [["1"]]},
+    }
+    for number, (told, columns) in enumerate(other.items()):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        write_parquet(folder / "a.parquet", **full)
+        write_parquet(folder / "b.parquet", **columns)
+        for name in (folder / "*.parquet", folder):
+            with pytest.raises(ValueError, match=r"^data.train: .*b.parquet.*") as caught:
+                open_train(processor, name)
+            assert re.search(told, str(caught.value)) and "\n" not in str(caught.value), caught.value
+    lines = [{"problem": "?", "answer": "1", "images": []}, {"problem": "?", "answer": "1"}]
+    write_lines(tmp_path / "a.jsonl", lines)
+    write_lines(tmp_path / "b.jsonl", lines[::-1])
+    assert len(open_train(processor, tmp_path / "[ab].jsonl")) == 4, "a row may leave a column out"
+    write_lines(tmp_path / "b.jsonl", lines[1:])
+    with pytest.raises(ValueError, match=r"b.jsonl has no column 'images', other files have"):
+        open_train(processor, tmp_path / "[ab].jsonl")
+    (tmp_path / "b.jsonl").write_text('{"problem": "?"\n')
+    with pytest.raises(ValueError, match=r"cannot read .*: .*/b.jsonl: "):
+        open_train(processor, tmp_path / "[ab].jsonl")
+
+
+def test_videos_and_turns_are_named(processor, tmp_path):
+    turns = {"problem": [{"role": "user", "content": "<image>?"}], "answer": ["1", "one"], "images": ["0.png"]}
+    (tmp_path / "0.png").write_bytes(png(0))
+    prompt = open_train(processor, write_lines(tmp_path / "t.jsonl", [turns])).prompt(0)
+    assert (prompt.problem, prompt.answer, prompt.answers) == ("<image>?", "1", ("1", "one"))
+    clip = {"problem": "?", "answer": "1", "videos": ["0.mp4"]}
+    with pytest.raises(BadRow, match=r"row 0: video \(in column 'videos': only pictures are read\)"):
+        open_train(processor, write_lines(tmp_path / "v.jsonl", [clip])).prompt(0)
+
+
 BAD = {
     "corrupt image": {"images": ["torn.png"]},
     "image file missing": {"images": ["gone.png"]},
-    "placeholder count": {"problem": "no picture here?"},
+    "placeholder count": {"problem": "<image> and <image>?"},
     "no answer": {"answer": " "},
     "no problem": {"problem": ""},
     "prompt too long": {"problem": "<image>" + "long " * 30},
@@ -189,7 +341,7 @@ def test_bad_rows_are_named_with_their_reason(processor, bad_file):
 def test_answers_are_not_needed_for_scoring(processor, bad_file):
     data = DATA.model_copy(update={"train": bad_file})
     dataset = PromptDataset(data, "train", processor, needs_answer=False)
-    assert dataset.prompt(list(BAD).index("no answer") + 1).answer == " "
+    assert dataset.prompt(list(BAD).index("no answer") + 1).answer == ""
 
 
 def draw(dataset, cursor, bad_rows, rank=0, size=1):
@@ -218,7 +370,7 @@ def test_bad_rows_are_counted_once(processor, bad_file):
     for _ in range(6):  # four epochs
         cursor = draw(dataset, cursor, tally).cursor
     assert tally.counts == {reason: 1 for reason in BAD}
-    assert str(tally).splitlines()[2] == "row 3: placeholder count (0 <image> for 1 images)"
+    assert str(tally).splitlines()[2] == "row 3: placeholder count (2 <image> for 1 images)"
 
 
 def test_stop_names_the_row(processor, bad_file):

@@ -7,7 +7,6 @@ import socket
 import struct
 import weakref
 import zlib
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,7 +14,16 @@ import pytest
 from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, Config, DataConfig, MaskConfig
-from megatron_papo.data import BadRow, Masks, PromptDataset, dataset, load_processor
+from megatron_papo.data import (
+    BadRow,
+    BadRows,
+    DataCursor,
+    Masks,
+    PromptDataset,
+    dataset,
+    draw_prompts,
+    load_processor,
+)
 from megatron_papo.data.images import BadImage, decode_image
 from megatron_papo.observe.samples import beside_each_other
 from tests.tiny import make_tiny_folder
@@ -96,7 +104,9 @@ def test_only_regular_files_under_the_data_sets_folder_are_read(processor, tmp_p
         "x" * 5000: "image file missing",
         "https://example.org/a.png": "image is an address",
         "file:///etc/passwd": "image is an address",
-        "data:image/png;base64,AAAA": "image is an address",
+        "data:image/png,AAAA": "image is an address",
+        "data:image/png;base64,AAAA": "corrupt image",
+        "data:image/png;base64,A": "corrupt image",
     }
     rows = open_rows(processor, folder, *({"images": [name]} for name in [*good, *bad]))
     for row in range(len(good)):
@@ -228,18 +238,41 @@ def test_texts_without_end_are_not_tokenised(processor, tmp_path):
 
 
 def test_demonstrations_are_texts_of_an_end_without_pictures(processor, tmp_path):
-    from megatron_papo.sft import _demonstration
+    from megatron_papo.sft import Demonstrations
 
-    config = Config(train={"tokens_per_micro_batch": 8192})
-    run = SimpleNamespace(config=config, processor=processor)
     most = 8192 * processor.most_letters_of_a_token
-    told = {"<|image_pad|>": "the response contains the vision token", "x" * (most + 1): "letters is more than"}
-    question = {"problem": "2+2?"}
-    rows = open_rows(processor, tmp_path / "set", *({**question, "response": text} for text in [*told, "4"]))
+    told = {
+        "<|image_pad|>": "vision token in text (<|image_pad|> in the response)",
+        "x" * (most + 1): f"response too long ({most + 1} letters, train.tokens_per_micro_batch is 8192)",
+        "7 " * 8192: "response too long (",
+        "": "no response (no text in 'response')",
+    }
+    rows = [{"problem": "2+2?", "images": [], "answer": {"of": "no use"}, "response": text} for text in [*told, "4"]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DATA.model_copy(update={"train": str(tmp_path / "train.jsonl")})
+    demonstrations = Demonstrations(Config(data=data, train={"tokens_per_micro_batch": 8192}), processor)
     for row, message in enumerate(told.values()):
-        with pytest.raises(ValueError, match=rf"^data.train: row {row}: .*{message}"):
-            _demonstration(run, rows, rows.prompt(row))
-    assert _demonstration(run, rows, rows.prompt(2)).rollouts[0].text == "4"
+        with pytest.raises(BadRow) as caught:
+            demonstrations.prompt(row)
+        assert str(caught.value).startswith(f"row {row}: {message}")
+    assert demonstrations.group(demonstrations.prompt(4)).rollouts[0].text == "4"
+
+    for size in (1, 2):
+        shares = [_demonstrated(demonstrations, rank, size) for rank in range(size)]
+        assert [text for share, _ in shares for text in share] == ["4"] * 6, "others take the place of bad ones"
+        assert set().union(*(bad for _, bad in shares)) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"no column 'reply', has problem, images, answer, response$"):
+        Demonstrations(Config(data=data, sft={"response_column": "reply"}), processor)
+
+
+def _demonstrated(rows, rank, size):
+    """What a data rank would learn from in a step, and the bad rows that it met."""
+    bad_rows = BadRows("skip")
+    draw = draw_prompts(
+        rows, DataCursor(len(rows), seed=0), num_prompts=6, updates_per_step=1, data_rank=rank, data_size=size,
+        bad_rows=bad_rows,
+    )  # fmt: skip
+    return [rows.group(prompt).rollouts[0].text for prompt in draw.prompts], set(bad_rows.found)
 
 
 @pytest.mark.parametrize(("error", "reason"), [(MemoryError, "out of memory"), (RecursionError, "nested too deep")])
