@@ -38,7 +38,26 @@ def read_processor(folder: Path) -> Any:
         size = getattr(processor.image_processor, name, None)
         if type(size) is not int or not 1 <= size <= _MAX_PATCH:
             raise ValueError(f"model.path: the image processor of {folder} has {name} {str(size)[:40]}")
+    processor.chat_template = processor.tokenizer.chat_template = default_template(processor, folder)
     return processor
+
+
+def default_template(processor: Any, folder: Path) -> str:
+    """The folder's chat template; of several with names the one that is called default, which transformers takes too.
+
+    Raises ValueError where there is none.
+    """
+    found = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(found, dict) and found:
+        if "default" not in found:
+            names = ", ".join(sorted(map(str, found)))[:80]
+            raise ValueError(
+                f"model.path: {folder} has chat templates by name, {names}, and none that is named default"
+            )
+        found = found["default"]
+    if not found or not isinstance(found, str):
+        raise ValueError(f"model.path: {folder} has no chat template")
+    return found
 
 
 def _check_files(folder: Path) -> None:

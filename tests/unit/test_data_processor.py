@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from megatron_papo.certify.hugging_face import HuggingFace
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
@@ -215,8 +216,107 @@ def test_what_a_template_fails_with_is_the_rows(folder, tmp_path):
         processor.encode("x?", [])
     assert processor.encode("y?", []).token_ids_S.numel()
     (odd / "chat_template.jinja").write_text("{{ messages[0].content.replace('<|image_pad|>', '') }}<|im_end|>")
-    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 1"):
+    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 2"):
         load_processor(odd, DATA).encode("<image>", [picture(56, 56)])
+
+
+PARTS = "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+PARTS += "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+WORD = "{{ message.content }}"
+
+
+def template(body, opening="<|im_start|>assistant\n"):
+    """Qwen's, with another way to write a turn's content."""
+    turn = f"<|im_start|>{{{{ message.role }}}}\n{body}<|im_end|>\n"
+    return f"{{% for message in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+
+
+LOSES = "drops or changes the question"
+ODD_TEMPLATES = {
+    "parts": (template(PARTS), None),
+    "parts, else an error": (
+        template("{% if message.content is string %}{{ raise_exception('no text') }}{% endif %}" + PARTS), None,
+    ),
+    "think block opened": (template(WORD, "<|im_start|>assistant\n<think>\n"), None),
+    "always opened": (template(WORD, "") + "<|im_start|>assistant\n", None),
+    "question dropped": (template("go on"), "writes 0 image tokens for 2|" + LOSES),
+    "text dropped": (template("{{ '<|image_pad|>' * message.content.count('<|image_pad|>') }}"), LOSES),
+    "text in capitals": (template(WORD.replace(" }}", " | upper }}")), LOSES),
+    "written twice": (template(WORD + "\n" + "{{ message.content.replace('<|image_pad|>', '') }}"), "question twice"),
+    "pictures first": (
+        template("{{ '<|image_pad|>' * message.content.count('<|image_pad|>') }}"
+                 "{{ message.content.replace('<|image_pad|>', '') }}"), LOSES,
+    ),
+    "pictures dropped": (template("{{ message.content.replace('<|image_pad|>', '') }}"), "writes 0 image tokens for 2"),
+    "system dropped": ("{% set messages = messages[-1:] %}" + template(WORD), "system turn"),
+    "opened twice": (template(WORD, "<|im_start|>assistant\n<|im_start|>assistant\n"), "assistant's turn twice"),
+    "always and again": (
+        template(WORD, "") + "<|im_start|>assistant\n{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "assistant's turn twice",
+    ),
+    "failing": ("{{ messages[0].nothing.at_all }}", "UndefinedError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_TEMPLATES)
+def test_a_template_gives_the_question_back_or_is_refused(folder, tmp_path, kind):
+    text, fault = ODD_TEMPLATES[kind]
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(text)
+    processor = load_processor(odd, DATA.model_copy(update={"system": "Be kind."}))
+    if fault is not None:
+        with pytest.raises(TemplateFailed, match=f"^model.path: the chat template of {odd}: .*({fault})") as caught:
+            processor.encode("<image>What? <image>", [picture(56, 56)] * 2)
+        assert "\n" not in str(caught.value)
+        return
+    pad = "<|vision_start|><|image_pad|><|vision_end|>"
+    start = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n" + ("<think>\n" if "think" in kind else "")
+    assert processor.render("Is {'it'} 2\n+ 2?") == f"{start}Is {{'it'}} 2\n+ 2?{end}"
+    assert processor.render("<image>What?\n<image>") == f"{start}{pad}What?\n{pad}{end}"
+    assert processor.end_of_turn_id == IDS["<|im_end|>"]
+
+
+def test_a_row_that_a_template_changes_is_told(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(template("{{ message.content.split('</think>')[-1] }}"))
+    processor = load_processor(odd, DATA)
+    assert "why?" in processor.render("why?")
+    with pytest.raises(TemplateFailed, match=LOSES):
+        processor.render("what does </think> mean?")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates", "chat_template.json"])
+def test_of_several_templates_the_default_one(folder, tmp_path, place):
+    """As transformers takes it, and as the certificate's own processor does."""
+    several = copy_folder(folder, tmp_path)
+    (several / "chat_template.jinja").unlink()
+    known = load_processor(folder, DATA).render("<image>2+2?")
+
+    def write(**templates):
+        if place == "tokenizer_config.json":
+            settings = json.loads((folder / place).read_text())
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+            (several / place).write_text(json.dumps(settings))
+        elif place == "chat_template.json":
+            (several / place).write_text(json.dumps({"chat_template": templates.get("default")}))
+        else:
+            (several / place).mkdir(exist_ok=True)
+            (several / "chat_template.jinja").unlink(missing_ok=True)
+            for name, text in templates.items():
+                file = several / ("chat_template.jinja" if name == "default" else f"{place}/{name}.jinja")
+                file.write_text(text)
+
+    write(default=CHAT_TEMPLATE, tool_use="tools")
+    processor = load_processor(several, DATA)
+    assert processor.render("<image>2+2?") == known
+    assert processor.encode("2+2?", []).token_ids_S.numel()
+    theirs = HuggingFace(None, several, DATA, ())
+    assert theirs._render("<image>2+2?") == known
+    if place != "chat_template.json":
+        write(chat=CHAT_TEMPLATE, tool_use="tools")
+        with pytest.raises(ValueError, match=r"chat templates by name, chat, tool_use, and none that is named default"):
+            load_processor(several, DATA)
 
 
 def test_no_code_of_a_folder_is_run(folder, tmp_path):

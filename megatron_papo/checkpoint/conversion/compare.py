@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_papo.checkpoint.conversion.convert import chunk_for
 from megatron_papo.checkpoint.conversion.crew import Crew
+from megatron_papo.checkpoint.conversion.first_look import look
 from megatron_papo.checkpoint.conversion.plan import open_store, parameter_bytes
 from megatron_papo.checkpoint.conversion.progress import Progress
 from megatron_papo.checkpoint.conversion.spans import chunks, spans, width
@@ -28,6 +29,7 @@ def compare(first: Path, second: Path, memory_bytes: int, crew: Crew, limit: int
     """
     shape = ModelShape.from_folder(first)
     stores = open_store(first, shape), open_store(second, _shape_of(second, shape))
+    look(crew, first, second)
     table = parameter_table(shape)
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
     faults: dict[int, list[str]] = {}
