@@ -111,7 +111,7 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
             _check_patches(processor, shape)
-            _check_words(processor, shape)
+            check_words(processor, shape)
             has_weights = config.model.checkpoint is not None or not config.model.random_init
             if has_weights:
                 check_weights(shape, config.model.checkpoint or folder)
@@ -148,7 +148,7 @@ def _check_patches(processor: Processor, shape: ModelShape) -> None:
             )
 
 
-def _check_words(processor: Processor, shape: ModelShape) -> None:
+def check_words(processor: Processor, shape: ModelShape) -> None:
     """Raises ValueError where a token of the tokenizer has no row in the vocabulary or another meaning, and for a chat
     template that loses what it is given."""
     vocab_size, where = shape.language.vocab_size, f"model.path: {processor.folder}"

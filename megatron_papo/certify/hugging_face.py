@@ -23,7 +23,7 @@ from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import chat_template
 from megatron_papo.data.conversation import Turns, check_rendered, turns_of
 from megatron_papo.data.images import FORMATS
-from megatron_papo.data.processor_files import default_template
+from megatron_papo.data.processor_files import default_template, pixel_bounds
 from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.inspection import tape_transformers
 from megatron_papo.generation.reading import (
@@ -101,8 +101,8 @@ class HuggingFace:
         self._processor.chat_template = self._processor.tokenizer.chat_template = default_template(
             self._processor, folder
         )
-        size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
-        self._processor.image_processor.size = size
+        bounds = pixel_bounds(self._processor.image_processor, folder, data)
+        self._processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), bounds))
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:

@@ -211,6 +211,7 @@ class PromptDataset:
         pixels = self._processor.pixel_values([image])
         if masks is None or masks.settings.align != "raw":
             return pixels, []
+        masks = masks.for_patches_of(self._processor)
         return pixels, [self._processor.pixel_values([spoil_image(image, index, prompt_id, row, masks, self)])]
 
     def _choose_columns(self, data: DataConfig) -> ColumnsConfig:

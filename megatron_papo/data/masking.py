@@ -41,6 +41,12 @@ class Masks:
     """The run's."""
     step: int = 0
 
+    def for_patches_of(self, processor: Processor) -> Masks:
+        """With what the settings leave to the model folder: a cell is a patch."""
+        if self.settings.cell is not None:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"cell": processor.patch_size}))
+
 
 class SwapPool(Protocol):
     """Where pictures of other prompts come from: a PromptDataset. Not the rank's own prompts of the step, which
@@ -64,7 +70,8 @@ def mask_images(
         return prompt
     if mask.align == "patches":
         return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, mask, processor, seed=seed, step=step))
-    spoiled = masked_raw_images(prompt, mask, seed=seed, step=step, swap_pool=swap_pool)
+    settings = Masks(mask, seed, step).for_patches_of(processor).settings
+    spoiled = masked_raw_images(prompt, settings, seed=seed, step=step, swap_pool=swap_pool)
     return with_masked(prompt, [processor.pixel_values([image]) for image in spoiled])
 
 
@@ -81,7 +88,8 @@ def masked_raw_images(
 ) -> Iterator[Image.Image]:
     """The spoiled pictures themselves, one after the other, RGB in their own size.
 
-    Only for `align: raw`. Raises ValueError for `swap` without a pool or with one that has no other picture.
+    Only for `align: raw`, with a cell of a size. Raises ValueError for `swap` without a pool or with one that has no
+    other picture.
     """
     masks = Masks(mask, seed, step)
     for index, data in enumerate(prompt.images):
@@ -91,7 +99,7 @@ def masked_raw_images(
 def spoil_image(
     image: Image.Image, index: int, prompt_id: str, row: int, masks: Masks, swap_pool: SwapPool | None
 ) -> Image.Image:
-    """Picture `index` of a prompt as `align: raw` shows it masked; `image` stays as it is."""
+    """Picture `index` of a prompt as `align: raw` shows it masked; `image` stays as it is. `masks` name a cell."""
     assert masks.settings.align == "raw"
     random = _generator(prompt_id, masks.seed, masks.step, index)
     if masks.settings.kind == "swap":
@@ -111,12 +119,14 @@ def _generator(prompt_id: str, seed: int, step: int, index: int) -> np.random.Ra
 
 
 def _black_cells(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
+    assert mask.cell is not None
     pixels = np.array(image)
     pixels[cell_mask(image.height, image.width, mask.cell, mask.ratio, random)] = 0
     return Image.fromarray(pixels)
 
 
 def _blur(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
+    assert mask.cell is not None
     return image.filter(ImageFilter.GaussianBlur(mask.cell))
 
 

@@ -9,6 +9,7 @@ Video is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_papo.data.conversation import VIDEO_PAD as VIDEO_PAD
 from megatron_papo.data.conversation import VISION_END as VISION_END
 from megatron_papo.data.conversation import VISION_START as VISION_START
 from megatron_papo.data.conversation import Form, Turns, check_rendered, content_of, find_form, turns_of
-from megatron_papo.data.processor_files import listed_ends, read_processor
+from megatron_papo.data.processor_files import listed_ends, pixel_bounds, read_processor
 from megatron_papo.types import ModelInputs
 
 _COMPOSED = 4
@@ -56,7 +57,9 @@ class Processor:
     def __init__(self, hf_processor: Any, folder: Path, data: DataConfig) -> None:
         self.tokenizer = hf_processor.tokenizer
         self.image_processor = hf_processor.image_processor
-        self.image_processor.size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+        self.pixel_bounds = pixel_bounds(self.image_processor, folder, data)
+        """The least and the most pixels of a picture as the model sees it."""
+        self.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), self.pixel_bounds))
         self.folder = folder
         self.instruction = data.instruction
         self.system = data.system
@@ -154,10 +157,11 @@ class Processor:
     def end_of_turn_id(self) -> int:
         """The token that the chat template writes after an assistant's turn; else the tokenizer's end of sequence."""
         marker = "7"
-        texts = []
+        texts = [""]
         for form in dict.fromkeys((self.form, "text")):  # templates of parts may take an answer as text
-            turns = [*turns_of(marker, None, self.form), {"role": "assistant", "content": content_of(marker, form)}]
-            texts.append(self._apply_template(turns, False))
+            with suppress(TemplateFailed):
+                turns = [*turns_of(marker, None, self.form), {"role": "assistant", "content": content_of(marker, form)}]
+                texts.append(self._apply_template(turns, False))
         after = max(texts, key=lambda text: text.count(marker)).rpartition(marker)[2]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         for token_id in self.tokenizer(after, add_special_tokens=False)["input_ids"]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.config import DataConfig
 from megatron_papo.held import read_small
 
 _READ_WHOLE = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -58,6 +59,28 @@ def default_template(processor: Any, folder: Path) -> str:
     if not found or not isinstance(found, str):
         raise ValueError(f"model.path: {folder} has no chat template")
     return found
+
+
+def pixel_bounds(image_processor: Any, folder: Path, data: DataConfig) -> tuple[int, int]:
+    """The areas between which pictures are brought: of `data`, else the folder's own as transformers has them.
+
+    Raises ValueError where there are none, or the smaller exceeds the larger.
+    """
+    size, bounds, origin = image_processor.size, [], []
+    for key, given, edge in (
+        ("min_pixels", data.min_pixels, "shortest_edge"),
+        ("max_pixels", data.max_pixels, "longest_edge"),
+    ):
+        value: Any = given if given is not None or edge not in size else size[edge]
+        if type(value) is not int or value < 1:
+            where = f"model.path: the image processor of {folder}"
+            raise ValueError(f"{where} names no area for data.{key}: its size is {str(size)[:80]}")
+        bounds.append(value)
+        origin.append(f"data.{key}={value}" if given is not None else f"the {value} of {folder}'s image processor")
+    least, most = bounds
+    if least > most:
+        raise ValueError(f"data.min_pixels: {origin[0]} exceeds {origin[1]}, data.max_pixels")
+    return least, most
 
 
 def _check_files(folder: Path) -> None:

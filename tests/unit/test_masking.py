@@ -46,7 +46,7 @@ def black_of(image):
 
 def test_golden_mask(processor):
     prompt = as_prompt(processor, picture(56, 56))
-    (masked,) = masked_raw_images(prompt, MaskConfig(), seed=1, step=2)
+    (masked,) = masked_raw_images(prompt, MaskConfig(cell=14), seed=1, step=2)
     cells = black_of(masked)[::14, ::14].astype(int)
     assert cells.tolist() == GOLDEN
     kept = ~black_of(masked)
@@ -78,9 +78,9 @@ def test_masked_view_goes_through_the_same_processor(processor):
 
 def test_images_of_a_prompt_are_masked_independently(processor):
     both = as_prompt(processor, picture(56, 56), picture(56, 56))
-    first, second = masked_raw_images(both, MaskConfig(), seed=0, step=0)
+    first, second = masked_raw_images(both, MaskConfig(cell=14), seed=0, step=0)
     assert (black_of(first) != black_of(second)).any()
-    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), MaskConfig(), seed=0, step=0)
+    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), MaskConfig(cell=14), seed=0, step=0)
     assert (np.array(alone) == np.array(first)).all()
 
 
@@ -191,3 +191,10 @@ def png(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(processor):
+    prompt = as_prompt(processor, picture(70, 60))
+    alike = [mask_images(prompt, MaskConfig(cell=cell), processor, seed=3, step=0) for cell in (None, 14, 28)]
+    own, patch, other = (view.masked_pixel_values_PD for view in alike)
+    assert torch.equal(own, patch) and not torch.equal(own, other)

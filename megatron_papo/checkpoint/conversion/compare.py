@@ -29,9 +29,9 @@ def compare(first: Path, second: Path, memory_bytes: int, crew: Crew, limit: int
     """
     shape = ModelShape.from_folder(first)
     stores = open_store(first, shape), open_store(second, _shape_of(second, shape))
-    look(crew, first, second)
     table = parameter_table(shape)
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
+    look(crew, first, second)
     faults: dict[int, list[str]] = {}
     total = sum(parameter_bytes(stores[0], entry) for entry in table.values())
     with Files(first) as left, Files(second) as right, Progress(crew, "verify", total) as progress:

@@ -77,11 +77,11 @@ def convert(
     plan = make_plan(direction, source, partial, settings, files)
     if len(set(crew.gather(plan.fingerprint))) != 1:
         raise ValueError(f"{source}: the workers see different files there")
-    look(crew, source)
     left_out = check_side_files(plan.files)
     if direction == "hf-to-megatron" and (note := weight_files(source).note()):
         left_out.insert(0, note)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
+    look(crew, source)
     lock: list[IO[str]] = []
     what = crew.first(lambda: _prepare(plan, target, partial, lock))
     for told in [what.said, *left_out] if crew.rank == 0 else []:

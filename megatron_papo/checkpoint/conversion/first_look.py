@@ -21,10 +21,15 @@ from megatron_papo.checkpoint.state_file import names_checkpoint
 
 def look(crew: Crew, *folders: Path) -> None:
     """By the first worker. Raises ValueError naming the tensor that the library reads otherwise."""
-    crew.first(lambda: [_look(folder) for folder in folders if not names_checkpoint(folder)])
+    crew.first(lambda: _look([folder for folder in folders if not names_checkpoint(folder)]))
 
 
-def _look(folder: Path) -> None:
+def _look(folders: list[Path]) -> int:
+    """How many tensors were looked at."""
+    return sum(_look_at(folder) for folder in folders)
+
+
+def _look_at(folder: Path) -> int:
     weights = find_weights(folder)
     with Files(folder) as files:
         for name, stored in weights.tensors.items():
@@ -34,6 +39,7 @@ def _look(folder: Path) -> None:
                 agrees = False
             if not agrees:
                 raise ValueError(f"{folder / stored.file}: {name}: the safetensors library reads it otherwise")
+    return len(weights.tensors)
 
 
 def _agrees(files: Files, file: Path, written: str, stored: Stored) -> bool:

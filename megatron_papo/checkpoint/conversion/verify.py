@@ -47,8 +47,8 @@ def verify(folder: Path, memory_bytes: int, crew: Crew, source: Path | None = No
     _check_names(folder, manifest, table)
     # the manifest says more than checksums of boxes, and which tensors differ
     stores = [open_store(each, shape, checked=False) for each in (folder, source) if each]
-    look(crew, *(store.folder for store in stores))
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
+    look(crew, *(store.folder for store in stores))
     total = sum(parameter_bytes(store, entry) for store in stores for entry in table.values())
     own = _own(list(table.values()), stores[0], crew)
     found: list[str] = []
