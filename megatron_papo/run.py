@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,13 @@ import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 import transformers.models.qwen2_vl.image_processing_qwen2_vl
 import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
 
+from megatron_papo import first_look
 from megatron_papo.accelerator import adapt_megatron, has_gpu, seed_all
 from megatron_papo.accounting import Meter, group_flops
 from megatron_papo.checkpoint.huggingface import hf_tensors
+from megatron_papo.checkpoint.parameters import held_parameters
+from megatron_papo.checkpoint.state_file import names_checkpoint
+from megatron_papo.checkpoint.weight_files import weight_files
 from megatron_papo.checkpoint.weights import check_weights, load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
@@ -39,6 +44,7 @@ from megatron_papo.parallel import Layout, everyone, gather_objects, initialize,
 from megatron_papo.reference import ReferencePolicy
 from megatron_papo.rendezvous import world_store
 from megatron_papo.rewards import Rewarder
+from megatron_papo.text import as_text
 from megatron_papo.types import Batch, Group
 
 _SLOTS_PER_STAGE = 2
@@ -71,7 +77,7 @@ class Run:
     @property
     def banned_ids(self) -> tuple[int, ...]:
         """Tokens that neither engine nor trainer gives any probability: vision placeholders and padded words."""
-        return self.shape.unsayable_ids(len(self.processor.tokenizer))
+        return self.shape.unsayable_ids(self.processor.num_words)
 
 
 def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
@@ -105,14 +111,26 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
             _check_patches(processor, shape)
+            check_words(processor, shape)
             has_weights = config.model.checkpoint is not None or not config.model.random_init
             if has_weights:
                 check_weights(shape, config.model.checkpoint or folder)
             policy = build_policy(config, shape)
             if has_weights:
-                load_weights(policy, shape, config.model.checkpoint or folder)
+                _load(policy, shape, Path(config.model.checkpoint or folder), layout)
         with _left_alone_by_the_collector():
             yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+
+
+def _load(policy: VisionLanguageModel, shape: ModelShape, folder: Path, layout: Layout) -> None:
+    """Weights from a folder of either kind; those of a Hugging Face folder are looked at once more."""
+    load_weights(policy, shape, folder)
+    if names_checkpoint(folder):
+        return
+    first_look.look(folder, shape, held_parameters(policy, shape, layout.tensor_size), layout.tensor_rank)
+    note = weight_files(folder).note()
+    if note and layout.rank == 0:
+        print(f"papo: warning: {as_text(note)}", file=sys.stderr, flush=True)
 
 
 def _check_patches(processor: Processor, shape: ModelShape) -> None:
@@ -128,6 +146,20 @@ def _check_patches(processor: Processor, shape: ModelShape) -> None:
                 f"model.path: the image processor of {processor.folder} has {name} {getattr(settings, name)}, its "
                 f"config.json {theirs}"
             )
+
+
+def check_words(processor: Processor, shape: ModelShape) -> None:
+    """Raises ValueError where a token of the tokenizer has no row in the vocabulary or another meaning, and for a chat
+    template that loses what it is given."""
+    vocab_size, where = shape.language.vocab_size, f"model.path: {processor.folder}"
+    if processor.num_words > vocab_size:
+        raise ValueError(f"{where}: tokenizer has {processor.num_words} words, vocab_size is {vocab_size}")
+    if processor.image_token_id != shape.image_token_id:
+        raise ValueError(
+            f"{where}: image_token_id is {shape.image_token_id} in config.json, {processor.image_token_id} in the "
+            "tokenizer"
+        )
+    _ = processor.form
 
 
 @contextmanager
@@ -170,7 +202,7 @@ def starting_reference(run: Run) -> ReferencePolicy:
     if folder is None:
         return ReferencePolicy(run.policy)
     own = ReferencePolicy(run.policy)
-    load_weights(run.policy, run.shape, folder)
+    _load(run.policy, run.shape, folder, run.layout)
     reference = ReferencePolicy(run.policy)
     own.copy_into(run.policy)
     return reference

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import chat_template
+from megatron_papo.data.conversation import Turns, check_rendered, turns_of
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.processor import IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START
+from megatron_papo.data.processor_files import default_template, pixel_bounds
 from megatron_papo.generation.handover import checked, expected_shapes, read_config
 from megatron_papo.generation.inspection import tape_transformers
 from megatron_papo.generation.reading import (
@@ -95,8 +96,11 @@ class HuggingFace:
 
         self._model, self._data, self._banned_ids = model, data, list(banned_ids)
         self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
-        self._processor.image_processor.size = size
+        self._processor.chat_template = self._processor.tokenizer.chat_template = default_template(
+            self._processor, folder
+        )
+        bounds = pixel_bounds(self._processor.image_processor, folder, data)
+        self._processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), bounds))
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
@@ -127,26 +131,19 @@ class HuggingFace:
     def _render(self, problem: str) -> str:
         """The prompt with structured content; written out for a template that knows text alone."""
         question = f"{problem.strip()}\n\n{self._data.instruction}" if self._data.instruction else problem
-        pieces = question.split(PLACEHOLDER)
-        content: list[dict[str, str]] = []
-        for number, piece in enumerate(pieces):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": piece}] if piece else []
+        turns = turns_of(question, self._data.system, "parts")
         try:
-            text = self._apply_template(content)
+            text = self._apply_template(turns)
+            check_rendered(text, question, self._data.system)
         except Exception:  # whatever a template does with content that it does not know
             text = ""
-        if text.count(IMAGE_PAD) == len(pieces) - 1:
+        if text and str(turns[-1]["content"]) not in text:  # as a list that is written out
             return text
-        return self._apply_template(question.replace(PLACEHOLDER, VISION_START + IMAGE_PAD + VISION_END))
+        return self._apply_template(turns_of(question, self._data.system, "text"))
 
-    def _apply_template(self, content: Any) -> str:
-        turns = [{"role": "user", "content": content}]
-        if self._data.system is not None:
-            turns.insert(0, {"role": "system", "content": self._data.system})
-        if isinstance(template := self._processor.chat_template, str):  # may transformers render it, in this process?
-            tokens = self._processor.tokenizer.special_tokens_map
-            chat_template(template).render(turns, add_generation_prompt=True, **tokens)
+    def _apply_template(self, turns: Turns) -> str:
+        tokens = self._processor.tokenizer.special_tokens_map  # may transformers render it, in this process?
+        chat_template(self._processor.chat_template).render(turns, add_generation_prompt=True, **tokens)
         return self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_papo.checkpoint.buckets import gather_bucket, make_buckets
-from megatron_papo.checkpoint.folders import HuggingFaceReader, write_folder
+from megatron_papo.checkpoint.folders import write_folder
+from megatron_papo.checkpoint.huggingface_weights import OpenWeights, find_weights
 from megatron_papo.checkpoint.names import module_name, parameter_table
 from megatron_papo.checkpoint.parameters import Held, held_parameters
 from megatron_papo.checkpoint.slices import fill_shard
@@ -40,10 +41,12 @@ def fill_held(
     held: Mapping[str, Held], shape: ModelShape, folder: Path | str, tensor_rank: int, progress: Progress | None = None
 ) -> None:
     """`read_hf` for parameters at hand."""
-    with HuggingFaceReader(folder) as reader:
-        reader.check(shape)
+    weights = find_weights(Path(folder))
+    weights.check(shape)
+    weights.check_head(shape)
+    with OpenWeights(weights) as opened:
         for done, part in enumerate(held.values()):
-            fill_shard(part.entry, part.tensor.detach(), tensor_rank, reader.read)
+            fill_shard(part.entry, part.tensor.detach(), tensor_rank, opened.read)
             if progress:
                 progress(done + 1, len(held))
 

@@ -3,7 +3,8 @@
 An entry says which Hugging Face tensors make one Megatron parameter, and how its axis is split over the tensor ranks.
 Import, export, the hand-over to the engine and checkpoints all walk this table; slices.py says how they copy.
 Names are those of the published files (`model.layers.0...`, `visual.blocks.0...`, `lm_head.weight`), which
-transformers writes and reads too; its in-memory names (`model.language_model...`, `model.visual...`) are understood.
+transformers writes and reads too; its in-memory names (`model.language_model...`, `model.visual...`), and the latter
+without `model.`, are understood, as transformers does.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ def parameter_table(shape: ModelShape) -> dict[str, Entry]:
     """
     entries = [*_vision(shape.vision), *_language(shape.language)]
     if not shape.tie_word_embeddings:
-        entries.append(_head(shape.language, "language.output_layer.weight", "lm_head.weight"))
+        entries.append(_head(shape.language, OUTPUT_LAYER, HEAD))
     return {entry.name: entry for entry in entries}
 
 
 OUTPUT_LAYER = "language.output_layer.weight"
 WORD_EMBEDDINGS = "language.embedding.word_embeddings.weight"
+HEAD, WORDS = "lm_head.weight", "model.embed_tokens.weight"
+"""The same two in published files."""
 
 
 def _language(shape: LanguageShape) -> Iterator[Entry]:
-    yield _head(shape, WORD_EMBEDDINGS, "model.embed_tokens.weight")
+    yield _head(shape, WORD_EMBEDDINGS, WORDS)
     hidden, ffn, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
     for layer in range(shape.num_layers):
         ours, theirs = f"language.decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -126,10 +129,10 @@ def table_name(name: str) -> str:
 
 
 def published_name(name: str) -> str:
-    """A Hugging Face name as in the published files, from either form."""
+    """A Hugging Face name as in the published files, from any form."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
-    return re.sub(r"^model\.language_model\.", "model.", name)
+    return re.sub(r"^(model\.)?language_model\.", "model.", name)
 
 
 def module_name(name: str) -> str:

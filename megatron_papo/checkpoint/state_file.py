@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_papo.checkpoint.checksums import DIFFERS, file_sums, read_small, sum_of
 from megatron_papo.checkpoint.faults import DamagedCheckpoint
+from megatron_papo.checkpoint.weight_files import holds_weights
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -29,9 +30,9 @@ def is_checkpoint(folder: Path | str) -> bool:
 
 
 def names_checkpoint(folder: Path | str) -> bool:
-    """Of a folder that may be of either kind: whether its weights are a checkpoint's. One that holds safetensors is a
-    Hugging Face folder, whatever else lies in it."""
-    return is_checkpoint(folder) and not any(Path(folder).glob("*.safetensors"))
+    """Of a folder that may be of either kind: whether its weights are a checkpoint's. One in which transformers finds
+    weights is a Hugging Face folder, whatever else lies in it."""
+    return is_checkpoint(folder) and not holds_weights(folder)
 
 
 def write_state_tree(folder: Path, tree: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from megatron_papo.checkpoint.folders import HuggingFaceReader
 from megatron_papo.checkpoint.huggingface import Progress, read_hf
+from megatron_papo.checkpoint.huggingface_weights import find_weights
 from megatron_papo.checkpoint.state import TrainState, read_state
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.model.shape import ModelShape
@@ -17,8 +17,7 @@ def check_weights(shape: ModelShape, folder: Path | str) -> None:
     """Raises ValueError for a Hugging Face folder whose tensors are not of `shape`, by their headers: a config.json
     that lies is found out before memory is taken by it."""
     if not names_checkpoint(folder):
-        with HuggingFaceReader(folder) as reader:
-            reader.check(shape)
+        find_weights(Path(folder)).check(shape)
 
 
 def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:

@@ -130,10 +130,11 @@ class DataConfig(Section):
     """Follows the question in the user's turn, after a blank line; empty means the question alone."""
     system: str | None = None
     """The system turn; null: the chat template's own."""
-    min_pixels: Count = 200_704
-    """Smaller images are enlarged to this area."""
-    max_pixels: Count = 1_003_520
-    """Larger images are reduced to this area."""
+    min_pixels: Count | None = None
+    """Smaller images are enlarged to this area; null: to that of the model folder's own image processor."""
+    max_pixels: Count | None = None
+    """Larger images are reduced to this area; null likewise. Published processors allow areas of 16,384 tokens: mind
+    data.max_prompt_tokens."""
     max_image_pixels: Annotated[int, Field(ge=1, le=MOST_IMAGE_PIXELS)] = 2**25
     """An image of more pixels is a bad row: it is not decoded, which takes some 12 bytes of memory a pixel."""
     image_roots: list[Path] = []
@@ -149,7 +150,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.min_pixels > self.max_pixels:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}")
         if self.preset != "none" and self.columns != ColumnsConfig():
             raise ValueError(f"data.columns: data.preset={self.preset} names the columns; give one of the two")
@@ -163,8 +164,8 @@ class MaskConfig(Section):
     """Black cells (the paper), or another way to spoil the image."""
     ratio: Fraction = 0.6
     """Probability that a cell goes black."""
-    cell: Count = 14
-    """Edge of a cell in pixels."""
+    cell: Count | None = None
+    """Edge of a cell in pixels; null: of a patch of the model folder's image processor, 14 for Qwen2.5-VL."""
     align: Literal["raw", "patches"] = "raw"
     """`raw`: cells on the image as loaded (the paper); `patches`: on the resized image, a cell a merged patch."""
 

@@ -31,7 +31,11 @@ _MOST_LETTERS = 2**20
 
 
 class TemplateFailed(ValueError):
-    """The template does not render a conversation, or took too long or too much over it."""
+    """The template does not render a conversation, or not what is in it."""
+
+
+class TemplateTookTooMuch(TemplateFailed):
+    """It took too long or too much memory, and would again."""
 
 
 @cache
@@ -64,7 +68,7 @@ class ChatTemplate:
         reply = self._worker.ask(json.dumps(what, ensure_ascii=False).encode("utf-8", "surrogatepass"), wall_s)
         if reply is None:
             self._worker = None
-            raise TemplateFailed(f"takes more than {_LIMIT_S:g} s or too much memory")
+            raise TemplateTookTooMuch(f"takes more than {_LIMIT_S:g} s or too much memory")
         told = json.loads(reply.decode("utf-8", "surrogatepass"))
         if "error" in told:
             if what is self._text:

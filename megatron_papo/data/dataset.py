@@ -194,8 +194,8 @@ class PromptDataset:
         """What makes the masked view of a picture as loaded."""
         if masks is None or masks.settings.align != "raw":
             return None
-        random = mask_random(masks.seed, visit, prompt_id, index)
-        return partial(spoil_image, row=row, mask=masks.settings, random=random, swap_pool=self)
+        random, mask = mask_random(masks.seed, visit, prompt_id, index), masks.for_patches_of(self._processor).settings
+        return partial(spoil_image, row=row, mask=mask, random=random, swap_pool=self)
 
     def _view(self, data: bytes, spoil: Spoiler | None) -> tuple[Pixels, list[Pixels]]:
         """Of one picture, which is gone when the next is decoded."""

@@ -40,6 +40,12 @@ class Masks:
     seed: int
     """The run's."""
 
+    def for_patches_of(self, processor: Processor) -> Masks:
+        """With what the settings leave to the model folder: a cell is a patch."""
+        if self.settings.cell is not None:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"cell": processor.patch_size}))
+
 
 class SwapPool(Protocol):
     """Where pictures of other prompts come from: a PromptDataset. Not the rank's own prompts of the step, which
@@ -61,7 +67,7 @@ def mask_images(prompt: Prompt, masks: Masks, processor: Processor, swap_pool: S
         return prompt
     if masks.settings.align == "patches":
         return replace(prompt, masked_pixel_values_PD=_mask_patches(prompt, masks, processor))
-    spoiled = masked_raw_images(prompt, masks, swap_pool)
+    spoiled = masked_raw_images(prompt, masks.for_patches_of(processor), swap_pool)
     return with_masked(prompt, [processor.pixel_values([image]) for image in spoiled])
 
 
@@ -76,7 +82,8 @@ def with_masked(prompt: Prompt, pixels: Sequence[Pixels]) -> Prompt:
 def masked_raw_images(prompt: Prompt, masks: Masks, swap_pool: SwapPool | None = None) -> Iterator[Image.Image]:
     """The spoiled pictures themselves, one after the other, RGB in their own size.
 
-    Only for `align: raw`. Raises ValueError for `swap` without a pool or with one that has no other picture.
+    Only for `align: raw`, with a cell of a size. Raises ValueError for `swap` without a pool or with one that has no
+    other picture.
     """
     for index, data in enumerate(prompt.images):
         random = mask_random(masks.seed, prompt.visit, prompt.id, index)
@@ -91,7 +98,8 @@ def mask_random(seed: int, visit: int, prompt_id: str, index: int) -> np.random.
 def spoil_image(
     image: Image.Image, row: int, mask: MaskConfig, random: np.random.RandomState, swap_pool: SwapPool | None
 ) -> Image.Image:
-    """A picture of row `row` as `align: raw` shows it masked, by `mask_random`; `image` stays as it is."""
+    """A picture of row `row` as `align: raw` shows it masked, by `mask_random`; `image` stays as it is. `mask` names a
+    cell."""
     assert mask.align == "raw"
     if mask.kind == "swap":
         return _other_image(row, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC)
@@ -106,12 +114,14 @@ def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.rando
 
 
 def _black_cells(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
+    assert mask.cell is not None
     pixels = np.array(image)
     pixels[cell_mask(image.height, image.width, mask.cell, mask.ratio, random)] = 0
     return Image.fromarray(pixels)
 
 
 def _blur(image: Image.Image, mask: MaskConfig, random: np.random.RandomState) -> Image.Image:
+    assert mask.cell is not None
     return image.filter(ImageFilter.GaussianBlur(mask.cell))
 
 

@@ -1,14 +1,15 @@
 """The one canonical call that turns a question and its pictures into what the model reads.
 
 Wraps the model folder's own processor (tokenizer, image processor, chat template). Every place that needs token ids
-or pixels of a prompt comes through here, so that trainer, engine and scorer cannot read a prompt differently. The
-chat template is always given plain strings with the vision placeholder written in: templates that know only text work
-too, and for Qwen's own template the result is that of structured content. Video is left out.
+or pixels of a prompt comes through here, so that trainer, engine and scorer cannot read a prompt differently. In which
+form the chat template is given a question stands in `conversation.py`; for Qwen's own template both give the same.
+Video is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import TemplateFailed, chat_template
-from megatron_papo.data.processor_files import listed_ends, read_processor
+from megatron_papo.data.conversation import IMAGE_PAD as IMAGE_PAD
+from megatron_papo.data.conversation import PLACEHOLDER as PLACEHOLDER
+from megatron_papo.data.conversation import VIDEO_PAD as VIDEO_PAD
+from megatron_papo.data.conversation import VISION_END as VISION_END
+from megatron_papo.data.conversation import VISION_START as VISION_START
+from megatron_papo.data.conversation import Form, Turns, check_rendered, content_of, find_form, turns_of
+from megatron_papo.data.processor_files import listed_ends, pixel_bounds, read_processor
 from megatron_papo.types import ModelInputs
 
-PLACEHOLDER = "<image>"
-"""Stands in a problem's text where a picture belongs."""
-VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 _COMPOSED = 4
 """Letters that a tokenizer may make one of before it looks for tokens (Unicode's composed forms); rather too many."""
 _MAX_ASPECT = 200
@@ -53,17 +57,14 @@ class Processor:
     def __init__(self, hf_processor: Any, folder: Path, data: DataConfig) -> None:
         self.tokenizer = hf_processor.tokenizer
         self.image_processor = hf_processor.image_processor
-        self.image_processor.size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+        self.pixel_bounds = pixel_bounds(self.image_processor, folder, data)
+        """The least and the most pixels of a picture as the model sees it."""
+        self.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), self.pixel_bounds))
         self.folder = folder
         self.instruction = data.instruction
         self.system = data.system
         self._hf = hf_processor
-        template = hf_processor.chat_template or self.tokenizer.chat_template
-        if isinstance(template, dict):  # several by name, in a folder of their own
-            template = template.get("default")
-        if not template or not isinstance(template, str):
-            raise ValueError(f"model.path: {folder} has no chat template")
-        self._template = template
+        self._template: str = hf_processor.chat_template
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -71,6 +72,8 @@ class Processor:
         for key, text in (("data.instruction", data.instruction), ("data.system", data.system or "")):
             if self.vision_token_in(text):
                 raise ValueError(f"{key}: contains the vision token {self.vision_token_in(text)}")
+        self.num_words: int = max(vocabulary.values()) + 1
+        """One more than the highest token id."""
         self.image_token_id: int = vocabulary[IMAGE_PAD]
         self.vision_token_ids: tuple[int, ...] = tuple(
             vocabulary[token] for token in (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token in vocabulary
@@ -95,9 +98,6 @@ class Processor:
             raise ValueError(f"the text contains the vision token {token}")
         batch = self._hf(text=[self.render(problem)], return_tensors="pt", add_special_tokens=False)
         text_ids_S: Tensor = batch["input_ids"][0]
-        found = int((text_ids_S == self.image_token_id).sum())
-        if found != num_images:
-            raise TemplateFailed(f"the chat template of {self.folder} writes {found} image tokens for {num_images}")
         return text_ids_S
 
     def join(self, text_ids_S: Tensor, pixels: Sequence[Pixels]) -> ModelInputs:
@@ -118,13 +118,25 @@ class Processor:
         return grid_thw_I3.prod(dim=1) // self.merge_size**2
 
     def render(self, problem: str) -> str:
-        """The prompt as text, one image token a picture, up to where the assistant's turn begins."""
+        """The prompt as text, one image token a picture, up to where the assistant's turn begins.
+
+        Raises TemplateFailed, also where question or pictures are not in it as they were given.
+        """
         question = f"{problem.strip()}\n\n{self.instruction}" if self.instruction else problem
-        question = question.replace(PLACEHOLDER, VISION_START + IMAGE_PAD + VISION_END)
-        turns = [{"role": "user", "content": question}]
-        if self.system is not None:
-            turns.insert(0, {"role": "system", "content": self.system})
-        return self._apply_template(turns, add_generation_prompt=True)
+        text = self._apply_template(turns_of(question, self.system, self.form), True)
+        try:
+            check_rendered(text, question, self.system)
+        except TemplateFailed as error:
+            raise self._fault(error) from None
+        return text
+
+    @cached_property
+    def form(self) -> Form:
+        """In which the chat template takes a turn. Raises TemplateFailed for one that takes none."""
+        try:
+            return find_form(self._render, self.system)
+        except TemplateFailed as error:
+            raise self._fault(error) from None
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Pixels:
         """Of pictures alone: the masked view goes the same way as the original. Raises ImageTooExtreme."""
@@ -145,8 +157,12 @@ class Processor:
     def end_of_turn_id(self) -> int:
         """The token that the chat template writes after an assistant's turn; else the tokenizer's end of sequence."""
         marker = "7"
-        turns = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
-        after = self._apply_template(turns, add_generation_prompt=False).rpartition(marker)[2]
+        texts = [""]
+        for form in dict.fromkeys((self.form, "text")):  # templates of parts may take an answer as text
+            with suppress(TemplateFailed):
+                turns = [*turns_of(marker, None, self.form), {"role": "assistant", "content": content_of(marker, form)}]
+                texts.append(self._apply_template(turns, False))
+        after = max(texts, key=lambda text: text.count(marker)).rpartition(marker)[2]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         for token_id in self.tokenizer(after, add_special_tokens=False)["input_ids"]:
             if token_id in special:
@@ -190,13 +206,18 @@ class Processor:
         """The first vision token written in plain text, which would be read as a picture."""
         return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
 
-    def _apply_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        tokens = self.tokenizer.special_tokens_map
+    def _apply_template(self, turns: Turns, add_generation_prompt: bool) -> str:
         try:
-            template = chat_template(self._template)
-            return template.render(turns, add_generation_prompt=add_generation_prompt, **tokens)
+            return self._render(turns, add_generation_prompt)
         except TemplateFailed as error:
-            raise TemplateFailed(f"model.path: the chat template of {self.folder}: {error}") from None
+            raise self._fault(error) from None
+
+    def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
+        tokens = self.tokenizer.special_tokens_map
+        return chat_template(self._template).render(turns, add_generation_prompt=add_generation_prompt, **tokens)
+
+    def _fault(self, error: TemplateFailed) -> TemplateFailed:
+        return TemplateFailed(f"model.path: the chat template of {self.folder}: {error}")
 
 
 def _check_aspect(image: Image.Image) -> None:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.config import DataConfig
 from megatron_papo.held import read_small
 
 _READ_WHOLE = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -38,7 +39,48 @@ def read_processor(folder: Path) -> Any:
         size = getattr(processor.image_processor, name, None)
         if type(size) is not int or not 1 <= size <= _MAX_PATCH:
             raise ValueError(f"model.path: the image processor of {folder} has {name} {str(size)[:40]}")
+    processor.chat_template = processor.tokenizer.chat_template = default_template(processor, folder)
     return processor
+
+
+def default_template(processor: Any, folder: Path) -> str:
+    """The folder's chat template; of several with names the one that is called default, which transformers takes too.
+
+    Raises ValueError where there is none.
+    """
+    found = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(found, dict) and found:
+        if "default" not in found:
+            names = ", ".join(sorted(map(str, found)))[:80]
+            raise ValueError(
+                f"model.path: {folder} has chat templates by name, {names}, and none that is named default"
+            )
+        found = found["default"]
+    if not found or not isinstance(found, str):
+        raise ValueError(f"model.path: {folder} has no chat template")
+    return found
+
+
+def pixel_bounds(image_processor: Any, folder: Path, data: DataConfig) -> tuple[int, int]:
+    """The areas between which pictures are brought: of `data`, else the folder's own as transformers has them.
+
+    Raises ValueError where there are none, or the smaller exceeds the larger.
+    """
+    size, bounds, origin = image_processor.size, [], []
+    for key, given, edge in (
+        ("min_pixels", data.min_pixels, "shortest_edge"),
+        ("max_pixels", data.max_pixels, "longest_edge"),
+    ):
+        value: Any = given if given is not None or edge not in size else size[edge]
+        if type(value) is not int or value < 1:
+            where = f"model.path: the image processor of {folder}"
+            raise ValueError(f"{where} names no area for data.{key}: its size is {str(size)[:80]}")
+        bounds.append(value)
+        origin.append(f"data.{key}={value}" if given is not None else f"the {value} of {folder}'s image processor")
+    least, most = bounds
+    if least > most:
+        raise ValueError(f"data.min_pixels: {origin[0]} exceeds {origin[1]}, data.max_pixels")
+    return least, most
 
 
 def _check_files(folder: Path) -> None:

@@ -45,7 +45,7 @@ class TransformersGenerator:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
-        banned_ids = shape.unsayable_ids(len(processor.tokenizer))
+        banned_ids = shape.unsayable_ids(processor.num_words)
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=device)
         self.eos_ids = torch.tensor(sorted(processor.eos_ids), dtype=torch.int64, device=device)
         self.expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -68,7 +68,7 @@ class VllmGenerator:
         self.forgotten_version: int | None = None
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
-        self.llm = start(self.config, self.processor.folder, self.layout, self.shm_name, self.requests.max_model_len)
+        self.llm = start(self.config, self.processor, self.layout, self.shm_name, self.requests.max_model_len)
         check_bans(len(self.requests.banned_ids), self.llm)
         self.sleeper = Sleeper(self.llm, sleeps(self.config), self.config.generation.keep_weights_asleep)
         self.sleeper.sleep()

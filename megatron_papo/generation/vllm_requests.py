@@ -62,7 +62,7 @@ class Requests:
         return cls(
             processor=processor,
             shape=shape,
-            banned_ids=shape.unsayable_ids(len(processor.tokenizer)),
+            banned_ids=shape.unsayable_ids(processor.num_words),
             max_model_len=min(longest, model_config.text_config.max_position_embeddings),
         )
 

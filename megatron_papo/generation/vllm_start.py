@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_papo import accelerator
 from megatron_papo.config import Config
+from megatron_papo.data.processor import Processor
 from megatron_papo.generation.vllm_versions import forget_towers, settings_if_known
 from megatron_papo.parallel import Layout, gather_objects
 
@@ -71,7 +72,7 @@ def check_bans(num_banned: int, llm: LLM) -> None:
         )
 
 
-def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
+def start(config: Config, processor: Processor, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM has no other switch for these three
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it does not heed a request's seed, and needs nvcc
@@ -86,7 +87,7 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
         generation, on_gpu = config.generation, accelerator.has_gpu()
         kv_cache_gib = generation.kv_cache_gib or (None if on_gpu else _CPU_KV_CACHE_GIB)
         return LLM(
-            model=str(folder),
+            model=str(processor.folder),
             trust_remote_code=False,
             load_format="dummy",
             dtype=accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype),
@@ -102,9 +103,7 @@ def start(config: Config, folder: Path, layout: Layout, shm_name: str, max_model
             enable_sleep_mode=sleeps(config),
             quantization=None if generation.quantization == "none" else generation.quantization,
             limit_mm_per_prompt={"image": _MAX_IMAGES, "video": 0},
-            mm_processor_kwargs={
-                "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
-            },
+            mm_processor_kwargs={"size": dict(zip(("shortest_edge", "longest_edge"), processor.pixel_bounds))},
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # none of the folder's sampling defaults
             disable_log_stats=True,

@@ -93,7 +93,7 @@ class ModelShape:
 
     def unsayable_ids(self, num_words: int) -> tuple[int, ...]:
         """What neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
-        beyond the tokenizer's `num_words`, which stand for nothing."""
+        beyond the tokenizer's `num_words` (its highest id and one), which stand for nothing."""
         return tuple(sorted({*self.banned_ids, *range(num_words, self.language.vocab_size)}))
 
     @classmethod
@@ -111,6 +111,8 @@ class ModelShape:
             raise root.fault("model_type", f"is {shown(model_type)}; qwen2_5_vl is what this package trains")
         if tree.get("quantization_config"):
             raise root.fault("quantization_config", "quantised weights are not what this package trains")
+        if tree.get("transformers_weights"):
+            raise root.fault("transformers_weights", "weights under a name of their own are not what is read")
         text = root.section("text_config") if "text_config" in tree else root
         vision = root.section("vision_config")
         shape = cls(

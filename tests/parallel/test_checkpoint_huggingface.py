@@ -133,7 +133,7 @@ def _truncated(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _no_file(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -143,7 +143,7 @@ def _no_file(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (_missing, ["model.layers.1.mlp.up_proj.weight (128, 64): missing"]),
         (_extra, ["model.safetensors: model.layers.3.mlp.up_proj.weight (2, 2): no such tensor"]),
         (_misshapen, ["model.safetensors: visual.blocks.1.attn.qkv.bias: expected shape (96,), found (95,)"]),
-        (_truncated, ["model.safetensors: not a whole safetensors file"]),
+        (_truncated, ["model.safetensors: ", "truncated: not a whole safetensors file"]),
         (_no_file, ["model.safetensors.index.json: names files that are not there: model-00001-of-00002.safetensors"]),
     ],
 )

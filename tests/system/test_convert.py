@@ -268,7 +268,7 @@ BAD_FOLDERS = {
     "missing": (_without, rf"model-0000\d-of-0000\d.safetensors: {KEY} \(32, 64\): missing"),
     "extra": (_more, r"model-\S+: model.layers.7.input_layernorm.weight \(3,\): no such tensor in the model"),
     "misshapen": (_misshapen, rf"model-\S+: {KEY}: expected shape \(32, 64\), found \(31, 64\)"),
-    "integers": (_integers, rf"model-\S+: {KEY}: is I8; F32, BF16, F16 can be converted"),
+    "integers": (_integers, rf"model-\S+: {KEY}: is I8; F32, BF16, F16 are what can be read"),
     "two dtypes": (_mixed, rf"model-\S+: {KEY}: is torch.float32, model.layers.1.self_attn.q_proj.weight is "),
     "truncated": (_cut, r"model-\S+: \S+: truncated: not a whole safetensors file"),
     "a file gone": (_no_shard, r"model.safetensors.index.json: names files that are not there: model-00002-of"),

@@ -15,11 +15,12 @@ from megatron_papo.checkpoint.blobs import frame, values_offset
 from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.convert import chunk_for
 from megatron_papo.checkpoint.conversion.hashing import Hasher
-from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, plan_file, read_header
+from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, plan_file
 from megatron_papo.checkpoint.conversion.journal import Journal, Record, read_journal
 from megatron_papo.checkpoint.conversion.plan import Settings, plan_target
 from megatron_papo.checkpoint.conversion.progress import memory
 from megatron_papo.checkpoint.conversion.spans import in_order, num_values, source_spans, spans, width
+from megatron_papo.checkpoint.headers import read_header
 from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.checkpoint.slices import Entry, fill_shard
 from megatron_papo.model.shape import ModelShape
@@ -127,7 +128,7 @@ def test_headers_that_lie_are_refused_with_the_file(tmp_path):
     whole = file.read_bytes()
     for data, told in (
         (whole[:-3], "y: truncated"), (whole[:5], "end within its header"), (whole[:40], "end within its header"),
-        (whole.replace(b"F32", b"I32", 1), "is I32; F32, BF16, F16 can be converted"),
+        (whole.replace(b"F32", b"I32", 1), "is I32; F32, BF16, F16 are what can be read"),
         (whole.replace(b"[4,4]", b"[4,5]"), "x: 64 bytes are not F32 (4, 5)"),
         (whole.replace(b'"dtype"', b'"dtypo"'), "its header is not readable"),
     ):  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,16 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from megatron_papo.certify.hugging_face import HuggingFace
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
+from megatron_papo.data.conversation import find_form, turns_of
 from megatron_papo.data.processor import ImageTooExtreme
+from megatron_papo.data.template_worker import environment
 from megatron_papo.generation.handover import expected_shapes, read_config
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.run import check_words
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
@@ -91,6 +97,59 @@ def test_pixel_bounds_come_from_the_config(folder):
     large = load_processor(folder, DATA.model_copy(update={"min_pixels": 200_704, "max_pixels": 1_003_520}))
     assert small.grid_thw_I3.tolist() == [[1, 6, 8]]  # 84 x 112
     assert large.encode("<image>", [picture(300, 280)]).grid_thw_I3.tolist() == [[1, 32, 34]]  # 448 x 476
+
+
+def test_a_token_without_a_row_is_refused(folder, tmp_path):
+    """An added word, one far beyond the others, and an image token with another number."""
+    shape = ModelShape.from_folder(folder)
+    check_words(load_processor(folder, DATA), shape)
+    size = shape.language.vocab_size
+    for number, token_id in enumerate((size, size - 1, size + 50)):
+        odd = copy_folder(folder, tmp_path / str(number))
+        tree = json.loads((odd / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tree["added_tokens"].append({"id": token_id, "content": "<answer>", "special": True, **flags})
+        (odd / "tokenizer.json").write_text(json.dumps(tree))
+        processor = load_processor(odd, DATA)
+        found = processor.tokenizer.convert_tokens_to_ids("<answer>")
+        if found < size:
+            check_words(processor, shape)
+            assert found not in shape.unsayable_ids(processor.num_words)
+            continue
+        with pytest.raises(
+            ValueError, match=rf"^model.path: .*: tokenizer has {found + 1} words, vocab_size is {size}$"
+        ):
+            check_words(processor, shape)
+    with pytest.raises(ValueError, match=r"image_token_id is 7 in config.json, 261 in the tokenizer"):
+        check_words(load_processor(folder, DATA), replace(shape, image_token_id=7))
+
+
+def test_pixels_without_settings_are_those_of_transformers_own_processor(folder, tmp_path):
+    """Called plainly, whatever the folder's files say of areas; a setting replaces the one it names."""
+    file = "processor_config.json"
+    given = json.loads((folder / file).read_text())
+    given["image_processor"].pop("size")
+    for number, areas in enumerate(({"size": {"shortest_edge": 3136, "longest_edge": 9408}}, {"max_pixels": 6272}, {})):
+        own = copy_folder(folder, tmp_path / str(number))
+        (own / file).write_text(json.dumps(given | {"image_processor": given["image_processor"] | areas}))
+        reference = AutoProcessor.from_pretrained(own).image_processor
+        processor = load_processor(own, DATA.model_copy(update={"min_pixels": None, "max_pixels": None}))
+        for image in (picture(30, 40), picture(200, 100)):
+            expected = reference(images=[image], return_tensors="pt")
+            pixel_values_PD, grid_thw_I3 = processor.pixel_values([image])
+            assert torch.equal(grid_thw_I3, expected["image_grid_thw"])
+            assert torch.equal(pixel_values_PD, expected["pixel_values"])
+        least, most = processor.pixel_bounds
+        assert (least, most) == (reference.size["shortest_edge"], reference.size["longest_edge"])
+        assert load_processor(own, DATA.model_copy(update={"max_pixels": None})).pixel_bounds == (784, most)
+    with pytest.raises(
+        ValueError, match=r"^data.min_pixels: data.min_pixels=99999999 exceeds the \d+ of .*max_pixels$"
+    ):
+        load_processor(own, DATA.model_copy(update={"min_pixels": 99_999_999, "max_pixels": None}))
+    sizes = given["image_processor"] | {"size": {"height": 224, "width": 224}}
+    (own / file).write_text(json.dumps(given | {"image_processor": sizes}))
+    with pytest.raises(ValueError, match=r"^model.path: the image processor of .* names no area for data.max_pixels: "):
+        load_processor(own, DATA.model_copy(update={"max_pixels": None}))
 
 
 def test_pixel_values_alone_are_those_of_the_prompt(folder):
@@ -215,8 +274,131 @@ def test_what_a_template_fails_with_is_the_rows(folder, tmp_path):
         processor.encode("x?", [])
     assert processor.encode("y?", []).token_ids_S.numel()
     (odd / "chat_template.jinja").write_text("{{ messages[0].content.replace('<|image_pad|>', '') }}<|im_end|>")
-    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 1"):
+    with pytest.raises(TemplateFailed, match="writes 0 image tokens for 2"):
         load_processor(odd, DATA).encode("<image>", [picture(56, 56)])
+
+
+PARTS = "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+PARTS += "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+WORD = "{{ message.content }}"
+
+
+def template(body, opening="<|im_start|>assistant\n"):
+    """Qwen's, with another way to write a turn's content."""
+    turn = f"<|im_start|>{{{{ message.role }}}}\n{body}<|im_end|>\n"
+    return f"{{% for message in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+
+
+LOSES = "drops or changes the question"
+ODD_TEMPLATES = {
+    "parts": (template(PARTS), None),
+    "parts, else an error": (
+        template("{% if message.content is string %}{{ raise_exception('no text') }}{% endif %}" + PARTS), None,
+    ),
+    "think block opened": (template(WORD, "<|im_start|>assistant\n<think>\n"), None),
+    "always opened": (template(WORD, "") + "{{ '<|im_start|>assistant\n' }}", None),
+    "question dropped": (template("go on"), "writes 0 image tokens for 2|" + LOSES),
+    "text dropped": (template("{{ '<|image_pad|>' * message.content.count('<|image_pad|>') }}"), LOSES),
+    "text in capitals": (template(WORD.replace(" }}", " | upper }}")), LOSES),
+    "written twice": (template(WORD + "\n" + "{{ message.content.replace('<|image_pad|>', '') }}"), "question twice"),
+    "pictures first": (
+        template("{{ '<|image_pad|>' * message.content.count('<|image_pad|>') }}"
+                 "{{ message.content.replace('<|image_pad|>', '') }}"), LOSES,
+    ),
+    "pictures dropped": (template("{{ message.content.replace('<|image_pad|>', '') }}"), "writes 0 image tokens for 2"),
+    "system dropped": ("{% set messages = messages[-1:] %}" + template(WORD), "system turn"),
+    "opened twice": (template(WORD, "<|im_start|>assistant\n<|im_start|>assistant\n"), "assistant's turn twice"),
+    "always and again": (
+        template(WORD, "") + "<|im_start|>assistant\n{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "assistant's turn twice",
+    ),
+    "failing": ("{{ messages[0].nothing.at_all }}", "UndefinedError"),
+}  # fmt: skip
+
+
+def render_here(text):
+    """In this process, as the worker does: these templates are not hostile."""
+    made = environment().from_string(text)
+
+    def render(turns, opened):
+        try:
+            return made.render(messages=turns, add_generation_prompt=opened)
+        except Exception as error:
+            raise TemplateFailed(f"{type(error).__name__}: {error}") from None
+
+    return render
+
+
+@pytest.mark.parametrize("kind", ODD_TEMPLATES)
+def test_a_template_gives_the_question_back_or_is_refused(kind):
+    text, fault = ODD_TEMPLATES[kind]
+    render, system = render_here(text), "Be kind." if fault is None or "system" in kind else None
+    if fault is not None:
+        with pytest.raises(TemplateFailed, match=fault) as caught:
+            find_form(render, system)
+        assert "\n" not in str(caught.value)
+        return
+    form = find_form(render, system)
+    assert form == ("parts" if "parts" in kind else "text")
+    start = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n" + ("<think>\n" if "think" in kind else "")
+    for question in ("Is {'it'} 2\n+ 2?", "<image>What?\n<image>"):
+        said = question.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        assert render(turns_of(question, system, form), True) == f"{start}{said}{end}"
+
+
+def test_a_template_of_parts_serves_prompts_and_one_that_loses_them_does_not(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(ODD_TEMPLATES["parts, else an error"][0])
+    processor, known = load_processor(odd, DATA), load_processor(folder, DATA)
+    for problem in ("2+2?", "<image>What?"):
+        assert processor.render(problem) == known.render(problem)
+    assert processor.end_of_turn_id == IDS["<|im_end|>"]
+    (odd / "chat_template.jinja").write_text(ODD_TEMPLATES["text dropped"][0])
+    with pytest.raises(TemplateFailed, match=rf"^model.path: the chat template of {odd}: {LOSES}"):
+        load_processor(odd, DATA).encode("2+2?", [])
+
+
+def test_a_row_that_a_template_changes_is_told(folder, tmp_path):
+    odd = copy_folder(folder, tmp_path)
+    (odd / "chat_template.jinja").write_text(template("{{ message.content.split('</think>')[-1] }}"))
+    processor = load_processor(odd, DATA)
+    assert "why?" in processor.render("why?")
+    with pytest.raises(TemplateFailed, match=LOSES):
+        processor.render("what does </think> mean?")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates", "chat_template.json"])
+def test_of_several_templates_the_default_one(folder, tmp_path, place):
+    """As transformers takes it, and as the certificate's own processor does."""
+    several = copy_folder(folder, tmp_path)
+    (several / "chat_template.jinja").unlink()
+    known = load_processor(folder, DATA).render("<image>2+2?")
+
+    def write(**templates):
+        if place == "tokenizer_config.json":
+            settings = json.loads((folder / place).read_text())
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+            (several / place).write_text(json.dumps(settings))
+        elif place == "chat_template.json":
+            (several / place).write_text(json.dumps({"chat_template": templates.get("default")}))
+        else:
+            (several / place).mkdir(exist_ok=True)
+            (several / "chat_template.jinja").unlink(missing_ok=True)
+            for name, text in templates.items():
+                file = several / ("chat_template.jinja" if name == "default" else f"{place}/{name}.jinja")
+                file.write_text(text)
+
+    write(default=CHAT_TEMPLATE, tool_use="tools")
+    processor = load_processor(several, DATA)
+    assert processor.render("<image>2+2?") == known
+    assert processor.encode("2+2?", []).token_ids_S.numel()
+    theirs = HuggingFace(None, several, DATA, ())
+    assert theirs._render("<image>2+2?") == known
+    if place != "chat_template.json":
+        write(chat=CHAT_TEMPLATE, tool_use="tools")
+        with pytest.raises(ValueError, match=r"chat templates by name, chat, tool_use, and none that is named default"):
+            load_processor(several, DATA)
 
 
 def test_no_code_of_a_folder_is_run(folder, tmp_path):

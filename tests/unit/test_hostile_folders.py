@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, read_header
-from megatron_papo.checkpoint.folders import HuggingFaceReader, check_side_files, copy_side_files, weight_files
+from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles
+from megatron_papo.checkpoint.folders import check_side_files, copy_side_files
+from megatron_papo.checkpoint.headers import read_header
 from megatron_papo.checkpoint.names import parameter_table
+from megatron_papo.checkpoint.weights import check_weights
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import tiny_config
 
@@ -28,13 +30,13 @@ def weights():
 
 
 def write_index(folder, weight_map):
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def both_readers_refuse(folder, message):
     """The one that loads and the one that converts, with the same line."""
     shape = ModelShape.from_dict(SHAPE)
-    for read in (lambda: HuggingFaceReader(folder).__enter__(), lambda: HuggingFaceFiles.read(folder, shape)):
+    for read in (lambda: check_weights(shape, folder), lambda: HuggingFaceFiles.read(folder, shape)):
         with pytest.raises(ValueError, match=message) as caught:
             read()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + 2 * len(str(folder))
@@ -65,7 +67,16 @@ def test_an_index_names_files_beside_it_alone(folder):
                  ["a.safetensors"], "x\n/a.safetensors"):  # fmt: skip
         write_index(folder, {**good, first: name})
         both_readers_refuse(folder, rf"^{re.escape(str(folder / INDEX))}: {re.escape(first)}: said to lie in ")
-    for text in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "{", "\0"):
+    for text in (
+        "[]",
+        "{}",
+        '{"weight_map": {"a": "a.safetensors"}}',
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        "[" * 100_000,
+        "{",
+        "\0",
+    ):
         (folder / INDEX).write_text(text)
         both_readers_refuse(folder, rf"^{re.escape(str(folder / INDEX))}: ")
 
@@ -75,12 +86,13 @@ def test_a_tensor_lies_in_one_place_and_where_the_index_says(folder):
     good = json.loads((folder / INDEX).read_text())["weight_map"]
     write_index(folder, {**good, first: "b.safetensors"})
     both_readers_refuse(folder, rf"a.safetensors: {re.escape(first)}: lies here, but in b.safetensors by {INDEX}$")
-    (folder / INDEX).unlink()
-    save_file({**{name: torch.zeros(1) for name in ("x", "y")}, first: weights()[first]}, folder / "c.safetensors")
-    both_readers_refuse(folder, rf"c.safetensors: {re.escape(first)}: lies in a.safetensors already$")
-    inner_name = "model.visual." + last.removeprefix("visual.")
-    save_file({inner_name: weights()[last]}, folder / "c.safetensors")
-    both_readers_refuse(folder, rf"c.safetensors: {re.escape(inner_name)}: lies in b.safetensors already$")
+    for beside in ({first: weights()[first]}, {"model.visual." + last.removeprefix("visual."): weights()[last]}):
+        write_index(folder, {**good, "x": "c.safetensors"})
+        save_file({"x": torch.zeros(1), **beside}, folder / "c.safetensors")
+        name = re.escape(next(iter(beside)))
+        there = good[first if first in beside else last]
+        told = f"lies here, but in {there} by {INDEX}$" if first in beside else f"lies in {there} already$"
+        both_readers_refuse(folder, rf"c.safetensors: {name}: {told}")
 
 
 def test_weights_are_regular_files_also_behind_a_link(folder, tmp_path):
@@ -96,8 +108,9 @@ def test_weights_are_regular_files_also_behind_a_link(folder, tmp_path):
     shutil.rmtree(folder)
     folder.mkdir()
     torch.save(weights(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds no \*.safetensors$"):
-        weight_files(folder)
+    both_readers_refuse(folder, rf"model: holds neither model.safetensors nor {INDEX}$")
+    os.mkfifo(folder / "model.safetensors")
+    both_readers_refuse(folder, "model.safetensors: not a regular file")
 
 
 def header_file(path, tree, num_bytes=64):

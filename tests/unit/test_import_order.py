@@ -28,6 +28,7 @@ LAYERS = (
         "certify",
         "evaluate",
         "score",
+        "first_look",
         "doctor",
         "launch",
         "keeper",

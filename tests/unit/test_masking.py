@@ -47,7 +47,7 @@ def black_of(image):
 
 def test_golden_mask(processor):
     prompt = as_prompt(processor, picture(56, 56))
-    (masked,) = masked_raw_images(replace(prompt, visit=2), Masks(MaskConfig(), seed=1))
+    (masked,) = masked_raw_images(replace(prompt, visit=2), Masks(MaskConfig(cell=14), seed=1))
     cells = black_of(masked)[::14, ::14].astype(int)
     assert cells.tolist() == GOLDEN
     kept = ~black_of(masked)
@@ -79,9 +79,9 @@ def test_masked_view_goes_through_the_same_processor(processor):
 
 def test_images_of_a_prompt_are_masked_independently(processor):
     both = as_prompt(processor, picture(56, 56), picture(56, 56))
-    first, second = masked_raw_images(both, Masks(MaskConfig(), seed=0))
+    first, second = masked_raw_images(both, Masks(MaskConfig(cell=14), seed=0))
     assert (black_of(first) != black_of(second)).any()
-    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), Masks(MaskConfig(), seed=0))
+    (alone,) = masked_raw_images(as_prompt(processor, picture(56, 56)), Masks(MaskConfig(cell=14), seed=0))
     assert (np.array(alone) == np.array(first)).all()
 
 
@@ -193,3 +193,10 @@ def png(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(processor):
+    prompt = as_prompt(processor, picture(70, 60))
+    alike = [mask_images(prompt, MaskConfig(cell=cell), processor, seed=3, step=0) for cell in (None, 14, 28)]
+    own, patch, other = (view.masked_pixel_values_PD for view in alike)
+    assert torch.equal(own, patch) and not torch.equal(own, other)

@@ -216,4 +216,4 @@ def write_folder(folder: Path, config: dict[str, Any]) -> None:
             os.fsync(files.handle(unit.file))
     if len(units) > 1:
         weight_map = {name: stored.file for name, stored in store.tensors.items()}  # type: ignore[attr-defined]
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

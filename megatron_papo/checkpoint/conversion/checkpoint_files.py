@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megatron_papo.checkpoint.blobs import Part, values_offset
 from megatron_papo.checkpoint.conversion.box_sums import Box, BoxSums
 from megatron_papo.checkpoint.conversion.stores import Files, Strip
-from megatron_papo.checkpoint.folders import raise_faults
+from megatron_papo.checkpoint.huggingface_weights import raise_faults
 from megatron_papo.checkpoint.metadata_file import METADATA_FILE
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.slices import Entry

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_papo.checkpoint.conversion.convert import chunk_for
 from megatron_papo.checkpoint.conversion.crew import Crew
+from megatron_papo.checkpoint.conversion.first_look import look
 from megatron_papo.checkpoint.conversion.plan import open_store, parameter_bytes
 from megatron_papo.checkpoint.conversion.progress import Progress
 from megatron_papo.checkpoint.conversion.spans import chunks, spans, width
@@ -31,6 +32,7 @@ def compare(first: Path, second: Path, memory_bytes: int, crew: Crew, limit: int
     stores = open_store(first, shape), open_store(second, _shape_of(second, shape))
     table = parameter_table(shape)
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
+    look(crew, first, second)
     faults: dict[int, list[str]] = {}
     total = sum(parameter_bytes(stores[0], entry) for entry in table.values())
     with Files(first) as left, Files(second) as right, Progress(crew, "verify", total) as progress:

@@ -22,6 +22,7 @@ from megatron_papo.checkpoint.atomic import publish
 from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.checkpoint.conversion.checkpoint_plan import state_tree, write_metadata
 from megatron_papo.checkpoint.conversion.crew import Crew
+from megatron_papo.checkpoint.conversion.first_look import look
 from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles
 from megatron_papo.checkpoint.conversion.journal import FOLDER, Record, read_journal
 from megatron_papo.checkpoint.conversion.manifest import (
@@ -39,6 +40,7 @@ from megatron_papo.checkpoint.conversion.units import convert_unit, journal_file
 from megatron_papo.checkpoint.folders import check_side_files, copy_side_files, set_dtype
 from megatron_papo.checkpoint.slices import Entry
 from megatron_papo.checkpoint.state_file import write_state_tree
+from megatron_papo.checkpoint.weight_files import weight_files
 from megatron_papo.files import make_way, print_warning, write_whole
 
 PLAN_FILE = "plan"
@@ -76,7 +78,10 @@ def convert(
     if len(set(crew.gather(plan.fingerprint))) != 1:
         raise ValueError(f"{source}: the workers see different files there")
     left_out = check_side_files(plan.files)
+    if direction == "hf-to-megatron" and (note := weight_files(source).note()):
+        left_out.insert(0, note)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
+    look(crew, source)
     lock: list[IO[str]] = []
     what = crew.first(lambda: _prepare(plan, target, partial, lock))
     for told in [what.said, *left_out] if crew.rank == 0 else []:

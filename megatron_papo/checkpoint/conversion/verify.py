@@ -16,6 +16,7 @@ import torch
 
 from megatron_papo.checkpoint.conversion.convert import chunk_for
 from megatron_papo.checkpoint.conversion.crew import Crew
+from megatron_papo.checkpoint.conversion.first_look import look
 from megatron_papo.checkpoint.conversion.hashing import Forms
 from megatron_papo.checkpoint.conversion.manifest import MANIFEST_FILE, dtype_name, names, read_manifest
 from megatron_papo.checkpoint.conversion.plan import Direction, open_store, parameter_bytes
@@ -47,6 +48,7 @@ def verify(folder: Path, memory_bytes: int, crew: Crew, source: Path | None = No
     # the manifest says more than checksums of boxes, and which tensors differ
     stores = [open_store(each, shape, checked=False) for each in (folder, source) if each]
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
+    look(crew, *(store.folder for store in stores))
     total = sum(parameter_bytes(store, entry) for store in stores for entry in table.values())
     own = _own(list(table.values()), stores[0], crew)
     found: list[str] = []
