@@ -66,7 +66,10 @@ class Rewarder:
 
     def parts(self, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         """The parts of one rollout: accuracy and format always, repetition and overlong where they count."""
-        found = {"accuracy": self._accuracy(prompt, rollout.text), "format": format_reward(self._response_prefix + rollout.text)}
+        found = {
+            "accuracy": self._accuracy(prompt, rollout.text),
+            "format": format_reward(self._response_prefix + rollout.text),
+        }
         if self._config.repetition_weight:
             found["repetition"] = repetition(rollout.text, self._config.repetition_ngram)
         if self._config.overlong.enabled:
