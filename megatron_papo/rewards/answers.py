@@ -4,8 +4,8 @@ Every function here is linear in a capped length, so that no answer can cost tim
 rule applies; where it takes algebra, it gives what is left to ask of math-verify (`verifier`). What the rules decide
 beyond equality:
 
-- numbers: 1,000 = 1000, 1e3 = 1000, 1/2 = 0.5 = 50\\%, 7 1/2 = 7.5, and 50\\% = 50; within a millionth of the smaller
-  of 1 and the gold value, so that 0.333333 = 1/3 and 2e-7 is not 1e-7;
+- numbers: 1,000 = 1000, 1e3 = 1000, 1/2 = 0.5 = 50\\%, 7 1/2 = 7.5, and 50\\% = 50; within a millionth, and
+  to six significant digits, so that 0.333333 = 1/3 and 2e-7 is not 1e-7;
 - units: 24 cm^2 = 24 and never 24 kg (`units`);
 - choices: where the gold answer is one letter, A = (A) = A. 30 = \\text{A} = Option A; ABD = A,B,D in that order;
 - words of three letters and more are words, compared without case, not products of variables;
@@ -31,14 +31,17 @@ _MAX_READ = 1000
 
 _BRACKETED = re.compile(r"\(([A-J])\)[.:]? ?(.*)", re.DOTALL)
 _BARE = re.compile(r"([A-J])(?:$|[).](?![A-Z](?![a-z])) ?(.*)|(?<=[A-E]):(?![A-Z]) ?(.*))", re.DOTALL)
-_CHOICE_WORD = re.compile(r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?|选项?|答案[是为]?)[ :]*(?=[(A-Ja-j])", re.I)
+_CHOICE_WORD = re.compile(
+    r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?|选项?|答案[是为]?)[ :]*(?=[(A-Ja-j])", re.IGNORECASE
+)
 _MORE_CHOICES = re.compile(r"^(?:and\b|or\b|[,;&/])|^\(?[A-J][).:,]|[,;] ?\(?[A-J] ?[).:=]|\([A-J]\)")
-_SPECIES = frozenset("coli elegans melanogaster subtilis aureus thaliana cerevisiae rerio sapiens pylori".split())
+_SPECIES = ("coli", "elegans", "melanogaster", "subtilis", "aureus", "thaliana", "cerevisiae", "rerio", "pylori")
 """After an abbreviated genus: E. coli is no choice."""
 _CHOICES = re.compile(r"\(?[A-J]\)?(?:(?: ?[,;&] ?(?:and )?| and | )?\(?[A-J]\)?)+")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-]+[^\W\d_]+)*|[Nn]o")
 _DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
 _DIGIT = re.compile(r"\d")
+_FULL_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}-\d{1,2}-\d{4}")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 
 
@@ -160,7 +163,7 @@ def _same_words(answer: str, gold: str) -> bool | None:
 def _same_date(answer: str, gold: str) -> bool | None:
     date, gold_date = _DATE.fullmatch(answer), _DATE.fullmatch(gold)
     if not date or not gold_date:
-        return None
+        return False if _FULL_DATE.fullmatch(answer) or _FULL_DATE.fullmatch(gold) else None
     return [int(date[part]) for part in (1, 3, 4)] == [int(gold_date[part]) for part in (1, 3, 4)]
 
 

@@ -10,6 +10,7 @@ memory did, or the grader crashed.
 import cmath
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ Grader = Callable[[str, str], bool]
 """Of an answer and the gold answer."""
 
 _MEMORY = 4 << 30  # bytes of address space: 9^{9^9} would take all there is before its time is out
-_NEAR = 1.000001e-6  # a millionth, and what doubles lose
+_SIX_DIGITS = 5.000001e-6  # six significant digits, and what doubles lose
 _ZERO = 1e-90  # what thirty digits leave of an expression that is zero
 
 
@@ -109,8 +110,8 @@ def compare(answer: str, gold: str) -> bool:
 
 
 def grade(answer: str, gold: str) -> bool:
-    """mathruler's verdict. It takes an expression for Python and evaluates it, where it has at most two unknown letters:
-    a text within one could be evaluated in its turn, and hold any program, so that none is let through."""
+    """mathruler's verdict. It evaluates as Python what has at most two unknown letters. A text within would be
+    evaluated in its turn, and may spell any program by its letters' numbers: nothing with a quotation mark is."""
     from mathruler import grader
 
     if not hasattr(grader, "parse_any"):
@@ -127,7 +128,7 @@ def _parse_without_texts(expression: str) -> Any:
 
 
 def apart(gold: Any, answer: Any) -> bool:
-    """Whether two expressions that math-verify calls equal differ by more than a millionth of the gold value.
+    """Whether two expressions that math-verify calls equal differ in their first six digits.
 
     It rounds to six places, and so takes all tiny numbers for one. Members of sets, tuples and intervals are compared
     one by one; equations other than `x = …`, inequalities and percentages, which have two values, are left to it.
@@ -142,11 +143,11 @@ def apart(gold: Any, answer: Any) -> bool:
     symbols = sorted(set().union(*(one.free_symbols for one in (*members, *gold_members))), key=str)
     point = {symbol: Rational(13 + 7 * place, 10) for place, symbol in enumerate(symbols)}
     values, gold_values = ([_value(member, point) for member in some] for some in (members, gold_members))
-    if None in values or None in gold_values:
-        return False
     if isinstance(gold, FiniteSet) or isinstance(answer, FiniteSet):
         values, gold_values = sorted(values, key=_order), sorted(gold_values, key=_order)
-    return any(abs(value - of) > _NEAR * abs(of) + _ZERO for value, of in zip(values, gold_values))
+    return any(
+        abs(value - of) > _SIX_DIGITS * max(abs(value), abs(of)) + _ZERO for value, of in zip(values, gold_values)
+    )
 
 
 def _members(expression: Any) -> list[Any]:
@@ -159,13 +160,13 @@ def _members(expression: Any) -> list[Any]:
     return list(expression.args) if isinstance(expression, (FiniteSet, Tuple)) else [expression]
 
 
-def _value(expression: Any, point: dict[Any, Any]) -> complex | None:
-    """At the point; None for what has no finite value."""
+def _value(expression: Any, point: dict[Any, Any]) -> complex:
+    """At the point; not a number for what has no finite value, which is apart from nothing."""
     try:
         value = complex(expression.subs(point).doit().evalf(30))
     except (TypeError, ValueError, AttributeError, OverflowError):
-        return None
-    return value if cmath.isfinite(value) else None
+        return complex(math.nan)
+    return value if cmath.isfinite(value) else complex(math.nan)
 
 
 def _order(value: complex) -> tuple[float, float]:

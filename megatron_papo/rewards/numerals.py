@@ -1,4 +1,4 @@
-"""Plain numbers exactly: decimals, powers of ten, fractions, mixed numbers, percentages, and words for powers of ten."""
+"""Plain numbers, exactly: decimals, powers of ten and words for them, fractions, mixed numbers, percentages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from fractions import Fraction
 
 _MAX_EXPONENT = 300
 _MAX_DIGITS = 100
+_MILLIONTH = Fraction(1, 10**6)
 _TEN = r"(?:\\times|\\cdot|\*|x)10\^(?:([+-]?\d{1,4})|\{([+-]?\d{1,4})\}|\(([+-]?\d{1,4})\))"
-_NUMBER = re.compile(
-    rf"([+-]?)(\d{{1,3}}(?:(?:,|\{{,\}})\d{{3}})+|\d+)?(?:\.(\d*))?(?:[eE]([+-]?\d{{1,4}})|{_TEN})?"
-)
+_NUMBER = re.compile(rf"([+-]?)(\d{{1,3}}(?:(?:,|\{{,\}})\d{{3}})+|\d+)?(?:\.(\d*))?(?:[eE]([+-]?\d{{1,4}})|{_TEN})?")
 _POWER_OF_TEN = re.compile(r"([+-]?)10\^(?:([+-]?\d{1,4})|\{([+-]?\d{1,4})\}|\(([+-]?\d{1,4})\))")
 _FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?[\d.,]+)\}\{([+-]?[\d.,]+)\}|([\d.,]+)/([\d.,]+))")
 _MIXED = re.compile(r"([+-]?) ?(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+) ?/ ?(\d+))")
@@ -60,8 +59,8 @@ def equal_numbers(answer: str, gold: str) -> bool | None:
 
 
 def near(value: Fraction, gold: Fraction) -> bool:
-    """Within a millionth of the smaller of 1 and the gold value: nothing but 0 is near 0."""
-    return abs(value - gold) <= Fraction(1, 10**6) * min(Fraction(1), abs(gold))
+    """Within a millionth, and to six significant digits: 0.166667 is 1/6, and nothing but 0 is near 0."""
+    return abs(value - gold) <= min(_MILLIONTH, 5 * _MILLIONTH * max(abs(value), abs(gold)))
 
 
 def _mixed(found: re.Match[str]) -> Fraction | None:

@@ -13,17 +13,22 @@ import unicodedata
 OPEN, CLOSE = "\x02", "\x03"
 """Around what stood in upright text. No answer has control characters: `answers.agree` refuses them before."""
 
-_UPRIGHT = frozenset(
-    "text textrm textnormal textup textbf textit textsf texttt mathrm mathsf mbox hbox operatorname emph unit si".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_UPRIGHT = _words(
+    "text textrm textnormal textup textbf textit textsf texttt mathrm mathsf mbox hbox operatorname emph unit si"
 )
-_BOLD = frozenset("mathbf boldsymbol bm pmb mathit mathnormal ensuremath".split())
-_SWITCHES = frozenset("rm bf it sf tt bfseries itshape".split())
+_BOLD = _words("mathbf boldsymbol bm pmb mathit mathnormal ensuremath")
+_SWITCHES = _words("rm bf it sf tt bfseries itshape")
 """Fonts for the rest of a group: `{\\rm cm}`."""
-_DROPPED = frozenset(
+_DROPPED = _words(
     "! left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
-    "scriptstyle limits nolimits tiny small normalsize large Large LARGE huge Huge ( ) [ ]".split()
+    "scriptstyle limits nolimits tiny small normalsize large Large LARGE huge Huge ( ) [ ]"
 )
-_SPACES = frozenset([*", ; : > quad qquad enspace thinspace medspace thickspace nobreakspace".split(), " ", "\n", "\t"])
+_SPACES = _words(", ; : > quad qquad enspace thinspace medspace thickspace nobreakspace") | {" ", "\n", "\t"}
 _RENAMED = {
     "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "leq": "\\le", "leqslant": "\\le", "geq": "\\ge",
     "geqslant": "\\ge", "neq": "\\ne", "to": "\\rightarrow", "longrightarrow": "\\rightarrow", "gets": "\\leftarrow",
@@ -56,7 +61,10 @@ _SIGNS = {
     **dict.fromkeys("ΩΩ", "\\Omega "), **dict.fromkeys("µμ", "\\mu "), "ℓ": "L", "㎡": "m^2", "㎥": "m^3",
     "㎠": "cm^2", "㎤": "cm^3", "㎢": "km^2", "㎟": "mm^2",
 }  # fmt: skip
-_GREEK = "αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta κkappa λlambda νnu ξxi πpi ρrho σsigma τtau φphi ϕphi χchi ψpsi ωomega"  # noqa: E501
+_GREEK = (
+    "αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta κkappa λlambda"
+    " νnu ξxi πpi ρrho σsigma τtau φphi ϕphi χchi ψpsi ωomega"
+)
 _SIGNS |= {name[0]: f"\\{name[1:]} " for name in _GREEK.split()}
 _SIGNS |= {
     sign: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄")) for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
@@ -70,7 +78,7 @@ _ROOTS = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
 def spell(answer: str) -> str:
     """The one spelling, with marks around upright text; for ASCII and Unicode alike."""
     answer = answer.strip()
-    if len(answer) == 1 and answer.isascii() or answer.isdigit() and answer.isascii():
+    if answer.isascii() and (len(answer) == 1 or answer.isdigit()):
         return answer  # most answers, and nothing to do
     if not answer.isascii():
         answer = _as_latex(answer)
@@ -143,7 +151,7 @@ def _read(text: str) -> str:
         elif name in _SWITCHES:
             if out and out[-1] == "{" and groups:
                 out[-1], groups[-1] = OPEN, CLOSE
-        elif name in _DROPPED or token[-1:] == "." and name[:4] in ("left", "righ"):
+        elif name in _DROPPED or name.rstrip(" .") in ("left", "right"):
             pass
         elif name in _SPACES:
             out.append(" ")

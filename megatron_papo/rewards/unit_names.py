@@ -22,11 +22,12 @@ dollar = dollar; euro = euro; yuan = yuan; yen = yen; rupee = rupee; cent = cent
 kΩ = kilohm; MΩ = megohm
 """
 _CHINESE = """
-mm = 毫米; cm = 厘米 公分; dm = 分米; m = 米; km = 千米 公里; nm = 纳米; µm = 微米; in = 英寸; ft = 英尺; mi = 英里; ha = 公顷;
-L = 升; mL = 毫升; s = 秒; ms = 毫秒; min = 分钟; h = 小时 时; d = 天 日; wk = 周 星期; mo = 月 个月; yr = 年; g = 克;
-kg = 千克 公斤; mg = 毫克; t = 吨; degree = 度; celsius = 摄氏度; fahrenheit = 华氏度; rad = 弧度; A = 安 安培; V = 伏 伏特;
-W = 瓦 瓦特; kW = 千瓦; kWh = 千瓦时; J = 焦 焦耳; kJ = 千焦; N = 牛 牛顿; Pa = 帕 帕斯卡; Hz = 赫 赫兹; Ω = 欧 欧姆; C = 库仑;
-mol = 摩尔; yuan = 元 人民币; yen = 日元; dollar = 美元; euro = 欧元; cent = 美分; unit = 单位
+mm = 毫米; cm = 厘米 公分; dm = 分米; m = 米; km = 千米 公里; nm = 纳米; µm = 微米; in = 英寸; ft = 英尺; mi = 英里;
+ha = 公顷; L = 升; mL = 毫升; s = 秒; ms = 毫秒; min = 分钟; h = 小时 时; d = 天 日; wk = 周 星期; mo = 月 个月;
+yr = 年; g = 克; kg = 千克 公斤; mg = 毫克; t = 吨; degree = 度; celsius = 摄氏度; fahrenheit = 华氏度; rad = 弧度;
+A = 安 安培; V = 伏 伏特; W = 瓦 瓦特; kW = 千瓦; kWh = 千瓦时; J = 焦 焦耳; kJ = 千焦; N = 牛 牛顿; Pa = 帕 帕斯卡;
+Hz = 赫 赫兹; Ω = 欧 欧姆; C = 库仑; mol = 摩尔; yuan = 元 人民币; yen = 日元; dollar = 美元; euro = 欧元; cent = 美分;
+unit = 单位
 """
 _METRIC = """
 m = meter metre; g = gram gramme; s = second; A = ampere amp; V = volt; W = watt; J = joule; N = newton; C = coulomb;
@@ -52,12 +53,13 @@ DERIVED = {
 }  # fmt: skip
 """Units that are products of others without a factor: N·m is J, mL is cm³."""
 
-NO_UNITS = frozenset(
+_CHANGING = (
     "hundred thousand million billion trillion dozen score half halves third thirds quarter quarters squared cubed "
     "factorial times plus minus over more less fewer and or to mod choose root pi percent point negative not none than "
     "from by divided multiplied power log exp sin cos tan cot sec csc sqrt frac infinity alpha beta gamma delta theta "
-    "lambda sigma phi omega if when where for is are equals approximately between except remainder".split()
+    "lambda sigma phi omega if when where for is are equals approximately between except remainder"
 )
+NO_UNITS = frozenset(_CHANGING.split())
 """Words after a number that change what it says; so do words on -th and -ths."""
 CHINESE_NO_UNITS = frozenset("十百千万亿半分之点倍至到或和与加减乘除约成比负")
 """The same in Chinese, letter by letter."""

@@ -154,12 +154,12 @@ def _measures(value: str, tokens: list[re.Match[str]]) -> bool:
         return False
     upright = tokens[0].lastgroup == "degree" or tokens[0][0] == OPEN
     if not (value[-1].isdigit() or value[-1] in f")}}]!{CLOSE}" or value.endswith("\\pi")):
-        return upright and value[-1].isalpha() or number(plain(value)) is not None  # 5 million
+        return (upright and value[-1].isalpha()) or number(plain(value)) is not None  # 5 million
     words = [token[0] for token in tokens if token.lastgroup == "word"]
-    loose = [word for word in words if len(word) == 1 and word.isascii() or word in _PRODUCTS]
+    loose = [word for word in words if (len(word) == 1 and word.isascii()) or word in _PRODUCTS]
     if upright or not loose:
         return True
-    if len(words) == 1 and (words[0] in _PRODUCTS or words[0] != "m" and tokens[-1].lastgroup == "power"):
+    if len(words) == 1 and (words[0] in _PRODUCTS or (words[0] != "m" and tokens[-1].lastgroup == "power")):
         return False
     last_side = plain(_LAST_SIDE.sub("", value))
     return number(last_side) is not None or bool(_NUMERIC.fullmatch(last_side) and not _VARIABLES.intersection(words))

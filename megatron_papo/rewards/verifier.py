@@ -1,8 +1,8 @@
 """A grader at arm's length: starts `math_worker` on first use and never waits for it longer than the limit.
 
 math-verify raises outside the main thread, hangs on towers of powers and can take all memory, and mathruler evaluates
-what it is given as Python; here none of that reaches the trainer. The worker is a fresh Python, not a fork: a process that holds torch and gloo threads must not
-fork. Verdicts are remembered, since the samples of a group often agree.
+what it is given as Python; here none of that reaches the trainer. The worker is a fresh Python, not a fork: a process
+that holds torch and gloo threads must not fork. Verdicts are remembered, since the samples of a group often agree.
 """
 
 from __future__ import annotations
