@@ -18,6 +18,7 @@ from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
 from megatron_papo.data.chat_template import TemplateFailed
+from megatron_papo.data.fingerprint import fingerprints_of_rows
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
@@ -160,6 +161,12 @@ class PromptDataset:
         if name not in self._rows.column_names:
             raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {self._listed()}")
         return self._rows[row][name]
+
+    def fingerprints(self, more_columns: Sequence[str] = ()) -> dict[str, str]:
+        """Of what is read of the rows, cells of `more_columns` included; see `fingerprint.py`."""
+        read = (self._columns.problem, self._columns.answer, *more_columns)
+        columns = [name for name in dict.fromkeys(read) if name in self._rows.column_names]
+        return fingerprints_of_rows(self._rows, columns, self.images)
 
     def _problem(self, row: int, cells: dict[str, Any]) -> str:
         problem = cells[self._columns.problem]

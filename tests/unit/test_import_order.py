@@ -38,6 +38,7 @@ LAYERS = (
         "record",
         "rollouts",
         "in_flight",
+        "origin",
         "run",
         "save",
         "serving",
