@@ -16,13 +16,14 @@ from typing import Any
 
 from megatron_papo.checkpoint.folders import check_side_files
 from megatron_papo.checkpoint.huggingface import write_hf
-from megatron_papo.checkpoint.state import TrainState
+from megatron_papo.checkpoint.state import Restored, TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import plain_tree
 from megatron_papo.files import write_whole
 from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.observe.progress import read_progress
 from megatron_papo.optim import Optimizer
+from megatron_papo.origin import Origin, changed_settings, compare_origins, kept_origin
 from megatron_papo.record import say, warn
 from megatron_papo.run import Run, model_folder
 
@@ -33,11 +34,13 @@ class Checkpoints:
     As a context it ends with `finish`, and when the block failed with the wait alone.
     """
 
-    def __init__(self, run: Run, optimizer: Optimizer, verb: str):
+    def __init__(self, run: Run, optimizer: Optimizer, verb: str, origin: Origin):
         settings = run.config.checkpoint
         self.next_step = 0
         """The step to go on with: 0, or after what `resume` found."""
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
+        self._origin = origin
+        self._num_steps = run.config.sft.steps if verb == "sft" else run.config.train.steps
         self._best = -math.inf
         self._said_wait = False
         for reason in check_side_files(model_folder(run.config)):
@@ -59,7 +62,8 @@ class Checkpoints:
     def resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
 
-        Raises ValueError when it is another verb's, of a model with other parts frozen, or when all are damaged.
+        Raises ValueError when it is another verb's, of a model with other parts frozen, of other data or another model,
+        or when all are damaged.
         """
         self._store.wait()
         if self._run.is_writer:
@@ -74,9 +78,21 @@ class Checkpoints:
         best = self._store.best_metric()
         self._best = -math.inf if best is None else best
         self.next_step = restored.step
+        self._origin = {**self._origin, **kept_origin(restored.cursor)}  # what the run began with stays
+        self._say_resumed(folder, restored)
+        return restored.cursor
+
+    def _say_resumed(self, folder: Path, restored: Restored) -> None:
         lost = read_progress(self._run.folder).lost() if self._run.is_writer else ""
         say(self._run, f"resumed from {folder}, step {restored.step}" + (f"; {lost}" if lost else ""))
-        return restored.cursor
+        if changed := changed_settings(restored.config, self._run.config):
+            say(self._run, f"settings that are others than the checkpoint's: {changed}")
+        if restored.step >= self._num_steps:
+            say(
+                self._run,
+                f"all {self._num_steps} steps are done: nothing is left to train; a larger {self._verb}.steps would go "
+                "on from here, another run.dir begins anew",
+            )
 
     def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
         """Whether `save_when_due` saves."""
@@ -153,7 +169,7 @@ class Checkpoints:
         warn(self._run, text)
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
-        cursor = {"verb": self._verb, **cursor}
+        cursor = {"verb": self._verb, "origin": dict(self._origin), **cursor}
         return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, plain_tree(self._run.config))
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
@@ -167,3 +183,5 @@ class Checkpoints:
         for part, frozen in now.items():
             if before[part] != frozen:
                 raise ValueError(f"model.freeze.{part}: the checkpoint {folder} has {before[part]}, this run {frozen}")
+        for text in compare_origins(folder, saved, self._origin, self._run.config):
+            warn(self._run, text)

@@ -22,6 +22,7 @@ from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.origin import origin_of
 from megatron_papo.packing import supervised_group
 from megatron_papo.pipeline import update_policy
 from megatron_papo.record import Recorder, name_bad_rows, name_missing_pictures, name_skipped
@@ -74,10 +75,11 @@ def main(config: Config) -> int:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
             name_missing_pictures(run, dataset)
+            origin = origin_of(run, dataset, config.sft.response_column)
             bad_rows = BadRows(config.data.on_bad_row)
             optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
         cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
-        checkpoints = stack.enter_context(Checkpoints(run, optimizer, "sft"))
+        checkpoints = stack.enter_context(Checkpoints(run, optimizer, "sft", origin))
         state = checkpoints.resume()
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])

@@ -33,6 +33,7 @@ from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.stopping import StopSignal
 from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.origin import Origin, origin_of
 from megatron_papo.packing import joint_row
 from megatron_papo.parallel import sum_metrics
 from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
@@ -61,6 +62,7 @@ class Training:
     heldout: PromptDataset | None
     bad_rows: BadRows
     cursor: DataCursor
+    origin: Origin
     guard: CollapseGuard
     precision: PrecisionGuard
 
@@ -73,7 +75,7 @@ def main(config: Config) -> int:
         StopSignal() as stop,
         open_run(config, config.generation.num_engine_ranks) as run,
         open_training(run) as training,
-        Checkpoints(run, training.optimizer, "train") as checkpoints,
+        Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):
         first_step = _resume(training, checkpoints)
         if first_step < config.train.steps:
@@ -152,6 +154,7 @@ def open_training(run: Run) -> Iterator[Training]:
         with run.clock.stage("set up"):
             dataset = _training_rows(run)
             name_missing_pictures(run, dataset, perception=config.loss.perception_coef > 0)
+            origin = origin_of(run, dataset)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
@@ -176,6 +179,7 @@ def open_training(run: Run) -> Iterator[Training]:
             heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
             cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
+            origin=origin,
             guard=CollapseGuard(config.perception.guard),
             precision=PrecisionGuard.of(config.fp8),
         )

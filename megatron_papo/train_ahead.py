@@ -49,7 +49,7 @@ def main(config: Config) -> int:
         StopSignal() as stop,
         open_run(config, config.generation.num_engine_ranks) as run,
         open_training(run) as training,
-        Checkpoints(run, training.optimizer, "train") as checkpoints,
+        Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):
         kept, first_step = _resume(training, checkpoints), checkpoints.next_step
         run.clock.take()  # what came before is no step's time

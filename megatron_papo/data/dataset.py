@@ -20,6 +20,7 @@ from megatron_papo.data.bad_rows import BadRow as BadRow
 from megatron_papo.data.bad_rows import BadRows as BadRows
 from megatron_papo.data.cells import BadCell, answers_of, question_of
 from megatron_papo.data.chat_template import TemplateFailed
+from megatron_papo.data.fingerprint import fingerprints_of_rows
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
@@ -145,6 +146,12 @@ class PromptDataset:
         if any(image_items(cells[place][column]) for place in places):
             return None
         return f"none of {len(places)} rows of {self.name}, which has {len(cells)}, holds a picture in {column!r}"
+
+    def fingerprints(self, more_columns: Sequence[str] = ()) -> dict[str, str]:
+        """Of what is read of the rows, cells of `more_columns` included; see `fingerprint.py`."""
+        read = (self._columns.problem, self._columns.answer, *more_columns)
+        columns = [name for name in dict.fromkeys(read) if name in self._rows.column_names]
+        return fingerprints_of_rows(self._rows, columns, self.images)
 
     def _pictures(self, cells: dict[str, Any]) -> Any:
         return cells.get(self._columns.images) if self._columns.images is not None else None

@@ -192,6 +192,11 @@ class Processor:
         return _COMPOSED * max(map(len, self.tokenizer.get_vocab()))
 
     @property
+    def template(self) -> str:
+        """The chat template's own text."""
+        return self._template
+
+    @property
     def merge_size(self) -> int:
         """Patches of a merged patch, along an edge."""
         return self.image_processor.merge_size

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import json
 import math
-from contextlib import redirect_stderr
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 from megatron_papo.config import Config
 from tests.ranks import run_ranks
+from tests.tiny import make_tiny_folder
 from tests.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
 
 
@@ -162,11 +165,61 @@ def test_evaluation_of_text_alone_has_no_masked_scores(inputs, tmp_path):
     assert _scores(tmp_path / "run").keys() == {"accuracy", "format", "response_tokens"}
 
 
-def test_a_folder_of_another_verb_is_refused(inputs, tmp_path):
-    settings = {"sft__steps": 1, "sft__batch_size": 2}
-    run_ranks(_sft, 1, tiny_run(inputs, tmp_path, **settings))
-    with pytest.raises(Exception, match=r"run\.dir: .* is a checkpoint of papo sft, this is papo train"):
-        run_ranks(_train, 1, tiny_run(inputs, tmp_path))
+def _said(*runs: tuple[str, Config]) -> list[str]:
+    """What each verb says, one after the other in the same process, its error last."""
+    found = []
+    for verb, config in runs:
+        told = io.StringIO()
+        with redirect_stdout(told), redirect_stderr(told):
+            try:
+                importlib.import_module(f"megatron_papo.{verb}").main(config)
+            except ValueError as error:
+                print(f"error: {error}")
+        found.append(
+            "".join(line for line in told.getvalue().splitlines(keepends=True) if "papo: " in line or "error: " in line)
+        )
+    return found
+
+
+def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
+    """Its own: wherever they lie. Two ranks, of which one compares, end alike."""
+    run_dir, last = tmp_path / "run", tmp_path / "run/checkpoints/step_00000001"
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(inputs, tmp_path / name))
+
+    def sft(folder: Path, steps: int = 2) -> tuple[str, Config]:
+        return "sft", tiny_run(folder, run_dir, sft__steps=steps, sft__batch_size=2)
+
+    rows, template, weights = copy("rows"), copy("template"), copy("weights")
+    (rows / "rows.jsonl").write_text((rows / "rows.jsonl").read_text().replace("it is 5", "it is 6"))
+    (template / "model/chat_template.jinja").write_text((inputs / "model/chat_template.jinja").read_text() + " ")
+    make_tiny_folder(weights / "model", seed=1)
+    begun, same, *refused = run_ranks(
+        _said, 2, sft(inputs, 1), sft(inputs, 1), sft(rows), sft(template), ("train", tiny_run(inputs, run_dir))
+    )[0]
+    assert begun == ""
+    resumed = f"papo: resumed from {last}, step 1"
+    assert (
+        same == f"{resumed}\npapo: all 1 steps are done: nothing is left to train; a larger sft.steps would go on "
+        "from here, another run.dir begins anew\n"
+    )
+    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)\n"
+    began = f"{inputs}/{{}}, with which this run began; {otherwise}"
+    assert refused[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}"
+    assert refused[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}"
+    assert refused[2].startswith(f"error: run.dir: {last} is a checkpoint of papo sft, this is papo train")
+    told = run_ranks(_said, 2, sft(weights), sft(copy("copy"), 3))
+    changed = "papo: settings that are others than the checkpoint's: sft.steps"
+    other = f"model.path: {weights}/model has other weights than {inputs}/model, with which this run began"
+    assert told[0][0].splitlines()[:3] == [
+        f"papo: warning: {other}: it goes on with those of {last}",
+        resumed,
+        f"{changed} 1 -> 2",
+    ]
+    last = last.with_name("step_00000002")
+    assert told[0][1].splitlines() == [f"papo: resumed from {last}, step 2", f"{changed} 2 -> 3"], "it began with these"
+    assert all(text == "" for text in told[1]), "the writer speaks for all"
 
 
 def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(inputs, tmp_path):

@@ -40,6 +40,7 @@ LAYERS = (
         "rollout_sums",
         "rollouts",
         "in_flight",
+        "origin",
         "run",
         "save",
         "serving",

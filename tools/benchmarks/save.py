@@ -147,7 +147,7 @@ class _Side:
             ),
         }
         run = replace(ours.run, config=config.model_copy(update=sections))
-        self._checkpoints = Checkpoints(run, ours.optimizer, "train") if side != "no save" else None
+        self._checkpoints = Checkpoints(run, ours.optimizer, "train", {}) if side != "no save" else None
         groups = make_groups(scale.workload, run.processor)
         self._update: Callable[[], object] = partial(ours.update, "GRPO", groups)
         self._clock, self._num_updates, self._step = run.clock, scale.num_updates, 0
