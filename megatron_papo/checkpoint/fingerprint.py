@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from megatron_papo.checkpoint.folders import weight_files
 from megatron_papo.checkpoint.state_file import STATE_FILE, names_checkpoint
+from megatron_papo.checkpoint.weight_files import weight_files
 from megatron_papo.data.fingerprint import fingerprint
 
 _TENSORS = 64
