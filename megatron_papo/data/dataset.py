@@ -233,7 +233,8 @@ class PromptDataset:
         """Those that are read of every row."""
         columns = [self._columns.problem]
         columns += [self._columns.answer] if self._needs_answer else []
-        return columns + [name for name in (self._columns.images,) if name in self._rows.column_names]
+        images = self._columns.images
+        return columns + ([images] if images is not None and images in self._rows.column_names else [])
 
     def _lacks(self, column: str) -> str:
         return f"{self.name} has no column {column!r}"

@@ -35,7 +35,7 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of_pattern(pattern: str) -> tuple[list[str], Path]:
-    """The files that match, as absolute paths in order, and the folder that the pattern begins in.
+    """The files that match, as absolute paths in order, and their folder; of several, the one that the pattern begins in.
 
     Raises FileNotFoundError when there is none.
     """
@@ -45,9 +45,11 @@ def files_of_pattern(pattern: str) -> tuple[list[str], Path]:
     while len(rest) > 1 and (folder / rest[0]).is_dir():
         folder /= rest.pop(0)
     try:
-        return resolve_pattern("/".join((escaped(folder), *rest)), ""), folder
+        files = resolve_pattern("/".join((escaped(folder), *rest)), "")
     except FileNotFoundError:
         raise FileNotFoundError("no file matches") from None
+    folders = {Path(file).parent for file in files}
+    return files, folders.pop() if len(folders) == 1 else folder
 
 
 def files_of_folder(folder: Path, split: str) -> list[str]:
