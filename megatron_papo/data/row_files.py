@@ -35,7 +35,7 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of_pattern(pattern: str) -> tuple[list[str], Path]:
-    """The files that match, as absolute paths in order, and their folder; of several, the one that the pattern begins in.
+    """The files that match, as absolute paths in order, and their folder; of several folders, where the pattern begins.
 
     Raises FileNotFoundError when there is none.
     """
