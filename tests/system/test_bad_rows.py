@@ -65,10 +65,3 @@ def test_an_evaluation_without_a_good_row_fails(inputs, tmp_path):
     assert f"data.eval: no good row left in {inputs}/all_bad.jsonl, of 3: nothing was evaluated" in last
     assert "image file missing 3" in done.stderr
     assert not (tmp_path / "run/eval.jsonl").exists()
-
-
-def test_a_column_of_pictures_that_is_not_there_ends_the_run(inputs, tmp_path):
-    done = papo("eval", _config(inputs, tmp_path, "skip"), "data.columns.images=imgs")
-    assert done.returncode == 1
-    assert "data.columns.images: " in done.stderr.splitlines()[-1]
-    assert "has no column 'imgs', has problem, answer, images" in done.stderr.splitlines()[-1]
