@@ -105,6 +105,7 @@ class HuggingFace:
     @torch.inference_mode()
     def read(self, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
         """The whole sequence in one pass, without a cache."""
+        # transformers has no one way to open a picture that is transparent or has 16 bits
         images = [decode_image(data) for data in prompt.images]
         batch = self._processor(
             text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False

@@ -100,7 +100,7 @@ class ParallelConfig(Section):
 
 class ColumnsConfig(Section):
     problem: str = "problem"
-    """Column of the question."""
+    """Column of the question: text, or one turn of the user."""
     answer: str = "answer"
     """Column of the right answer, or of a list of them, any of which counts."""
     images: str | None = "images"
@@ -113,7 +113,7 @@ MOST_IMAGE_PIXELS = 89_000_000
 
 class DataConfig(Section):
     train: str | None = None
-    """A file (parquet, jsonl), an image folder or a hub name: anything `datasets` reads."""
+    """A file (parquet, jsonl), a pattern of files, an image folder or a hub name: anything `datasets` reads."""
     eval: str | None = None
     """The held-out set, likewise."""
     split: str = "train"
@@ -142,7 +142,7 @@ class DataConfig(Section):
     max_prompt_tokens: Count = 4096
     """A longer prompt is a bad row."""
     on_bad_row: Literal["skip", "stop"] = "stop"
-    """Corrupt image, wrong placeholder count, no answer, too long: leave the row out, or stop and name it."""
+    """Corrupt image, wrong placeholder count, no answer, too long and the like: leave it out, or stop and name it."""
     shuffle: bool = True
     """A new order each epoch; false: the order of the file."""
     prefetch: bool = True

@@ -1,9 +1,8 @@
 """Rows of a dataset as prompts, each checked when it is drawn.
 
-Columns `problem`, `answer`, `images`, under names of your own; two presets know how ViRL39K (both its own release and
-the one of PAPO's authors) and Geometry3K name theirs. `<image>` in a problem says where a picture belongs; without any
-the pictures come first, as TRL has it. A row that cannot be a prompt raises BadRow with its number and the reason; what
-then happens is for `draw` to decide.
+Columns `problem`, `answer`, `images`, under names of your own (`columns.py`). `<image>` in a problem says where a
+picture belongs; without any the pictures come first, as TRL has it. A row that cannot be a prompt raises BadRow with
+its number and the reason; what then happens is for `draw` to decide.
 """
 
 from __future__ import annotations
@@ -15,26 +14,20 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import DataConfig
 from megatron_papo.data.bad_rows import BadRow as BadRow
 from megatron_papo.data.bad_rows import BadRows as BadRows
 from megatron_papo.data.cells import BadCell, answers_of, question_of
 from megatron_papo.data.chat_template import TemplateFailed
+from megatron_papo.data.columns import choose_columns, listed
 from megatron_papo.data.fingerprint import fingerprints_of_rows
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
 from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Pixels, Processor
 from megatron_papo.data.row_files import missing_columns
-from megatron_papo.data.source import open_source, picture_columns
-from megatron_papo.text import shown
+from megatron_papo.data.source import open_source
 from megatron_papo.types import Prompt
-
-_PRESETS = {
-    # PAPO's release has problem/images; TIGER-Lab's has question/image, the answer inside \boxed{}.
-    "virl39k": (ColumnsConfig(), ColumnsConfig(problem="question", answer="answer", images="image")),
-    "geometry3k": (ColumnsConfig(),),
-}
 
 Spoiler = Callable[[Image.Image], Image.Image]
 
@@ -75,7 +68,7 @@ class PromptDataset:
         self._max_pixels, self._system = data.max_image_pixels, data.system
         source = open_source(name, split, self._key, data.image_roots)
         self._rows, self._images = source.rows, source.images
-        self._columns = self._choose_columns(data)
+        self._columns = choose_columns(data, name, self._rows.features, needs_answer=needs_answer)
         if fault := missing_columns(source.files, self._read_columns()):
             raise ValueError(f"{self._key}: {fault}")
         self._answer_feature = self._rows.features.get(self._columns.answer)
@@ -123,7 +116,7 @@ class PromptDataset:
     def column(self, row: int, name: str) -> Any:
         """Any other cell of the row, e.g. the response that supervision reads; ValueError for an unknown column."""
         if name not in self._rows.column_names:
-            raise ValueError(f"{self._key}: {self._lacks(name)}, has {self._listed()}")
+            raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {listed(self._rows.features)}")
         return self._rows[row][name]
 
     @property
@@ -210,43 +203,9 @@ class PromptDataset:
         pixels = self._processor.pixel_values([image])
         return pixels, [] if spoil is None else [self._processor.pixel_values([spoil(image)])]
 
-    def _choose_columns(self, data: DataConfig) -> ColumnsConfig:
-        has = set(self._rows.column_names)
-        if data.preset == "none":
-            required = [("problem", data.columns.problem)]
-            required += [("answer", data.columns.answer)] if self._needs_answer else []
-            for key, column in required:
-                if column not in has:
-                    raise ValueError(f"data.columns.{key}: {self._lacks(column)}, has {self._listed()}")
-            self._check_image_column(data.columns.images)
-            return data.columns
-        for columns in _PRESETS[data.preset]:
-            if {columns.problem, columns.answer, columns.images} <= has:
-                return columns
-        raise ValueError(f"data.preset: {self.name} is not laid out as {data.preset}, has {self._listed()}")
-
-    def _check_image_column(self, column: str | None) -> None:
-        """A column that the settings name must be there. The default one may be missing where no other could be meant:
-        text alone is a data set too."""
-        if column is None or column in self._rows.column_names:
-            return
-        if column != ColumnsConfig().images:
-            raise ValueError(f"data.columns.images: {self._lacks(column)}, has {self._listed()}")
-        if others := picture_columns(self._rows.features):
-            raise ValueError(
-                f"data.columns.images: {self._lacks(column)}, but {others[0]!r}, which seems to hold pictures; "
-                "null reads the text alone"
-            )
-
     def _read_columns(self) -> list[str]:
         """Those that are read of every row."""
         columns = [self._columns.problem]
         columns += [self._columns.answer] if self._needs_answer else []
         images = self._columns.images
-        return columns if images is None or images not in self._rows.column_names else [*columns, images]
-
-    def _lacks(self, column: str) -> str:
-        return f"{self.name} has no column {column!r}"
-
-    def _listed(self) -> str:
-        return shown(", ".join(self._rows.column_names), 400)
+        return columns + ([images] if images is not None and images in self._rows.column_names else [])

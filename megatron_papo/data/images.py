@@ -15,7 +15,7 @@ import io
 import re
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_papo.config import MOST_IMAGE_PIXELS
 from megatron_papo.data.image_files import BadImage, ImageFiles, check_size
@@ -33,8 +33,9 @@ _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 """Of a JPEG, but for those that stand in the data of a scan."""
 _DATA_ADDRESS = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
-_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{32,}={0,2}\s*")
-"""Of a picture's bytes: it begins as one of `FORMATS` does, and no name of a file is so long without a dot."""
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{32,}+={0,2}+\s*+")
+"""Of a picture's bytes: it begins as one of `FORMATS` does, and no name of a file is so long without a dot. Goes over a
+text once, whatever it is."""
 
 
 def image_items(cell: Any) -> list[Any]:
@@ -72,6 +73,8 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("image too large", str(error)) from None
+    except UnidentifiedImageError:  # whose own text is another in every process
+        raise BadImage("corrupt image", f"none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more, by format
         raise BadImage("corrupt image", f"{type(error).__name__}: {shown(error, 200)}") from None
 

@@ -35,7 +35,7 @@ def is_pattern(name: str) -> bool:
 
 
 def files_of_pattern(pattern: str) -> tuple[list[str], Path]:
-    """The files that match, as absolute paths in order, and the folder that the pattern begins in.
+    """The files that match, as absolute paths in order, and their folder; of several folders, where the pattern begins.
 
     Raises FileNotFoundError when there is none.
     """
@@ -45,9 +45,11 @@ def files_of_pattern(pattern: str) -> tuple[list[str], Path]:
     while len(rest) > 1 and (folder / rest[0]).is_dir():
         folder /= rest.pop(0)
     try:
-        return resolve_pattern("/".join((escaped(folder), *rest)), ""), folder
+        files = resolve_pattern("/".join((escaped(folder), *rest)), "")
     except FileNotFoundError:
         raise FileNotFoundError("no file matches") from None
+    folders = {Path(file).parent for file in files}
+    return files, folders.pop() if len(folders) == 1 else folder
 
 
 def files_of_folder(folder: Path, split: str) -> list[str]:
@@ -90,12 +92,17 @@ def load_files(files: Sequence[str], split: str) -> Dataset:
 
 
 def load_folder(folder: Path, split: str) -> tuple[Dataset, list[str]]:
-    """What the library makes of a folder, and its files of rows. Raises ValueError as `load_files`."""
+    """What the library makes of a folder, and its files of rows as far as they are known: not where the folder has a
+    page that may say itself which they are. Raises ValueError as `load_files`."""
     files: list[str] = []
-    with suppress(ValueError, OSError):  # a slice of a split, a file that says itself which files are rows
-        files = [file for file in files_of_folder(folder, split) if Path(file).suffix in BUILDERS]
+    with suppress(ValueError, OSError):  # no files, a slice of a split
+        if not any((folder / page).exists() for page in ("README.md", ".huggingface.yaml")):
+            files = [file for file in files_of_folder(folder, split) if Path(file).suffix in BUILDERS]
+    if files and all(Path(file).suffix == ".csv" for file in files):
+        return load_files(files, split), files  # as text
     try:
-        return load(str(folder), split), files
+        rows = load(str(folder), split)
+        return rows, [file for file in files if BUILDERS[Path(file).suffix] == rows.info.builder_name]
     except Exception:
         if len(files) > 1 and (fault := _fault_of(files, split)):
             raise ValueError(fault) from None
@@ -147,7 +154,7 @@ def _without_times(features: Features) -> Features:
 
 
 def _columns_of(file: str, wanted: set[str]) -> set[str] | None:
-    """Columns of a file, of JSON lines as many of `wanted` as any line has; None where reading the rows tells."""
+    """Columns of a file, of JSON lines as many of `wanted` as any line has; None where reading all rows tells."""
     kind = Path(file).suffix
     if kind == ".parquet":
         from pyarrow.parquet import read_schema
@@ -156,9 +163,12 @@ def _columns_of(file: str, wanted: set[str]) -> set[str] | None:
     if kind != ".jsonl":
         return None
     found: set[str] = set()
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8-sig") as lines:
         for line in lines:
-            found |= set(json.loads(line)) if line.strip() else set()
+            try:
+                found |= set(json.loads(line)) if line.strip() else set()
+            except (ValueError, TypeError):  # one list of all rows, written over several lines
+                return None
             if wanted <= found:
                 break
     return found

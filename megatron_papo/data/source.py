@@ -10,7 +10,6 @@ is that file or folder, whatever `[ ]`, `?` or `*` it has.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +29,9 @@ from megatron_papo.data.row_files import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_NAMES_OF_PICTURES = re.compile(r"(image|img|picture|photo)s?(_(path|file|url|bytes)s?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,6 @@ def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = (
     if not len(rows):
         raise ValueError(f"{key}: {name} (split {split}) has no rows")
     return Source(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]), files)
-
-
-def picture_columns(features: Features) -> list[str]:
-    """Columns that seem to hold pictures: by their name, or by their type in `datasets`."""
-    return [
-        name for name, feature in features.items() if _NAMES_OF_PICTURES.fullmatch(name) or _holds_pictures(feature)
-    ]
-
-
-def _holds_pictures(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)
-    return type(inner).__name__ == "Image" or (isinstance(inner, dict) and {"bytes", "path"} <= set(inner))
 
 
 def _folders(folder: Path | None) -> list[Path]:

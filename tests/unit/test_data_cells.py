@@ -106,7 +106,7 @@ def test_a_question_is_text_or_one_turn_of_the_user(cell, system):
     ],
 )
 def test_other_questions_are_named_shortly(cell, reason, told):
-    with pytest.raises(BadCell, match=told) as caught:
+    with pytest.raises(BadCell, match=told or "^$") as caught:
         question_of(cell, None)
     assert caught.value.reason == reason and len(str(caught.value)) < 160
 

@@ -219,11 +219,13 @@ def test_pictures_written_as_text(processor, tmp_path):
 
 
 def test_answers_of_files_are_what_is_written_in_them(processor, tmp_path):
-    (tmp_path / "a.csv").write_text("problem,answer,images\n1?,007,\n2?,None,\n3?,1.50,\n4?,,\n")
-    rows = open_train(processor, tmp_path / "a.csv")
-    assert [rows.prompt(row).answers for row in range(3)] == [("007",), ("None",), ("1.50",)]
-    with pytest.raises(BadRow, match="no answer"):
-        rows.prompt(3)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv/a.csv").write_text("problem,answer,images\n1?,007,\n2?,None,\n3?,1.50,\n4?,,\n")
+    for name in ("csv", "csv/a.csv"):
+        rows = open_train(processor, tmp_path / name)
+        assert [rows.prompt(row).answers for row in range(3)] == [("007",), ("None",), ("1.50",)]
+        with pytest.raises(BadRow, match="no answer"):
+            rows.prompt(3)
     for dates in (["2020-05-17", "2021-01-02"], ["2020-05-17T10:00", "2021-01-02 10"]):
         lines = [{"problem": "when?", "answer": date, "also": [date]} for date in dates]
         name = write_lines(tmp_path / f"{len(dates[0])}.jsonl", lines)

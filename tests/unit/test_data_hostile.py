@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import socket
 import struct
 import weakref
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -179,7 +181,7 @@ def test_other_formats_are_not_tried():
     phone = picture(kind="MPO", save_all=True, append_images=[Image.new("RGB", (56, 56))])
     assert decode_image(phone).size == (56, 56)
     for kind in ("EPS", "PPM", "ICO", "PDF", "SGI", "TGA"):
-        with pytest.raises(BadImage, match="UnidentifiedImageError") as caught:
+        with pytest.raises(BadImage, match="none of PNG, JPEG, ") as caught:
             decode_image(picture(kind=kind))
         assert caught.value.reason == "corrupt image"
 
@@ -263,6 +265,29 @@ def test_demonstrations_are_texts_of_an_end_without_pictures(processor, tmp_path
         assert set().union(*(bad for _, bad in shares)) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"no column 'reply', has problem, images, answer, response$"):
         Demonstrations(Config(data=data, sft={"response_column": "reply"}), processor)
+
+
+def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
+    from megatron_papo.record import name_missing_pictures
+
+    text = {"problem": "2+2?", "answer": "4"}
+    told = {
+        "a": ([text], {}, "has no column 'images': rows are read without pictures", "loss.perception_coef has nothing"),
+        "b": ([text], {"columns": ColumnsConfig(images=None)}, "", "images is null: loss.perception_coef has nothing"),
+        "c": ([{**text, "images": []}], {}, "", "none of 1 rows of .*, which has 1, holds a picture in 'images': loss"),
+        "d": ([{**text, "images": ["0.png"]}], {}, "", ""),
+    }
+    for name, (lines, settings, *expected) in told.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data = DATA.model_copy(update={"train": str(tmp_path / f"{name}.jsonl"), **settings})
+        rows = PromptDataset(data, "train", processor)
+        for perception, text_of_warning in zip((False, True), expected):
+            name_missing_pictures(SimpleNamespace(is_writer=True), rows, perception=perception)
+            said = capsys.readouterr().err
+            assert bool(said) == bool(text_of_warning) and re.search(text_of_warning, said)
+            assert not said or said.startswith("papo: warning: data.train: ")
+        name_missing_pictures(SimpleNamespace(is_writer=False), rows, perception=True)
+    assert not capsys.readouterr().err
 
 
 def _demonstrated(rows, rank, size):
