@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import ClusterConfig, Config, RunConfig
+from tests.processes import open_session
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
@@ -92,12 +94,16 @@ def test_the_curve_of(recipe, curves):
     assert not moved
 
 
-def _record() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+def record() -> None:
+    with ExitStack() as stack:
+        stack.callback(open_session(isolated=False))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         curves = Curves(Path(folder))
         found = {recipe: curves.of(recipe) for recipe in RECIPES}
     CURVES.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    _record()
+    from tests.golden import test_recipes
+
+    test_recipes.record()  # by the module's own name, by which ranks import what they run
