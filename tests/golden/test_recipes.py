@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from megatron_papo.config import ClusterConfig, Config, RunConfig
+from tests.processes import open_session
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, metrics, tiny_run
 
@@ -33,6 +34,8 @@ SETTINGS = {
     "generation__engine": "transformers",
     "generation__placement": "colocated",
     "generation__engines": 1,
+    "generation__tensor": 1,
+    "generation__gpu_memory_fraction": 0.5,
     "train__ahead": False,
     "optim__warmup_steps": 0,
     "optim__eps": 1e-4,
@@ -47,26 +50,40 @@ recipes' 1e-8 one of the rollouts after it was another on another processor.
 """
 
 
-def _train(recipe: str, inputs: Path, folder: Path) -> None:
+def _train(config: Config) -> None:
     from megatron_papo.train import main
 
-    main(tiny_run(inputs, folder, EXAMPLES / f"{recipe}.yaml", **SETTINGS))
+    main(config)
 
 
-def _curve(recipe: str, inputs: Path, folder: Path) -> list[dict[str, float]]:
-    run_ranks(_train, 1, recipe, inputs, folder)
-    return [{name: value for name, value in line.items() if name != "step"} for line in metrics(folder)]
+class Curves:
+    """Of recipes as a tiny run, each trained in a folder of its own; recipes that are then alike, once."""
+
+    def __init__(self, folder: Path):
+        self._inputs, self._folder = make_inputs(folder / "inputs"), folder
+        self._found: dict[str, list[dict[str, float]]] = {}
+
+    def of(self, recipe: str) -> list[dict[str, float]]:
+        config = tiny_run(self._inputs, self._folder / recipe, EXAMPLES / f"{recipe}.yaml", **SETTINGS)
+        alike = config.model_copy(update={"run": RunConfig(), "cluster": ClusterConfig()})
+        if alike.model_dump_json() not in self._found:
+            run_ranks(_train, 1, config)
+            lines = [
+                {name: value for name, value in line.items() if name != "step"} for line in metrics(config.run.dir)
+            ]
+            self._found[alike.model_dump_json()] = lines
+        return self._found[alike.model_dump_json()]
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+def curves(tmp_path_factory) -> Curves:
+    return Curves(tmp_path_factory.mktemp("curves"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_curve_of(recipe, inputs, tmp_path):
+def test_the_curve_of(recipe, curves):
     expected = json.loads(CURVES.read_text())[recipe]
-    found = _curve(recipe, inputs, tmp_path)
+    found = curves.of(recipe)
     assert [set(step) for step in found] == [set(step) for step in expected]
     moved = {
         (step, name): (want[name], got[name])
@@ -77,15 +94,16 @@ def test_the_curve_of(recipe, inputs, tmp_path):
     assert not moved
 
 
-def _record() -> None:
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.callback(processes.open_session(isolated=False))
-        made = make_inputs(Path(folder))
-        curves = {recipe: _curve(recipe, made, Path(folder) / recipe) for recipe in RECIPES}
-    CURVES.write_text(json.dumps(curves, indent=1) + "\n")
+def record() -> None:
+    with ExitStack() as stack:
+        stack.callback(open_session(isolated=False))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        curves = Curves(Path(folder))
+        found = {recipe: curves.of(recipe) for recipe in RECIPES}
+    CURVES.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    from tests.golden import test_recipes  # whose functions a rank finds by the name of their module
+    from tests.golden import test_recipes
 
-    test_recipes._record()
+    test_recipes.record()  # by the module's own name, by which ranks import what they run

@@ -1,4 +1,4 @@
-"""Rounds of dynamic sampling: which groups are kept, when a step has enough, and what it reports of all it generated."""
+"""Rounds of dynamic sampling: which groups are kept, when a step has enough, what it reports of all it generated."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from megatron_papo.planning.hardware import GPUS, Cluster
 from megatron_papo.planning.plan import Plan, plan
 from megatron_papo.planning.published import NAMES, shape_named
 from megatron_papo.planning.published_runs import beside_published
+from megatron_papo.planning.runs import planned
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
@@ -29,6 +30,7 @@ IDEAL = Assumptions(
     matmul=1, attention=1, memory=1, link=1, network=1, latency_s=0, network_latency_s=0, layer_launch_s=0, row_spread=0
 )
 H100_NODE = Cluster(GPUS["H100"], 1)
+ONE = "train.updates_per_step=1"
 
 
 def recipe(*words: str) -> Config:
@@ -39,6 +41,21 @@ def recipe(*words: str) -> Config:
 def found() -> Plan:
     shape = shape_named("Qwen2.5-VL-72B")
     return plan(recipe(), shape, Cluster(GPUS["H100"], 8), Assumptions(), Workload.of(recipe(), shape))
+
+
+def test_a_step_of_dynamic_sampling_generates_more_than_it_trains_on():
+    """Updates are planned for what was trained on, rollouts for all that was drawn, round by round."""
+    shape = shape_named("Qwen2.5-VL-72B")
+    lengths = {"prompt_tokens": 750.0, "image_tokens": 600.0, "response_tokens": 400.0}
+    longer = {f"trained/{name}": value for name, value in (lengths | {"response_tokens": 800.0}).items()}
+
+    def seconds(record: dict[str, float], *words: str) -> dict[str, float]:
+        return planned(recipe(*words), shape, GPUS["H100"], 64, Assumptions(), record).seconds
+
+    found = seconds({**lengths, **longer, "sampling/prompts": 640.0, "sampling/rounds": 5.0})
+    assert found["generate"] == pytest.approx(5 * seconds(lengths, "train.prompts_per_step=128", ONE)["generate"])
+    assert found["update"] == pytest.approx(seconds(lengths | {"response_tokens": 800.0})["update"])
+    assert found["update"] > seconds(lengths)["update"]
 
 
 @pytest.mark.parametrize(("stages", "rows"), [(1, 5), (2, 2), (4, 4), (4, 16), (8, 3)])
