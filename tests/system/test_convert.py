@@ -145,6 +145,8 @@ def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
     file = next(file for file in other.glob("*.safetensors") if KEY in load_file(file))
     tensors = load_file(file)
     tensors[KEY][3] = 9.0
+    broken = next(name for name in tensors if name != KEY)
+    tensors[broken].view(-1)[1] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     assert run("verify", source, tmp_path / "m") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "the same, bit for bit"
@@ -153,7 +155,9 @@ def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
         assert run("verify", tmp_path / "m", other, "--workers", workers) == 1
     # the last of two workers prints to the real standard output, so the line is read of one
     assert run("verify", tmp_path / "m", other) == 1
-    assert f"{KEY}: 64 of 2048 values differ, by at most 9" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{KEY}: 64 of 2048 values differ, by at most 9" in said
+    assert f"{broken}: 1 of {tensors[broken].numel()} values differ, by at most nan" in said
 
 
 def test_casts_are_to_nearest_and_counted(source, tmp_path, capsys):

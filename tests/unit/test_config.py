@@ -177,3 +177,10 @@ def test_a_budget_below_the_longest_sequence_is_mentioned_with_both_numbers():
 def test_reading_settings_imports_no_torch():
     check = "import sys, megatron_papo.config, megatron_papo.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([PYTHON, "-c", check]).returncode == 0
+
+
+def test_the_guards_old_name_of_clipped_tokens_is_refused_and_read_where_a_run_has_written_its_default(tmp_path):
+    (line,) = faults("perception.guard.clip_high_fraction=0.002")
+    assert line.startswith("perception.guard: clip_high_fraction, of positive advantages alone, is now clip_fraction")
+    written = dump_config(Config()).replace("clip_fraction: 0.007", "clip_high_fraction: 0.007")
+    assert "clip_high_fraction" in written and load_config(write(tmp_path, "config.yaml", written)) == Config()

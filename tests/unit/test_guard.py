@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from math import exp, nan
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_papo.config import GuardConfig
 from megatron_papo.guard import CollapseGuard
+from megatron_papo.losses import LossSettings, papo_loss
+from megatron_papo.train import _watch_for_collapse
+from megatron_papo.types import HeadOutputs
+from tests.unit.test_losses import F64, _config, _row
 
 CALM = {"perception_kl": 0.05, "clip_fraction": 0.0005, "masked_entropy": 0.4}
 
@@ -47,3 +52,13 @@ def test_guard_survives_a_checkpoint():
     guard, _ = guard.observe(**(CALM | {"perception_kl": exp(1)}))
     restored = CollapseGuard.from_state(config, json.loads(json.dumps(guard.state())))
     assert restored == guard == CollapseGuard(config, strikes=1, factor=0.25)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_tokens_clipped_at_either_sign_of_the_advantage_are_a_sign(advantage):
+    """From the loss's metrics to the run's reason to stop: of four tokens one is clipped."""
+    policy = [-1.0 + advantage, -1.0, -1.0, -1.0]
+    row = _row(advantages_R=F64([advantage] * 4), old_logprobs_R=F64([-1.0] * 4))
+    _, metrics = papo_loss(HeadOutputs(F64(policy)), row, LossSettings.at_step(_config(), 0))
+    watched = SimpleNamespace(guard=CollapseGuard(GuardConfig(action="stop", patience=1)))
+    assert _watch_for_collapse(watched, metrics).startswith("perception.guard: clip_fraction 0.25 > 0.007")
