@@ -9,7 +9,7 @@ import torch
 
 from megatron_papo.advantages import group_advantages, keep_group, with_advantages
 from megatron_papo.config import DynamicSamplingConfig
-from megatron_papo.record import group_sums
+from megatron_papo.rollout_sums import rollout_sums
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 PROMPT = Prompt("row-7", 7, "how many?", "3", (), ModelInputs(torch.tensor([1, 2]), None, None))
@@ -38,7 +38,7 @@ def test_equal_rewards_give_exactly_zero(reward: float):
 
 def test_the_spread_that_is_logged_is_the_one_that_advantages_divide_by():
     groups = [_group((1.0, 0.0, 0.0, 0.0)), _group((0.9, 0.9, 0.9)), _group((0.4,))]  # 0.5; equal; one of supervision
-    assert group_sums(groups, merge_unit=4)["group/reward_std"] == (0.5, 3.0)
+    assert rollout_sums(groups, merge_unit=4)["group/reward_std"] == (0.5, 3.0)
 
 
 def test_advantages_do_not_depend_on_shift_and_scale():

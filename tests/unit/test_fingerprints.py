@@ -1,5 +1,6 @@
 """What a run is made from, told again: copies are the same, a changed cell, picture or weight is not."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,8 +59,15 @@ def test_weights_are_the_same_in_however_many_files(tmp_path):
 
     def written(name: str, *files: dict[str, torch.Tensor]) -> Path:
         (tmp_path / name).mkdir()
-        for number, part in enumerate(files):
-            save_file(part, tmp_path / name / f"part-{number}.safetensors")
+        if len(files) == 1:
+            save_file(files[0], tmp_path / name / "model.safetensors")
+            return tmp_path / name
+        names = [f"part-{number}.safetensors" for number in range(len(files))]
+        for file, part in zip(names, files, strict=True):
+            save_file(part, tmp_path / name / file)
+        weight_map = {tensor: file for file, part in zip(names, files, strict=True) for tensor in part}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
         return tmp_path / name
 
     whole = written("whole", tensors)
@@ -70,7 +78,7 @@ def test_weights_are_the_same_in_however_many_files(tmp_path):
     assert seen not in [
         fingerprint_of_weights(written(f"other {len(other)} {place}", other)) for place, other in enumerate(others)
     ]
-    assert load_file(whole / "part-0.safetensors").keys() == tensors.keys(), "left as it is"
+    assert load_file(whole / "model.safetensors").keys() == tensors.keys(), "left as it is"
 
 
 def test_where_parts_end_counts():

@@ -197,6 +197,6 @@ def png(image):
 
 def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(processor):
     prompt = as_prompt(processor, picture(70, 60))
-    alike = [mask_images(prompt, MaskConfig(cell=cell), processor, seed=3, step=0) for cell in (None, 14, 28)]
+    alike = [mask_images(prompt, Masks(MaskConfig(cell=cell), seed=3), processor) for cell in (None, 14, 28)]
     own, patch, other = (view.masked_pixel_values_PD for view in alike)
     assert torch.equal(own, patch) and not torch.equal(own, other)
