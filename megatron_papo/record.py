@@ -150,7 +150,7 @@ def _sample(run: Run, group: Group) -> SampleRow:
     return SampleRow(
         problem=prompt.problem,
         answer=" or ".join(prompt.answers),
-        response=rollout.text,
+        response=run.processor.response_prefix + rollout.text,  # as it was rewarded
         images=prompt.images,
         masked_images=masked,
         reward=group.rewards[0] if group.rewards else 0.0,

@@ -45,6 +45,7 @@ _ABOUT = re.compile(
     r"(?:\\approx|\\sim|=|approximately|approx\.?|about|around|roughly|大约|约为|约)(?![A-Za-z]) *(?=[\d\\.$+(-])", re.I
 )
 _PERCENT = re.compile(r" *[\x02\x03]* *(?:percent|per cent|pct)[\x02\x03. ]*$", re.IGNORECASE)
+_LONE = re.compile(r"([\^_]) ?\{ ?([0-9A-Za-z]) ?\}")  # x^{2}
 _PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _LOOSE_SPACE = re.compile(r"(?<![^\W_]) +| +(?![^\W_])")
 
@@ -89,7 +90,7 @@ def spell(answer: str) -> str:
     answer = " ".join(_read(answer).replace("{,}", ",").split())
     answer = _PERCENT.sub("%", _ABOUT.sub("", answer, count=1) if _ABOUT.match(answer) else answer)
     answer = _PI.sub(r"\\pi ", answer)
-    answer = _SHORT_FRACTION.sub(_long_fraction, answer)
+    answer = _LONE.sub(r"\1\2", _SHORT_FRACTION.sub(_long_fraction, answer))
     return answer.removesuffix(".").strip()
 
 

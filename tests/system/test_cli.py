@@ -290,6 +290,14 @@ def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
     assert faults_of_inputs("sft", config) == []
 
 
+def test_a_grader_that_is_not_installed_is_refused(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pylatexenc", None)  # which mathruler imports and does not ask for
+    config = load_config(None, [f"model.path={model}", "data.train=org/name", "reward.accuracy=mathruler"])
+    (line,) = faults_of_inputs("train", config)
+    assert line.startswith("reward.accuracy: pylatexenc is not installed; install the package's [mathruler] extra")
+    assert faults_of_inputs("sft", config) == []
+
+
 def test_an_engine_that_is_too_old_is_refused(model, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.25.1")
     config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])

@@ -167,6 +167,20 @@ def test_response_round_trip(folder):
     assert processor.eos_ids == (IDS["<|im_end|>"],)
 
 
+@pytest.mark.parametrize(
+    "written, prefix",
+    [("<think>", "<think>"), ("<think>\n", "<think>\n"), ("<think>\n\n</think>\n\n", ""), ("", ""), ("Well,", "")],
+)
+def test_a_think_block_that_the_template_leaves_open_begins_the_answer(folder, tmp_path, written, prefix):
+    opening = copy_folder(folder, tmp_path)
+    start = "<|im_start|>assistant\n"
+    template = TEXT_ONLY_TEMPLATE.replace("{{ '" + start, "{{ '" + start + written)
+    (opening / "chat_template.jinja").write_text(template)
+    for instruction in ("", "Reason inside <think></think>, or <think>"):  # what the user writes opens nothing
+        processor = load_processor(opening, DATA.model_copy(update={"instruction": instruction}))
+        assert processor.render("7").endswith(start + written) and processor.response_prefix == prefix
+
+
 def test_end_of_turn_is_the_templates_not_the_tokenizers(folder, tmp_path):
     base = copy_folder(folder, tmp_path)
     settings = base / "tokenizer_config.json"

@@ -1,5 +1,6 @@
 """Rewards: box, rules, math-verify in its worker, the other parts, a user's function, and hostile answers."""
 
+import json
 import subprocess
 import sys
 import time
@@ -10,10 +11,16 @@ import torch
 
 from megatron_papo.config import OverlongConfig, RewardConfig
 from megatron_papo.rewards import Rewarder
-from megatron_papo.rewards.answers import MAX_ANSWER, agree, gold_answer, last_box, number, plain_latex
+from megatron_papo.rewards.answers import MAX_ANSWER, Algebra, agree, gold_answer, last_box
+from megatron_papo.rewards.numerals import number
 from megatron_papo.rewards.parts import anls, format_reward, overlong, repetition
+from megatron_papo.rewards.spelling import plain, spell
+from megatron_papo.rewards.units import split_units
 from megatron_papo.rewards.verifier import Verifier, _read_line
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
+
+PAIRS = Path(__file__).parents[1] / "data/answer_pairs.jsonl"
+"""An answer, a gold answer, what a reader would say of them, and the verdict of each grader."""
 
 
 def group_of(*responses, answer="3", lengths=None):
@@ -44,8 +51,21 @@ def test_a_worker_that_answers_have_taken_over_holds_nobody_up(says, line):
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(2.0) as started:
+    with Verifier(60.0) as started:
         assert started.equal("2\\sqrt{3}", "\\sqrt{12}")
+        yield started
+
+
+@pytest.fixture(scope="module")
+def mathruler():
+    with Verifier(60.0, "mathruler") as started:
+        assert started.equal("2\\sqrt{3}", "\\sqrt{12}")
+        yield started
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    with Verifier(1.0) as started:
         yield started
 
 
@@ -79,41 +99,83 @@ def test_gold_answers_may_come_boxed():
 RIGHT = [
     ("3", "3"), ("3.0", "3"), ("3.", "3"), ("1,000", "1000"), ("1{,}000", "1000"), ("1e3", "1000"), (".5", "0.5"),
     ("\\frac{1}{2}", "0.5"), ("-\\dfrac{1}{2}", "-0.5"), ("1/2", "0.50"), ("50\\%", "0.5"), ("50%", "50"),
-    ("0.5", "50\\%"), ("50", "50%"), ("0.333333", "1/3"), ("$12$", "12"), ("−4", "-4"), ("12 345", "12345"),
-    ("- 3", "-3"), ("\n3\n", "3"),
-    ("6.02\\times10^{23}", "6.02e23"), ("A", "A"), ("(A)", "A"), ("a", "A"), ("A. 30", "A"), ("A) 30", "(A)"),
-    ("\\text{A}", "A"), ("A", "A. 30"), ("Red  circle", "red circle"), ("\\text{Yes}", "yes"),
-    ("\\left(1,2\\right)", "(1, 2)".replace(" ", "")),
+    ("0.5", "50\\%"), ("50", "50%"), ("0.333333", "1/3"), ("0.166667", "1/6"), ("$12$", "12"), ("−4", "-4"),
+    ("12 345", "12345"), ("- 3", "-3"), ("\n3\n", "3"), ("\\frac12", "0.5"), ("12 cm", "12"), ("\\text{12 cm}", "12"),
+    ("120°", "120"), ("6.02\\times10^{23}", "6.02e23"), ("A", "A"), ("(A)", "A"), ("a", "A"), ("A. 30", "A"),
+    ("A) 30", "(A)"), ("\\text{A}", "A"), ("A", "A. 30"), ("Red  circle", "red circle"), ("\\text{Yes}", "yes"),
+    ("\\left(1,2\\right)", "(1, 2)"),
 ]  # fmt: skip
 WRONG = [
-    ("3", "4"), ("", ""), (" ", " "), ("{}", ""), ("3", ""), ("", "3"), ("1000000", "1000001"), ("2e-7", "1e-7"),
-    ("0.33", "1/3"), ("50\\%", "5000\\%"), ("B", "A"), ("B. A", "A"), ("red", "der"), ("1,00", "100.5"), ("-3", "3"),
-    ("3\x00", "3"), ("\ud800", "x"),
+    ("3", "4"), ("", ""), (" ", " "), ("{}", ""), ("3", ""), ("", "3"), ("\\,", "\\;"), ("1000000", "1000001"),
+    ("2e-7", "1e-7"), ("0.33", "1/3"), ("50\\%", "5000\\%"), ("B", "A"), ("B. A", "A"), ("red", "der"), ("-3", "3"),
+    ("3\x00", "3"), ("\ud800", "x"), ("1e-9", "0"), ("3\x02 cm\x03", "3"),
 ]  # fmt: skip
 ALGEBRA = [
-    ("\\frac12", "0.5"), ("12 cm", "12"), ("\\text{12 cm}", "12"), ("x=5", "5"), ("2\\sqrt{3}", "\\sqrt{12}"),
-    ("120°", "120"), ("\\{1,2\\}", "\\{2,1\\}"), ("\\pi/2", "\\frac{\\pi}{2}"), ("x^2+2x+1", "(x+1)^2"),
-    ("x \\le 3", "(-\\infty,3]"), ("10!", "3628800"),
+    ("x=5", "5"), ("2\\sqrt{3}", "\\sqrt{12}"), ("x = 2\\sqrt{3}\\text{ cm}", "\\sqrt{12}"),
+    ("\\{1,2\\}", "\\{2,1\\}"), ("\\pi/2", "\\frac{\\pi}{2}"), ("x^2+2x+1", "(x+1)^2"), ("x \\le 3", "(-\\infty,3]"),
+    ("10!", "3628800"), ("(0.5\\cdot10^{-9}, 2)", "(\\frac{1}{2}\\cdot10^{-9},2)"),
+    ("\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2.0\\end{pmatrix}"),
 ]  # fmt: skip
 NOT_ALGEBRA = [
-    ("(1,2)", "(2,1)"),
-    ("x+1", "x-1"),
-    ("\\sqrt{2}", "1.4"),
-    ("1/0", "5"),
-    ("\\frac{1}{", "1"),
-    ("A, B", "A"),
-]
+    ("(1,2)", "(2,1)"), ("x+1", "x-1"), ("\\sqrt{2}", "1.4"), ("1/0", "5"), ("\\frac{1}{", "1"), ("A, B", "A"),
+    ("2\\sqrt{2}\\cdot10^{-9}", "\\sqrt{3}\\cdot10^{-9}"), ("\\sqrt{2}\\cdot10^{-9}", "0"), ("2\\pi r h", "2\\pi r"),
+    ("(10^{-9}\\sqrt{2}, 2)", "(10^{-9}\\sqrt{3}, 2)"), ("\\{10^{-9}\\sqrt{2}, 2\\}", "\\{2, 10^{-9}\\sqrt{3}\\}"),
+    ("10^{-9}\\sqrt{2}x", "10^{-9}\\sqrt{3}x"), ("[0, 10^{-9}\\sqrt{2}]", "[0, 10^{-9}\\sqrt{3}]"),
+    ("\\leftarrow", "\\rightarrow"),
+]  # fmt: skip
 
 
-def test_rules_settle_strings_numbers_and_choices():
+def test_rules_settle_text_numbers_and_choices():
     assert [pair for pair in RIGHT if agree(*pair) is not True] == []
-    assert [pair for pair in WRONG if agree(*pair)] == []
+    assert [pair for pair in WRONG if agree(*pair) is not False] == []
 
 
 def test_rules_leave_algebra_to_math_verify(verifier):
-    assert [pair for pair in ALGEBRA + NOT_ALGEBRA if agree(*pair) is not None] == []
-    assert [pair for pair in ALGEBRA if not verifier.equal(*map(plain_latex, pair))] == []
-    assert [pair for pair in NOT_ALGEBRA if verifier.equal(*map(plain_latex, pair))] == []
+    assert [pair for pair in ALGEBRA + NOT_ALGEBRA if not isinstance(agree(*pair), Algebra)] == []
+    assert [pair for pair in ALGEBRA if not verifier.equal(*agree(*pair))] == []
+    assert [pair for pair in NOT_ALGEBRA if verifier.equal(*agree(*pair))] == []
+
+
+@pytest.mark.parametrize("accuracy", ["math", "mathruler"])
+def test_every_pair_of_the_table_has_its_verdict(accuracy, verifier, mathruler):
+    rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 250 and len({(row["answer"], row["gold"]) for row in rows}) == len(rows)
+    rewarder = Rewarder(RewardConfig(accuracy=accuracy))
+    rewarder._verifier = {"math": verifier, "mathruler": mathruler}[accuracy]  # whose workers run
+    groups = rewarder.reward([group_of(f"\\boxed{{{row['answer']}}}", answer=row["gold"]) for row in rows])
+    found = [int(group.reward_parts["accuracy"][0]) for group in groups]
+    assert [row for row, verdict in zip(rows, found) if verdict != row[accuracy]] == []
+    page = (PAIRS.parents[2] / "docs/departures.md").read_text()
+    same, missed, taken = (sum(row[accuracy] - row["reader"] == off for row in rows) for off in (0, -1, 1))
+    assert f"| `{accuracy}` | {same} | {missed} | {taken} |" in page, "counts on the page of departures"
+
+
+@pytest.mark.parametrize(
+    "answer, value, unit",
+    [
+        ("24\\text{ cm}^2", "24", {"cm": 2}),
+        ("25\\frac{m}{s}", "25", {"m": 1, "s": -1}),
+        ("9.8 m s^{-2}", "9.8", {"m": 1, "s": -2}),
+        ("2.0\\times 10^{-3}\\ \\mathrm{mol\\cdot L^{-1}}", "2.0\\times 10^{-3}", {"mol": 1, "dm": -3}),
+        ("8.3 J/(mol·K)", "8.3", {"kg": 1, "m": 2, "s": -2, "mol": -1, "K": -1}),
+        ("3平方厘米", "3", {"cm": 2}),
+        ("3 cubic feet", "3", {"ft": 3}),
+        ("30^\\circ\\text{C}", "30", {"celsius": 1}),
+        ("-\\$1.5 million", "-1.5 million", {"dollar": 1}),
+        ("(2, 5) cm", "(2, 5)", {"cm": 1}),
+        ("(2 cm, 5\\text{ cm})", "(2, 5)", {"cm": 1}),
+        ("x = 5 m", "x = 5", {"m": 1}),
+        ("5\\sqrt{3} m", "5\\sqrt{3}", {"m": 1}),
+        ("x\\text{ cm}", "x", {"cm": 1}),
+        ("3 red balls", "3", {"red ball": 1}),
+        *[(text, text, None) for text in ("m", "in", "3+2m", "2\\pi h", "5t^2", "3mg", "x cm", "5 or 6", "5 squared")],
+        *[(text, text, None) for text in ("4 min 30 s", "5 hundredths", "5倍", "f(m)", "A", "5^m", "abc")],
+    ],
+)
+def test_units_are_split_from_values_and_variables_are_not(answer, value, unit):
+    found, units = split_units(spell(answer))
+    assert plain(found) == value
+    assert [dict(each) for each in units] == ([] if unit is None else [unit])
 
 
 def test_numbers_have_bounds():
@@ -137,15 +199,24 @@ HOSTILE = {
 
 
 ENDS_S = 30.0
-"""Not a speed: what the verifier's limit of two seconds did not end would take minutes to ages."""
+"""Not a speed: what the verifier's limit of a second did not end would take minutes to ages."""
 
 
-def test_hostile_answers_are_ended_by_the_limit(verifier):
+def test_hostile_answers_are_ended_by_the_limit(hasty):
     for name, answer in HOSTILE.items():
         start = time.monotonic()
-        assert not verifier.equal(answer, "\\sqrt{2}"), name
+        assert not hasty.equal(answer, "\\sqrt{2}"), name
         assert time.monotonic() - start < ENDS_S, name
-    assert verifier.equal("3\\sqrt{2}", "\\sqrt{18}")  # and the worker goes on
+    assert hasty.equal("3\\sqrt{2}", "\\sqrt{18}")  # and the worker goes on
+
+
+def test_mathruler_runs_no_program_that_an_answer_spells(tmp_path, mathruler):
+    """By the numbers of its letters: mathruler evaluates the text, which has two letters that it does not know."""
+    file = tmp_path / "written"
+    program = "".join(f"\\textbackslash{{}}{ord(letter):03o}" for letter in f"open({str(file)!r},'w')")
+    assert not mathruler.equal(f"ln('{program}')", "\\sqrt{2}") and not file.exists()
+    assert not mathruler.equal("'9'*9**99", "5")
+    assert mathruler.equal("x+y", "y+x"), "and the worker goes on"
 
 
 def test_hostile_responses_are_rewarded_zero_and_never_raise():
@@ -157,6 +228,7 @@ def test_hostile_responses_are_rewarded_zero_and_never_raise():
         "\\boxed{\\frac" + "{1}" * 300_000 + "}",
         "\x00" * 1_000_000 + "\\boxed{\x00}",
         "<think>" * 150_000,
+        "\\boxed{" + "\ufdfa" * MAX_ANSWER + "}",  # eighteen letters each
         "\\boxed{}",
         "",
     ]
@@ -168,15 +240,15 @@ def test_hostile_responses_are_rewarded_zero_and_never_raise():
             assert time.monotonic() - start < ENDS_S
 
 
-def test_worker_has_one_thread_no_torch_and_is_replaced_when_killed(verifier):
-    worker = verifier._worker
+def test_worker_has_one_thread_no_torch_and_is_replaced_when_killed(hasty):
+    worker = hasty._worker
     assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
     assert "\nThreads:\t1\n" in Path(f"/proc/{worker.pid}/status").read_text()
     worker.kill()
     worker.wait()
-    assert verifier.equal("y+y", "2y") and verifier._worker is not worker
-    last = verifier._worker
-    verifier.close()
+    assert hasty.equal("y+y", "2y") and hasty._worker is not worker
+    last = hasty._worker
+    hasty.close()
     assert last.poll() is not None
 
 
@@ -195,6 +267,16 @@ def test_worker_has_one_thread_no_torch_and_is_replaced_when_killed(verifier):
 )
 def test_format(response, value):
     assert format_reward(response) == value
+
+
+def test_a_think_block_that_the_template_opens_counts(user_module):
+    responses = ["3 1 </think> \\boxed{3}", "\\boxed{3}", "<think>x</think> \\boxed{3}"]
+    with Rewarder(RewardConfig(), response_prefix="<think>\n") as rewarder:
+        (rewarded,) = rewarder.reward([group_of(*responses)])
+    assert rewarded.reward_parts == {"accuracy": (1.0, 1.0, 1.0), "format": (1.0, 0.0, 1.0)}
+    with Rewarder(RewardConfig(function="my_rewards:length"), response_prefix="<think>\n") as rewarder:
+        (rewarded,) = rewarder.reward([group_of("ab")])
+    assert rewarded.reward_parts["accuracy"] == (8 + 2 + 1 + 9,), "a user's function reads the block too"
 
 
 def test_anls():
