@@ -3,8 +3,8 @@
 The certificate compares forward passes and belongs to training; this compares the weights themselves with transformers'
 own reading of the folder: which files it resolves to, which parameters of which shapes its model has by its own reading
 of config.json, and three rows of every parameter that this rank holds, read anew from the files that transformers
-names. Rows and not whole tensors: what was just read is not read again, so the look takes a few per cent of the load
-(docs/certificate.md). Leaves out what only a forward pass shows.
+names. Rows and not whole tensors: what was just read is not read again (docs/models.md has what the look costs). Leaves
+out what only a forward pass shows.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from megatron_papo.model.json_keys import read_json, shown, shown_name
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 MAX_SHOWN_FAULTS = 10
 
 
@@ -45,6 +46,10 @@ def weight_files(folder: Path) -> WeightFiles:
     not there, or are no regular files beside it.
     """
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if (folder / _ADAPTER).exists():
+        raise ValueError(
+            f"{folder / _ADAPTER}: an adapter, which transformers adds where it can: merge it, or take it out"
+        )
     if single.exists():
         return WeightFiles(_regular([single]), {}, _others(folder, {WEIGHTS_FILE}))
     if not index.exists():

@@ -50,9 +50,9 @@ class FreezeConfig(Section):
 
 class ModelConfig(Section):
     path: Path | None = None
-    """A Hugging Face folder (config.json, *.safetensors, tokenizer and processor)."""
+    """A Hugging Face folder: config.json, tokenizer, processor, and model.safetensors or the files of its index."""
     checkpoint: Path | None = None
-    """A Megatron checkpoint folder to start from instead of the safetensors of `path`."""
+    """A Megatron checkpoint folder to start from instead of the weights of `path`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the parameters; `auto` is bfloat16 on a GPU and float32 without one."""
     spec: Literal["auto", "local", "transformer_engine"] = "auto"

@@ -142,6 +142,12 @@ def test_weights_under_another_name_are_refused(tensors, tmp_path):
         ModelShape.from_folder(folder_of(tmp_path / "named", {}, transformers_weights="ema.safetensors"))
 
 
+def test_an_adapter_beside_the_weights_is_refused(tensors, tmp_path):
+    folder = folder_of(tmp_path / "adapter", {"model.safetensors": tensors})
+    (folder / "adapter_config.json").write_text("{}")
+    assert_refused(folder, r"adapter_config.json: an adapter, which transformers adds where it can")
+
+
 def test_a_checkpoint_with_a_stray_file_is_a_checkpoint(tensors, tmp_path):
     folder = folder_of(tmp_path / "checkpoint", {"ema.safetensors": tensors})
     (folder / "state.json").write_text("{}")
