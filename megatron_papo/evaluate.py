@@ -107,12 +107,12 @@ def _generator(run: Run) -> Generator:
 def _answer(
     run: Run, generator: Generator, rewarder: Rewarder, prompts: Sequence[Prompt], *, masked: bool
 ) -> list[Group]:
-    config, chosen = run.config, run.config.eval
+    config = run.config
     sampling = Sampling(
-        group_size=chosen.samples,
-        temperature=chosen.temperature,
-        top_p=config.generation.top_p if chosen.top_p is None else chosen.top_p,
-        top_k=config.generation.top_k if chosen.top_k is None else chosen.top_k,
+        group_size=config.eval.samples,
+        temperature=config.eval.temperature,
+        top_p=config.generation.top_p if config.eval.top_p is None else config.eval.top_p,
+        top_k=config.generation.top_k if config.eval.top_k is None else config.eval.top_k,
         max_response_tokens=config.generation.max_response_tokens,
         seed=config.run.seed,
         masked=masked,
