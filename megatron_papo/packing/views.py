@@ -58,4 +58,5 @@ def empty_like(row: MicroBatch) -> MicroBatch:
         loss_mask_R=torch.zeros_like(row.loss_mask_R),
         weights_R=torch.zeros_like(row.weights_R),
         perception_weights_R=torch.zeros_like(row.perception_weights_R),
+        rollout_logprobs_R=torch.zeros_like(row.rollout_logprobs_R),  # a NaN is one in any sum, at weight 0 too
     )

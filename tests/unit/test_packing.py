@@ -367,6 +367,7 @@ def test_joint_row_by_hand():
 def test_empty_like_counts_nothing_and_has_no_gradient():
     (row,) = _pack(_two_groups())
     policy = torch.full((8,), -1.0, requires_grad=True)
+    row = replace(row, rollout_logprobs_R=torch.full((8,), math.nan))  # of a group that nobody trains on
     row = replace(empty_like(row), ref_logprobs_R=torch.full((8,), -2.0), masked_logprobs_R=torch.full((8,), -2.0))
     total, metrics = papo_loss(HeadOutputs(policy), row, LossSettings.at_step(Config(), 0))
     total.backward()

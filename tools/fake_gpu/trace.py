@@ -217,10 +217,10 @@ class _Update:
         self.peaks = {"scoring_peak": 0}
         take_step = Optimizer.step
 
-        def step(optimizer: Any) -> Any:
+        def step(optimizer: Any, fault: str = "") -> Any:
             self.peaks["passes_peak_in"] = self.watched.peak_in
             self.peaks["passes_peak"] = self.watched.mark()
-            return take_step(optimizer)
+            return take_step(optimizer, fault)
 
         with _no_kernels(), patch.object(Optimizer, "step", step):
             if self.config.parallel.pipeline > 1:
