@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     into = verbs.add_parser("hf-to-megatron", parents=[shared, writing], help="a Hugging Face folder as a checkpoint")
-    into.add_argument("first", type=Path, metavar="source", help="folder with config.json and model.safetensors or its index")
+    into.add_argument(
+        "first", type=Path, metavar="source", help="folder with config.json and model.safetensors or its index"
+    )
     into.add_argument("second", type=Path, metavar="target", help="checkpoint folder to write")
     back = verbs.add_parser("megatron-to-hf", parents=[shared, writing],
                             help="a checkpoint's weights as a Hugging Face folder")  # fmt: skip
