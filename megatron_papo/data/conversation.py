@@ -82,8 +82,11 @@ def check_rendered(text: str, question: str, system: str | None) -> None:
 
 
 def _check_opening(render: Render, turns: Turns) -> None:
+    """Whether what opens the assistant's turn stands twice: within it, or behind turns that end with it already."""
     closed, opened = render(turns, False), render(turns, True)
     opening = opened.removeprefix(closed).strip()
-    halves = opening[: len(opening) // 2].strip(), opening[(len(opening) + 1) // 2 :].strip()
-    if opened.startswith(closed) and opening and (closed.strip().endswith(opening) or halves[0] == halves[1]):
+    if not opening or not opened.startswith(closed):
+        return
+    first, second = opening[: len(opening) // 2].strip(), opening[(len(opening) + 1) // 2 :].strip()
+    if closed.strip().endswith(opening) or (first and first == second):
         raise TemplateFailed("opens the assistant's turn twice")

@@ -361,6 +361,11 @@ def test_a_template_gives_the_question_back_or_is_refused(kind):
         assert render(turns_of(question, system, form), True) == f"{start}{said}{end}"
 
 
+@pytest.mark.parametrize("opening", [":", "A:", "\n", ""])
+def test_a_short_opening_is_no_double_one(opening):
+    assert find_form(render_here(template(WORD, opening)), None) == "text"
+
+
 def test_a_template_of_parts_serves_prompts_and_one_that_loses_them_does_not(folder, tmp_path):
     odd = copy_folder(folder, tmp_path)
     (odd / "chat_template.jinja").write_text(ODD_TEMPLATES["parts, else an error"][0])
