@@ -17,7 +17,7 @@ from megatron_papo.config import Config, ConfigError, plain_tree
 from megatron_papo.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
 from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
 from megatron_papo.refuse import (
-    fault_of_folder,
+    fault_of_run_dir,
     faults_of_fp8,
     faults_of_inputs,
     faults_of_ranks,
@@ -158,7 +158,7 @@ def _packages(verb: str, config: Config) -> Iterator[str]:
 
 def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str]:
     """Whether the run can write there; what a checkpoint takes is asked of the disk that the folder will lie on."""
-    faults = fault_of_folder("run.dir", config.run.dir)
+    faults = fault_of_run_dir(config)
     yield from faults
     if faults or verb not in ("train", "sft") or shape is None:
         return

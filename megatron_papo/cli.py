@@ -17,7 +17,14 @@ from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.process import command, go_on_without_readers
-from megatron_papo.refuse import fault_of_folder, faults_of_fp8, faults_of_inputs, faults_of_ranks, num_engine_ranks
+from megatron_papo.refuse import (
+    fault_of_folder,
+    fault_of_run_dir,
+    faults_of_fp8,
+    faults_of_inputs,
+    faults_of_ranks,
+    num_engine_ranks,
+)
 from megatron_papo.secret_values import text_without_secrets
 from megatron_papo.text import as_text
 
@@ -170,7 +177,8 @@ def _implied(options: argparse.Namespace) -> list[str]:
     if options.model is None:
         return []
     if not os.path.isdir(options.model):
-        raise ConfigError(f"--model: {options.model} is not a folder")
+        is_file = os.path.isfile(options.model)
+        raise ConfigError(f"--model: {options.model} is {'a file, ' * is_file}not a folder")
     for override in options.overrides:
         if override.partition("=")[0] in ("model.path", "model.checkpoint", "model.random_init"):
             raise ConfigError(f"--model: names the weights, and {override} others; give one of the two")
@@ -228,7 +236,7 @@ def _check_given(options: argparse.Namespace, config: Config) -> None:
         faults += [f"--out: {options.out}: is a folder"] if folder else fault_of_folder("--out", options.out.parent)
     faults += faults_of_inputs(options.verb, config)
     if _world_outside() is None:  # a job has checked it on one node; on another it may be there at the next attempt
-        faults += fault_of_folder("run.dir", config.run.dir)
+        faults += fault_of_run_dir(config)
     _raise_any(faults)
 
 

@@ -17,7 +17,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import socket
@@ -34,6 +33,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_papo.config import ConfigError
+from megatron_papo.hostlist import first_host as first_host
 from megatron_papo.keeper import kept_groups
 from megatron_papo.observe.failures import SAVED_EXIT, Failure, describe, print_failure, the_cause
 from megatron_papo.observe.notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun
@@ -111,14 +111,6 @@ def _number(environ: Mapping[str, str]) -> int:
     return int(environ["SLURM_STEP_ID"])
 
 
-def first_host(nodelist: str) -> str:
-    """The first name of Slurm's compressed list: `h[03-05,9],k1` gives `h03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodelist)
-    if not match:
-        raise ValueError(f"SLURM_JOB_NODELIST={nodelist!r} names no host")
-    return "".join(part or "" for part in match.groups())
-
-
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code.
 
@@ -176,6 +168,8 @@ def _make_folder(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
+    except FileExistsError:
+        raise ConfigError(f"run.dir: {run_dir} is a file, where a folder belongs") from None
     except OSError as error:
         raise ConfigError(f"run.dir: {run_dir}: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -24,6 +24,8 @@ DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 OLDEST_VLLM = (0, 26)
 """With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them. What differs
 from there to 0.32 stands in `generation/vllm_versions.py`."""
+_OF_A_RUN = ("checkpoints", "stacks")
+"""Folders without which a run does not begin, or loses what it trained."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
@@ -79,12 +81,26 @@ def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
     return faults
 
 
-def fault_of_folder(key: str, folder: Path) -> list[str]:
-    """Why `folder`, which `key` names, can neither be there nor be made; as far as it shows without writing."""
+def fault_of_folder(key: str, folder: Path, inner: Sequence[str] = ()) -> list[str]:
+    """Why `folder`, which `key` names, or one of its folders `inner`, can neither be there nor be made; as far as it
+    shows without writing."""
     standing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if os.path.isdir(standing) and os.access(standing, os.W_OK | os.X_OK):
-        return []
-    return [f"{key}: {folder}: {standing} is no folder that can be written to"]
+    if os.path.isfile(standing):
+        return [f"{key}: {_place(folder, standing)} is a file, where a folder belongs"]
+    if not os.path.isdir(standing) or not os.access(standing, os.W_OK | os.X_OK):
+        return [f"{key}: {_place(folder, standing)} is no folder that can be written to"]
+    return [
+        f"{key}: {folder / name} is a file, where a folder belongs" for name in inner if os.path.isfile(folder / name)
+    ]
+
+
+def _place(folder: Path, standing: Path) -> str:
+    return str(folder) if folder == standing else f"{folder}: {standing}"
+
+
+def fault_of_run_dir(config: Config) -> list[str]:
+    """Of `run.dir` and what every run has in it. A file in the place of the export is set aside by who writes it."""
+    return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
 
 
 def faults_of_fp8(config: Config, shape: ModelShape) -> list[str]:
@@ -143,13 +159,15 @@ def _fp8_tokens(config: Config) -> Iterator[str]:
 
 def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
+    if model.path is not None and os.path.isfile(model.path):
+        yield f"model.path: {model.path} {_not_a_folder(model.path)}"
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
-    if model.checkpoint is not None and not os.path.isdir(model.checkpoint):
-        yield f"model.checkpoint: {model.checkpoint} is not a folder"
-    reference = config.checkpoint.reference
-    if verb == "train" and reference is not None and not os.path.isdir(reference):
-        yield f"checkpoint.reference: {reference} is not a folder"
+    folders = {"model.checkpoint": model.checkpoint}
+    folders |= {"checkpoint.reference": config.checkpoint.reference} if verb == "train" else {}
+    for key, folder in folders.items():
+        if folder is not None and not os.path.isdir(folder):
+            yield f"{key}: {folder} {_not_a_folder(folder)}"
     freeze = model.freeze
     if verb in ("train", "sft") and freeze.vision and freeze.projector and freeze.language:
         yield "model.freeze: nothing is left to train"
@@ -159,10 +177,17 @@ def _data(verb: str, config: Config) -> Iterator[str]:
     names = {"train": config.data.train, "eval": config.data.eval}
     if verb in _NEEDED and names[_NEEDED[verb]] is None:
         yield f"data.{_NEEDED[verb]}: papo {verb} needs it"
+    for root in config.data.image_roots:
+        if not os.path.isdir(root):
+            yield f"data.image_roots: {root} {_not_a_folder(root)}"
     for key in _READS[verb]:
         name = names[key]
         if name is not None and _is_gone(name):
             yield f"data.{key}: {name}: no such file or folder"
+
+
+def _not_a_folder(path: Path) -> str:
+    return "is a file, not a folder" if os.path.isfile(path) else "is not a folder"
 
 
 def _is_gone(name: str) -> bool:

@@ -7,12 +7,12 @@ watcher itself was stopped: a job that was suspended is alive. Standard library 
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_papo.files import read_object
+from megatron_papo.hostlist import hosts
 from megatron_papo.observe.awake import AwakeClock
 from megatron_papo.observe.failures import Failure
 
@@ -112,16 +112,10 @@ def _killed(srun_log: Path, watch: RankWatch, nodelist: str) -> Iterator[Failure
             else:
                 yield Failure(rank, time.time(), "killed", "killed", text)
         elif gone := _NODE_INDEX.search(line):
-            yield _gone(_hosts(nodelist)[int(gone[1])], watch)
+            yield _gone(list(hosts(nodelist))[int(gone[1])], watch)
         elif gone := _NODE_NAME.search(line):
             yield _gone(gone[1], watch)
 
 
 def _gone(host: str, watch: RankWatch) -> Failure:
     return _dead(watch.rank_on(host), f"Slurm has lost its node {host}")
-
-
-def _hosts(nodelist: str) -> list[str]:
-    return subprocess.run(
-        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
-    ).stdout.split()

@@ -144,6 +144,8 @@ def rows(tmp_path) -> Path:
         ("train", ["reward.function=rewards.own:shares"], ["reward.function: there is no shares in {}/rewards/own.py"]),
         ("train", ["model.checkpoint=gone"], ["model.checkpoint: gone is not a folder"]),
         ("train", ["checkpoint.reference=gone"], ["checkpoint.reference: gone is not a folder"]),
+        ("train", ["checkpoint.reference=rows.jsonl"], ["checkpoint.reference: rows.jsonl is a file, not a folder"]),
+        ("eval", ["data.image_roots=[rows.jsonl]"], ["data.image_roots: rows.jsonl is a file, not a folder"]),
         (
             "sft",
             ["model.freeze.vision=true", "model.freeze.projector=true", "model.freeze.language=true"],
@@ -215,21 +217,24 @@ def test_what_may_still_work_is_not_refused(rows, model, monkeypatch, verb, sett
 @pytest.mark.parametrize(
     ("folder", "why"),
     [
-        ("rows.jsonl", "rows.jsonl is no folder that can be written to"),
-        ("./rows.jsonl/a/b", "{}/rows.jsonl is no folder that can be written to"),
-        ("loop/a", "{}/loop is no folder that can be written to"),
-        ("/proc/a", "No such file or directory"),
+        ("rows.jsonl", " is a file, where a folder belongs"),
+        ("./rows.jsonl/a/b", ": {}/rows.jsonl is a file, where a folder belongs"),
+        ("loop/a", ": {}/loop is no folder that can be written to"),
+        ("run", "/checkpoints is a file, where a folder belongs"),
+        ("/proc/a", ": No such file or directory"),
     ],
 )
 def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monkeypatch, capsys, folder, why):
     (rows / "loop").symlink_to("loop")
+    (rows / "run").mkdir(exist_ok=True)
+    (rows / "run/checkpoints").touch()
     monkeypatch.chdir(rows)
     for name in OUTER:
         monkeypatch.delenv(name, raising=False)
     words = ["data.train=rows.jsonl", "data.eval=rows.jsonl", f"run.dir={folder}", "train.tokens_per_micro_batch=99999"]
     for verb in ("train", "sft", "eval", "certify"):
         assert main([verb, f"model.path={model}", *words]) == 2
-        line = f"papo: error: run.dir: {Path(folder)}: {why.format(rows)}"
+        line = f"papo: error: run.dir: {Path(folder)}{why.format(rows)}"
         assert capsys.readouterr().err.splitlines()[-1:] == [line]
 
 
@@ -239,18 +244,18 @@ def test_a_rank_started_from_outside_fails_without_its_folder_and_may_be_started
     monkeypatch.chdir(rows)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    words = [f"model.path={model}", *GIVEN, "run.dir=rows.jsonl/a", "train.tokens_per_micro_batch=99999"]
-    assert main(["train", *words]) == 1  # 2 would tell the supervisor of a job that it is no use
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "papo: rank 0 failed: ValueError: run.dir: rows.jsonl/a: Not a directory"
-    )
+    for folder, why in (("rows.jsonl/a", ": Not a directory"), ("rows.jsonl", " is a file, where a folder belongs")):
+        words = [f"model.path={model}", *GIVEN, f"run.dir={folder}", "train.tokens_per_micro_batch=99999"]
+        assert main(["train", *words]) == 1  # 2 would tell the supervisor of a job that it is no use
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"papo: rank 0 failed: ValueError: run.dir: {folder}{why}"
 
 
 def test_what_score_writes_is_looked_at_before(rows, model, monkeypatch, capsys):
     monkeypatch.chdir(rows)
-    for out, why in (("rewards", "is a folder"), ("rows.jsonl/a", "rows.jsonl is no folder")):
+    for out, why in (("rewards", ": is a folder"), ("rows.jsonl/a", " is a file, where a folder belongs")):
         assert main(["score", "--model", str(model), "--data", "rows.jsonl", "--out", out]) == 2
-        assert f"papo: error: --out: {out.removesuffix('/a')}: {why}" in capsys.readouterr().err
+        assert f"papo: error: --out: {out.removesuffix('/a')}{why}" in capsys.readouterr().err
 
 
 def test_a_refusal_shows_what_was_given_as_text(rows, model, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_papo.launch import Work, _free_port, _watch, first_host, launch, outer_rank
+from megatron_papo.launch import Work, _free_port, _watch, launch, outer_rank
 from megatron_papo.observe.heartbeat import PEER_EXIT
 from megatron_papo.observe.notes import NotesInMemory
 from megatron_papo.observe.watchdog import STALL_EXIT
@@ -324,11 +324,3 @@ def test_a_batch_script_and_a_plain_shell_are_no_ranks():
     assert outer_rank({}) is None
     assert outer_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}) is None
     assert outer_rank({"RANK": "0", "WORLD_SIZE": "1"}) == {}
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("h[03-05,9],k1", "h03"), ("r[7,9]-ib", "r7-ib"), ("a-b[12]", "a-b12")],
-)
-def test_first_host(nodelist, host):
-    assert first_host(nodelist) == host

@@ -58,7 +58,7 @@ LAYERS = (
     ("correction",),
     ("types",),
     ("host_copies",),
-    ("config", "accelerator", "files", "tested", "held", "rendezvous"),
+    ("config", "accelerator", "files", "hostlist", "tested", "held", "rendezvous"),
     ("text", "secret_values"),
     ("process",),
 )
