@@ -93,6 +93,7 @@ def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path
     said: list[str] = []
     observe = ObserveConfig(console=False, wandb="offline")
     with Sinks(observe, tmp_path, "run: {seed: 3}\n", warn=said.append) as sinks:
+        sinks.log(-1, {"eval/accuracy": 0.125})
         sinks.log(0, {"reward": 0.25, "loss/total": -1.5})
         sinks.log(1, {"reward": 0.5, "loss/total": -2.5})
         sinks.samples(1, [ROW])
@@ -102,13 +103,14 @@ def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("reward")] == [(0, 0.25), (1, 0.5)]
     assert [event.value for event in board.Scalars("loss/total")] == [-1.5, -2.5]
+    assert [(event.step, event.value) for event in board.Scalars("eval/accuracy")] == [(-1, 0.125)]
     (image,) = board.Images("samples/0")
     assert (image.step, image.width, image.height) == (1, 12, 6)
     assert {"samples/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"me:pass" in path.read_bytes()]
-    assert b"loss/total" in content and b"samples" in content
+    assert b"loss/total" in content and b"samples" in content and b"eval/accuracy" in content
     tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
     (row,) = json.loads(tables[0].read_text())["data"]
     assert row[2:] == [ROW.problem, ROW.response, "2", 0.95, 1.0, 0.5]
