@@ -314,7 +314,8 @@ class RewardConfig(Section):
     repetition_ngram: Count = 4
     """Words of an n-gram."""
     function: str | None = None
-    """`module:function(response: str, answer: str, problem: str) -> float`, replaces the accuracy part."""
+    """`module:function(response: str, answer: str, problem: str) -> float`, replaces the accuracy part. `response`
+    begins with the think block that the chat template opens, where it does."""
     timeout_s: Positive = 2.0
     """An answer that takes longer to compare is wrong."""
     overlong: OverlongConfig = OverlongConfig()

@@ -140,8 +140,9 @@ def apart(gold: Any, answer: Any) -> bool:
     gold_members, members = _members(gold), _members(answer)
     if len(members) != len(gold_members) or gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):
         return False
-    symbols = sorted(set().union(*(one.free_symbols for one in (*members, *gold_members))), key=str)
-    point = {symbol: Rational(13 + 7 * place, 10) for place, symbol in enumerate(symbols)}
+    symbols = set().union(*(one.free_symbols for one in (*members, *gold_members)))
+    names = sorted({str(symbol) for symbol in symbols})  # one name may stand for a real and a complex symbol
+    point = {symbol: Rational(13 + 7 * names.index(str(symbol)), 10) for symbol in symbols}
     values, gold_values = ([_value(member, point) for member in some] for some in (members, gold_members))
     if isinstance(gold, FiniteSet) or isinstance(answer, FiniteSet):
         values, gold_values = sorted(values, key=_order), sorted(gold_values, key=_order)

@@ -50,7 +50,7 @@ _PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _LOOSE_SPACE = re.compile(r"(?<![^\W_]) +| +(?![^\W_])")
 
 _SIGNS = {
-    **dict.fromkeys("−–—‒―‐‑﹣", "-"), **dict.fromkeys("°º˚", "^\\circ "), "℃": "^\\circ C", "℉": "^\\circ F",
+    **dict.fromkeys("−–—‒―‐‑﹣", "-"), **dict.fromkeys("°º˚∘", "^\\circ "), "℃": "^\\circ C", "℉": "^\\circ F",
     **dict.fromkeys("×✕✖", "\\times "), **dict.fromkeys("·⋅∙•・", "\\cdot "), "÷": "\\div ", "±": "\\pm ",
     **dict.fromkeys("≤⩽≦", "\\le "), **dict.fromkeys("≥⩾≧", "\\ge "), "≠": "\\ne ", "∞": "\\infty ",
     **dict.fromkeys("≈≒≃", "\\approx "), "∼": "\\sim ", "∈": "\\in ", "∉": "\\notin ", "∪": "\\cup ", "∩": "\\cap ",

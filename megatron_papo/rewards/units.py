@@ -49,6 +49,16 @@ _PRODUCTS = frozenset(("mg", "cd", "pt", "ct", "lm", "ha"))
 """Products of variables, as in a weight of 3mg, unless they stand in upright text."""
 
 
+_SAME = [
+    *({frozenset({("¥", 1)}), frozenset({(name, 1)})} for name in ("yuan", "yen")),
+    *(
+        {frozenset({(name, 1)}), frozenset(DERIVED[letter].items())}
+        for name, letter in (("celsius", "C"), ("fahrenheit", "F"))
+    ),
+]
+"""Pairs of units by one sign."""
+
+
 def split_units(spelled: str) -> tuple[str, frozenset[Unit]]:
     """The answer without its units, and those; of a list, tuple or interval the units of every member."""
     if spelled[:1] == OPEN and spelled.find(CLOSE) == len(spelled) - 1:
@@ -74,8 +84,11 @@ def _split_members(spelled: str) -> tuple[str, frozenset[Unit]]:
 
 
 def clash(units: frozenset[Unit], gold_units: frozenset[Unit]) -> bool:
-    """Whether both name units, and not the same. `units` alone fit any; a degree may be one of temperature."""
+    """Whether both name units, and not the same. `units` alone fit any; a degree may be one of temperature, and C, F or
+    ¥ either of two."""
     if not units or not gold_units or units == gold_units:
+        return False
+    if (units | gold_units) in _SAME:
         return False
     names, gold_names = ({name for unit in both for name, _ in unit} for both in (units, gold_units))
     if (names == {"unit"}) != (gold_names == {"unit"}):

@@ -147,6 +147,8 @@ def test_every_pair_of_the_table_has_its_verdict(accuracy, verifier, mathruler):
     assert [row for row, verdict in zip(rows, found) if verdict != row[accuracy]] == []
     page = (PAIRS.parents[2] / "docs/departures.md").read_text()
     same, missed, taken = (sum(row[accuracy] - row["reader"] == off for row in rows) for off in (0, -1, 1))
+    differ = sum(row["math"] != row["mathruler"] for row in rows)
+    assert f"has {len(rows)} pairs" in page and f"differ on {differ}." in page
     assert f"| `{accuracy}` | {same} | {missed} | {taken} |" in page, "counts on the page of departures"
 
 
