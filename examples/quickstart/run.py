@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="what was left there is replaced")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all four commands")
     arguments = parser.parse_args()
+    if arguments.out.is_file():
+        parser.error(f"--out: {arguments.out} is a file, where a folder belongs")
     quickstart(arguments.out, arguments.engine, arguments.seed, arguments.overrides)
 
 

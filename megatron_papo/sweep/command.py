@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_papo.cluster import runs
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, my_jobs
+from megatron_papo.refuse import fault_of_folder
 from megatron_papo.sweep.gather import gather
 from megatron_papo.sweep.local import run_points
 from megatron_papo.sweep.page import print_table, write_tables
@@ -27,6 +28,8 @@ def begin(
     sweep: Sweep, points: Sequence[Point], made_from: str, *, dry_run: bool = False, local: bool = False, retry: bool
 ) -> bool:
     """Submits the points that are not done and not in the queue; with `local` runs them. Whether none was refused."""
+    if faults := fault_of_folder("dir", sweep.dir):
+        raise ValueError(faults[0])
     checked = check_points(sweep, points, made_from, local)
     jobs = _jobs_if_any() if dry_run or local else _settled_jobs(points)
     states = states_of(sweep, points, jobs)

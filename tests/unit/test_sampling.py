@@ -1,5 +1,6 @@
 """The draw itself: seeds, the processed distribution on a vocabulary small enough to do by hand, hand-over."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import torch
 from megatron_papo.generation.base import Sampling
 from megatron_papo.generation.handover import checked, expected_shapes
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
+from megatron_papo.generation.shares import make_jobs
 from megatron_papo.generation.vllm_requests import _compact
 from megatron_papo.generation.vllm_start import check_bans, remove_leftovers
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.types import ModelInputs, Prompt
 from tests.tiny import tiny_config
 
 NONE = torch.tensor([], dtype=torch.int64)
@@ -36,6 +39,13 @@ def test_seeds_are_fixed_and_distinct():
     assert len(seeds) == 3 * 3 * 3 * 8
     assert rollout_seed(1, 2, "3", 4) != rollout_seed(1, 23, "", 4)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_prompt_that_comes_twice_in_a_call_has_seeds_of_its_own_each_time():
+    first = Prompt("train:7", 7, "", "", (), ModelInputs(torch.tensor([1]), None, None), visit=30)
+    jobs = make_jobs([first, replace(first, visit=37), first], sampling(group_size=16))
+    seeds = [{job.seed for job in jobs if job.prompt_index == place} for place in range(3)]
+    assert len(seeds[0] | seeds[1]) == 32 and seeds[0] == seeds[2]
 
 
 def test_uniforms_belong_to_the_row():

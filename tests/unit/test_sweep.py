@@ -16,6 +16,7 @@ from megatron_papo.cluster.submit import Plan, write
 from megatron_papo.cluster.supervise import Job
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.planning.runs import STAGES as PLANNERS_STAGES
+from megatron_papo.sweep.command import begin
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row, Spread, gather, measured_steps
 from megatron_papo.sweep.page import markdown, print_table, write_tables
 from megatron_papo.sweep.plot import draw, sweep_png
@@ -313,3 +314,10 @@ def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     picture = sweep_png(rows, sweep, tmp_path / "plot.png")
     assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
     assert sweep_png([Row("a", State("failed"), 1)], sweep, tmp_path / "none.png") is None
+
+
+def test_a_file_in_the_place_of_its_folder_is_told(tmp_path):
+    (tmp_path / "out").touch()
+    sweep = load_sweep(write_sweep(tmp_path), [])
+    with pytest.raises(ValueError, match=f"^dir: {tmp_path}/out is a file, where a folder belongs$"):
+        begin(sweep, points_of(sweep), "", dry_run=True, retry=False)
