@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,9 @@ def test_sampling_and_training_agree_and_the_place_of_the_engine_does_not_matter
 def _engine_process(config: Config, rank: int) -> psutil.Process:
     sign = json.loads((config.run.dir / "heartbeats" / f"rank_{rank}.json").read_text())
     for child in psutil.Process(sign["pid"]).children():
-        if "spawn_main" in " ".join(child.cmdline()):
-            return child
+        with suppress(psutil.ZombieProcess):  # the engine before, not waited for yet
+            if "spawn_main" in " ".join(child.cmdline()):
+                return child
     raise AssertionError("the engine runs")
 
 
