@@ -13,7 +13,7 @@ import yaml
 
 from megatron_papo.cli import main
 from megatron_papo.config import dump_config, load_config
-from megatron_papo.data import source
+from megatron_papo.data import row_files
 from megatron_papo.refuse import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
 from tests import commands
 from tests.tiny_run import make_inputs, metrics, tiny_run
@@ -327,7 +327,7 @@ def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkey
 
 
 def test_the_kinds_of_files_are_those_that_can_be_opened():
-    assert set(DATA_SUFFIXES) == set(source._BUILDERS)
+    assert set(DATA_SUFFIXES) == set(row_files.BUILDERS)
 
 
 def test_given_weights_win_over_those_of_the_file(tmp_path, model):
