@@ -317,7 +317,7 @@ class RewardConfig(Section):
     """`module:function(response: str, answer: str, problem: str) -> float`, replaces the accuracy part. `response`
     begins with the think block that the chat template opens, where it does."""
     timeout_s: Positive = 2.0
-    """An answer that takes longer to compare is wrong."""
+    """Processor time. An answer that takes longer to compare is wrong."""
     overlong: OverlongConfig = OverlongConfig()
 
 

@@ -2,9 +2,9 @@
 the package.
 
 It has no threads and no torch, so it can fork: a child does the comparing, and a timer of the kernel ends the child
-when a comparison takes too long, in whatever C code it is. The parent then forks another, at no import's cost. One
-request a line on standard input, one JSON value a line on standard output: true, false, or null when time ran out,
-memory did, or the grader crashed.
+when a comparison takes too much of the processor, in whatever C code it is; a busy machine makes no answer wrong. The
+parent then forks another, at no import's cost. One request a line on standard input, one JSON value a line on standard
+output: true, false, or null when time ran out, memory did, or the grader crashed.
 """
 
 import cmath
@@ -12,14 +12,19 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 Grader = Callable[[str, str], bool]
 """Of an answer and the gold answer."""
+_WARM_UP = ("\\frac{1}{2}", "x+1"), ("(\\frac{1}{2}, 3)", "(0.5, 3)"), ("\\{1, 2\\}", "\\{2, 1\\}")
+_TEXT = re.compile(r"""['"#\\]|\.\s*[^\W\d]""")
+"""In Python: a text, or an attribute, of which some hold a text, also one that begins on the next line."""
 
 _MEMORY = 4 << 30  # bytes of address space: 9^{9^9} would take all there is before its time is out
 _SIX_DIGITS = 5.000001e-6  # six significant digits, and what doubles lose
@@ -31,7 +36,8 @@ def main() -> None:
     timeout_s, grader = float(sys.argv[1]), {"math-verify": compare, "mathruler": grade}[sys.argv[2]]
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when to end
-    grader("\\frac{1}{2}", "x+1")  # imports all, and fills caches, before the first fork
+    for answer, gold in _WARM_UP:  # imports all, and fills caches, before the first fork
+        grader(answer, gold)
     child = Child(timeout_s, grader)
     if child.ask(json.dumps(["2\\sqrt{3}", "\\sqrt{12}"])) != "true":
         sys.exit(f"{sys.argv[2]} does not know that 2\\sqrt{3} is \\sqrt{12}")
@@ -74,7 +80,7 @@ class Child:
 
 
 def _compare_forever(requests: int, replies: int, timeout_s: float, grader: Grader) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the default ends the process
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     memory = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -83,12 +89,12 @@ def _compare_forever(requests: int, replies: int, timeout_s: float, grader: Grad
     sys.set_int_max_str_digits(4300)
     for line in os.fdopen(requests):
         answer, gold = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)
         try:
             right = grader(answer, gold)
         except (Exception, RecursionError, MemoryError):
             right = None  # sympy and the parsers raise anything
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _write(replies, json.dumps(right))
 
 
@@ -111,7 +117,8 @@ def compare(answer: str, gold: str) -> bool:
 
 def grade(answer: str, gold: str) -> bool:
     """mathruler's verdict. It evaluates as Python what has at most two unknown letters. A text within would be
-    evaluated in its turn, and may spell any program by its letters' numbers: nothing with a quotation mark is."""
+    evaluated in its turn, and may spell any program, by its letters' numbers or as letters cut from an attribute such
+    as `__doc__`: nothing with a quotation mark or an attribute is, in Python's own reading of Unicode."""
     from mathruler import grader
 
     if not hasattr(grader, "parse_any"):
@@ -122,7 +129,7 @@ def grade(answer: str, gold: str) -> bool:
 def _parse_without_texts(expression: str) -> Any:
     from mathruler import grader
 
-    if "'" in expression or '"' in expression:
+    if _TEXT.search(unicodedata.normalize("NFKC", expression)):
         raise ValueError("a text is no mathematics")  # which mathruler takes for a wrong answer
     return grader.parse_any(expression)
 

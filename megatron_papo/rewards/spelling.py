@@ -34,8 +34,9 @@ _RENAMED = {
     "geqslant": "\\ge", "neq": "\\ne", "to": "\\rightarrow", "longrightarrow": "\\rightarrow", "gets": "\\leftarrow",
     "longleftarrow": "\\leftarrow", "implies": "\\Rightarrow", "iff": "\\Leftrightarrow", "varnothing": "\\emptyset",
     "degree": "^\\circ", "textdegree": "^\\circ", "celsius": "^\\circ C", "lbrace": "\\{", "rbrace": "\\}",
-    "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|", "ast": "*", "colon": ":",
-    "slash": "/", "%": "%", "_": "_", "&": "&", "#": "#", "prime": "'", "ohm": "\\Omega", "simeq": "\\approx",
+    "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|",
+    "ast": "*", "colon": ":", "slash": "/", "%": "%", "_": "_", "&": "&", "#": "#", "prime": "'",
+    "ohm": "\\Omega", "simeq": "\\approx",
 }  # fmt: skip
 _TOKEN = re.compile(r"\\(?:left|right) ?\.|\\[A-Za-z]+|\\.|[{}]|[^\\{}]+|\\", re.DOTALL)
 _TWICE_ESCAPED = re.compile(r"\\\\(?=[A-Za-z])")
@@ -45,7 +46,7 @@ _ABOUT = re.compile(
     r"(?:\\approx|\\sim|=|approximately|approx\.?|about|around|roughly|大约|约为|约)(?![A-Za-z]) *(?=[\d\\.$+(-])", re.I
 )
 _PERCENT = re.compile(r" *[\x02\x03]* *(?:percent|per cent|pct)[\x02\x03. ]*$", re.IGNORECASE)
-_LONE = re.compile(r"([\^_]) ?\{ ?([0-9A-Za-z]) ?\}")  # x^{2}
+_LONE = re.compile(r"([\^_]) ?\{ ?([0-9A-Za-z+-]) ?\}")  # x^{2}
 _PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _LOOSE_SPACE = re.compile(r"(?<![^\W_]) +| +(?![^\W_])")
 
@@ -53,7 +54,8 @@ _SIGNS = {
     **dict.fromkeys("−–—‒―‐‑﹣", "-"), **dict.fromkeys("°º˚∘", "^\\circ "), "℃": "^\\circ C", "℉": "^\\circ F",
     **dict.fromkeys("×✕✖", "\\times "), **dict.fromkeys("·⋅∙•・", "\\cdot "), "÷": "\\div ", "±": "\\pm ",
     **dict.fromkeys("≤⩽≦", "\\le "), **dict.fromkeys("≥⩾≧", "\\ge "), "≠": "\\ne ", "∞": "\\infty ",
-    **dict.fromkeys("≈≒≃", "\\approx "), "∼": "\\sim ", "∈": "\\in ", "∉": "\\notin ", "∪": "\\cup ", "∩": "\\cap ",
+    **dict.fromkeys("≈≒≃", "\\approx "), "∼": "\\sim ", "≅": "\\cong ",
+    "∈": "\\in ", "∉": "\\notin ", "∪": "\\cup ", "∩": "\\cap ",
     "∅": "\\emptyset ", "⊂": "\\subset ", "⊆": "\\subseteq ", "∠": "\\angle ", "△": "\\triangle ", "Δ": "\\Delta ",
     "⊥": "\\perp ", **dict.fromkeys("∥‖", "\\parallel "), "→": "\\rightarrow ", "←": "\\leftarrow ",
     "↔": "\\leftrightarrow ", "⇒": "\\Rightarrow ", "⇐": "\\Leftarrow ", "⇔": "\\Leftrightarrow ", "ℝ": "\\mathbb{R}",

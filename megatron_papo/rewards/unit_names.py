@@ -11,7 +11,8 @@ kg = Kg KG kgs; km = Km KM kms; cm = CM cms; mm = MM mms; mL = ml ML; L = l; g =
 oz = oz; s = sec secs; min = min mins; h = h hr hrs; d = d; wk = wk wks; mo = mo; yr = yr yrs; am = am AM a.m A.M;
 pm = pm PM p.m P.M; rad = rad; degree = deg; celsius = degC; fahrenheit = degF; atm = atm; mmHg = mmHg; psi = psi;
 dB = dB; mph = mph; km/h = kph kmh kmph; rpm = rpm; cd = cd; lm = lm; lx = lx; Bq = Bq; kB = KB kB; MB = MB; GB = GB;
-kWh = kWh kwh; Hz = hz; dollar = $ USD; euro = € EUR; pound = £ GBP; yuan = RMB CNY; yen = JPY; ¥ = ¥; rupee = ₹ Rs INR;
+kWh = kWh kwh; Hz = hz; M = M; VA = VA; amu = amu; sr = sr; Gy = Gy; Sv = Sv; pc = pc; dollar = $ USD; euro = € EUR;
+ pound = £ GBP; yuan = RMB CNY; yen = JPY; ¥ = ¥; rupee = ₹ Rs INR;
 cent = ¢ ct cts
 """
 _WORDS = """

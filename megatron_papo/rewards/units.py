@@ -45,8 +45,8 @@ _BETWEEN = re.compile(rf"([,;()\[\]]|\\[{{}}]|[ {OPEN}{CLOSE}]+(?:and|or)[ {OPEN
 _LISTED = re.compile(rf"[,;]|[ {OPEN}](?:and|or)[ {CLOSE}]")
 _VARIABLES = frozenset("htdl")
 """Letters that are variables after roots and multiples of pi: 2\\pi h."""
-_PRODUCTS = frozenset(("mg", "cd", "pt", "ct", "lm", "ha"))
-"""Products of variables, as in a weight of 3mg, unless they stand in upright text."""
+_PRODUCTS = frozenset(("mg", "cd", "pt", "ct", "lm", "ha", "sr", "pc", "M"))
+"""Variables and products of them, as in a weight of 3mg, unless they stand in upright text."""
 
 
 _SAME = [

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 
 from megatron_papo.config import OverlongConfig, RewardConfig
@@ -103,7 +104,8 @@ RIGHT = [
     ("12 345", "12345"), ("- 3", "-3"), ("\n3\n", "3"), ("\\frac12", "0.5"), ("12 cm", "12"), ("\\text{12 cm}", "12"),
     ("120°", "120"), ("6.02\\times10^{23}", "6.02e23"), ("A", "A"), ("(A)", "A"), ("a", "A"), ("A. 30", "A"),
     ("A) 30", "(A)"), ("\\text{A}", "A"), ("A", "A. 30"), ("Red  circle", "red circle"), ("\\text{Yes}", "yes"),
-    ("\\left(1,2\\right)", "(1, 2)"),
+    ("\\left(1,2\\right)", "(1, 2)"), ("0.05\\text{ M}", "0.05"), ("\\mathrm{Na}^{+}", "Na^+"),
+    ("\\langle 1, 2 \\rangle", "(1,2)"), ("△ABC ≅ △DEF", "\\triangle ABC \\cong \\triangle DEF"),
 ]  # fmt: skip
 WRONG = [
     ("3", "4"), ("", ""), (" ", " "), ("{}", ""), ("3", ""), ("", "3"), ("\\,", "\\;"), ("1000000", "1000001"),
@@ -219,6 +221,15 @@ def test_mathruler_runs_no_program_that_an_answer_spells(tmp_path, mathruler):
     assert not mathruler.equal(f"ln('{program}')", "\\sqrt{2}") and not file.exists()
     assert not mathruler.equal("'9'*9**99", "5")
     assert mathruler.equal("x+y", "y+x"), "and the worker goes on"
+
+
+def test_mathruler_runs_no_program_of_letters_cut_from_an_attribute(mathruler):
+    """`d` and `c` as Roman numerals are no letters for mathruler, and in Python's names they are `d` and `c`."""
+    for text in ("sqrt.__\u217eo\u217d__", "sqrt.\\\n__\u217eo\u217d__", "(sqrt.#\n__\u217eo\u217d__)"):
+        places = {letter: place for place, letter in enumerate(sympy.sqrt.__doc__)}
+        program = "+".join(f"{text}[{places[one]}:{places[one] + 1}]" for one in "__import__('os').mkdir('made')")
+        assert len(program) < 1000 and not mathruler.equal("\\frac{1}{2}", f"1),({program}),(1")
+    assert not Path("made").exists()
 
 
 def test_hostile_responses_are_rewarded_zero_and_never_raise():
