@@ -33,7 +33,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_papo.config import ConfigError
-from megatron_papo.hostlist import first_host as first_host
+from megatron_papo.hostlist import first_host
 from megatron_papo.keeper import kept_groups
 from megatron_papo.observe.failures import SAVED_EXIT, Failure, describe, print_failure, the_cause
 from megatron_papo.observe.notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun

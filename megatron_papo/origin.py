@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.checkpoint.faults import agreed
 from megatron_papo.checkpoint.fingerprint import fingerprint_of_weights
 from megatron_papo.config import Config, plain_tree
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.fingerprint import fingerprint
 from megatron_papo.data.processor import Processor
-from megatron_papo.parallel import everyone, gather_objects
 from megatron_papo.run import Run, model_folder
 
 Origin = Mapping[str, str]
@@ -43,9 +44,12 @@ _LONGEST_VALUE = 40
 
 
 def origin_of(run: Run, dataset: PromptDataset, *columns: str) -> Origin:
-    """Of a run that trains on `dataset`, of which it also reads `columns`; read on one rank, known on all."""
-    found = _read(run, dataset, columns) if run.is_writer else {}
-    return gather_objects(found, everyone())[0]
+    """Of a run that trains on `dataset`, of which it also reads `columns`; read on one rank, known on all.
+
+    Raises ValueError, on every rank alike, for what cannot be read.
+    """
+    found: Origin = agreed(partial(_read, run, dataset, columns))
+    return found
 
 
 def _read(run: Run, dataset: PromptDataset, columns: tuple[str, ...]) -> Origin:

@@ -182,7 +182,7 @@ def name_missing_pictures(run: Run, dataset: PromptDataset, *, perception: bool 
     """A line where rows are read without pictures and nobody has said that this is meant, and where the perception
     terms, if there are any, will find none to read."""
     if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
-        so = "loss.perception_coef has nothing to work on" if perception else "rows are read without pictures"
+        so = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
         warn(run, f"data.{dataset.which}: {why}: {so}")
 
 

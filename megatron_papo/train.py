@@ -153,7 +153,7 @@ def open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = _training_rows(run)
-            name_missing_pictures(run, dataset, perception=config.loss.perception_coef > 0)
+            name_missing_pictures(run, dataset, perception=config.reads_masked_view)
             origin = origin_of(run, dataset)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)

@@ -1,4 +1,5 @@
-"""What a data set holds, as a few letters that are the same wherever it lies, in whichever format, on every rank.
+"""What a data set holds, as a few letters that are the same wherever it lies, on every rank, and in every format
+that keeps the types of cells (a CSV holds text alone).
 
 Covered: the number of rows, their order, and the cells of the named columns: all of them up to 65,536 rows, of more
 rows as many, evenly spread; and the pictures of 64 rows. Left out: other columns, names of columns and files, times.
