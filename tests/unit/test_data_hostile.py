@@ -272,9 +272,19 @@ def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
 
     text = {"problem": "2+2?", "answer": "4"}
     told = {
-        "a": ([text], {}, "has no column 'images': rows are read without pictures", "loss.perception_coef has nothing"),
-        "b": ([text], {"columns": ColumnsConfig(images=None)}, "", "images is null: loss.perception_coef has nothing"),
-        "c": ([{**text, "images": []}], {}, "", "none of 1 rows of .*, which has 1, holds a picture in 'images': loss"),
+        "a": (
+            [text],
+            {},
+            "has no column 'images': rows are read without pictures",
+            "the perception terms have nothing",
+        ),
+        "b": ([text], {"columns": ColumnsConfig(images=None)}, "", "images is null: the perception terms have nothing"),
+        "c": (
+            [{**text, "images": []}],
+            {},
+            "",
+            "none of 1 rows of .*, which has 1, holds a picture in 'images': the perc",
+        ),
         "d": ([{**text, "images": ["0.png"]}], {}, "", ""),
     }
     for name, (lines, settings, *expected) in told.items():
