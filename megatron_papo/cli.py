@@ -23,6 +23,7 @@ from megatron_papo.refuse import (
     faults_of_fp8,
     faults_of_inputs,
     faults_of_ranks,
+    not_a_folder,
     num_engine_ranks,
 )
 from megatron_papo.secret_values import text_without_secrets
@@ -177,8 +178,7 @@ def _implied(options: argparse.Namespace) -> list[str]:
     if options.model is None:
         return []
     if not os.path.isdir(options.model):
-        is_file = os.path.isfile(options.model)
-        raise ConfigError(f"--model: {options.model} is {'a file, ' * is_file}not a folder")
+        raise ConfigError(f"--model: {options.model} {not_a_folder(options.model)}")
     for override in options.overrides:
         if override.partition("=")[0] in ("model.path", "model.checkpoint", "model.random_init"):
             raise ConfigError(f"--model: names the weights, and {override} others; give one of the two")

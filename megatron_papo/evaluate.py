@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import replace
 
 from megatron_papo.config import Config
-from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megatron_papo.checkpoint.huggingface_weights import find_weights
 from megatron_papo.checkpoint.names import module_name, parameter_table, published_name
 from megatron_papo.checkpoint.parameters import Held
 from megatron_papo.checkpoint.slices import Block, Entry, blocks
+from megatron_papo.checkpoint.weight_files import weight_files
 from megatron_papo.generation.handover import expected_shapes, read_config
 from megatron_papo.model.shape import ModelShape
 
@@ -54,7 +54,7 @@ def files_of_transformers(folder: Path) -> list[Path]:
 
 
 def _compare_files(folder: Path, files: list[Path]) -> None:
-    ours, theirs = ({file.name for file in each} for each in (find_weights(folder).files.files, files))
+    ours, theirs = ({file.name for file in each} for each in (weight_files(folder).files, files))
     if ours != theirs:
         raise ValueError(f"{folder}: read from {', '.join(sorted(ours))}, by transformers {', '.join(sorted(theirs))}")
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from megatron_papo.accelerator import device_name, parameter_dtype
 from megatron_papo.accounting import peak_tflops
 from megatron_papo.config import dump_config
-from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.generation.pictures import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks

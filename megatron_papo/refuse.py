@@ -160,14 +160,14 @@ def _fp8_tokens(config: Config) -> Iterator[str]:
 def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
     if model.path is not None and os.path.isfile(model.path):
-        yield f"model.path: {model.path} {_not_a_folder(model.path)}"
+        yield f"model.path: {model.path} {not_a_folder(model.path)}"
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
     folders = {"model.checkpoint": model.checkpoint}
     folders |= {"checkpoint.reference": config.checkpoint.reference} if verb == "train" else {}
     for key, folder in folders.items():
         if folder is not None and not os.path.isdir(folder):
-            yield f"{key}: {folder} {_not_a_folder(folder)}"
+            yield f"{key}: {folder} {not_a_folder(folder)}"
     freeze = model.freeze
     if verb in ("train", "sft") and freeze.vision and freeze.projector and freeze.language:
         yield "model.freeze: nothing is left to train"
@@ -179,14 +179,15 @@ def _data(verb: str, config: Config) -> Iterator[str]:
         yield f"data.{_NEEDED[verb]}: papo {verb} needs it"
     for root in config.data.image_roots:
         if not os.path.isdir(root):
-            yield f"data.image_roots: {root} {_not_a_folder(root)}"
+            yield f"data.image_roots: {root} {not_a_folder(root)}"
     for key in _READS[verb]:
         name = names[key]
         if name is not None and _is_gone(name):
             yield f"data.{key}: {name}: no such file or folder"
 
 
-def _not_a_folder(path: Path) -> str:
+def not_a_folder(path: Path) -> str:
+    """What is wrong with a path that is no folder."""
     return "is a file, not a folder" if os.path.isfile(path) else "is not a folder"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from megatron_papo.checkpoint.weight_files import weight_files
 from megatron_papo.checkpoint.weights import check_weights, load_weights
 from megatron_papo.config import Config, ConfigError, LossConfig
 from megatron_papo.data.processor import Processor, load_processor
+from megatron_papo.files import print_warning
 from megatron_papo.generation import Generator
 from megatron_papo.generation.separate_key import offered_key
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
@@ -130,7 +130,7 @@ def _load(policy: VisionLanguageModel, shape: ModelShape, folder: Path, layout: 
     first_look.look(folder, shape, held_parameters(policy, shape, layout.tensor_size), layout.tensor_rank)
     note = weight_files(folder).note()
     if note and layout.rank == 0:
-        print(f"papo: warning: {as_text(note)}", file=sys.stderr, flush=True)
+        print_warning(as_text(note))
 
 
 def _check_patches(processor: Processor, shape: ModelShape) -> None:

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from megatron_papo.config import Config
-from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRow, BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor

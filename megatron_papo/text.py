@@ -33,7 +33,7 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
-def shown(value: object, most: int = 80) -> str:
+def shortened(value: object, most: int = 80) -> str:
     """The beginning of `str(value)`, for messages: a cell of a data set may hold a whole picture as text."""
     text = str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"

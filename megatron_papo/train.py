@@ -18,7 +18,8 @@ from megatron_papo.advantages import with_advantages
 from megatron_papo.certify import Certifier
 from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
-from megatron_papo.data.dataset import BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import Draw, draw_prompts
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import chat_template
-from megatron_papo.data.conversation import Turns, check_rendered, turns_of
+from megatron_papo.data.conversation import Turns, check_rendered, instructed, turns_of
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor_files import default_template, pixel_bounds
 from megatron_papo.generation.handover import checked, expected_shapes, read_config
@@ -131,7 +131,7 @@ class HuggingFace:
 
     def _render(self, problem: str) -> str:
         """The prompt with structured content; written out for a template that knows text alone."""
-        question = f"{problem.strip()}\n\n{self._data.instruction}" if self._data.instruction else problem
+        question = instructed(problem, self._data.instruction)
         turns = turns_of(question, self._data.system, "parts")
         try:
             text = self._apply_template(turns)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 from megatron_papo.config import Config
-from megatron_papo.data.dataset import BadRow, PromptDataset
+from megatron_papo.data.bad_rows import BadRow
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.processor import Processor
 from megatron_papo.types import Prompt
 

@@ -5,7 +5,8 @@ Reads files, decodes images, applies the chat template, draws rows. Knows nothin
 cursor is a value that the caller keeps.
 """
 
-from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRow, BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import Draw, draw_prompts, prompts_of
 from megatron_papo.data.masking import Masks, mask_images, masked_raw_images
 from megatron_papo.data.order import DataCursor, share_of

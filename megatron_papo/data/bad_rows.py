@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_papo.text import shown
+from megatron_papo.text import shortened
 
 _MOST_LETTERS = 300
 
@@ -15,7 +15,7 @@ class BadRow(ValueError):
     """A row that cannot be a prompt. `reason` is one of a few, for counting; `detail` says more, shortly."""
 
     def __init__(self, row: int, reason: str, detail: str = "") -> None:
-        detail = shown(detail, _MOST_LETTERS)
+        detail = shortened(detail, _MOST_LETTERS)
         super().__init__(f"row {row}: {reason}" + (f" ({detail})" if detail else ""))
         self.row, self.reason, self.detail = row, reason, detail
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_papo.data.processor import PLACEHOLDER
-from megatron_papo.text import shown
+from megatron_papo.data.conversation import PLACEHOLDER
+from megatron_papo.text import shortened
 
 VIDEO = "<video>"
 """Where other programs put a video; a text that has one asks about something that is not read here."""
@@ -75,10 +75,12 @@ def _user_turn(turns: list[dict[str, Any]], system: str | None) -> Any:
     if turns[0]["role"] == "system":
         told = _content(turns.pop(0))
         if told != (system or ""):
-            raise BadCell("system turn", f"{shown(told)!r} is not what data.system says")
+            raise BadCell("system turn", f"{shortened(told)!r} is not what data.system says")
     if [turn["role"] for turn in turns] != ["user"]:
         roles = ", ".join(str(turn["role"]) for turn in turns)
-        raise BadCell("problem is no text", f"a conversation of {shown(roles) or 'nothing'}, not one turn of the user")
+        raise BadCell(
+            "problem is no text", f"a conversation of {shortened(roles) or 'nothing'}, not one turn of the user"
+        )
     return _content(turns[0])
 
 
@@ -104,7 +106,7 @@ def _part(part: Any) -> str:
         return PLACEHOLDER
     if kind in ("video", "video_url"):
         raise BadCell("video", "a part of a turn: only pictures are read")
-    raise BadCell("problem is no text", f"a part of the kind {shown(kind)!r} in a turn")
+    raise BadCell("problem is no text", f"a part of the kind {shortened(kind)!r} in a turn")
 
 
 def _answer(value: Any, feature: Any) -> str:

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_papo.config import ColumnsConfig, DataConfig
-from megatron_papo.text import shown
+from megatron_papo.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -36,7 +36,7 @@ def choose_columns(data: DataConfig, name: str, features: Features, *, needs_ans
 
 def listed(features: Features) -> str:
     """The names of all columns, for messages."""
-    return shown(", ".join(features), 400)
+    return shortened(", ".join(features), 400)
 
 
 def _check(columns: ColumnsConfig, name: str, features: Features, needs_answer: bool) -> None:

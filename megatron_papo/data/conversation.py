@@ -26,6 +26,11 @@ _PROBES = (_MARKS[0], PLACEHOLDER.join(_MARKS))
 """A question without pictures, and one with two."""
 
 
+def instructed(problem: str, instruction: str) -> str:
+    """The question that the user's turn asks: the instruction follows after a blank line, as in PAPO's code."""
+    return f"{problem.strip()}\n\n{instruction}" if instruction else problem
+
+
 def turns_of(question: str, system: str | None, form: Form) -> Turns:
     """`question` with `<image>` where a picture belongs, behind the system turn."""
     spoken = [] if system is None else [{"role": "system", "content": content_of(system, form)}]

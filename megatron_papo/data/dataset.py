@@ -15,16 +15,16 @@ from typing import Any, Literal
 from PIL import Image
 
 from megatron_papo.config import DataConfig
-from megatron_papo.data.bad_rows import BadRow as BadRow
-from megatron_papo.data.bad_rows import BadRows as BadRows
+from megatron_papo.data.bad_rows import BadRow
 from megatron_papo.data.cells import BadCell, answers_of, question_of
 from megatron_papo.data.chat_template import TemplateFailed
 from megatron_papo.data.columns import choose_columns, listed
+from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.fingerprint import fingerprints_of_rows
 from megatron_papo.data.image_files import BadImage
 from megatron_papo.data.images import decode_image, image_bytes, image_items
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
-from megatron_papo.data.processor import PLACEHOLDER, ImageTooExtreme, Pixels, Processor
+from megatron_papo.data.processor import ImageTooExtreme, Pixels, Processor
 from megatron_papo.data.row_files import missing_columns
 from megatron_papo.data.source import open_source
 from megatron_papo.types import Prompt

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_papo.data.dataset import BadRow, BadRows, PromptDataset
+from megatron_papo.data.bad_rows import BadRow, BadRows
+from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor, positions_for_step
 from megatron_papo.types import Prompt

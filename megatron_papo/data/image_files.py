@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.held import Held, hold
-from megatron_papo.text import shown
+from megatron_papo.text import shortened
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 
@@ -36,8 +36,8 @@ class ImageFiles:
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of one file. Raises BadImage."""
         if _ADDRESS.match(name):
-            raise BadImage("image is an address", f"{shown(name)}: only files of this machine are read")
-        path, told = self._start / name, str(self._start / shown(name))
+            raise BadImage("image is an address", f"{shortened(name)}: only files of this machine are read")
+        path, told = self._start / name, str(self._start / shortened(name))
         try:
             with hold(path) as held:
                 self._check(told, held, max_bytes)
@@ -48,7 +48,7 @@ class ImageFiles:
         except OSError as error:
             raise BadImage("image file missing", f"{told}: {error.strerror}") from None
         except ValueError as error:  # a zero byte, half a surrogate
-            raise BadImage("image file missing", f"{shown(name)!r}: {error}") from None
+            raise BadImage("image file missing", f"{shortened(name)!r}: {error}") from None
         check_size(told, len(data), max_bytes)  # it may have grown
         return data
 
@@ -56,7 +56,7 @@ class ImageFiles:
         if not any(held.place.is_relative_to(folder) for folder in self._folders):
             raise BadImage(
                 "image outside the data set",
-                f"{told}: lies at {shown(held.place, 120)}; "
+                f"{told}: lies at {shortened(held.place, 120)}; "
                 "data.image_roots names more folders whose images may be read",
             )
         if not held.is_file:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from megatron_papo.config import MOST_IMAGE_PIXELS
 from megatron_papo.data.image_files import BadImage, ImageFiles, check_size
 from megatron_papo.data.pixels import rgb
-from megatron_papo.text import shown
+from megatron_papo.text import shortened
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What is opened; MPO, which many phones write, is opened as JPEG."""
@@ -76,7 +76,7 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
     except UnidentifiedImageError:  # whose own text is another in every process
         raise BadImage("corrupt image", f"none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more, by format
-        raise BadImage("corrupt image", f"{type(error).__name__}: {shown(error, 200)}") from None
+        raise BadImage("corrupt image", f"{type(error).__name__}: {shortened(error, 200)}") from None
 
 
 def _num_scans(data: bytes) -> int:

@@ -16,7 +16,7 @@ import threading
 from concurrent.futures import Future
 from typing import Protocol
 
-from megatron_papo.data.dataset import BadRows
+from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 

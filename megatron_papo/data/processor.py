@@ -20,12 +20,20 @@ from torch import Tensor
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import TemplateFailed, chat_template
-from megatron_papo.data.conversation import IMAGE_PAD as IMAGE_PAD
-from megatron_papo.data.conversation import PLACEHOLDER as PLACEHOLDER
-from megatron_papo.data.conversation import VIDEO_PAD as VIDEO_PAD
-from megatron_papo.data.conversation import VISION_END as VISION_END
-from megatron_papo.data.conversation import VISION_START as VISION_START
-from megatron_papo.data.conversation import Form, Turns, check_rendered, content_of, find_form, turns_of
+from megatron_papo.data.conversation import (
+    IMAGE_PAD,
+    PLACEHOLDER,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Form,
+    Turns,
+    check_rendered,
+    content_of,
+    find_form,
+    instructed,
+    turns_of,
+)
 from megatron_papo.data.processor_files import listed_ends, pixel_bounds, read_processor
 from megatron_papo.types import ModelInputs
 
@@ -64,7 +72,8 @@ class Processor:
         self.instruction = data.instruction
         self.system = data.system
         self._hf = hf_processor
-        self._template: str = hf_processor.chat_template
+        self.template: str = hf_processor.chat_template
+        """The chat template's own text."""
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -122,7 +131,7 @@ class Processor:
 
         Raises TemplateFailed, also where question or pictures are not in it as they were given.
         """
-        question = f"{problem.strip()}\n\n{self.instruction}" if self.instruction else problem
+        question = instructed(problem, self.instruction)
         text = self._apply_template(turns_of(question, self.system, self.form), True)
         try:
             check_rendered(text, question, self.system)
@@ -192,11 +201,6 @@ class Processor:
         return _COMPOSED * max(map(len, self.tokenizer.get_vocab()))
 
     @property
-    def template(self) -> str:
-        """The chat template's own text."""
-        return self._template
-
-    @property
     def merge_size(self) -> int:
         """Patches of a merged patch, along an edge."""
         return self.image_processor.merge_size
@@ -219,7 +223,7 @@ class Processor:
 
     def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
         tokens = self.tokenizer.special_tokens_map
-        return chat_template(self._template).render(turns, add_generation_prompt=add_generation_prompt, **tokens)
+        return chat_template(self.template).render(turns, add_generation_prompt=add_generation_prompt, **tokens)
 
     def _fault(self, error: TemplateFailed) -> TemplateFailed:
         return TemplateFailed(f"model.path: the chat template of {self.folder}: {error}")

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_papo.text import shown
+from megatron_papo.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -132,7 +132,7 @@ def missing_columns(files: Sequence[str], columns: Iterable[str]) -> str | None:
 def first_line(error: BaseException) -> str:
     """Why something was not read, shortly."""
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return shown(reason[0], 300)
+    return shortened(reason[0], 300)
 
 
 def _as_text(kind: str, file: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _difference(first_file: str, first: Features, file: str, features: Features)
         if column not in first:
             return f"{file} has a column {column!r}, {first_file} has none"
         if features[column] != first[column]:
-            held, other = shown(_words(features[column])), shown(_words(first[column]))
+            held, other = shortened(_words(features[column])), shortened(_words(first[column]))
             return f"column {column!r} of {file} holds {held}, that of {first_file} {other}"
     return None
 

@@ -66,8 +66,7 @@ class Rewarder:
 
     def parts(self, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         """The parts of one rollout: accuracy and format always, repetition and overlong where they count."""
-        alternatives = [replace(prompt, answer=answer) for answer in prompt.answers]
-        accuracy = max(self._accuracy(each, rollout.text) for each in alternatives)
+        accuracy = max(self._accuracy(prompt.problem, answer, rollout.text) for answer in prompt.answers)
         found = {"accuracy": accuracy, "format": format_reward(self._response_prefix + rollout.text)}
         if self._config.repetition_weight:
             found["repetition"] = repetition(rollout.text, self._config.repetition_ngram)
@@ -86,10 +85,10 @@ class Rewarder:
         weighted = self._config.accuracy_weight * part["accuracy"] + self._config.format_weight * part["format"]
         return weighted - self._config.repetition_weight * part.get("repetition", 0.0) + part.get("overlong", 0.0)
 
-    def _accuracy(self, prompt: Prompt, response: str) -> float:
+    def _accuracy(self, problem: str, right: str, response: str) -> float:
         if self._function is not None:
-            return call_function(self._function, self._response_prefix + response, prompt.answer, prompt.problem)
-        answer, gold = last_box(response), gold_answer(prompt.answer)
+            return call_function(self._function, self._response_prefix + response, right, problem)
+        answer, gold = last_box(response), gold_answer(right)
         if not answer:
             return 0.0
         if self._config.accuracy == "anls":

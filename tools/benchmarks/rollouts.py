@@ -17,9 +17,10 @@ from PIL import Image
 
 from megatron_papo.advantages import with_advantages
 from megatron_papo.config import MaskConfig
+from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import Masks, mask_images
-from megatron_papo.data.processor import PLACEHOLDER, Processor
+from megatron_papo.data.processor import Processor
 from megatron_papo.types import Group, Prompt, Rollout
 from tools.benchmarks.models import NUM_PLAIN_WORDS
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config
+from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.processor import PLACEHOLDER, Processor, load_processor
+from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.rollouts import hand_over
 from megatron_papo.run import open_run
 from megatron_papo.train import Training, open_training, prefetch_prompts, train_step
