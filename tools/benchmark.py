@@ -7,6 +7,7 @@
     python tools/benchmark.py handover   weights from shards to whole tensors, in buckets
     python tools/benchmark.py ahead      a step whose rollouts are made while the step before trains; needs vLLM
     python tools/benchmark.py save       training with checkpoints in the background, against training without
+    python tools/benchmark.py look       the first look at a model's weights, against their load
     python tools/benchmark.py convert    checkpoint conversion against cp, 1 to 17 GB; needs 34 GB of disk
     python tools/benchmark.py fp8        what emulated FP8 does to log-probs, and which layers it comes from
     python tools/benchmark.py plan       the planner, fitted to one rank, against updates in several layouts
@@ -81,7 +82,7 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sides = "update step head growth handover ahead save convert fp8 plan overheads gpu"
+    sides = "update step head growth handover ahead save look convert fp8 plan overheads gpu"
     parser.add_argument("which", choices=sides.split())
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
