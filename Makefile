@@ -25,7 +25,7 @@ INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --compile-bytecode
 	|| echo "$(VENV)/bin/python -m pip install")
 HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
 
-# The set of versions, megatron_papo/tested.py: the one that $(VENV) was made with, else CUDA's where a GPU is.
+# The set of versions, megatron_papo/preflight/tested_versions.py: the one that $(VENV) was made with, else CUDA's where a GPU is.
 ifndef SET
 SET := $(or $(shell cat $(VENV)/set 2>/dev/null),$(shell if $(HAS_GPU); then echo cuda; else echo first; fi))
 endif
@@ -69,7 +69,7 @@ $(VENV)/bin/python:
 	else "$$python" -m venv $(VENV); fi
 
 $(CONSTRAINTS): FORCE | $(VENV)/bin/python
-	@$(VENV)/bin/python -m megatron_papo.tested $(SET) > $@.new && echo $(SET) > $(VENV)/set
+	@$(VENV)/bin/python -m megatron_papo.preflight.tested_versions $(SET) > $@.new && echo $(SET) > $(VENV)/set
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(BASE): $(CONSTRAINTS) pyproject.toml setup.py
@@ -111,7 +111,7 @@ $(TE)/.installed: $(BASE) requirements/transformer-engine.txt requirements/cuda.
 	$(VENV)/bin/python -m venv $(TE)
 	echo $(abspath $(VENV)/$(SITE)) > $(TE)/$(SITE)/project.pth
 	ln -sfn $(NVIDIA) $(TE)/$(SITE)/nvidia
-	$(VENV)/bin/python -m megatron_papo.tested cuda > $(TE)/constraints.txt
+	$(VENV)/bin/python -m megatron_papo.preflight.tested_versions cuda > $(TE)/constraints.txt
 	$(TE)/bin/python -m pip install -c constraints.txt -r requirements/transformer-engine.txt
 	$(TE)/bin/python -m pip install --no-deps -c $(TE)/constraints.txt transformer_engine transformer_engine_cu13
 	$(FOR_TE) $(TE)/bin/python -m pip install $(AS_SOURCE) --no-deps -c $(TE)/constraints.txt transformer_engine_torch

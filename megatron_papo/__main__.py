@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_papo.process import command, interrupted_at_once
+from megatron_papo.runtime.process import command, interrupted_at_once
 
 
 def main() -> int:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.process import command, go_on_without_readers
-from megatron_papo.refuse import (
+from megatron_papo.preflight.inputs import (
     fault_of_folder,
     fault_of_run_dir,
     faults_of_fp8,
@@ -26,8 +25,9 @@ from megatron_papo.refuse import (
     not_a_folder,
     num_engine_ranks,
 )
-from megatron_papo.secret_values import text_without_secrets
-from megatron_papo.text import as_text
+from megatron_papo.runtime.process import command, go_on_without_readers
+from megatron_papo.text.secret_values import text_without_secrets
+from megatron_papo.text.untrusted import as_text
 
 _VERBS = {
     "sft": "supervised warm-up on the demonstrations of data.train",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code: 0 done, 1 a rank failed, 2 refused settings."""
     options = _parse(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
-        from megatron_papo.doctor import main as doctor
+        from megatron_papo.preflight.doctor import main as doctor
 
         return doctor()
     config = None
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_shell()
         config = load_config(options.config, [*_implied(options), *options.overrides])
         if options.verb == "check":
-            from megatron_papo.check import check
+            from megatron_papo.preflight.check import check
 
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
@@ -82,10 +82,10 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     if options.dry_run:
         print(dump_config(config), end="")
         return 0
-    from megatron_papo.caches import caches_that_can_be_written
-    from megatron_papo.launch import Work, launch
-    from megatron_papo.observe.lock import RunHeld
-    from megatron_papo.observe.notes import tell_torchrun
+    from megatron_papo.runtime.caches import caches_that_can_be_written
+    from megatron_papo.runtime.failure_notes import tell_torchrun
+    from megatron_papo.runtime.launch import Work, launch
+    from megatron_papo.runtime.run_lock import RunHeld
 
     args = (config, options.data, options.out) if options.verb == "score" else (config,)
     module = {"eval": "evaluate", "certify": "certify.command"}.get(options.verb, options.verb)
@@ -107,8 +107,8 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
 
 def _alone(verb: str, config: Config) -> AbstractContextManager[None]:
     """The lock of run.dir, for the verbs that write what a later run goes on with; the others look at it."""
-    from megatron_papo.launch import outer_rank
-    from megatron_papo.observe.lock import Holder, alone_in
+    from megatron_papo.runtime.launch import outer_rank
+    from megatron_papo.runtime.run_lock import Holder, alone_in
 
     outer = outer_rank(os.environ)
     environ = os.environ | (outer or {})
@@ -205,7 +205,7 @@ def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
 
 def _world_outside() -> int | None:
     """Ranks that torchrun or srun started, this one among them; None where they did not."""
-    from megatron_papo.launch import outer_rank
+    from megatron_papo.runtime.launch import outer_rank
 
     try:
         outer = outer_rank(os.environ)
@@ -270,9 +270,9 @@ def _speaks() -> bool:
 
 def _refuse(error: ConfigError, config: Config | None) -> int:
     """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
-    from megatron_papo.launch import outer_rank
-    from megatron_papo.observe.failures import Failure
-    from megatron_papo.observe.notes import leave_note, tell_torchrun
+    from megatron_papo.runtime.failure_notes import leave_note, tell_torchrun
+    from megatron_papo.runtime.failures import Failure
+    from megatron_papo.runtime.launch import outer_rank
 
     said = text_without_secrets(str(error))
     tell_torchrun(f"papo: error: {said}")

@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from megatron_papo.algorithm.losses import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
-from megatron_papo.files import append_record
+from megatron_papo.distributed.exchange import gather_objects, sum_metrics
+from megatron_papo.files.small_files import append_record
 from megatron_papo.generation import Generator, Sampling, build_generator
-from megatron_papo.losses import kl_k3
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.parallel import gather_objects, sum_metrics
-from megatron_papo.pipeline import add_metrics, score_views
-from megatron_papo.record import name_bad_rows, name_missing_pictures, print_scores
+from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
-from megatron_papo.rollouts import generate, hand_over
-from megatron_papo.run import Run, open_run, pack_rows, reward_groups
-from megatron_papo.serving import serve, serves
+from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.recorder import name_bad_rows, name_missing_pictures, print_scores
+from megatron_papo.training.rollouts import generate, hand_over
+from megatron_papo.training.session import Run, open_run, pack_rows, reward_groups
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64

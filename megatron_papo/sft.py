@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from megatron_papo.algorithm.losses import sft_loss
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRow, BadRows
 from megatron_papo.data.dataset import PromptDataset
@@ -17,18 +18,17 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.processor import Processor
-from megatron_papo.losses import sft_loss
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
-from megatron_papo.observe.stopping import StopSignal
-from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
-from megatron_papo.origin import origin_of
+from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.optimization.pipeline import update_policy
 from megatron_papo.packing import supervised_group
-from megatron_papo.pipeline import update_policy
-from megatron_papo.record import Recorder, name_bad_rows, name_missing_pictures, name_skipped
-from megatron_papo.run import Run, open_run, pack_update
-from megatron_papo.save import Checkpoints
+from megatron_papo.runtime.failures import RunStopped
+from megatron_papo.runtime.stop_signal import StopSignal
+from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.origin import origin_of
+from megatron_papo.training.recorder import Recorder, name_bad_rows, name_missing_pictures, name_skipped
+from megatron_papo.training.session import Run, open_run, pack_update
 from megatron_papo.types import Group, Metrics, Prompt
 
 

@@ -1,7 +1,7 @@
 """`papo train`: reinforcement learning with a perception term. The whole step is `train_step`; read it first.
 
-Every rank runs this same program, but those of separate engines, which serve it (`serving.py`). A stage is a plain
-function call over frozen values; what is distributed is hidden in the stages themselves. The loss is
+Every rank runs this same program, but those of separate engines, which serve it (`training/engine_rank.py`). A stage is
+a plain function call over frozen values; what is distributed is hidden in the stages themselves. The loss is
 `losses.papo_loss`; what departs from the paper stands in docs/departures.md. `train_ahead.py` does the same one step
 ahead.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron_papo.advantages import with_advantages
-from megatron_papo.certify import Certifier
-from megatron_papo.choose import ChosenGroups
+from megatron_papo.algorithm.advantages import with_advantages
+from megatron_papo.algorithm.collapse_guard import CollapseGuard
+from megatron_papo.algorithm.losses import LossSettings, papo_loss
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset
@@ -25,27 +25,27 @@ from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.prefetch import Prefetch
 from megatron_papo.data.processor import load_processor
+from megatron_papo.distributed.exchange import sum_metrics
 from megatron_papo.evaluate import NothingEvaluated, evaluate, open_heldout
 from megatron_papo.generation import Generator, Sampling, build_generator
-from megatron_papo.guard import CollapseGuard
-from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.observe.failures import RunStopped
 from megatron_papo.observe.profiling import profiled
-from megatron_papo.observe.stopping import StopSignal
-from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
-from megatron_papo.origin import Origin, origin_of
+from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.optimization.pipeline import add_metrics, score_logprobs, update_policy
+from megatron_papo.optimization.reference import ReferencePolicy
 from megatron_papo.packing import joint_row
-from megatron_papo.parallel import sum_metrics
-from megatron_papo.pipeline import add_metrics, score_logprobs, update_policy
-from megatron_papo.precision import PrecisionGuard, watch_precision
-from megatron_papo.record import Recorder, name_bad_rows, name_missing_pictures, name_skipped, warn
-from megatron_papo.reference import ReferencePolicy
+from megatron_papo.parity import Certifier
 from megatron_papo.rewards import Rewarder
-from megatron_papo.rollouts import generate, hand_over
-from megatron_papo.run import Run, open_run, pack_update, reward_groups, starting_reference
-from megatron_papo.save import Checkpoints
-from megatron_papo.serving import serve, serves
+from megatron_papo.runtime.failures import RunStopped
+from megatron_papo.runtime.stop_signal import StopSignal
+from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.dynamic_sampling import ChosenGroups
+from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.origin import Origin, origin_of
+from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
+from megatron_papo.training.recorder import Recorder, name_bad_rows, name_missing_pictures, name_skipped, warn
+from megatron_papo.training.rollouts import generate, hand_over
+from megatron_papo.training.session import Run, open_run, pack_update, reward_groups, starting_reference
 from megatron_papo.types import Batch, Group, Metrics
 
 

@@ -12,19 +12,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import Config
-from megatron_papo.generation.separate import SeparateGenerator
-from megatron_papo.in_flight import Flight, age, from_state, to_state
-from megatron_papo.observe.failures import RunStopped
+from megatron_papo.distributed.exchange import sum_metrics
+from megatron_papo.generation.remote.remote_generator import SeparateGenerator
 from megatron_papo.observe.profiling import profiled
-from megatron_papo.observe.stopping import StopSignal
-from megatron_papo.parallel import sum_metrics
-from megatron_papo.record import Recorder, warn
-from megatron_papo.rollouts import collect, hand_over
-from megatron_papo.run import open_run, reward_groups
-from megatron_papo.save import Checkpoints
-from megatron_papo.serving import serve, serves
+from megatron_papo.runtime.failures import RunStopped
+from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.train import (
     Training,
     draw_prompts_of,
@@ -37,6 +30,13 @@ from megatron_papo.train import (
     sampling_of,
     state_of,
 )
+from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.dynamic_sampling import ChosenGroups
+from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.pending_rollouts import Flight, age, from_state, to_state
+from megatron_papo.training.recorder import Recorder, warn
+from megatron_papo.training.rollouts import collect, hand_over
+from megatron_papo.training.session import open_run, reward_groups
 from megatron_papo.types import Group, Metrics
 
 

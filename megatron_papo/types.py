@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_papo.host_copies import to_device
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. To a GPU it goes by way of pinned memory: from any other the host would wait until the
+    GPU has done all that it was given. The pinned copy may go out of scope at once, since torch gives its pinned memory
+    to nobody before copies from it are done."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -188,4 +195,15 @@ is whole, gives them a count of 1 each time. Of a name that ends in `_max` the l
 of 1.
 """
 
-__all__ = ["Batch", "Group", "HeadOutputs", "Metrics", "MicroBatch", "ModelInputs", "Prompt", "Rollout", "Segment"]
+__all__ = [
+    "Batch",
+    "Group",
+    "HeadOutputs",
+    "Metrics",
+    "MicroBatch",
+    "ModelInputs",
+    "Prompt",
+    "Rollout",
+    "Segment",
+    "to_device",
+]

@@ -61,12 +61,12 @@ PLAIN = (
     "megatron_papo.sft",
     "megatron_papo.evaluate",
     "megatron_papo.score",
-    "megatron_papo.check",
-    "megatron_papo.checkpoint.huggingface",
-    "megatron_papo.generation.separate",
-    "megatron_papo.generation.transformers_engine",
-    "megatron_papo.launch",
-    "megatron_papo.optim",
+    "megatron_papo.preflight.check",
+    "megatron_papo.weights.transfer",
+    "megatron_papo.generation.remote.remote_generator",
+    "megatron_papo.generation.transformers.transformers_engine",
+    "megatron_papo.runtime.launch",
+    "megatron_papo.optimization.optimizer",
     "tests.tiny_run",
 )
 VLLM = (
@@ -91,8 +91,8 @@ VLLM = (
     "blake3",
     "vllm.v1.engine.llm_engine",
     "vllm.model_executor.models.qwen2_5_vl",
-    "megatron_papo.generation.vllm_weights",
-    "megatron_papo.generation.serve_engine",
+    "megatron_papo.generation.vllm.weight_transfer",
+    "megatron_papo.generation.remote.engine_process",
 )
 """Whatever of these is installed."""
 _PR_SET_PDEATHSIG = 1
@@ -148,7 +148,7 @@ def _prepare_vllm() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.sample.sampler import Sampler
 
-    from megatron_papo.accelerator import _CudaMeansCpu
+    from megatron_papo.distributed.accelerator import _CudaMeansCpu
 
     if not current_platform.is_cpu():
         return

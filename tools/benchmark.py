@@ -105,6 +105,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

@@ -25,9 +25,9 @@ GIB, GB = 2**30, 10**9
 
 def main() -> int:
     arguments = _parser().parse_args()
-    from megatron_papo.launch import outer_rank
-    from megatron_papo.process import go_on_without_readers
-    from megatron_papo.text import LINES, as_text
+    from megatron_papo.runtime.launch import outer_rank
+    from megatron_papo.runtime.process import go_on_without_readers
+    from megatron_papo.text.untrusted import LINES, as_text
 
     go_on_without_readers()
     try:
@@ -35,7 +35,7 @@ def main() -> int:
             return _alone(arguments)
         return _together(arguments)
     except (ValueError, OSError) as error:
-        from megatron_papo.checkpoint.conversion.crew import reason_of
+        from megatron_papo.conversion.workers import reason_of
 
         print(as_text(reason_of(error), LINES), file=sys.stderr)
         return 2
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(arguments: argparse.Namespace) -> Any:
-    from megatron_papo.checkpoint.conversion.command import Request  # after the parser: --help does not wait for torch
+    from megatron_papo.conversion.run_conversion import Request  # after the parser: --help does not wait for torch
 
     if arguments.workers < 1:
         raise ValueError(f"--workers: {arguments.workers} is not a number of processes")
@@ -88,24 +88,24 @@ def _request(arguments: argparse.Namespace) -> Any:
 
 def _alone(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
-    from megatron_papo.checkpoint.conversion.command import perform
-    from megatron_papo.checkpoint.conversion.crew import Crew
+    from megatron_papo.conversion.run_conversion import perform
+    from megatron_papo.conversion.workers import Crew
 
     with Crew() as crew:
         return perform(request, crew)
 
 
 def _together(arguments: argparse.Namespace) -> int:
-    from megatron_papo.launch import Work, launch
+    from megatron_papo.runtime.launch import Work, launch
 
     with tempfile.TemporaryDirectory(prefix="papo_convert_") as folder:
         status = Path(folder, "status")
-        work = Work("megatron_papo.checkpoint.conversion.command:work", (_request(arguments), status), Path(folder))
+        work = Work("megatron_papo.conversion.run_conversion:work", (_request(arguments), status), Path(folder))
         code = launch(work, arguments.workers)
         return code or int(status.read_text() if status.exists() else 0)
 
 
 if __name__ == "__main__":
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    from megatron_papo.text import as_text
+    from megatron_papo.text.untrusted import as_text
 
     options = _parser().parse_intermixed_args()
     try:
@@ -62,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> int:
     from megatron_papo.config import ConfigError, load_config  # not before --help
+    from megatron_papo.costs.hardware import GPUS, Cluster
+    from megatron_papo.model.qwen2_5_vl.published import shape_named
     from megatron_papo.planning.assumptions import Assumptions
-    from megatron_papo.planning.hardware import GPUS, Cluster
-    from megatron_papo.planning.page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
-    from megatron_papo.planning.plan import plan
-    from megatron_papo.planning.published import shape_named
+    from megatron_papo.planning.plan_page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
+    from megatron_papo.planning.ranking import plan
     from megatron_papo.planning.workload import Workload
 
     if options.gpu not in GPUS:
@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(Path(files[0]) if files else None, [*defaults, *words])
     shape, cluster = shape_named(options.model), Cluster(GPUS[options.gpu], options.nodes, options.gpus_per_node)
     if options.calibrate is not None:
-        from megatron_papo.planning.runs import calibrated
+        from megatron_papo.planning.measured_run import calibrated
 
         assumed = calibrated(options.calibrate, GPUS[options.gpu])
         if options.calibration is not None:
@@ -119,8 +119,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assumed: Assumptions) -> int:
-    from megatron_papo.planning.hardware import GPUS
-    from megatron_papo.planning.page import print_scale, scale_markdown
+    from megatron_papo.costs.hardware import GPUS
+    from megatron_papo.planning.plan_page import print_scale, scale_markdown
     from megatron_papo.planning.scale import scale
 
     lengths = {name: getattr(options, name) for name in ("text_tokens", "image_tokens", "response_tokens")}
@@ -136,6 +136,6 @@ def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assum
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

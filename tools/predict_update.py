@@ -3,10 +3,10 @@
     python tools/predict_update.py            3B on one GPU, 7B on eight, 72B on 64; every recomputation and optimizer
     python tools/predict_update.py --frozen   with rows of one view, the masked one scored beforehand
 
-Memory is counted as `megatron_papo.memory` does (traced in tests/cuda), seconds as the planner does, whose shares of a
-GPU's peaks are assumptions until a run calibrates them. Rows are full: prompts of 1,500 tokens with eight responses of
-835, 16,360 tokens in both views of a joint row. Beside what is counted the planner keeps 6 GiB for CUDA, NCCL and what
-the allocator loses. No engine is beside the trainer. Of the update's time the optimizer's step is a part.
+Memory is counted as `megatron_papo.costs.memory` does (traced in tests/cuda), seconds as the planner does, whose shares
+of a GPU's peaks are assumptions until a run calibrates them. Rows are full: prompts of 1,500 tokens with eight
+responses of 835, 16,360 tokens in both views of a joint row. Beside what is counted the planner keeps 6 GiB for CUDA,
+NCCL and what the allocator loses. No engine is beside the trainer. Of the update's time the optimizer's step is a part.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.config import Config, load_config
-from megatron_papo.memory import GIB, GPU_MEMORY_GIB
+from megatron_papo.costs.hardware import GPUS
+from megatron_papo.costs.memory import GIB, GPU_MEMORY_GIB
+from megatron_papo.model.qwen2_5_vl.published import shape_named
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import OPTIMIZERS, RECOMPUTE
 from megatron_papo.planning.estimate import RESERVE_BYTES, Estimate
-from megatron_papo.planning.hardware import GPUS
-from megatron_papo.planning.published import shape_named
-from megatron_papo.planning.runs import planned
+from megatron_papo.planning.measured_run import planned
 
 PROMPT, IMAGE, RESPONSE, GROUP = 1500, 1156, 835, 8
 ROWS = 4
@@ -100,6 +100,6 @@ def _arguments() -> Any:
 
 
 if __name__ == "__main__":
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

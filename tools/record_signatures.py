@@ -33,8 +33,8 @@ class Call:
     """`module:name`; what the first does not know it passes on to the next."""
 
 
-_START, _ENGINE = "generation/vllm_start.py", "generation/vllm_engine.py"
-_SLEEP, _WEIGHTS = "generation/vllm_sleep.py", "generation/vllm_weights.py"
+_START, _ENGINE = "generation/vllm/start.py", "generation/vllm/vllm_engine.py"
+_SLEEP, _WEIGHTS = "generation/vllm/sleep.py", "generation/vllm/weight_transfer.py"
 _LLM, _LLM_ENGINE = "vllm.entrypoints.llm:LLM", "vllm.v1.engine.llm_engine:LLMEngine"
 _TRANSFER, _RELOAD = "vllm.distributed.weight_transfer", "vllm.model_executor.model_loader.reload"
 _QWEN = "vllm.model_executor.models.qwen2_5_vl"
@@ -46,8 +46,8 @@ CALLS: dict[str, tuple[Call, ...]] = {
         Call(_START, "LLM", (_LLM, "vllm.engine.arg_utils:EngineArgs")),
         Call(_START, "WeightTransferConfig", ("vllm.config.weight_transfer:WeightTransferConfig",)),
         Call(_START, "shutdown", ("vllm.v1.engine.core_client:InprocClient.shutdown",)),
-        Call("generation/vllm_requests.py", "SamplingParams", ("vllm.sampling_params:SamplingParams",)),
-        Call("generation/vllm_inspection.py", "apply_model", (f"{_LLM}.apply_model",)),
+        Call("generation/vllm/vllm_requests.py", "SamplingParams", ("vllm.sampling_params:SamplingParams",)),
+        Call("parity/vllm_inspection.py", "apply_model", (f"{_LLM}.apply_model",)),
         *(
             Call(_ENGINE, name, (f"{_LLM}.{name}",))
             for name in ("enqueue", "start_weight_update", "update_weights", "finish_weight_update")
@@ -97,17 +97,23 @@ CALLS: dict[str, tuple[Call, ...]] = {
     ),
     "megatron": (
         Call(
-            "model/transformer_configs.py",
+            "model/qwen2_5_vl/transformer_config.py",
             "TransformerConfig",
             ("megatron.core.transformer.transformer_config:TransformerConfig",),
         ),
         Call(
-            "optim.py",
+            "optimization/optimizer.py",
             "DistributedDataParallelConfig",
             ("megatron.core.distributed.distributed_data_parallel_config:DistributedDataParallelConfig",),
         ),
-        Call("optim.py", "OptimizerConfig", ("megatron.core.optimizer.optimizer_config:OptimizerConfig",)),
-        Call("optim.py", "get_megatron_optimizer", ("megatron.core.optimizer:get_megatron_optimizer",)),
+        Call(
+            "optimization/optimizer.py",
+            "OptimizerConfig",
+            ("megatron.core.optimizer.optimizer_config:OptimizerConfig",),
+        ),
+        Call(
+            "optimization/optimizer.py", "get_megatron_optimizer", ("megatron.core.optimizer:get_megatron_optimizer",)
+        ),
     ),
 }
 

@@ -23,7 +23,7 @@ ACTIONS = ("list", "follow", "cancel", "resume")
 
 
 def main() -> int:
-    from megatron_papo.text import as_text
+    from megatron_papo.text.untrusted import as_text
 
     words = sys.argv[1:]
     action = words[0] if words and words[0] in ACTIONS else "submit"
@@ -60,8 +60,8 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
 def _submit(action: str, options: argparse.Namespace) -> int:
     from megatron_papo.cluster.submit import plan, plan_again, submit, work_dir  # not before --help
-    from megatron_papo.secret_values import text_without_secrets
-    from megatron_papo.text import as_text
+    from megatron_papo.text.secret_values import text_without_secrets
+    from megatron_papo.text.untrusted import as_text
 
     files = [Path(word) for word in options.settings if "=" not in word]
     overrides = [word for word in options.settings if "=" in word]
@@ -87,7 +87,7 @@ def _submit(action: str, options: argparse.Namespace) -> int:
 
 def _follow(which: str, run_dir: Path | None = None) -> int:
     from megatron_papo.cluster.follow import follow
-    from megatron_papo.cluster.runs import find
+    from megatron_papo.cluster.run_records import find
 
     if run_dir is None:
         run_dir, jobs = find(which)
@@ -104,7 +104,7 @@ def _follow(which: str, run_dir: Path | None = None) -> int:
 
 
 def _cancel(which: str) -> int:
-    from megatron_papo.cluster.runs import find
+    from megatron_papo.cluster.run_records import find
     from megatron_papo.cluster.slurm import cancel
 
     _, jobs = find(which)
@@ -124,6 +124,6 @@ def _list() -> int:
 
 
 if __name__ == "__main__":
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    from megatron_papo.text import as_text
+    from megatron_papo.text.untrusted import as_text
 
     options = _parser().parse_intermixed_args()
     try:
@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from megatron_papo.sweep.command import begin, finish, wait  # not before --help
     from megatron_papo.sweep.points import load_sweep, points_of
+    from megatron_papo.sweep.run_sweep import begin, finish, wait  # not before --help
 
     sweep = load_sweep(options.sweep, options.overrides)
     points = points_of(sweep)
@@ -64,6 +64,6 @@ def _sweep(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

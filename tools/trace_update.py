@@ -4,8 +4,8 @@
     python tools/trace_update.py --size 3B --recompute full --rows 4 --frozen
     python tools/trace_update.py --size 3B --layers 2 model.spec=local optim.precision_aware=false
 
-Beside what is traced stands what `megatron_papo.memory` counts, the figure that `papo check` and the planner go by. A
-whole 3B takes a minute or two on one core. See `tools/fake_gpu` for what such a trace can and cannot show.
+Beside what is traced stands what `megatron_papo.costs.memory` counts, the figure that `papo check` and the planner go
+by. A whole 3B takes a minute or two on one core. See `tools/fake_gpu` for what such a trace can and cannot show.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.config import ModelConfig
-from megatron_papo.memory import GIB
+from megatron_papo.costs.memory import GIB
 from tools.fake_gpu.cases import BENCHMARK, counted, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.trace import Case, FakeGpu, Traced
@@ -73,6 +73,6 @@ def _arguments() -> Any:
 
 
 if __name__ == "__main__":
-    from megatron_papo.process import command
+    from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

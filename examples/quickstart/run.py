@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.rule import Rule
 
 from megatron_papo.cli import main as papo_main
-from megatron_papo.files import STEP_NAME, read_records
+from megatron_papo.files.small_files import STEP_NAME, read_records
 
 HERE = Path(__file__).resolve().parent
 ROWS = {

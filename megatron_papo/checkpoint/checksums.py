@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
+from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 CHECKSUMS_FILE = "checksums.json"
 HASH = "xxh3_64"

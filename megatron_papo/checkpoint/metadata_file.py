@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
 from megatron_papo.checkpoint.pickled import Record, line_of, read_pickle
+from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 METADATA_FILE = ".metadata"
 _LARGEST = 2**62

@@ -19,8 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from megatron_papo.checkpoint.parameters import Held
-from megatron_papo.gradient_norm import members
+from megatron_papo.optimization.gradient_norm import members
+from megatron_papo.weights.held import Held
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

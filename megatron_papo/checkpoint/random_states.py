@@ -9,10 +9,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
+from megatron_papo.checkpoint.box_reading import read_object
 from megatron_papo.checkpoint.opening import Opened
-from megatron_papo.checkpoint.reading import read_object
-from megatron_papo.parallel import layout
+from megatron_papo.distributed.agreement import DamagedCheckpoint
+from megatron_papo.distributed.layout import layout
 
 
 def random_states() -> ShardedObject:

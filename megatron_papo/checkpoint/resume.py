@@ -15,10 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_papo.checkpoint.faults import DamagedCheckpoint, agreed
 from megatron_papo.checkpoint.state import Restored, TrainState, read_state
 from megatron_papo.checkpoint.survey import Found, survey
-from megatron_papo.files import set_aside
+from megatron_papo.distributed.agreement import DamagedCheckpoint, agreed
+from megatron_papo.files.small_files import set_aside
 
 Check = Callable[[Path, dict[str, Any]], None]
 """Of a checkpoint and its state file: raises ValueError for one that this run may not go on from."""

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_papo.checkpoint.parameters import Held
-from megatron_papo.checkpoint.slices import Index, pieces
-from megatron_papo.parallel import Layout
+from megatron_papo.distributed.layout import Layout
+from megatron_papo.model.parameter_map import Index, pieces
+from megatron_papo.weights.held import Held
 
 
 def sharded_tensors(

@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from torch import Tensor
 
-from megatron_papo.accelerator import has_gpu
+from megatron_papo.distributed.accelerator import has_gpu
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
 """Name, offset, shape and dtype of a box."""

@@ -24,21 +24,22 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_papo.checkpoint import optimizer_state
-from megatron_papo.checkpoint.faults import agree
+from megatron_papo.checkpoint.box_reading import check_object, read_boxes
+from megatron_papo.checkpoint.box_writing import COMMON_STATE, Boxes, own_boxes, to_boxes, write_boxes, write_format
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
-from megatron_papo.checkpoint.parameters import Held, held_parameters
 from megatron_papo.checkpoint.random_states import random_states, read_random_states, set_random_states
-from megatron_papo.checkpoint.reading import check_object, read_boxes
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state_file import FORMAT, write_state_tree
 from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
 from megatron_papo.checkpoint.state_file import read_state_file as read_state_file
-from megatron_papo.checkpoint.weight_files import MAX_SHOWN_FAULTS
-from megatron_papo.checkpoint.writing import COMMON_STATE, Boxes, own_boxes, to_boxes, write_boxes, write_format
+from megatron_papo.distributed.agreement import agree
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.distributed.layout import everyone, layout
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.optim import Optimizer
-from megatron_papo.parallel import everyone, gather_objects, layout
+from megatron_papo.optimization.optimizer import Optimizer
+from megatron_papo.weights.held import Held, held_parameters
+from megatron_papo.weights.weight_files import MAX_SHOWN_FAULTS
 
 _log = logging.getLogger(__name__)
 

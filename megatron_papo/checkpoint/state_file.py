@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.checkpoint.checksums import DIFFERS, file_sums, read_small, sum_of
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
-from megatron_papo.checkpoint.weight_files import holds_weights
+from megatron_papo.distributed.agreement import DamagedCheckpoint
+from megatron_papo.weights.weight_files import holds_weights
 
 FORMAT = 1
 STATE_FILE = "state.json"

@@ -9,7 +9,7 @@ was written of it is removed, and older ones stay. A process killed at any momen
 folder is written under another name, forced to disk, then renamed (atomic.py). What a killed process left behind is
 cleared at the next save. Only folders of a run's own names with its own state.json are ever chosen or removed. A run
 that finds its newest checkpoint damaged goes on from the newest that is whole (`resume`).
-Leaves out a time limit: who waits for a write has one (observe/watchdog.py).
+Leaves out a time limit: who waits for a write has one (runtime/watchdog.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_papo.checkpoint.atomic import publish, recover, remove
-from megatron_papo.checkpoint.background import Background
-from megatron_papo.checkpoint.faults import RanksFailed, agreed, fault_of, together
-from megatron_papo.checkpoint.folders import copy_side_files
+from megatron_papo.checkpoint.box_writing import write_boxes, write_format
 from megatron_papo.checkpoint.resume import Check, resume_newest
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state import (
@@ -37,9 +34,13 @@ from megatron_papo.checkpoint.state import (
     write_state_file,
 )
 from megatron_papo.checkpoint.survey import Survey, best_of, next_serial, survey
-from megatron_papo.checkpoint.writing import write_boxes, write_format
-from megatron_papo.files import STEP_NAME, make_way
-from megatron_papo.parallel import gather_objects, layout
+from megatron_papo.distributed.agreement import RanksFailed, agreed, fault_of, together
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.distributed.layout import layout
+from megatron_papo.files.atomic_folder import publish, recover, remove
+from megatron_papo.files.background import Background
+from megatron_papo.files.small_files import STEP_NAME, make_way
+from megatron_papo.weights.publishing import copy_side_files
 
 _NEVER = datetime.timedelta(days=365)
 """A rank may wait for another's slow disk as long as it takes; one that died breaks the connection."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
 from megatron_papo.checkpoint.state_file import is_checkpoint, read_state_file
-from megatron_papo.files import STEP_NAME
+from megatron_papo.distributed.agreement import DamagedCheckpoint
+from megatron_papo.files.small_files import STEP_NAME
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint and its state file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_papo.files import append_record, made_of, read_records
+from megatron_papo.files.small_files import append_record, made_of, read_records
 
 FAILURES = ("failed", "lost")
 """Ends that count against a run. A run that saved, or that Slurm told to end, has not failed."""

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.observe.progress import read_progress
-from megatron_papo.process import command
-from megatron_papo.text import as_text
+from megatron_papo.runtime.process import command
+from megatron_papo.runtime.progress import read_progress
+from megatron_papo.text.untrusted import as_text
 
 
 def is_finished(settings: dict[str, Any]) -> bool:

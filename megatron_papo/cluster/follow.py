@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_papo.cluster import runs
+from megatron_papo.cluster import run_records
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, find_job
-from megatron_papo.text import LINES, as_text
+from megatron_papo.text.untrusted import LINES, as_text
 
 _LOOK_S = 1.0
 _BUSY_S = 5.0
@@ -19,7 +19,7 @@ _LOST_LOOKS = 5
 
 def follow(job_id: str, run_dir: Path | None, from_start: bool = True) -> int:
     """Prints until the job has ended; 0 when it completed. Interrupted, the job goes on."""
-    tail = _Tail(None if run_dir is None else runs.folder_of(run_dir) / f"job_{job_id}.log", from_start)
+    tail = _Tail(None if run_dir is None else run_records.folder_of(run_dir) / f"job_{job_id}.log", from_start)
     shown, missing = "", 0
     while True:
         try:
@@ -35,7 +35,7 @@ def follow(job_id: str, run_dir: Path | None, from_start: bool = True) -> int:
             print(as_text(f"submit: job {job_id}: {state}"), file=sys.stderr, flush=True)
             shown = state
         if tail.path is None and job and job.state != "PENDING":
-            tail.path = runs.log_of(job_id, run_dir)
+            tail.path = run_records.log_of(job_id, run_dir)
         tail.show()
         if (job and job.is_over) or missing >= _LOST_LOOKS:
             time.sleep(_LOOK_S)  # a shared disk may show the last lines a moment later

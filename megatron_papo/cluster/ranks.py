@@ -1,4 +1,4 @@
-"""Which rank of a cluster job is dead: from the signs of life that ranks write (observe/heartbeat.py), or srun's words.
+"""Which rank of a cluster job is dead: from the signs of life that ranks write (runtime/heartbeat.py), or srun's words.
 
 A sign's age is counted from when it was last seen to change, by the watcher's own clock, without the time for which the
 watcher itself was stopped: a job that was suspended is alive. Standard library alone.
@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_papo.files import read_object
-from megatron_papo.hostlist import hosts
-from megatron_papo.observe.awake import AwakeClock
-from megatron_papo.observe.failures import Failure
+from megatron_papo.files.small_files import read_object
+from megatron_papo.runtime.awake_clock import AwakeClock
+from megatron_papo.runtime.failures import Failure
+from megatron_papo.runtime.hostlist import hosts
 
 _TASK = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.*)")
 _NODE_INDEX = re.compile(r"error: .*missing step on node (\d+)")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron_papo.cluster.slurm import COMMENT
 from megatron_papo.config import ClusterConfig, Config, ConfigError
-from megatron_papo.secret_values import text_without_secrets
-from megatron_papo.text import as_text
+from megatron_papo.text.secret_values import text_without_secrets
+from megatron_papo.text.untrusted import as_text
 
 LOG_NAME = "job_%j.log"
 """Of a job's output, under RUN/cluster."""

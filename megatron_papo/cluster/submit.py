@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_papo.check import check_everything
-from megatron_papo.cluster import runs
+from megatron_papo.cluster import run_records
 from megatron_papo.cluster.render import job_script
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.files import write_whole
+from megatron_papo.files.small_files import write_whole
+from megatron_papo.preflight.check import check_everything
 
 HOME = Path(__file__).resolve().parents[2]
 """The project's folder, where slurm/launch.sh lies."""
@@ -48,7 +48,7 @@ def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num
     faults = [*checked.faults, *_environment_faults(config)]
     if faults:
         raise ConfigError("\n".join(faults))
-    folder = runs.folder_of(config.run.dir.absolute())
+    folder = run_records.folder_of(config.run.dir.absolute())
     script = job_script(config, home=HOME, work_dir=Path.cwd(), folder=folder, made_from=made_from)
     return Plan(config, script, checked.summary, tuple(checked.warnings))
 
@@ -58,7 +58,7 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
 
     Raises SlurmError when the run has a job in the queue, or with Slurm's own words.
     """
-    living = runs.living_jobs(plan.run_dir)
+    living = run_records.living_jobs(plan.run_dir)
     if living:
         job = living[0]
         raise SlurmError(
@@ -70,16 +70,16 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
     for position in range(1, num_jobs + 1):
         after = [f"--dependency=afterany:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         jobs.append(sbatch(str(folder / "job.sh"), after))
-        entry = runs.Submission(
+        entry = run_records.Submission(
             jobs[-1], round(time.time(), 1), plan.config.cluster.nodes, position, num_jobs, str(Path.cwd())
         )
-        runs.record(plan.run_dir, entry)
+        run_records.record(plan.run_dir, entry)
     return jobs
 
 
 def write(plan: Plan) -> Path:
     """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
-    folder = runs.folder_of(plan.run_dir)
+    folder = run_records.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
     write_whole(folder / "job.sh", plan.script, private=True)
@@ -94,16 +94,18 @@ def plan_again(run_dir: Path, overrides: Sequence[str], made_from: str, num_jobs
     for override in overrides:
         if override.startswith("run.dir="):
             raise ConfigError(f"{override}: resuming goes on in {run_dir}; submit anew for another folder")
-    was_chain = runs.submissions(run_dir)[-1].chain_length > 1  # whose jobs did not queue themselves again
+    was_chain = run_records.submissions(run_dir)[-1].chain_length > 1  # whose jobs did not queue themselves again
     again = [f"run.dir={run_dir}", *(["cluster.requeue=true"] if was_chain else [])]
-    return plan(runs.folder_of(run_dir) / "settings.yaml", [*again, *overrides], made_from, num_jobs)
+    return plan(run_records.folder_of(run_dir) / "settings.yaml", [*again, *overrides], made_from, num_jobs)
 
 
 def work_dir(run_dir: Path) -> Path:
     """Where the run was last submitted from. Raises ConfigError for a folder that never was, or when that is gone."""
-    found = runs.submissions(run_dir)
-    if not found or not (runs.folder_of(run_dir) / "settings.yaml").is_file():
-        raise ConfigError(f"{run_dir}: was never submitted: there is no {runs.folder_of(run_dir) / 'jobs.jsonl'}")
+    found = run_records.submissions(run_dir)
+    if not found or not (run_records.folder_of(run_dir) / "settings.yaml").is_file():
+        raise ConfigError(
+            f"{run_dir}: was never submitted: there is no {run_records.folder_of(run_dir) / 'jobs.jsonl'}"
+        )
     folder = Path(found[-1].work_dir)
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: was submitted from {folder}, which is no more; relative paths began there")

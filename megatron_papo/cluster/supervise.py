@@ -13,7 +13,7 @@ signals reach it. `srun COMMAND` is an attempt. When one ends:
     three failures at one step, or refused settings      the job ends with the reason
 
 Standard library alone, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
-container. Leaves out how ranks learn of each other's failures (observe/heartbeat.py).
+container. Leaves out how ranks learn of each other's failures (runtime/heartbeat.py).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from typing import TextIO
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
-from megatron_papo.files import read_records
-from megatron_papo.observe.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
-from megatron_papo.observe.lock import Holder, RunHeld, drop_own, look
-from megatron_papo.observe.notes import read_failures
-from megatron_papo.observe.progress import RunProgress, read_progress
-from megatron_papo.process import asked_to_save, command, go_on_without_readers, remember
-from megatron_papo.text import LINES, as_text
+from megatron_papo.files.small_files import read_records
+from megatron_papo.runtime.failure_notes import read_failures
+from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
+from megatron_papo.runtime.process import asked_to_save, command, go_on_without_readers, remember
+from megatron_papo.runtime.progress import RunProgress, read_progress
+from megatron_papo.runtime.run_lock import Holder, RunHeld, drop_own, look
+from megatron_papo.text.untrusted import LINES, as_text
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0

@@ -21,7 +21,7 @@ class ClusterConfig(Section):
     ranks_per_node: Count | None = None
     """Null: one a GPU."""
     gpu: str = "H100"
-    """Kind of GPU that memory is checked against: one of the table in `memory.py`."""
+    """Kind of GPU that memory is checked against: one of the table in `costs/memory.py`."""
     gpu_memory_gib: Positive | None = None
     """Of one GPU, where the table does not have the kind or the cluster's differ."""
     cpus_per_rank: Count = 8

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from megatron_papo.config.tree import Config
 from megatron_papo.config.values import faults_of_values, faults_of_variables
 from megatron_papo.config.yaml_text import YamlFault, parse, read_mapping
-from megatron_papo.secret_values import without_secrets
-from megatron_papo.text import hidden_in
+from megatron_papo.text.secret_values import without_secrets
+from megatron_papo.text.untrusted import hidden_in
 
 _SHOWN = 200
 """Letters of a value that a refusal shows at most."""

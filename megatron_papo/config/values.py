@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from megatron_papo.secret_values import LEFT_OUT, assigned, fault_of_variable
-from megatron_papo.text import DIRECTIONS, LINES, hidden_in
+from megatron_papo.text.secret_values import LEFT_OUT, assigned, fault_of_variable
+from megatron_papo.text.untrusted import DIRECTIONS, LINES, hidden_in
 
 _PROMPT = LINES + "\r\u2028\u2029" + DIRECTIONS
 _MAY_HOLD = {

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_papo.text import shortened
+from megatron_papo.text.untrusted import shortened
 
 _MOST_LETTERS = 300
 

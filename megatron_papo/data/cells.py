@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_papo.data.conversation import PLACEHOLDER
-from megatron_papo.text import shortened
+from megatron_papo.text.untrusted import shortened
 
 VIDEO = "<video>"
 """Where other programs put a video; a text that has one asks about something that is not read here."""

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_papo.config import ColumnsConfig, DataConfig
-from megatron_papo.text import shortened
+from megatron_papo.text.untrusted import shortened
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -2,7 +2,7 @@
 
 A data set is not trusted: its rows may name any file of this machine, by an absolute path, `..`, a link or an address.
 A path counts as where it really leads, and that must be a regular file in the data set's own folder or in one of
-`data.image_roots`. What is checked is the file that is then read (`held.py`).
+`data.image_roots`. What is checked is the file that is then read (`files/held_file.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.held import Held, hold
-from megatron_papo.text import shortened
+from megatron_papo.files.held_file import Held, hold
+from megatron_papo.text.untrusted import shortened
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 

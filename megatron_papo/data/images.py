@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from megatron_papo.config import MOST_IMAGE_PIXELS
 from megatron_papo.data.image_files import BadImage, ImageFiles, check_size
 from megatron_papo.data.pixels import rgb
-from megatron_papo.text import shortened
+from megatron_papo.text.untrusted import shortened
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What is opened; MPO, which many phones write, is opened as JPEG."""

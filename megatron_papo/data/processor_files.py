@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import DataConfig
-from megatron_papo.held import read_small
+from megatron_papo.files.held_file import read_small
 
 _READ_WHOLE = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _MAX_FILE_BYTES = 256 * 2**20

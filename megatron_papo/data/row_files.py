@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_papo.text import shortened
+from megatron_papo.text.untrusted import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_papo.config import Config
-from megatron_papo.generation.base import EngineLost, Generator, Report, Sampling
-from megatron_papo.parallel import Layout
+from megatron_papo.distributed.layout import Layout
+from megatron_papo.generation.generator import EngineLost, Generator, Report, Sampling
 
 if TYPE_CHECKING:
     from megatron_papo.data.processor import Processor
@@ -19,14 +19,14 @@ def build_generator(config: Config, processor: Processor, layout: Layout, report
     installed or cannot run in this layout.
     """
     if config.generation.placement == "separate":
-        from megatron_papo.generation.separate import SeparateGenerator
+        from megatron_papo.generation.remote.remote_generator import SeparateGenerator
 
         return SeparateGenerator(config, processor, layout, reporter)
     if config.generation.engine == "vllm":
-        from megatron_papo.generation.vllm_engine import VllmGenerator
+        from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 
         return VllmGenerator(config, processor, layout, reporter)
-    from megatron_papo.generation.transformers_engine import TransformersGenerator
+    from megatron_papo.generation.transformers.transformers_engine import TransformersGenerator
 
     return TransformersGenerator(config, processor, layout, reporter)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_papo.generation.base import Sampling
+from megatron_papo.generation.generator import Sampling
 
 
 def rollout_seed(seed: int, visit: int, prompt_id: str, index: int) -> int:

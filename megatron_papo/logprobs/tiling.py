@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_papo.host_copies import to_device
 from megatron_papo.logprobs.sums import FORBIDDEN
+from megatron_papo.types import to_device
 
 CPU_TILE, CUDA_TILE = (1024, 1024), (8192, 8192)
 """Rows and words. On the CPU 4 MiB of fp32, which stays in cache and multiplies as fast as larger ones; on a GPU 256

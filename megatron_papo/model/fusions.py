@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_papo.accelerator import has_gpu
 from megatron_papo.config import Config
+from megatron_papo.distributed.accelerator import has_gpu
 
 
 def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:

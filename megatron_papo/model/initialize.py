@@ -11,8 +11,8 @@ import zlib
 import torch
 from torch import Tensor
 
+from megatron_papo.distributed.layout import layout
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import layout
 
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 _OUTPUT = "language.output_layer.weight"

@@ -20,14 +20,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_papo.model.attention_layout import build_segments
+from megatron_papo.model.attention.packed_layout import build_segments
+from megatron_papo.model.attention.rotary import mrope
 from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.padding import row_padding
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
-from megatron_papo.model.rotary import mrope
+from megatron_papo.model.qwen2_5_vl.layers import block_spec, recompute_in
 from megatron_papo.model.shape import ModelShape, padded
-from megatron_papo.model.specs import block_spec, recompute_in
 from megatron_papo.types import Segment
 
 

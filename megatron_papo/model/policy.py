@@ -16,17 +16,17 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.distributed.layout import layout
 from megatron_papo.logprobs import check_targets, vocab_parallel_head
 from megatron_papo.model.fp8.hardware import check_hardware
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
+from megatron_papo.model.qwen2_5_vl.layers import choose_spec
+from megatron_papo.model.qwen2_5_vl.transformer_config import language_config, vision_config
+from megatron_papo.model.qwen2_5_vl.vision import VisionTower, pixels_beside
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
-from megatron_papo.model.specs import choose_spec
-from megatron_papo.model.transformer_configs import language_config, vision_config
-from megatron_papo.model.vision import VisionTower, pixels_beside
-from megatron_papo.parallel import layout
 from megatron_papo.types import HeadOutputs, MicroBatch
 
 

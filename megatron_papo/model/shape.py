@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
-from megatron_papo.model.json_keys import Keys, read_json, shown
+from megatron_papo.files.json_keys import Keys, read_json, shown
 
 PAD_TO = 16
 """FFN widths and the vocabulary are padded to a multiple of this and of the tensor ranks, so that a checkpoint has

@@ -14,10 +14,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megatron_papo.accelerator import wait_for_device
 from megatron_papo.config import RunConfig
+from megatron_papo.distributed.accelerator import wait_for_device
 from megatron_papo.observe.profiling import StageMemory, named_range
-from megatron_papo.observe.watchdog import Watchdog
+from megatron_papo.runtime.watchdog import Watchdog
 
 _PLAIN_EVERY_S = 10.0
 """Where the output is no terminal, a long stage prints a line this often."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 
-from megatron_papo.text import LINES, as_text
+from megatron_papo.text.untrusted import LINES, as_text
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

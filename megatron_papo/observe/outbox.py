@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_papo.files import write_whole
+from megatron_papo.files.small_files import write_whole
 
 MAX_FILES = 32
 """Whole files that wait at most."""

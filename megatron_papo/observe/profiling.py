@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from megatron_papo.accelerator import has_gpu, peak_memory, reset_peak_memory
 from megatron_papo.config import ObserveConfig
-from megatron_papo.text import as_text
+from megatron_papo.distributed.accelerator import has_gpu, peak_memory, reset_peak_memory
+from megatron_papo.text.untrusted import as_text
 
 named_range = torch.profiler.record_function
 """A block's name in the trace; costs microseconds when none is being written."""

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_papo.files import read_records
-from megatron_papo.text import as_text
+from megatron_papo.files.small_files import read_records
+from megatron_papo.text.untrusted import as_text
 
 _COLUMNS = 3
 _INK, _SOFT, _LINE = "#1f2430", "#6b7280", "#2468b4"

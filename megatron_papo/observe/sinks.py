@@ -23,10 +23,10 @@ from typing import Any
 from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files import parse_record, set_aside, write_whole
+from megatron_papo.files.small_files import parse_record, set_aside, write_whole
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
-from megatron_papo.text import LINES, as_text
+from megatron_papo.text.untrusted import LINES, as_text
 
 _HEADLINE = {
     "loss/total": "loss",
@@ -73,7 +73,7 @@ class Sinks:
         start_step = start_step or -1  # where scores of the starting weights are logged
         self._metrics = keep_steps_before(self._run_dir / "metrics.jsonl", start_step, warn)
         if observe.tensorboard:
-            from megatron_papo.observe.board import Board
+            from megatron_papo.observe.tensorboard_file import Board
 
             self._board = Board(self._run_dir / "tensorboard", self._outbox, start_step)
             self._board.text("config", f"```yaml\n{config_text}\n```", start_step)

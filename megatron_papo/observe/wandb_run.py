@@ -20,11 +20,11 @@ import wandb
 import yaml
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files import write_whole
+from megatron_papo.files.small_files import write_whole
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, beside_each_other
-from megatron_papo.secret_values import text_without_secrets
-from megatron_papo.text import LINES, as_text
+from megatron_papo.text.secret_values import text_without_secrets
+from megatron_papo.text.untrusted import LINES, as_text
 
 _MAX_WAITING = 10_000
 

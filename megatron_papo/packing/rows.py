@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import LossConfig
-from megatron_papo.packing.plan import Cost, Piece, split, spread, whole
-from megatron_papo.packing.positions import mrope_positions, text_positions
-from megatron_papo.packing.weights import Totals, rollout_weights
+from megatron_papo.model.qwen2_5_vl.positions import mrope_positions, text_positions
+from megatron_papo.packing.assignment import Cost, Piece, split, spread, whole
+from megatron_papo.packing.loss_weights import Totals, rollout_weights
 from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
 
 

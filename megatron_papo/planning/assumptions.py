@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_papo.files import read_object
+from megatron_papo.files.small_files import read_object
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError
+from megatron_papo.costs.hardware import Cluster
 from megatron_papo.model.shape import ModelShape, check_layout
-from megatron_papo.planning.hardware import Cluster
 
 RECOMPUTE = ("none", "selective", "mlp", "full")
 """By what it costs; each keeps less than the one before it."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_papo.costs.hardware import Cluster
 from megatron_papo.planning.assumptions import Assumptions
-from megatron_papo.planning.hardware import Cluster
 
 
 def gather_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int = 1) -> float:

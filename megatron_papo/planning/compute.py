@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_papo.accounting import Flops
-from megatron_papo.activations import RowSize, saved_bytes
 from megatron_papo.config import Config
+from megatron_papo.costs.activations import RowSize, saved_bytes
+from megatron_papo.costs.flops import Flops
+from megatron_papo.costs.hardware import Cluster
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
-from megatron_papo.planning.hardware import Cluster
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_papo.activations import held_bytes
 from megatron_papo.config import Config
-from megatron_papo.memory import GIB, StageMemory, num_parameters, stage_memory, state_bytes
+from megatron_papo.costs.activations import held_bytes
+from megatron_papo.costs.hardware import Cluster
+from megatron_papo.costs.memory import GIB, StageMemory, num_parameters, stage_memory, state_bytes
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate
 from megatron_papo.planning.collectives import along_s, gather_s
 from megatron_papo.planning.compute import StageSeconds, stage_seconds
 from megatron_papo.planning.generation_time import Rollouts, kv_bytes_per_token, rollouts
-from megatron_papo.planning.hardware import Cluster
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Rows, Workload
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_papo.accounting import group_flops
 from megatron_papo.config import Config
-from megatron_papo.memory import num_parameters
+from megatron_papo.costs.flops import group_flops
+from megatron_papo.costs.hardware import Cluster
+from megatron_papo.costs.memory import num_parameters
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.collectives import all_reduce_s
-from megatron_papo.planning.hardware import Cluster
 from megatron_papo.planning.workload import Workload
 
 

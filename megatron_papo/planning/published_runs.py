@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_papo.accounting import Flops, causal_pairs
-from megatron_papo.activations import RowSize
 from megatron_papo.config import load_config
+from megatron_papo.costs.activations import RowSize
+from megatron_papo.costs.flops import Flops, causal_pairs
+from megatron_papo.costs.hardware import GPUS, Cluster
+from megatron_papo.model.qwen2_5_vl.published import shape_named
 from megatron_papo.model.shape import LanguageShape, ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate
 from megatron_papo.planning.collectives import gather_s
 from megatron_papo.planning.compute import stage_seconds
-from megatron_papo.planning.hardware import GPUS, Cluster
-from megatron_papo.planning.published import shape_named
 
 
 @dataclass(frozen=True)

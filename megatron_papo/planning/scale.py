@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_papo.config import Config
+from megatron_papo.costs.hardware import Cluster, Gpu
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.estimate import Estimate
-from megatron_papo.planning.hardware import Cluster, Gpu
-from megatron_papo.planning.plan import plan
+from megatron_papo.planning.ranking import plan
 from megatron_papo.planning.workload import Workload
 
 

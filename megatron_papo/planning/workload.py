@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_papo.accounting import Flops, Grid, group_flops
-from megatron_papo.activations import RowSize
 from megatron_papo.config import Config
+from megatron_papo.costs.activations import RowSize
+from megatron_papo.costs.flops import Flops, Grid, group_flops
 from megatron_papo.model.shape import ModelShape
 
 SLOTS_PER_STAGE = 2

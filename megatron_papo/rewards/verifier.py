@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from megatron_papo.process import save_requests_held
+from megatron_papo.runtime.process import save_requests_held
 
 _START_S = 120.0
 """Importing sympy on a busy machine."""

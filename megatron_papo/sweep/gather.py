@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_papo.cluster import runs
+from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import Config, ConfigError, load_config
-from megatron_papo.files import read_records
-from megatron_papo.memory import GIB
+from megatron_papo.costs.memory import GIB
+from megatron_papo.files.small_files import read_records
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import State
 
@@ -181,7 +181,7 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 def _settings(point: Point) -> Config | None:
     """As the point was submitted last; None before, and where they cannot be read."""
-    kept = runs.folder_of(point.run_dir) / "settings.yaml"
+    kept = run_records.folder_of(point.run_dir) / "settings.yaml"
     try:
         return load_config(kept, to_run=False) if kept.exists() else None
     except ConfigError:

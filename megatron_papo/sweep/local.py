@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_papo.cluster.submit import HOME, write
-from megatron_papo.files import write_whole
-from megatron_papo.sweep.submit import Checked
+from megatron_papo.files.small_files import write_whole
+from megatron_papo.sweep.submit_points import Checked
 
 
 def run_points(chosen: Sequence[Checked], say: Callable[[str], None]) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_papo.cluster import runs
+from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import Attempt, read_attempts
 from megatron_papo.cluster.slurm import QueuedJob
-from megatron_papo.files import read_object, write_whole
-from megatron_papo.observe.failures import SAVED_EXIT
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.files.small_files import read_object, write_whole
+from megatron_papo.runtime.failures import SAVED_EXIT
+from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Point, Sweep
 
 Word = Literal["new", "refused", "pending", "running", "done", "failed", "interrupted"]
@@ -42,18 +42,18 @@ def states_of(sweep: Sweep, points: Sequence[Point], jobs: Sequence[QueuedJob]) 
 
 
 def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping[str, str]) -> State:
-    own = runs.jobs_of(point.run_dir, jobs)
+    own = run_records.jobs_of(point.run_dir, jobs)
     living = [job for job in own if not job.is_over]
     if living:
         running = living[0].state not in ("PENDING", "REQUEUED")
         return State("running") if running else State("pending", living[0].reason.removesuffix("None"))
-    folder = runs.folder_of(point.run_dir)
+    folder = run_records.folder_of(point.run_dir)
     if (folder / "local.json").exists():
         return _after_local(point.run_dir, steps)
     attempts = read_attempts(point.run_dir)
     if any(attempt.end == "done" for attempt in attempts) and read_progress(point.run_dir).steps_done >= steps:
         return State("done")
-    submitted = runs.submissions(point.run_dir)
+    submitted = run_records.submissions(point.run_dir)
     if point.name in refused:
         return State("refused", refused[point.name])
     if not submitted:
@@ -70,7 +70,7 @@ def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJo
         return State("failed", _reason(run_dir, attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:
         return State("interrupted", f"job {job}: {ended.state.lower().replace('_', ' ')}")
-    said = "" if attempts else last_word(runs.folder_of(run_dir) / f"job_{job}.log")
+    said = "" if attempts else last_word(run_records.folder_of(run_dir) / f"job_{job}.log")
     if said or ended is not None:
         return State("failed", said or f"job {job}: {str(ended and ended.state).lower().replace('_', ' ')}")
     return State("interrupted", f"job {job}: Slurm does not know it any more")
@@ -86,16 +86,16 @@ def _reason(run_dir: Path, attempt: Attempt) -> str:
 
 def _after_local(run_dir: Path, steps: int) -> State:
     try:
-        code = read_object(runs.folder_of(run_dir) / "local.json").get("exit_code")
+        code = read_object(run_records.folder_of(run_dir) / "local.json").get("exit_code")
     except ValueError as error:
         return State("interrupted", str(error))
     if not isinstance(code, int):
-        return State("interrupted", f"{runs.folder_of(run_dir) / 'local.json'}: names no exit code")
+        return State("interrupted", f"{run_records.folder_of(run_dir) / 'local.json'}: names no exit code")
     if code == 0 and read_progress(run_dir).steps_done >= steps:
         return State("done")
     if code < 0 or code in _INTERRUPTED_EXITS:
         return State("interrupted", f"ended by signal or by hand, exit code {code}")
-    return State("failed", last_word(runs.folder_of(run_dir) / "local.log") or f"exit code {code}")
+    return State("failed", last_word(run_records.folder_of(run_dir) / "local.log") or f"exit code {code}")
 
 
 def last_word(log: Path) -> str:

@@ -1,5 +1,5 @@
 """Whole updates traced on a fake H100 (`tools/fake_gpu`): where the host waits for the GPU, dtypes and devices, and the
-peak of memory against what `memory.py` counts. Skipped with the reason where there is no C compiler."""
+peak of memory against what `costs/memory.py` counts. Skipped with the reason where there is no C compiler."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tools.fake_gpu.trace import FakeGpu
 
 RECOMPUTE = get_args(ModelConfig.model_fields["recompute"].annotation)
 WAITS = {
-    "megatron_papo/losses.py:_metrics: read a list": "all that a row's loss reports, in one copy",
-    "megatron_papo/gradient_norm.py:gradient_norm: read a value": "their norm decides about the step",
+    "megatron_papo/algorithm/losses.py:_metrics: read a list": "all that a row's loss reports, in one copy",
+    "megatron_papo/optimization/gradient_norm.py:gradient_norm: read a value": "their norm decides about the step",
 }
 """Where an update of one row may make the host wait for the GPU, once each, and what for."""
 CLOSE = 0.05

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_papo.model.attention import StructuredAttention
-from megatron_papo.model.attention_layout import build_segments
+from megatron_papo.model.attention.module import StructuredAttention
+from megatron_papo.model.attention.packed_layout import build_segments
 from megatron_papo.types import Segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -23,12 +23,12 @@ multiplies fp32 in TF32, which keeps 11 bits, unless NVIDIA's libraries are told
 
 
 def _logprobs(folder: Path, dtype: str, spec: str) -> list[torch.Tensor]:
-    from megatron_papo.accelerator import adapt_megatron, device, seed_all
-    from megatron_papo.checkpoint.weights import load_weights
+    from megatron_papo.checkpoint.weight_loading import load_weights
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron, device, seed_all
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import HeadRequest, build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import initialize
 
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # before the first product
     config = load_config(None, [f"model.path={folder}", f"model.dtype={dtype}", f"model.spec={spec}"])
@@ -76,8 +76,8 @@ def test_a_run_trains_in_bf16(tmp_path):
 
 def test_attention_over_shared_prompts_equals_fp64():
     """Variable-length flash attention in bf16, forward and backward, against plain torch in fp64."""
-    from megatron_papo.model.attention import StructuredAttention
-    from megatron_papo.model.attention_layout import build_segments
+    from megatron_papo.model.attention.module import StructuredAttention
+    from megatron_papo.model.attention.packed_layout import build_segments
     from megatron_papo.types import Segment
 
     class Settings:

@@ -29,8 +29,8 @@ def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
     from transformers import Qwen2_5_VLConfig
 
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.generation.vllm_engine import VllmGenerator
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.layout import initialize
+    from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
     from tests.tiny import tiny_model
 
     layout = initialize(ParallelConfig())

@@ -15,9 +15,9 @@ def report(folder: str) -> None:
     """What a launched rank finds: called by name."""
     import torch.distributed as dist
 
-    from megatron_papo.accelerator import device
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize, shutdown
+    from megatron_papo.distributed.accelerator import device
+    from megatron_papo.distributed.layout import initialize, shutdown
 
     layout = initialize(ParallelConfig())
     total = torch.full((3,), float(layout.rank + 1), device=device())
@@ -29,7 +29,7 @@ def report(folder: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_every_rank_has_its_card(tmp_path, num_ranks):
-    from megatron_papo.launch import Work, launch
+    from megatron_papo.runtime.launch import Work, launch
 
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_papo.checkpoint.huggingface import hf_tensors
-from megatron_papo.checkpoint.parameters import global_parameters
 from megatron_papo.generation import Generator
-from megatron_papo.rollouts import hand_over
-from megatron_papo.run import Run
+from megatron_papo.training.rollouts import hand_over
+from megatron_papo.training.session import Run
+from megatron_papo.weights.held import global_parameters
+from megatron_papo.weights.transfer import hf_tensors
 
 MODEL = {"hidden": 128, "heads": 4, "kv_heads": 2, "std": 0.12, "layers": 4}
 """Heads of 32 dimensions, which vLLM's kernels need; layers 2 and 3 are the second pipeline stage's."""

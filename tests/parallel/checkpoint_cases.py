@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
 from megatron_papo.checkpoint.state import TrainState
 from megatron_papo.config import Config, load_config
+from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.transfer import hf_tensors, read_hf
 from tests.tiny import make_tiny_folder
 
 SHAPE = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vision_depth": 2, "vocab": 275, "tie": True}
@@ -34,7 +34,7 @@ def make_source(folder: Path) -> Path:
 
 def start(source: str | Path, setup: Setup) -> TrainState:
     """A fresh run in a fresh process: the model of `source`, its optimizer, nothing trained."""
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     config = settings_of(setup)
@@ -50,9 +50,9 @@ def settings_of(setup: Setup, *overrides: str) -> Config:
 
 def build(source: str | Path, config: Config) -> TrainState:
     """As `start`, once the parallel groups exist."""
-    from megatron_papo.accelerator import seed_all
+    from megatron_papo.distributed.accelerator import seed_all
     from megatron_papo.model.policy import build_policy
-    from megatron_papo.optim import build_optimizer, wrap_policy
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
 
     seed_all(7)
     shape = ModelShape.from_folder(source)

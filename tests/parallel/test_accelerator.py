@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="adapts machin
 
 
 def _adapted() -> dict:
-    from megatron_papo.accelerator import adapt_megatron, backend, device, has_gpu
+    from megatron_papo.distributed.accelerator import adapt_megatron, backend, device, has_gpu
 
     adapt_megatron()
     modes = torch.overrides._len_torch_function_stack()
@@ -48,9 +48,9 @@ def test_requests_for_cuda_are_read_as_cpu():
 def _draws() -> list[tuple]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from megatron_papo.accelerator import adapt_megatron, seed_all
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     initialize(ParallelConfig(tensor=2))
@@ -72,9 +72,10 @@ def test_seeds_are_alike_on_all_ranks_and_differ_only_within_tensor_parallel_reg
 
 
 def _layout_and_exchanges() -> dict:
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import broadcast_from_last_stage, gather_objects, initialize, sum_metrics
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.exchange import broadcast_from_last_stage, gather_objects, sum_metrics
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     here = initialize(ParallelConfig(tensor=1, pipeline=2))
@@ -105,9 +106,9 @@ def test_layout_and_exchanges_over_two_stages_and_two_replicas():
 
 
 def _too_few() -> str:
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     with pytest.raises(ValueError) as caught:
@@ -120,9 +121,9 @@ def test_a_world_that_does_not_divide_is_refused():
 
 
 def _alone_twice() -> list[tuple[int, int]]:
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize, shutdown
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize, shutdown
 
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_papo.activations import RowSize, saved_bytes
 from megatron_papo.config import Config
+from megatron_papo.costs.activations import RowSize, saved_bytes
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run
 
@@ -24,11 +24,11 @@ RESPONSE = tuple(range(40, 90))
 
 def _kept_by_each(configs: list[Config]) -> list[tuple[int, int]]:
     """For every setting: (bytes that one forward pass of this rank left, bytes counted)."""
-    from megatron_papo.checkpoint.weights import load_weights
+    from megatron_papo.checkpoint.weight_loading import load_weights
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.model.policy import build_policy
     from megatron_papo.packing import supervised_group
-    from megatron_papo.run import open_run, pack_rows
+    from megatron_papo.training.session import open_run, pack_rows
 
     with open_run(configs[0]) as run:
         dataset = PromptDataset(configs[0].data, "train", run.processor)

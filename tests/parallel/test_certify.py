@@ -85,11 +85,11 @@ def _check_healthy(findings: list[dict[str, Any]], *, first_step: bool, vllm: bo
 
 def _certificates(config: Config) -> dict[str, Any]:
     """On one rank: the verdict under every fault, and the findings of the healthy."""
-    from megatron_papo.certify import Certifier
-    from megatron_papo.certify.certificate import Certificate
     from megatron_papo.generation import build_generator
-    from megatron_papo.rollouts import hand_over
-    from megatron_papo.run import open_run
+    from megatron_papo.parity import Certifier
+    from megatron_papo.parity.certificate import Certificate
+    from megatron_papo.training.rollouts import hand_over
+    from megatron_papo.training.session import open_run
 
     found: dict[str, Any] = {"verdicts": {}, "findings": {}}
 
@@ -138,10 +138,10 @@ def test_an_engine_over_two_data_parallel_ranks_and_over_a_tensor_group(inputs, 
 
 
 def _at_start(config: Config) -> str:
-    from megatron_papo.certify import Certifier
     from megatron_papo.generation import build_generator
-    from megatron_papo.rollouts import hand_over
-    from megatron_papo.run import open_run
+    from megatron_papo.parity import Certifier
+    from megatron_papo.training.rollouts import hand_over
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)
@@ -168,10 +168,10 @@ def test_what_fails_on_one_rank_is_raised_on_all():
 
 
 def _failing_on_the_second() -> str:
-    from megatron_papo.accelerator import adapt_megatron
-    from megatron_papo.certify.certifier import _together
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize, shutdown
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize, shutdown
+    from megatron_papo.parity.certifier import _together
 
     adapt_megatron()
     layout = initialize(ParallelConfig())
@@ -209,10 +209,10 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
 
 
 def _of_an_engine_elsewhere(config: Config) -> str:
-    from megatron_papo.certify import Certifier
     from megatron_papo.generation import build_generator
-    from megatron_papo.rollouts import hand_over
-    from megatron_papo.run import open_run
+    from megatron_papo.parity import Certifier
+    from megatron_papo.training.rollouts import hand_over
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)

@@ -20,16 +20,16 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE
-from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
-from megatron_papo.checkpoint.conversion.plan import Settings, make_plan, open_store
-from megatron_papo.checkpoint.faults import DamagedCheckpoint
 from megatron_papo.checkpoint.metadata_file import METADATA_FILE
-from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.checkpoint.opening import FORMAT_FILE, open_checkpoint
 from megatron_papo.checkpoint.state import TrainState, model_tensors, read_state
 from megatron_papo.checkpoint.state_file import STATE_FILE, read_state_file, write_state_tree
 from megatron_papo.checkpoint.store import CheckpointStore
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.checkpoint.weight_loading import load_weights
+from megatron_papo.conversion.checkpoint_files import CheckpointFiles
+from megatron_papo.conversion.plan import Settings, make_plan, open_store
+from megatron_papo.distributed.agreement import DamagedCheckpoint
+from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
 from tests.ranks import run_ranks
 
@@ -160,7 +160,7 @@ def _without_sums(folder: Path) -> str:
 
 def _read_by_megatron(newest: Path, run: TrainState) -> bool:
     """Whether Megatron-Core's own reader reads what we write."""
-    from megatron_papo.checkpoint.parameters import held_parameters
+    from megatron_papo.weights.held import held_parameters
 
     before = weights(run)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def _forget_box_sums(folder: Path) -> None:
 
 def _in_a_huggingface_folder(folder: Path, run: TrainState) -> dict[tuple[str, str], tuple[str, bool]]:
     """Published weights with what makes a folder a checkpoint beside them."""
-    from megatron_papo.checkpoint.huggingface import write_hf
+    from megatron_papo.weights.transfer import write_hf
 
     path, marker = folder / "published", folder / "published ran"
     write_hf(run.model, run.shape, path, folder / "metadata")

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf, write_hf
 from megatron_papo.config import load_config
+from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.transfer import hf_tensors, read_hf, write_hf
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_folder
 
@@ -41,8 +41,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _model(folder: Path, layout: tuple[int, int], dtype: str):
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
-    from megatron_papo.parallel import initialize
 
     adapt_megatron()
     tensor, pipeline = layout

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_papo.checkpoint import atomic, store
+from megatron_papo.checkpoint import store
 from megatron_papo.checkpoint.state import TrainState, read_state, read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.checkpoint.weight_loading import load_weights
+from megatron_papo.files import atomic_folder
 from megatron_papo.model.shape import ModelShape
 from tests.parallel.checkpoint_cases import SHAPE, VISION, Setup, make_source, ranks, start, train, weights
 from tests.ranks import RankFailed, run_ranks
@@ -92,12 +93,12 @@ def _killed_while_saving(source: str, folder: str, phase: str) -> None:
     elif phase == "published":
         store.publish = _die
     elif phase == "replacing":  # the old folder of this step has its other name already
-        atomic.sync = lambda path: None
+        atomic_folder.sync = lambda path: None
         rename = Path.rename
         Path.rename = lambda self, target: _die() if self.suffix == ".tmp" else rename(self, target)
     elif phase == "retiring":  # the older checkpoint has lost its name, its files are still there
-        delete = atomic.shutil.rmtree
-        atomic.shutil.rmtree = lambda path, **options: _die() if path.exists() else delete(path, **options)
+        delete = atomic_folder.shutil.rmtree
+        atomic_folder.shutil.rmtree = lambda path, **options: _die() if path.exists() else delete(path, **options)
     checkpoints.start(1 if phase == "replacing" else 2, run)  # in the background
     checkpoints.finish()
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint.conversion.convert import convert
-from megatron_papo.checkpoint.conversion.crew import Crew
-from megatron_papo.checkpoint.conversion.plan import Settings
-from megatron_papo.checkpoint.conversion.verify import verify
-from megatron_papo.checkpoint.huggingface import read_hf, write_hf
 from megatron_papo.checkpoint.state import TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import load_config
+from megatron_papo.conversion.convert import convert
+from megatron_papo.conversion.plan import Settings
+from megatron_papo.conversion.verify import verify
+from megatron_papo.conversion.workers import Crew
+from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.transfer import read_hf, write_hf
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_folder
 
@@ -48,8 +48,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _model(folder: str, tensor: int, pipeline: int):
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
-    from megatron_papo.parallel import initialize
 
     adapt_megatron()
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]

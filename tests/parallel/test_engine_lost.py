@@ -44,8 +44,8 @@ def _dies(generator: Any, after_passes: int) -> None:
 def _lost_and_restarted(config: Config) -> dict[str, Any]:
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.generation import EngineLost, build_generator
-    from megatron_papo.rollouts import generate, hand_over
-    from megatron_papo.run import open_run
+    from megatron_papo.training.rollouts import generate, hand_over
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)
@@ -92,8 +92,8 @@ def _work_of_a_group(config: Config) -> dict[str, Any]:
     """With and without prefix caching: passes through the vision tower, and the share of prompt tokens not computed."""
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.generation import build_generator
-    from megatron_papo.rollouts import hand_over
-    from megatron_papo.run import open_run
+    from megatron_papo.training.rollouts import hand_over
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)

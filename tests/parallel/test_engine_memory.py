@@ -78,8 +78,8 @@ def _without_a_gpu(driver: _Driver) -> None:
 
 
 def _generator(engine: _Engine, keeps_weights: bool = True) -> Any:
-    from megatron_papo.generation.vllm_engine import VllmGenerator
-    from megatron_papo.generation.vllm_sleep import Sleeper
+    from megatron_papo.generation.vllm.sleep import Sleeper
+    from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 
     generator = VllmGenerator.__new__(VllmGenerator)
     generator.llm, generator.shm_name = engine, "of_no_engine"  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def _ended() -> dict[str, Any]:
 
 def _reminded(generator: Any) -> list[int]:
     """Versions of the weights that it is given before it is asked."""
-    from megatron_papo import rollouts
+    from megatron_papo.training import rollouts
 
     given: list[int] = []
     rollouts.hand_over = lambda run, generator, policy_version: given.append(policy_version)

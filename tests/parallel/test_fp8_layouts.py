@@ -52,13 +52,13 @@ def _found(folder: Path, world_size: int, overrides: tuple[str, ...]) -> tuple[t
 
 
 def _run(folder: Path, overrides: tuple[str, ...]) -> dict:
-    from megatron_papo.accelerator import adapt_megatron
-    from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import HeadRequest, build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.optim import wrap_policy
-    from megatron_papo.parallel import initialize
+    from megatron_papo.optimization.optimizer import wrap_policy
+    from megatron_papo.weights.transfer import hf_tensors, read_hf
 
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))

@@ -79,9 +79,9 @@ def test_padding_changes_nothing(layout, recipe, case):
 
 
 def run_lengths(folder: Path, overrides: tuple[str, ...]) -> list[dict]:
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import load_config
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))
@@ -90,12 +90,13 @@ def run_lengths(folder: Path, overrides: tuple[str, ...]) -> list[dict]:
 
 
 def _run(config, folder: Path, length) -> dict:
-    from megatron_papo.checkpoint.huggingface import read_hf
-    from megatron_papo.model import language, vision
+    from megatron_papo.model import language
     from megatron_papo.model.policy import HeadRequest, build_policy
+    from megatron_papo.model.qwen2_5_vl import vision
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.optim import wrap_policy
-    from megatron_papo.pipeline import _run_schedule
+    from megatron_papo.optimization.optimizer import wrap_policy
+    from megatron_papo.optimization.pipeline import _run_schedule
+    from megatron_papo.weights.transfer import read_hf
 
     shape = ModelShape.from_folder(folder)
     policy = build_policy(config, shape)
@@ -178,13 +179,13 @@ def test_plain_sequence_parallel_padding_is_left_out_too(case):
 
 def hidden_at_padding(folder: Path, overrides: tuple[str, ...]) -> list[float]:
     """On the last tensor rank, where padding lies: the largest magnitude there behind every layer."""
-    from megatron_papo.accelerator import adapt_megatron
-    from megatron_papo.checkpoint.huggingface import read_hf
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import HeadRequest, build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import initialize
-    from megatron_papo.pipeline import score
+    from megatron_papo.optimization.pipeline import score
+    from megatron_papo.weights.transfer import read_hf
 
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))

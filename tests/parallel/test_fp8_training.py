@@ -47,7 +47,7 @@ def _train(*configs: Config) -> str:
 
 def _train_as_on_an_h100(*configs: Config) -> None:
     """The records are those of a GPU with known peaks."""
-    with mock.patch("megatron_papo.record.device_name", return_value="NVIDIA H100 80GB HBM3"):
+    with mock.patch("megatron_papo.training.recorder.device_name", return_value="NVIDIA H100 80GB HBM3"):
         _train(*configs)
 
 
@@ -195,8 +195,8 @@ def test_bfloat16_parameters_and_unequal_data_parallel_ranks(inputs, tmp_path):
 
 def _measure_with_noise_in_the_padding(config: Config) -> None:
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.precision import measure, over_ranks
-    from megatron_papo.run import open_run
+    from megatron_papo.training.precision_guard import measure, over_ranks
+    from megatron_papo.training.session import open_run
     from tests.parallel.test_pipeline import _rows
 
     with open_run(config) as run:

@@ -54,12 +54,12 @@ def test_sampling_and_training_agree_on_every_token(case, tmp_path):
 
 def _largest_gap(config: Config) -> tuple[float, int, float]:
     """Between engine and trainer after an update of every weight; tokens compared; how far the update moved them."""
-    from megatron_papo.checkpoint.huggingface import hf_tensors
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.generation import build_generator
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.pipeline import score
-    from megatron_papo.run import open_run, pack_rows
+    from megatron_papo.optimization.pipeline import score
+    from megatron_papo.training.session import open_run, pack_rows
+    from megatron_papo.weights.transfer import hf_tensors
 
     with open_run(config) as run:
         generator = build_generator(config, run.processor, run.layout)

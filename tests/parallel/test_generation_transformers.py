@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accelerator import adapt_megatron
 from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed.accelerator import adapt_megatron
+from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import build_generator
-from megatron_papo.generation.pictures import pictures
-from megatron_papo.parallel import initialize, shutdown
+from megatron_papo.generation.engine_images import pictures
 from tests.parallel.generation_cases import (
     BANNED,
     EOS,

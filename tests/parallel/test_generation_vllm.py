@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accelerator import adapt_megatron
 from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed.accelerator import adapt_megatron
+from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import build_generator
-from megatron_papo.generation.vllm_engine import VllmGenerator
-from megatron_papo.generation.vllm_sleep import forget_weights, unwritten
-from megatron_papo.parallel import initialize, shutdown
+from megatron_papo.generation.vllm.sleep import forget_weights, unwritten
+from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 from tests.parallel.generation_cases import (
     BANNED,
     EOS,

@@ -1,4 +1,5 @@
-"""The bytes that `memory.py` counts are those that Megatron-Core really holds, for a tiny model in every layout."""
+"""The bytes that `costs/memory.py` counts are those that Megatron-Core really holds, for a tiny model in every
+layout."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, load_config
-from megatron_papo.memory import StageMemory, stage_memory
+from megatron_papo.costs.memory import StageMemory, stage_memory
 from megatron_papo.model.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_folder
@@ -22,12 +23,12 @@ def _config(folder: Path, overrides: list[str]) -> Config:
 
 def _held(folder: Path, overrides: list[str]) -> tuple[int, int, int, int]:
     """Pipeline stage; bytes of weights, of gradient buffers, of master copies and moments after an update."""
-    from megatron_papo.accelerator import adapt_megatron, seed_all
     from megatron_papo.checkpoint.optimizer_state import slots
-    from megatron_papo.checkpoint.parameters import held_parameters
+    from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.layout import initialize, layout
     from megatron_papo.model.policy import build_policy
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.parallel import initialize, layout
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
+    from megatron_papo.weights.held import held_parameters
 
     config, shape = _config(folder, overrides), ModelShape.from_folder(folder)
     adapt_megatron()

@@ -29,12 +29,12 @@ def folder(tmp_path_factory) -> Path:
 
 def build(folder: Path, *overrides: str):
     """The policy of `folder` on this rank, and its rows."""
-    from megatron_papo.accelerator import adapt_megatron
-    from megatron_papo.checkpoint.huggingface import read_hf
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import initialize
+    from megatron_papo.weights.transfer import read_hf
 
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))
@@ -59,8 +59,8 @@ def joint(row):
 
 
 def _two_views(folder: Path, *overrides: str) -> dict:
-    from megatron_papo.checkpoint.huggingface import hf_tensors
     from megatron_papo.model.policy import HeadRequest
+    from megatron_papo.weights.transfer import hf_tensors
 
     model, rows = build(folder, *overrides)
     outputs = model(joint(rows[0]), HeadRequest(temperature=0.8, full_entropy=True, full_kl=True))
@@ -78,7 +78,7 @@ def _two_views_by_transformers(folder: Path) -> dict:
     """The same from full logits: distributions over the vocabulary without the vision tokens."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from megatron_papo.checkpoint.names import published_name
+    from megatron_papo.model.qwen2_5_vl.parameters import published_name
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     row = torch.load(folder / "rows.pt", weights_only=False)[0]
@@ -205,7 +205,7 @@ def test_padding_is_zero_and_stays_zero(folder):
 
 
 def _random_weights(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    from megatron_papo.checkpoint.huggingface import hf_tensors
+    from megatron_papo.weights.transfer import hf_tensors
 
     model, _ = build(folder, "model.random_init=true", "run.seed=3", *overrides)
     return {name: tensor.clone() for name, tensor in hf_tensors(model, model.shape)}
@@ -261,7 +261,7 @@ def test_the_ranks_of_the_first_stage_share_the_tower(tmp_path):
 
 def _pixels_on_their_way(folder: Path) -> dict[str, Any]:
     """To a GPU that is not there, which says where they are; and as to one, which says what the tower makes of them."""
-    from megatron_papo.model.vision import pixels_beside
+    from megatron_papo.model.qwen2_5_vl.vision import pixels_beside
 
     found: dict[str, Any] = {}
     with FakeTensorMode():

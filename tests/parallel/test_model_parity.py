@@ -73,9 +73,9 @@ def test_computed_again_gradients_are_the_same_bits(layout, cases):
 
 
 def _gradients_of_each(folder: Path, temperature: float, layout: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import load_config
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     configs = {
@@ -88,9 +88,9 @@ def _gradients_of_each(folder: Path, temperature: float, layout: tuple[str, ...]
 
 def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[str, ...]) -> list[dict]:
     """On a rank: for every case, log-probs by row (where this rank has them) and the whole model's gradients."""
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import load_config
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))
@@ -99,10 +99,10 @@ def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[st
 
 
 def _run(config, folder: Path, temperature: float) -> dict:
-    from megatron_papo.checkpoint.huggingface import hf_tensors, read_hf
     from megatron_papo.model.policy import HeadRequest, build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.optim import wrap_policy
+    from megatron_papo.optimization.optimizer import wrap_policy
+    from megatron_papo.weights.transfer import hf_tensors, read_hf
 
     shape = ModelShape.from_folder(folder)
     model = build_policy(config, shape)
@@ -119,7 +119,7 @@ def run_rows(policy, folder: Path, head) -> dict[int, torch.Tensor]:
     """Forward and backward over this data-parallel rank's rows; log-probs by row on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_papo.parallel import layout
+    from megatron_papo.distributed.layout import layout
 
     here, logprobs = layout(), {}
     rows = list(enumerate(torch.load(folder / "rows.pt", weights_only=False)))[here.data_rank :: here.data_size]

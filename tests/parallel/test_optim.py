@@ -17,11 +17,11 @@ from tests.tiny import make_tiny_folder
 
 def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, float]], list[float]]:
     """name of parameter -> (rate, weight decay) after the warm-up; and the rates of the first updates."""
-    from megatron_papo.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.parallel import initialize
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
 
     config = load_config(None, [f"model.path={folder}", "model.dtype=float32", "model.random_init=true", *overrides])
     adapt_megatron()
@@ -44,11 +44,11 @@ def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, 
 def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool], str]:
     """`skipped` of five updates, whether each moved the weights, and the reason to stop. Rank 0's gradient is not
     finite in the third and fourth, in one element of one weight."""
-    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize, layout
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.parallel import initialize, layout
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
 
     config = load_config(None, [f"model.path={folder}", "model.dtype=float32", "model.random_init=true", *overrides])
     adapt_megatron()
@@ -70,7 +70,7 @@ def _skipped(folder: Path, overrides: list[str]) -> tuple[list[float], list[bool
 
 
 def _shares(cores: list[set[int]]) -> int:
-    from megatron_papo.parallel import share_of_cores
+    from megatron_papo.distributed.exchange import share_of_cores
 
     torch.distributed.init_process_group("gloo")
     with mock.patch("os.sched_getaffinity", return_value=cores[torch.distributed.get_rank()]):
@@ -92,18 +92,18 @@ def test_a_rank_takes_its_share_of_the_cores(cores, shares):
 def _norms(folder: Path, overrides: list[str]) -> dict[str, float]:
     """Of random gradients: the norm by Megatron and by an update, by Megatron once more after the update has clipped
     them, and how often the update has read a value from the device."""
-    from megatron_papo import optim
-    from megatron_papo.accelerator import adapt_megatron
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize, layout
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import initialize, layout
+    from megatron_papo.optimization import optimizer
 
     config = load_config(None, [f"model.path={folder}", "model.random_init=true", "optim.clip_grad=0.5", *overrides])
     adapt_megatron()
     initialize(config.parallel)
-    policy = optim.wrap_policy(build_policy(config, ModelShape.from_folder(folder)), config)
-    with mock.patch.object(optim, "has_gpu", lambda: True):  # the fused Adam, as there
-        optimizer = optim.build_optimizer(policy, config, num_updates=10)
+    policy = optimizer.wrap_policy(build_policy(config, ModelShape.from_folder(folder)), config)
+    with mock.patch.object(optimizer, "has_gpu", lambda: True):  # the fused Adam, as there
+        optimizer = optimizer.build_optimizer(policy, config, num_updates=10)
     generator = torch.Generator().manual_seed(layout().rank)
     for parameter in policy.parameters():
         parameter.main_grad.normal_(generator=generator)

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from megatron_papo.checkpoint.optimizer_state import MOMENTS, allocate, slots, step_count
-from megatron_papo.checkpoint.parameters import held_parameters
 from megatron_papo.checkpoint.state import TrainState, read_state
 from megatron_papo.checkpoint.store import CheckpointStore
-from megatron_papo.tested import versions
+from megatron_papo.preflight.tested_versions import versions
+from megatron_papo.weights.held import held_parameters
 from tests import gpu_optimizers
 from tests.parallel.checkpoint_cases import SHAPE, VISION, build, ranks, settings_of, train, weights
 from tests.ranks import run_ranks
@@ -48,16 +48,16 @@ def found(tmp_path_factory) -> dict[str, Any]:
 
 
 def _all_kinds(source: str, folder: str) -> dict[str, Any]:
-    from megatron_papo import optim
-    from megatron_papo.accelerator import adapt_megatron
-    from megatron_papo.parallel import initialize
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.distributed.layout import initialize
+    from megatron_papo.optimization import optimizer
 
     adapt_megatron()
     initialize(settings_of(LAYOUT).parallel)
     found = {}
     for kind in KINDS:
         has_gpu = mock.Mock(return_value="without a GPU" not in kind)
-        patches = mock.patch.multiple(optim, has_gpu=has_gpu, share_of_cores=lambda: 2)
+        patches = mock.patch.multiple(optimizer, has_gpu=has_gpu, share_of_cores=lambda: 2)
         with patches, gpu_optimizers.a_host_beside_it():
             found[kind] = _resumed(source, Path(folder) / kind, kind)
     return found

@@ -36,9 +36,9 @@ def _advantages(place: int) -> tuple[float, float]:
 def _rows(run, places=(0, 1, 2, 3)):
     """The prompts at `places` with their rollouts, in several rows; every prompt with an image has a masked view."""
     from megatron_papo.data.dataset import PromptDataset
+    from megatron_papo.distributed.exchange import gather_objects
     from megatron_papo.packing import sum_totals, token_totals
-    from megatron_papo.parallel import gather_objects
-    from megatron_papo.run import pack_rows
+    from megatron_papo.training.session import pack_rows
     from megatron_papo.types import Group, Rollout
 
     dataset = PromptDataset(run.config.data, "train", run.processor)
@@ -58,8 +58,8 @@ def _rows(run, places=(0, 1, 2, 3)):
 def _score(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probs and entropies of every row, on a rank that has pixels only if it is of the first stage."""
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.pipeline import score
-    from megatron_papo.run import open_run
+    from megatron_papo.optimization.pipeline import score
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         rows = _rows(run)
@@ -99,9 +99,9 @@ def _score_for_the_loss(config: Config) -> dict[str, Any]:
     """What `score_logprobs` asked the head for over two updates, and what it found with a policy away from its
     reference."""
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.pipeline import score_logprobs
-    from megatron_papo.reference import ReferencePolicy
-    from megatron_papo.run import open_run
+    from megatron_papo.optimization.pipeline import score_logprobs
+    from megatron_papo.optimization.reference import ReferencePolicy
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         module, batches, asked = run.policy, [_rows(run, (0, 1)), _rows(run, (2, 3))], []
@@ -155,11 +155,11 @@ def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
     """Metrics of one optimizer step over prompts 0 to 3, two for each of two data-parallel ranks; rows of this rank."""
     from functools import partial
 
-    from megatron_papo.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.losses import LossSettings, papo_loss
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.pipeline import update_policy
-    from megatron_papo.run import open_run
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
+    from megatron_papo.optimization.pipeline import update_policy
+    from megatron_papo.training.session import open_run
 
     with open_run(config) as run:
         rows = _rows(run, (0, 1, 2, 3)[run.layout.data_rank :: run.layout.data_size])

@@ -47,12 +47,12 @@ class Trainer:
     """Of this data-parallel rank."""
 
     def ask(self) -> list[Group]:
-        from megatron_papo.rollouts import generate
+        from megatron_papo.training.rollouts import generate
 
         return generate(self.run, self.generator, self.prompts, make_sampling(**SAMPLING))
 
     def hand_over(self, version: int) -> None:
-        from megatron_papo.rollouts import hand_over
+        from megatron_papo.training.rollouts import hand_over
 
         hand_over(self.run, self.generator, version)
 
@@ -66,7 +66,7 @@ class Trainer:
 def _trainer(config: Config) -> Iterator[Trainer]:
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.generation import build_generator
-    from megatron_papo.run import open_run
+    from megatron_papo.training.session import open_run
 
     with open_run(config, config.generation.num_engine_ranks) as run:
         generator = build_generator(config, run.processor, run.layout, run.clock.report)
@@ -79,8 +79,8 @@ def _trainer(config: Config) -> Iterator[Trainer]:
 def _gaps(trainer: Trainer, groups: list[Group]) -> torch.Tensor:
     """Between the engine's log-probs and those that the trainer's policy has now, of every token."""
     from megatron_papo.model.policy import HeadRequest
-    from megatron_papo.pipeline import score
-    from megatron_papo.run import pack_rows
+    from megatron_papo.optimization.pipeline import score
+    from megatron_papo.training.session import pack_rows
 
     run = trainer.run
     head = HeadRequest(temperature=SAMPLING["temperature"], banned_ids=run.banned_ids)
@@ -91,7 +91,7 @@ def _gaps(trainer: Trainer, groups: list[Group]) -> torch.Tensor:
 
 
 def _serve(config: Config) -> dict[str, Any]:
-    from megatron_papo.serving import serve
+    from megatron_papo.training.engine_rank import serve
 
     return {"exit code": serve(config)}
 
@@ -109,7 +109,7 @@ def _reachable(config: Config) -> set[Any]:
 
 def _agrees(config: Config) -> dict[str, Any]:
     """Before and after every weight has changed: gaps, rollouts, versions."""
-    from megatron_papo.serving import serves
+    from megatron_papo.training.engine_rank import serves
 
     if serves(config):
         return _serve(config)
@@ -191,8 +191,8 @@ def _engine_process(config: Config, rank: int) -> psutil.Process:
 
 def _survives(config: Config) -> dict[str, Any]:
     """A trainer of two tensor ranks, its engine killed while it generates, then while it idles."""
-    from megatron_papo.rollouts import collect
-    from megatron_papo.serving import serves
+    from megatron_papo.training.engine_rank import serves
+    from megatron_papo.training.rollouts import collect
 
     if serves(config):
         return _serve(config)

@@ -28,7 +28,7 @@ def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:
 
 
 def _stopped(config: Config) -> str:
-    from megatron_papo.observe.failures import RunStopped
+    from megatron_papo.runtime.failures import RunStopped
     from megatron_papo.train import main
 
     with pytest.raises(RunStopped) as caught:
@@ -298,7 +298,7 @@ def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
 def _train_with_a_broken_engine(*configs: Config) -> str:
     """What rank 0 wrote. The engine reports NaN for one token, of the second data-parallel rank's last prompt."""
     from megatron_papo import train
-    from megatron_papo.parallel import layout
+    from megatron_papo.distributed.layout import layout
 
     whole = train.generate
 

@@ -26,12 +26,12 @@ pytestmark = [
 def _build(folder: Path, spec: str, *overrides: str) -> tuple[Any, Any]:
     from megatron.core import parallel_state
 
-    from megatron_papo.accelerator import adapt_megatron, seed_all
-    from megatron_papo.checkpoint.weights import load_weights
+    from megatron_papo.checkpoint.weight_loading import load_weights
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import initialize
 
     config = load_config(None, [f"model.path={folder}", f"model.spec={spec}", "model.dtype=bfloat16", *overrides])
     adapt_megatron()
@@ -50,9 +50,9 @@ def _build(folder: Path, spec: str, *overrides: str) -> tuple[Any, Any]:
 
 
 def _both(folder: Path, *overrides: str) -> dict[str, Any]:
-    from megatron_papo.checkpoint.huggingface import hf_tensors
-    from megatron_papo.checkpoint.parameters import global_parameters, held_parameters
-    from megatron_papo.parallel import layout
+    from megatron_papo.distributed.layout import layout
+    from megatron_papo.weights.held import global_parameters, held_parameters
+    from megatron_papo.weights.transfer import hf_tensors
 
     found: dict[str, Any] = {}
     for spec in ("local", "transformer_engine"):
@@ -111,10 +111,10 @@ def _contexts(folder: Path, recipe: str) -> dict[str, Any]:
     """By layer of the language model and of the tower (from 1): the kind of context that Megatron-Core enters."""
     from megatron.core.fp8_utils import get_fp8_context
 
-    from megatron_papo.accelerator import adapt_megatron
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.accelerator import adapt_megatron
+    from megatron_papo.model.qwen2_5_vl.transformer_config import language_config, vision_config
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.model.transformer_configs import language_config, vision_config
 
     whole = ["fp8.first_layers=0", "fp8.last_layers=0"] if recipe == "delayed" else []
     config = load_config(None, [f"model.path={folder}", f"fp8.recipe={recipe}", "fp8.vision=true", *whole])

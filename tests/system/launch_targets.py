@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_papo.config import ConfigError, RunConfig
 from megatron_papo.observe.clock import StageClock
-from megatron_papo.observe.heartbeat import Heartbeat
-from megatron_papo.observe.stopping import StopSignal
+from megatron_papo.runtime.heartbeat import Heartbeat
+from megatron_papo.runtime.stop_signal import StopSignal
 
 
 def _start(timeout_s: float = 60.0) -> int:
@@ -173,8 +173,8 @@ def wait_with_a_child(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_papo.launch import Work, launch
-    from megatron_papo.process import begin, command
+    from megatron_papo.runtime.launch import Work, launch
+    from megatron_papo.runtime.process import begin, command
 
     name, folder, num_ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
     if name == "asked_to_save_while_starting":

@@ -21,10 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.conversion import crew, progress, stores, units
-from megatron_papo.checkpoint.conversion.journal import FOLDER, read_journal
-from megatron_papo.checkpoint.conversion.plan import Settings, make_plan
-from megatron_papo.checkpoint.conversion.progress import memory
+from megatron_papo.conversion import file_units, progress_bar, stores, workers
+from megatron_papo.conversion.journal import FOLDER, read_journal
+from megatron_papo.conversion.plan import Settings, make_plan
+from megatron_papo.conversion.progress_bar import memory
 from tests import commands
 from tests.parallel.generation_cases import make_folder
 from tests.processes import interpreter
@@ -118,9 +118,9 @@ def test_help_does_not_wait_for_torch(tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
-    for workers in ("1", "3"):
-        assert run("hf-to-megatron", source, tmp_path / f"m{workers}", "--workers", workers, *SMALL) == 0
-        assert run("megatron-to-hf", tmp_path / "m1", tmp_path / f"h{workers}", "--workers", workers, *SMALL) == 0
+    for number in ("1", "3"):
+        assert run("hf-to-megatron", source, tmp_path / f"m{number}", "--workers", number, *SMALL) == 0
+        assert run("megatron-to-hf", tmp_path / "m1", tmp_path / f"h{number}", "--workers", number, *SMALL) == 0
     assert len(list((tmp_path / "m3").glob("*.distcp"))) > 3, "more files than workers"
     assert len(list((tmp_path / "h3").glob("*.safetensors"))) > 3
     assert content(tmp_path / "m1") == content(tmp_path / "m3")
@@ -150,9 +150,9 @@ def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
     save_file(tensors, file, metadata={"format": "pt"})
     assert run("verify", source, tmp_path / "m") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "the same, bit for bit"
-    for workers in ("1", "2"):
+    for number in ("1", "2"):
         capsys.readouterr()
-        assert run("verify", tmp_path / "m", other, "--workers", workers) == 1
+        assert run("verify", tmp_path / "m", other, "--workers", number) == 1
     # the last of two workers prints to the real standard output, so the line is read of one
     assert run("verify", tmp_path / "m", other) == 1
     said = capsys.readouterr().out
@@ -344,8 +344,8 @@ def test_a_disk_too_small_is_said_before_the_first_byte(source, tmp_path, capsys
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        for workers in ("1", "2"):
-            assert run("hf-to-megatron", source, small / "out", "--workers", workers) == 2
+        for number in ("1", "2"):
+            assert run("hf-to-megatron", source, small / "out", "--workers", number) == 2
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
@@ -511,7 +511,7 @@ def test_bytes_that_the_disk_lost_in_the_background_end_the_conversion(source, t
             told.append(name)
             raise OSError(errno.EIO, "Input/output error", name)
 
-    monkeypatch.setattr(units, "SYNC_BYTES", 60_000)  # once a file
+    monkeypatch.setattr(file_units, "SYNC_BYTES", 60_000)  # once a file
     monkeypatch.setattr(stores.Files, "sync", lossy)
     assert run("hf-to-megatron", source, tmp_path / "m", *SMALL) == 2
     assert told and "Input/output error" in capsys.readouterr().err
@@ -557,7 +557,7 @@ def _a_task(rank: int, port: int, arguments: tuple[str, ...]) -> None:
         "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     if rank == 0:
-        progress._UPDATE_S = 0.0
+        progress_bar._UPDATE_S = 0.0
     os._exit(run(*arguments))
 
 
@@ -592,11 +592,11 @@ def test_tasks_of_srun_end_with_the_reason_of_the_one_that_fails(source, tmp_pat
 
 def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
     """Converts within `budget` bytes beyond what this process holds now; writes what it took at most."""
-    from megatron_papo.checkpoint.conversion.convert import convert
+    from megatron_papo.conversion.convert import convert
 
     before = memory("VmRSS"), memory("RssAnon")
     Path("/proc/self/clear_refs").write_text("5")
-    report = convert("hf-to-megatron", source, target, Settings(), before[0] + budget, crew.Crew())
+    report = convert("hf-to-megatron", source, target, Settings(), before[0] + budget, workers.Crew())
     out.write_text(f"{report.peak_bytes - before[0]} {report.peak_anonymous_bytes - before[1]} {report.num_bytes}")
     os._exit(0)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from megatron_papo.cli import main as papo
 from megatron_papo.config import load_config
-from megatron_papo.refuse import faults_of_inputs
+from megatron_papo.preflight.inputs import faults_of_inputs
 from tests.commands import run
 from tests.interpreter import PYTHON
 from tools.benchmarks.gpu.command import NO_TIME

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_papo.launch import Work, _free_port, _watch, launch, outer_rank
-from megatron_papo.observe.heartbeat import PEER_EXIT
-from megatron_papo.observe.notes import NotesInMemory
-from megatron_papo.observe.watchdog import STALL_EXIT
+from megatron_papo.runtime.failure_notes import NotesInMemory
+from megatron_papo.runtime.heartbeat import PEER_EXIT
+from megatron_papo.runtime.launch import Work, _free_port, _watch, launch, outer_rank
+from megatron_papo.runtime.watchdog import STALL_EXIT
 from tests.commands import begin
 from tests.interpreter import PYTHON
 
@@ -64,7 +64,7 @@ def test_ranks_talk_with_one_thread_each_and_leave_no_empty_files(tmp_path, monk
 def test_ranks_that_have_gpus_are_spawned(tmp_path, monkeypatch):
     """A forked process cannot use a GPU that its parent has asked about."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("megatron_papo.launch._has_gpu", lambda: True)
+    monkeypatch.setattr("megatron_papo.runtime.launch._has_gpu", lambda: True)
     monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(PYTHON))  # a rank makes a process group
     assert run("sum_ranks", tmp_path, num_ranks=1)[0] == 0
     assert (tmp_path / "sum_0").read_text() == "1.0 1 0 SpawnProcess"

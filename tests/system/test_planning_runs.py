@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, load_config
+from megatron_papo.costs.hardware import CPU
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
-from megatron_papo.planning.hardware import CPU
-from megatron_papo.planning.runs import STAGES, planned
+from megatron_papo.planning.measured_run import STAGES, planned
 from tests.commands import run
 from tests.ranks import run_ranks
 from tests.tiny_run import make_inputs, tiny_run

@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 def run_quickstart(out: Path, *arguments: str, timeout_s: float) -> str:
     """What it printed; fails the test with that when the exit code is not 0."""
-    command = [sys.executable, str(ROOT / "examples" / "quickstart" / "run.py"), "--out", str(out), *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "quickstart" / "run.py"),
+        "--out",
+        str(out),
+        *arguments,
+    ]
     environment = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from megatron_papo.observe.lock import Holder, alone_in
+from megatron_papo.runtime.run_lock import Holder, alone_in
 from tests.commands import Command, begin, papo
 from tests.tiny_run import make_inputs, metrics, tiny_run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.runtime.progress import read_progress
 from tests.commands import heeds_ctrl_c
 from tests.processes import environment, interpreter
 from tests.slurm_lab import Slurm

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import dump_config
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.runtime.progress import read_progress
 from tests.commands import papo
 from tests.slurm_lab import Slurm
 from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accounting import (
+from megatron_papo.costs.flops import (
     Flops,
     Meter,
     causal_pairs,
@@ -21,7 +21,7 @@ from megatron_papo.accounting import (
     vision_attention_flops,
     vision_linear_flops,
 )
-from megatron_papo.model.patches import _plan_image
+from megatron_papo.model.qwen2_5_vl.patches import _plan_image
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import MicroBatch, Segment
 from tests.tiny import tiny_config

@@ -7,9 +7,9 @@ from math import inf, nan, sqrt
 import pytest
 import torch
 
-from megatron_papo.advantages import group_advantages, keep_group, with_advantages
+from megatron_papo.algorithm.advantages import group_advantages, keep_group, with_advantages
 from megatron_papo.config import DynamicSamplingConfig
-from megatron_papo.rollout_sums import rollout_sums
+from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 PROMPT = Prompt("row-7", 7, "how many?", "3", (), ModelInputs(torch.tensor([1, 2]), None, None))

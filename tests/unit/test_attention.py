@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_papo.model import attention_kernels
-from megatron_papo.model.attention import StructuredAttention
-from megatron_papo.model.attention_layout import build_segments
-from megatron_papo.model.rotary import Rotation
+from megatron_papo.model.attention import kernels
+from megatron_papo.model.attention.module import StructuredAttention
+from megatron_papo.model.attention.packed_layout import build_segments
+from megatron_papo.model.attention.rotary import Rotation
 from megatron_papo.types import Segment
 
 CPU = torch.device("cpu")
@@ -63,9 +63,9 @@ def _draw(segments: tuple[Segment, ...], heads: int, kv_heads: int, dtype: torch
 def test_rows_attend_as_under_a_dense_mask(name, dtype, tolerance, heads, plain, monkeypatch):
     segments, causal = ROWS[name]
     if plain:
-        monkeypatch.setattr(attention_kernels, "_SCORES", 64)  # several slices of queries
-        monkeypatch.setattr("megatron_papo.model.attention.attend", attention_kernels.plain_attend)
-        monkeypatch.setattr("megatron_papo.model.attention.attend_backward", attention_kernels.plain_attend_backward)
+        monkeypatch.setattr(kernels, "_SCORES", 64)  # several slices of queries
+        monkeypatch.setattr("megatron_papo.model.attention.module.attend", kernels.plain_attend)
+        monkeypatch.setattr("megatron_papo.model.attention.module.attend_backward", kernels.plain_attend_backward)
     *leaves, upstream = _draw(segments, *heads, dtype)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     found = _attention()(
@@ -178,7 +178,7 @@ def test_responses_of_a_prompt_make_one_run_whoever_stands_between():
 
 
 def test_the_plan_of_a_variable_length_kernel():
-    from megatron_papo.model.attention_varlen import VarlenPlan
+    from megatron_papo.model.attention.varlen import VarlenPlan
 
     layout = build_segments(SHARED, causal=True, device=CPU)
     plan = VarlenPlan.of([s.length for s in SHARED], layout.prefixes, True, CPU)
@@ -190,7 +190,7 @@ def test_the_plan_of_a_variable_length_kernel():
 
 def test_variable_length_kernels_are_called_as_torch_declares_them():
     """On tensors without values: shapes alone. Their numbers are compared in tests/gpu."""
-    from megatron_papo.model.attention_varlen import VarlenPlan, varlen_attend, varlen_attend_backward
+    from megatron_papo.model.attention.varlen import VarlenPlan, varlen_attend, varlen_attend_backward
 
     layout = build_segments(SHARED, causal=True, device=CPU)
     with torch.device("meta"):
@@ -206,7 +206,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool, scale:
     """What the variable-length kernel is defined to do, sequence by sequence."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     for own, seen in zip(_spans(queries), _spans(keys), strict=True):
-        found = attention_kernels.plain_attend(*_rows((q, own), (k, seen), (v, seen)), causal=causal, scale=scale)
+        found = kernels.plain_attend(*_rows((q, own), (k, seen), (v, seen)), causal=causal, scale=scale)
         out[own], lse[:, own] = found[0][0].transpose(0, 1), found[1][0]
     return out, lse
 
@@ -215,7 +215,7 @@ def _kernel_backward(grad, q, k, v, out, lse, queries, keys, causal: bool, scale
     grads = tuple(torch.zeros_like(tensor) for tensor in (q, k, v))
     for own, seen in zip(_spans(queries), _spans(keys), strict=True):
         sides = _rows((grad, own), (q, own), (k, seen), (v, seen), (out, own))
-        parts = attention_kernels.plain_attend_backward(*sides, lse[None, :, own], causal=causal, scale=scale)
+        parts = kernels.plain_attend_backward(*sides, lse[None, :, own], causal=causal, scale=scale)
         for whole, part, places in zip(grads, parts, (own, seen, seen)):
             whole[places] += part[0].transpose(0, 1)
     return grads
@@ -232,8 +232,8 @@ def _rows(*parts: tuple[Tensor, slice]) -> list[Tensor]:
 
 def test_the_path_of_variable_length_kernels_equals_that_of_blocks(monkeypatch):
     """With the kernel, which is CUDA's alone, replaced by its definition: plan, gathering and merging are the real."""
-    from megatron_papo.model import attention_varlen as varlen
-    from megatron_papo.model.attention import _attend_blocks, _attend_blocks_backward
+    from megatron_papo.model.attention import varlen as varlen
+    from megatron_papo.model.attention.module import _attend_blocks, _attend_blocks_backward
 
     monkeypatch.setattr(varlen, "_forward", _kernel)
     monkeypatch.setattr(varlen, "_backward", _kernel_backward)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.caches import caches_that_can_be_written
+from megatron_papo.runtime.caches import caches_that_can_be_written
 
 
 @pytest.mark.parametrize("home", ["/proc", "/dev/null", "{tmp}/file/below"])

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_papo.certify.certificate import Certificate, Sides
-from megatron_papo.certify.compare import ENGINE, HUGGINGFACE, TRAINER, Case, Finding, compare, first_departure
-from megatron_papo.certify.files import Folder
-from megatron_papo.certify.limits import Limits, coarser
-from megatron_papo.certify.page import certificate_page
 from megatron_papo.config import load_config
-from megatron_papo.generation.reading import MOST_PLACES, Places, Reading, Tape
+from megatron_papo.parity.certificate import Certificate, Sides
+from megatron_papo.parity.certificate_files import Folder
+from megatron_papo.parity.certificate_page import certificate_page
+from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, TRAINER, Case, Finding, compare, first_departure
+from megatron_papo.parity.limits import Limits, coarser
+from megatron_papo.parity.reading import MOST_PLACES, Places, Reading, Tape
 
 FP32 = dict.fromkeys((HUGGINGFACE, TRAINER, ENGINE), "float32")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_papo.choose import ChosenGroups
 from megatron_papo.config import TrainConfig
+from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 MIXED, WRONG, RIGHT = (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)

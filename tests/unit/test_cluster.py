@@ -16,7 +16,7 @@ from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.cluster.supervise import say
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.cluster import time_limit_s
-from megatron_papo.files import write_whole
+from megatron_papo.files.small_files import write_whole
 
 REPO = Path(__file__).parents[2]
 

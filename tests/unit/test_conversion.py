@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_papo.checkpoint.blobs import frame, values_offset
-from megatron_papo.checkpoint.conversion.checkpoint_files import CheckpointFiles
-from megatron_papo.checkpoint.conversion.convert import chunk_for
-from megatron_papo.checkpoint.conversion.hashing import Hasher
-from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles, plan_file
-from megatron_papo.checkpoint.conversion.journal import Journal, Record, read_journal
-from megatron_papo.checkpoint.conversion.plan import Settings, plan_target
-from megatron_papo.checkpoint.conversion.progress import memory
-from megatron_papo.checkpoint.conversion.spans import in_order, num_values, source_spans, spans, width
-from megatron_papo.checkpoint.headers import read_header
-from megatron_papo.checkpoint.names import parameter_table
-from megatron_papo.checkpoint.slices import Entry, fill_shard
+from megatron_papo.conversion.checkpoint_files import CheckpointFiles
+from megatron_papo.conversion.convert import chunk_for
+from megatron_papo.conversion.hashing import Hasher
+from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, plan_file
+from megatron_papo.conversion.journal import Journal, Record, read_journal
+from megatron_papo.conversion.plan import Settings, plan_target
+from megatron_papo.conversion.progress_bar import memory
+from megatron_papo.conversion.spans import in_order, num_values, source_spans, spans, width
+from megatron_papo.model.parameter_map import Entry, fill_shard
+from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.safetensors_header import read_header
 from tests.tiny import tiny_config
 from tools.benchmarks.published import NUM_PARAMETERS, published_config
 

@@ -8,9 +8,9 @@ from math import exp, log
 import pytest
 import torch
 
+from megatron_papo.algorithm.importance_weights import correction_weights
+from megatron_papo.algorithm.losses import LossSettings, papo_loss
 from megatron_papo.config import ConfigError, LossConfig, load_config
-from megatron_papo.correction import correction_weights
-from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.types import HeadOutputs
 from tests.unit.test_losses import F64, _config, _means, _parts, _row
 

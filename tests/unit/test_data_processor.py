@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from megatron_papo.certify.hugging_face import HuggingFace
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.conversation import find_form, turns_of
 from megatron_papo.data.processor import ImageTooExtreme
 from megatron_papo.data.template_worker import environment
-from megatron_papo.generation.handover import expected_shapes, read_config
+from megatron_papo.generation.weight_check import expected_shapes, read_config
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.run import check_words
+from megatron_papo.parity.transformers_side import HuggingFace
+from megatron_papo.training.session import check_words
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import megatron_papo.doctor as doctor
-from megatron_papo import cli, tested
-from megatron_papo.doctor import Finding, apex, compared, gpu, required, shortened
+import megatron_papo.preflight.doctor as doctor
+from megatron_papo import cli
+from megatron_papo.preflight import tested_versions
+from megatron_papo.preflight.doctor import Finding, apex, compared, gpu, required, shortened
 
 
 def _package(folder, *subfolders):
@@ -108,10 +109,10 @@ def test_nvcc_is_that_of_the_cuda_that_torch_is_built_for(tmp_path):
     assert (gpu.nvcc(None, True, "13.0").state, gpu.nvcc(None, False, "13.0").state) == ("warning", "absent")
 
 
-@pytest.mark.parametrize("name", tested.SETS)
+@pytest.mark.parametrize("name", tested_versions.SETS)
 def test_a_tested_set_is_known_and_what_differs_is_named(name: str):
     """The build of torch, as in 2.13.0+cu130, is no difference."""
-    pins = tested.versions(name)
+    pins = tested_versions.versions(name)
     installed = pins | {"torch": f"{pins['torch']}+cu130"}
     assert compared(installed.get, name == "cuda") == Finding("tested versions", f"the {name} set", "ok")
     other = compared((installed | {"transformers": "5.24.0"}).get, name == "cuda")
@@ -145,7 +146,7 @@ def test_this_machine_has_what_the_tests_need():
 def test_what_is_found_is_shown_as_text_on_a_terminal_of_any_encoding(monkeypatch):
     found = [Finding("a[red]", "\x1b[31m", "absent", "the [vllm] extra"), Finding("b", "", "ok")]
     monkeypatch.setattr(doctor, "examine", lambda: found)
-    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace")  # as every program has it (process.py)
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace")  # as every program has it (runtime/process.py)
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["doctor"]) == 0

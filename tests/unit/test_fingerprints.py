@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.fingerprint import fingerprint_of_weights
+from megatron_papo.checkpoint.weight_fingerprint import fingerprint_of_weights
 from megatron_papo.config import Config, plain_tree
 from megatron_papo.data import fingerprint as of_rows
 from megatron_papo.data.fingerprint import fingerprint, fingerprints_of_rows
-from megatron_papo.origin import changed_settings, compare_origins, kept_origin
+from megatron_papo.training.origin import changed_settings, compare_origins, kept_origin
 
 ROWS = [{"problem": f"what is {row}?", "answer": str(row), "level": row} for row in range(40)]
 

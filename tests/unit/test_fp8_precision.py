@@ -10,7 +10,7 @@ import torch
 
 from megatron_papo.config import Fp8Config
 from megatron_papo.model.fp8.counters import Counters, _count
-from megatron_papo.precision import PrecisionGuard, Sums
+from megatron_papo.training.precision_guard import PrecisionGuard, Sums
 
 CONFIG = Fp8Config(recipe="tensorwise", gap_every=3, gap_limit=0.05)
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_papo.algorithm.collapse_guard import CollapseGuard
+from megatron_papo.algorithm.losses import LossSettings, papo_loss
 from megatron_papo.config import GuardConfig
-from megatron_papo.guard import CollapseGuard
-from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.train import _watch_for_collapse
 from megatron_papo.types import HeadOutputs
 from tests.unit.test_losses import F64, _config, _row

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.checkpoint.folders import check_side_files, copy_side_files
-from megatron_papo.checkpoint.headers import read_header
-from megatron_papo.checkpoint.names import parameter_table
-from megatron_papo.checkpoint.weights import check_weights
+from megatron_papo.checkpoint.weight_loading import check_weights
+from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
+from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.publishing import check_side_files, copy_side_files
+from megatron_papo.weights.safetensors_header import read_header
 from tests.tiny import tiny_config
 
 SHAPE = json.loads(tiny_config().to_json_string())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_papo.hostlist import first_host, hosts
+from megatron_papo.runtime.hostlist import first_host, hosts
 
 LISTS = {
     "n1": "n1",

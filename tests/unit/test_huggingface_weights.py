@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_papo.checkpoint.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.checkpoint.conversion.stores import Files, read_rows
-from megatron_papo.checkpoint.huggingface import fill_held
-from megatron_papo.checkpoint.names import HEAD, WORDS, module_name, parameter_table
-from megatron_papo.checkpoint.parameters import Held
 from megatron_papo.checkpoint.state_file import names_checkpoint
-from megatron_papo.checkpoint.weight_files import INDEX_FILE, weight_files
-from megatron_papo.first_look import files_of_transformers, look
+from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
+from megatron_papo.conversion.stores import Files, read_rows
+from megatron_papo.model.qwen2_5_vl.parameters import HEAD, WORDS, module_name, parameter_table
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.first_look import files_of_transformers, look
+from megatron_papo.weights.held import Held
+from megatron_papo.weights.transfer import fill_held
+from megatron_papo.weights.weight_files import INDEX_FILE, weight_files
 from tests.tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config(tie=True)

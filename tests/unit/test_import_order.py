@@ -1,9 +1,7 @@
 """The rooms of the package stand in layers: lower never imports upper, siblings never each other, no cycles.
 
-Read from the source with `ast`, imports within functions included, so nothing is imported here. Within a room (a
-package such as `model/`) files import each other freely, without cycles. The top layer holds the verbs and what they
-share; these too may import each other without cycles. `accelerator` imports nothing of the project, so it stands at
-the bottom, for every layer to use.
+Read from the source with `ast`, imports within functions included, so nothing is imported here. A room is a package
+such as `model/`, or a module at the root of the package. Within a room files import each other freely, without cycles.
 """
 
 from __future__ import annotations
@@ -18,54 +16,26 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_papo"
 
 LAYERS = (
-    # the verbs, and what they share
-    (
-        "__main__",
-        "cli",
-        "train",
-        "train_ahead",
-        "sft",
-        "certify",
-        "evaluate",
-        "score",
-        "first_look",
-        "doctor",
-        "launch",
-        "keeper",
-        "caches",
-        "rank_signals",
-        "choose",
-        "precision",
-        "record",
-        "rollout_sums",
-        "rollouts",
-        "in_flight",
-        "origin",
-        "run",
-        "save",
-        "serving",
-    ),
-    ("sweep",),
-    ("cluster",),
-    ("check",),
-    ("refuse",),
+    ("__main__",),
+    ("cli", "train_ahead", "sweep"),
+    ("train", "sft", "score", "cluster", "conversion"),
+    ("parity", "evaluate", "preflight"),
+    ("training",),
     ("planning",),
-    ("accounting", "memory", "pipeline", "generation", "checkpoint", "observe"),
-    ("activations",),
-    ("model", "optim", "reference"),
-    ("parallel", "logprobs", "gradient_norm"),
-    ("advantages", "guard", "update_guard", "losses", "packing", "data", "rewards"),
-    ("correction",),
-    ("types",),
-    ("host_copies",),
-    ("config", "accelerator", "files", "hostlist", "tested", "held", "rendezvous"),
-    ("text", "secret_values"),
-    ("process",),
+    ("checkpoint", "observe"),
+    ("weights",),
+    ("generation", "optimization", "costs"),
+    ("packing",),
+    ("model", "rewards"),
+    ("runtime",),
+    ("distributed", "data", "algorithm"),
+    ("logprobs",),
+    ("config", "types", "files"),
+    ("text",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
-TOP = set(LAYERS[0])
 PLACES = {
-    "megatron": {"accelerator", "parallel", "model", "gradient_norm", "optim", "pipeline", "checkpoint"},
+    "megatron": {"distributed", "model", "optimization", "checkpoint"},
     "vllm": {"generation"},
 }
 HEAVY = {"torch", "megatron", "transformers", "vllm", "datasets", "numpy", "sklearn"}
@@ -119,7 +89,7 @@ def violations(root: Path) -> list[str]:
         room = module.split(".")[0]
         for name in sorted(imported):
             other = name.split(".")[0]
-            if room == other or (room in TOP and other in TOP):
+            if room == other:
                 continue
             if HEIGHT[other] > HEIGHT[room]:
                 found.append(f"{module} imports {name}: lower imports upper")
@@ -169,7 +139,8 @@ def test_the_package_keeps_the_order():
 
 
 BEFORE_RANKS = (
-    "config", "cli", "launch", "check", "cluster.submit", "cluster.supervise", "model.shape", "accounting", "memory"
+    "config", "cli", "runtime.launch", "preflight.check", "cluster.submit", "cluster.supervise", "model.shape",
+    "costs.flops", "costs.memory",
 )  # fmt: skip
 
 
@@ -180,17 +151,18 @@ def test_nothing_slow_is_imported_before_a_rank_starts(start: str):
 
 CLEAN = {
     "__init__": "",
-    "train": "from megatron_papo.run import Run\nfrom megatron_papo.pipeline import update\n",
-    "run": "from megatron_papo.config import Config\n",
-    "pipeline": "import megatron.core\nfrom megatron_papo.model.policy import Policy\n",
+    "train": "from megatron_papo.training.session import Run\nfrom megatron_papo.optimization.pipeline import update\n",
+    "training.session": "from megatron_papo.config import Config\n",
+    "optimization.pipeline": "import megatron.core\nfrom megatron_papo.model.policy import Policy\n",
     "model.__init__": "",
-    "model.policy": "from megatron_papo.model.rotary import rotate\nfrom megatron_papo.accelerator import device\n",
+    "model.policy": "from megatron_papo.model.rotary import rotate\nfrom megatron_papo.types import Group\n",
     "model.rotary": "",
-    "losses": "from megatron_papo.types import Group\n",
+    "algorithm.losses": "from megatron_papo.types import Group\n",
     "types": "import torch\n",
     "config": "",
-    "accelerator": "import megatron.core\n",
-    "packing": "",
+    "distributed.accelerator": "import megatron.core\n",
+    "data.order": "",
+    "packing.rows": "",
     "generation.vllm_engine": "def build():\n    import vllm\n",
 }
 
@@ -207,16 +179,28 @@ def _plant(root: Path, changes: dict[str, str]) -> Path:
     ("changes", "faults"),
     [
         ({}, []),
-        ({"config": "from megatron_papo import packing\n"}, ["config imports packing: lower imports upper"]),
         (
-            {"losses": "def late():\n    import megatron_papo.model.policy\n"},
-            ["losses imports model.policy: lower imports upper"],
+            {"config": "from megatron_papo.packing import rows\n"},
+            ["config imports packing.rows: lower imports upper"],
         ),
-        ({"losses": "from megatron_papo.packing import pack\n"}, ["losses imports packing: siblings"]),
-        ({"losses": "from megatron.core import mpu\n"}, ["losses imports megatron"]),
+        (
+            {"algorithm.losses": "def late():\n    import megatron_papo.model.policy\n"},
+            ["algorithm.losses imports model.policy: lower imports upper"],
+        ),
+        (
+            {"algorithm.losses": "from megatron_papo.data.order import rows\n"},
+            ["algorithm.losses imports data.order: siblings"],
+        ),
+        ({"algorithm.losses": "from megatron.core import mpu\n"}, ["algorithm.losses imports megatron"]),
         ({"train": "import vllm\n"}, ["train imports vllm"]),
         ({"helpers": ""}, ["helpers: has no layer"]),
-        ({"run": "from megatron_papo.train import main\n"}, ["cycle: run → train → run"]),
+        (
+            {"training.session": "from megatron_papo.train import main\n"},
+            [
+                "training.session imports train: lower imports upper",
+                "cycle: train → training.session → train",
+            ],
+        ),
         (
             {"model.rotary": "import megatron_papo.model.policy\n"},
             ["cycle: model.policy → model.rotary → model.policy"],
@@ -229,7 +213,8 @@ def test_a_planted_fault_is_caught(tmp_path: Path, changes: dict[str, str], faul
 
 def test_a_planted_slow_import_is_caught_with_its_chain(tmp_path: Path):
     root = _plant(
-        tmp_path, {"cli": "from megatron_papo.model.rotary import rotate\n", "model.__init__": "import torch\n"}
+        tmp_path,
+        {"cli": "from megatron_papo.model.rotary import rotate\n", "model.__init__": "import torch\n"},
     )
     assert heavy_at_start(root, "cli") == ["cli → model → torch"]
     outermost = _plant(tmp_path, {"__init__": "import numpy\n", "model.__init__": ""})

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.checkpoint.atomic import publish, recover, remove
-from megatron_papo.checkpoint.folders import write_folder
 from megatron_papo.checkpoint.survey import next_serial, survey
-from megatron_papo.cluster import runs
+from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.cluster.ranks import RankWatch
-from megatron_papo.files import STEP_NAME, make_way, set_aside
-from megatron_papo.observe.notes import read_failures
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.files.atomic_folder import publish, recover, remove
+from megatron_papo.files.small_files import STEP_NAME, make_way, set_aside
 from megatron_papo.observe.report import read_metrics
 from megatron_papo.observe.sinks import keep_steps_before
+from megatron_papo.runtime.failure_notes import read_failures
+from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Sweep
 from megatron_papo.sweep.states import _after_local, read_refused
+from megatron_papo.weights.publishing import write_folder
 from tests.small_disk import small_disk
 
 STATE = {
@@ -209,11 +209,11 @@ def test_no_small_file_of_a_run_ends_a_later_start(tmp_path, content):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(content)
     (tmp_path / "refused.json").write_bytes(content)
-    assert read_attempts(run) == [] and read_failures(run / "failures") == {} and runs.submissions(run) == []
+    assert read_attempts(run) == [] and read_failures(run / "failures") == {} and run_records.submissions(run) == []
     watch = RankWatch(run, 1, 60.0, 60.0)
     assert watch.dead_rank(but=set()) is None and watch.rank_on("node1") == 0
     assert _after_local(run, 3).word == "interrupted"
     assert set(read_refused(sweep)) <= {"step"}
-    submission = runs.Submission("7", 1.0, 1, 1, 1, "/")
-    runs.record(run, submission)
-    assert runs.submissions(run) == [submission], "behind a line that was cut short"
+    submission = run_records.Submission("7", 1.0, 1, 1, 1, "/")
+    run_records.record(run, submission)
+    assert run_records.submissions(run) == [submission], "behind a line that was cut short"

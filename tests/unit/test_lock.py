@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.observe import lock
-from megatron_papo.observe.lock import Holder, RunHeld, alone_in, drop_own, look, touch
+from megatron_papo.runtime import run_lock
+from megatron_papo.runtime.run_lock import Holder, RunHeld, alone_in, drop_own, look, touch
 
 MINE = Holder.here("train", {"SLURM_JOB_ID": "7"}, 0.2)
 ELSEWHERE = replace(MINE, machine="another boot", host="node2", job="6", limit_s=0.2)
@@ -40,7 +40,7 @@ def may_begin(run_dir: Path, mine: Holder = MINE) -> bool:
 def test_a_second_run_is_refused_by_name_until_the_first_has_ended(tmp_path):
     run = tmp_path / "run"
     with subprocess.Popen(["sleep", "60"]) as other:
-        first = replace(MINE, pid=other.pid, started=lock._started(other.pid))
+        first = replace(MINE, pid=other.pid, started=run_lock._started(other.pid))
         leave(run, first, LONG_AGO)  # a disk that has not answered it for long: its process is what counts
         for takes in (True, False):
             with pytest.raises(RunHeld) as error, alone_in(run, replace(MINE, verb="eval"), takes):
@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_has_ended(tmp_path):
             assert f"{socket.gethostname()}, Slurm job 7, since " in str(error.value)
             assert str(error.value).endswith(f"if it is gone, remove {run / 'lock'}")
         other.kill()
-        while lock._started(other.pid):  # killed, and not yet asked for its exit code
+        while run_lock._started(other.pid):  # killed, and not yet asked for its exit code
             time.sleep(0.001)
         assert may_begin(run)
     assert os.listdir(run) == []
@@ -61,7 +61,7 @@ def test_a_number_that_another_process_has_by_now_is_no_run(tmp_path):
 
 
 def test_a_run_on_another_machine_lives_as_long_as_it_gives_signs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "_LOOK_S", 0.01)
+    monkeypatch.setattr(run_lock, "_LOOK_S", 0.01)
     leave(tmp_path, ELSEWHERE, LONG_AGO)
     assert may_begin(tmp_path) and capsys.readouterr().err == "", "at once"
     leave(tmp_path, ELSEWHERE)
@@ -105,7 +105,7 @@ def test_the_ranks_of_a_run_know_its_lock(tmp_path):
 def test_a_lock_that_cannot_be_read_is_as_old_as_its_file(tmp_path, monkeypatch, content):
     leave(tmp_path, content, LONG_AGO)
     assert may_begin(tmp_path)
-    monkeypatch.setattr(lock, "_LOOK_S", 0.01)
+    monkeypatch.setattr(run_lock, "_LOOK_S", 0.01)
     leave(tmp_path, content)
     assert may_begin(tmp_path, replace(MINE, limit_s=0.05))
 

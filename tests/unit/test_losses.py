@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_papo.config import Config, LossConfig
-from megatron_papo.logprobs import vocab_parallel_head
-from megatron_papo.losses import (
+from megatron_papo.algorithm.losses import (
     LossSettings,
     kl_k3,
     papo_loss,
@@ -21,6 +19,8 @@ from megatron_papo.losses import (
     sft_loss,
     top_tokens,
 )
+from megatron_papo.config import Config, LossConfig
+from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.types import HeadOutputs, MicroBatch, Segment
 
 F64 = partial(torch.tensor, dtype=torch.float64)

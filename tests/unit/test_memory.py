@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_papo import activations
-from megatron_papo.check import faults_of_layout
-from megatron_papo.checkpoint.names import parameter_table
 from megatron_papo.config import Config, load_config
-from megatron_papo.logprobs.tiling import CUDA_TILE
-from megatron_papo.memory import (
+from megatron_papo.costs import activations
+from megatron_papo.costs.memory import (
     GIB,
     GPU_MEMORY_GIB,
     activation_bytes,
@@ -24,7 +21,10 @@ from megatron_papo.memory import (
     num_parameters,
     stage_memory,
 )
+from megatron_papo.logprobs.tiling import CUDA_TILE
+from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.preflight.check import faults_of_layout
 from tests.unit.test_shape import PUBLISHED_3B
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

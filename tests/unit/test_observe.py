@@ -15,18 +15,18 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_papo.accelerator import reset_peak_memory
 from megatron_papo.config import ObserveConfig, RunConfig
-from megatron_papo.observe.awake import AwakeClock
+from megatron_papo.distributed.accelerator import reset_peak_memory
 from megatron_papo.observe.clock import StageClock
-from megatron_papo.observe.failures import Failure, describe, is_peers_fault, print_failure, the_cause
-from megatron_papo.observe.heartbeat import Heartbeat, silent_rank
-from megatron_papo.observe.notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
 from megatron_papo.observe.profiling import profiled
-from megatron_papo.observe.progress import read_progress
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
+from megatron_papo.runtime.awake_clock import AwakeClock
+from megatron_papo.runtime.failure_notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
+from megatron_papo.runtime.failures import Failure, describe, is_peers_fault, print_failure, the_cause
+from megatron_papo.runtime.heartbeat import Heartbeat, silent_rank
+from megatron_papo.runtime.progress import read_progress
 
 QUIET = ObserveConfig(console=False, tensorboard=False)
 
@@ -389,7 +389,7 @@ def test_a_launcher_reads_what_its_ranks_reported_also_behind_a_line_cut_short()
 
 def test_a_rank_hears_of_failures_of_its_own_attempt_alone(tmp_path, monkeypatch):
     """Whatever the clocks say; and it goes on listening whatever lies there."""
-    monkeypatch.setattr("megatron_papo.observe.notes._attempt", "")
+    monkeypatch.setattr("megatron_papo.runtime.failure_notes._attempt", "")
     folder = tmp_path / "failures"
     leave_note(tmp_path, replace(OWN, rank=3))
     os.utime(folder / "rank_3.json", (time.time() + 1e6, time.time() + 1e6))  # before the clock was set back
@@ -415,7 +415,7 @@ def test_the_thread_that_gives_signs_of_life_outlives_what_it_finds(tmp_path, mo
         asked.append(path)
         raise KeyError("rank")
 
-    monkeypatch.setattr("megatron_papo.observe.heartbeat.read_note", fails)
+    monkeypatch.setattr("megatron_papo.runtime.heartbeat.read_note", fails)
     with Heartbeat(RunConfig(dir=tmp_path, heartbeat_s=0.01), 0, lambda: "update"):
         leave_note(tmp_path, OWN)
         deadline = time.monotonic() + 10
@@ -426,7 +426,7 @@ def test_the_thread_that_gives_signs_of_life_outlives_what_it_finds(tmp_path, mo
 
 
 def test_the_silent_rank_is_the_one_whose_sign_is_old_of_this_attempt(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_papo.observe.notes._attempt", "this attempt")
+    monkeypatch.setattr("megatron_papo.runtime.failure_notes._attempt", "this attempt")
     run = RunConfig(dir=tmp_path, heartbeat_s=5.0)
     assert silent_rank(run) is None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import ConfigError, dump_config, load_config, plain_tree
-from megatron_papo.secret_values import LEFT_OUT, names_a_secret, text_without_secrets
+from megatron_papo.text.secret_values import LEFT_OUT, names_a_secret, text_without_secrets
 
 
 def fault(*overrides: str, path: Path | None = None) -> str:

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files import write_whole
+from megatron_papo.files.small_files import write_whole
 from megatron_papo.observe import outbox
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow

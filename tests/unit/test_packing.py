@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_papo.advantages import with_advantages
+from megatron_papo.algorithm.advantages import with_advantages
+from megatron_papo.algorithm.losses import LossSettings, papo_loss, sft_loss
 from megatron_papo.config import Config, LossConfig
-from megatron_papo.losses import LossSettings, papo_loss, sft_loss
+from megatron_papo.distributed.exchange import joined
 from megatron_papo.packing import (
     Totals,
     balance,
@@ -28,7 +29,6 @@ from megatron_papo.packing import (
     supervised_group,
     token_totals,
 )
-from megatron_papo.parallel import joined
 from megatron_papo.types import Batch, Group, HeadOutputs, MicroBatch, ModelInputs, Prompt, Rollout, Segment
 from tests.tiny import tiny_config
 

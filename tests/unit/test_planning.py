@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from megatron_papo.config import Config, ConfigError, load_config
-from megatron_papo.memory import GIB, num_parameters, stage_memory
+from megatron_papo.costs.hardware import GPUS, Cluster
+from megatron_papo.costs.memory import GIB, num_parameters, stage_memory
+from megatron_papo.model.qwen2_5_vl.published import NAMES, shape_named
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import RECOMPUTE, Candidate, stage_layers_by_cost
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.estimate import estimate
-from megatron_papo.planning.hardware import GPUS, Cluster
-from megatron_papo.planning.plan import Plan, plan
-from megatron_papo.planning.published import NAMES, shape_named
+from megatron_papo.planning.measured_run import planned
 from megatron_papo.planning.published_runs import beside_published
-from megatron_papo.planning.runs import planned
+from megatron_papo.planning.ranking import Plan, plan
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
@@ -167,7 +167,7 @@ def test_what_fits_fits_and_is_sorted(found):
 
 
 def test_settings_of_a_plan_are_settings(found, tmp_path):
-    from megatron_papo.planning.page import overrides_yaml
+    from megatron_papo.planning.plan_page import overrides_yaml
 
     (tmp_path / "layout.yaml").write_text(overrides_yaml(found.best, GPUS["H100"].memory_gib))
     tree = yaml.safe_load((tmp_path / "layout.yaml").read_text())

@@ -1,5 +1,5 @@
-"""What a program takes over from whoever started it, each in a process of its own; `megatron_papo.process` needs no
-package, so such a process takes some ten milliseconds."""
+"""What a program takes over from whoever started it, each in a process of its own; `megatron_papo.runtime.process`
+needs no package, so such a process takes some ten milliseconds."""
 
 import os
 import signal

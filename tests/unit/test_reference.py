@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_papo.reference import ReferencePolicy
+from megatron_papo.optimization.reference import ReferencePolicy
 
 
 def _values(module: nn.Module) -> list[torch.Tensor]:

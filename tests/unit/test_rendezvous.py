@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_papo.config import ParallelConfig
-from megatron_papo.rendezvous import world_store
+from megatron_papo.distributed.rendezvous import world_store
 from tests.ports import Places, beyond_loopback, listening
 from tests.ranks import run_ranks
 
 
 def _meet_twice(alone: bool) -> tuple[Places, int]:
     """Where this rank can be reached, and the sum of two worlds one after the other."""
-    from megatron_papo.parallel import initialize, shutdown
+    from megatron_papo.distributed.layout import initialize, shutdown
 
     if alone:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_papo.generation.base import Sampling
-from megatron_papo.generation.handover import checked, expected_shapes
+from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.requests import make_jobs
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
-from megatron_papo.generation.shares import make_jobs
-from megatron_papo.generation.vllm_requests import _compact
-from megatron_papo.generation.vllm_start import check_bans, remove_leftovers
+from megatron_papo.generation.vllm.start import check_bans, remove_leftovers
+from megatron_papo.generation.vllm.vllm_requests import _compact
+from megatron_papo.generation.weight_check import checked, expected_shapes
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import ModelInputs, Prompt
 from tests.tiny import tiny_config
@@ -170,7 +170,7 @@ def test_leftover_shared_memory_of_dead_engines_alone_is_removed():
     [(True, True, 1024, False), (True, True, 1025, True), (True, False, 1025, False), (False, True, 1025, False)],
 )
 def test_more_banned_ids_than_the_engine_takes_are_refused(monkeypatch, on_gpu, runner_v2, num_banned, refused):
-    monkeypatch.setattr("megatron_papo.accelerator.has_gpu", lambda: on_gpu)
+    monkeypatch.setattr("megatron_papo.distributed.accelerator.has_gpu", lambda: on_gpu)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=runner_v2)))
     if not refused:
         return check_bans(num_banned, llm)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_papo.config import OptimConfig
-from megatron_papo.optim import build_schedule
+from megatron_papo.optimization.optimizer import build_schedule
 
 
 def _rates(num_updates: int, resumed_at: int = 0, **optim: object) -> list[float]:

@@ -15,15 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_papo.check import faults_of_layout
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
-from megatron_papo.generation.separate_bridge import Bridge, BridgeBroken
-from megatron_papo.generation.separate_messages import Bucket
-from megatron_papo.generation.separate_store import Address, EngineStore
-from megatron_papo.in_flight import Flight, age, from_state, to_state
+from megatron_papo.generation.remote.engine_store import Address, EngineStore
+from megatron_papo.generation.remote.messages import Bucket
+from megatron_papo.generation.remote.weight_broadcast import Bridge, BridgeBroken
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.preflight.check import faults_of_layout
+from megatron_papo.training.pending_rollouts import Flight, age, from_state, to_state
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 from tests.ranks import run_ranks
 from tests.unit.test_shape import PUBLISHED_3B
@@ -136,7 +136,7 @@ def _flight(places: list[int]) -> Flight:
 
 def _saved(world_size: int) -> dict[str, Any]:
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.parallel import initialize, shutdown
+    from megatron_papo.distributed.layout import initialize, shutdown
 
     layout = initialize(ParallelConfig())
     state = to_state(_flight([4, 5, 6, 7][layout.rank :: world_size]), layout.data_group)

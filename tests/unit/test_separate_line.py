@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from megatron_papo.generation import separate_door
-from megatron_papo.generation.base import Sampling
-from megatron_papo.generation.separate_door import Door, knock
-from megatron_papo.generation.separate_key import fingerprint, make_key, offered_key, read_key
-from megatron_papo.generation.separate_line import Inbox, Line
-from megatron_papo.generation.separate_messages import (
+from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.remote import handshake
+from megatron_papo.generation.remote.channel import Inbox, Line
+from megatron_papo.generation.remote.engine_store import EngineStore
+from megatron_papo.generation.remote.handshake import Door, knock
+from megatron_papo.generation.remote.messages import (
     Answers,
     Bucket,
     Bye,
@@ -41,9 +41,9 @@ from megatron_papo.generation.separate_messages import (
     decode,
     encode,
 )
-from megatron_papo.generation.separate_store import EngineStore
-from megatron_papo.generation.shares import Answer, Job
-from megatron_papo.generation.vllm_requests import Request
+from megatron_papo.generation.remote.run_key import fingerprint, make_key, offered_key, read_key
+from megatron_papo.generation.requests import Answer, Job
+from megatron_papo.generation.vllm.vllm_requests import Request
 
 KEY = b"k" * 32
 
@@ -199,8 +199,8 @@ def _hears_the_end(end: socket.socket) -> None:
 
 
 def test_strangers_hold_nobody_up_and_fill_no_log(door, admitted, monkeypatch, capfd):
-    monkeypatch.setattr(separate_door, "_MOST_COMERS", 20)
-    monkeypatch.setattr(separate_door, "_LIMIT_S", 1000.0)
+    monkeypatch.setattr(handshake, "_MOST_COMERS", 20)
+    monkeypatch.setattr(handshake, "_LIMIT_S", 1000.0)
     strangers = []
     for said in [*_comers(door), *[b""] * 40]:
         strangers.append(socket.create_connection((door.host, door.port)))
@@ -217,7 +217,7 @@ def test_strangers_hold_nobody_up_and_fill_no_log(door, admitted, monkeypatch, c
 
 
 def test_a_silent_stranger_has_to_go_after_a_while(door, monkeypatch):
-    monkeypatch.setattr(separate_door, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(handshake, "_LIMIT_S", 0.2)
     with socket.create_connection((door.host, door.port)) as stranger:
         stranger.sendall(b"\0")  # slow rather than silent
         _hears_the_end(stranger)

@@ -16,10 +16,10 @@ import pytest
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.cluster.supervise import Job, Supervisor
-from megatron_papo.observe.failures import SAVED_EXIT, RunStopped, describe
-from megatron_papo.observe.lock import Holder, RunHeld, alone_in
-from megatron_papo.observe.notes import write_failure
-from megatron_papo.observe.progress import read_progress
+from megatron_papo.runtime.failure_notes import write_failure
+from megatron_papo.runtime.failures import SAVED_EXIT, RunStopped, describe
+from megatron_papo.runtime.progress import read_progress
+from megatron_papo.runtime.run_lock import Holder, RunHeld, alone_in
 
 REPO = Path(__file__).parents[2]
 FIRST = Attempt(1, "7", "node[1-2]", 2, began=1000.0, steps_done=0, steps_saved=0, lost_steps=0, lost_seconds=0.0)

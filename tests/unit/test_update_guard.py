@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_papo.algorithm.losses import LossSettings, papo_loss
 from megatron_papo.config import OptimConfig
-from megatron_papo.losses import LossSettings, papo_loss
+from megatron_papo.optimization.gradient_guard import UpdateGuard, fault_of
 from megatron_papo.types import HeadOutputs
-from megatron_papo.update_guard import UpdateGuard, fault_of
 from tests.unit.test_losses import F64, _config, _row
 
 STEADY = [1.0, 1.2, 0.8, 1.1, 0.9, 1.0, 1.0, 1.0]

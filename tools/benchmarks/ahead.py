@@ -20,13 +20,13 @@ import torch
 
 from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
-from megatron_papo.launch import Work, launch
-from megatron_papo.rollouts import hand_over
-from megatron_papo.run import open_run
-from megatron_papo.serving import serve, serves
+from megatron_papo.runtime.launch import Work, launch
 from megatron_papo.train import Training, open_training, train_step
 from megatron_papo.train_ahead import landed, take_off
 from megatron_papo.train_ahead import train_step as train_step_ahead
+from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.rollouts import hand_over
+from megatron_papo.training.session import open_run
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import settings
 from tools.benchmarks.rollouts import Workload, write_rows

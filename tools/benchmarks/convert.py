@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from megatron_papo.checkpoint.conversion.plan import Settings, plan_target
-from megatron_papo.checkpoint.conversion.spans import num_values
-from megatron_papo.checkpoint.conversion.stores import Files, view
-from megatron_papo.checkpoint.names import parameter_table
+from megatron_papo.conversion.plan import Settings, plan_target
+from megatron_papo.conversion.spans import num_values
+from megatron_papo.conversion.stores import Files, view
+from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from tools.benchmarks.published import NUM_PARAMETERS, published_config
 from tools.benchmarks.rows import Row

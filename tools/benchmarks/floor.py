@@ -1,6 +1,6 @@
 """The least time that a batch's arithmetic can take here: useful FLOPs at the speed of a large matrix product.
 
-Useful work is what the model cannot do without (`megatron_papo.accounting`): a prompt once a group, causal attention,
+Useful work is what the model cannot do without (`megatron_papo.costs.flops`): a prompt once a group, causal attention,
 logits of response tokens; backward twice the forward. Leaves out everything that is no product.
 """
 
@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from megatron_papo.accounting import group_flops
+from megatron_papo.costs.flops import group_flops
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Group
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_papo.accelerator import adapt_megatron
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import load_config
+from megatron_papo.distributed.accelerator import adapt_megatron
+from megatron_papo.distributed.layout import initialize
 from megatron_papo.model.policy import HeadRequest, VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import initialize
-from megatron_papo.pipeline import score
+from megatron_papo.optimization.pipeline import score
 from megatron_papo.types import MicroBatch, Segment
 from tools.benchmarks.models import write_model
 from tools.benchmarks.rows import Row

@@ -1,6 +1,6 @@
 """How an update's time grows with group size, prompt length and number of pictures, beside its useful work.
 
-Useful work is the arithmetic that the model cannot do without (`megatron_papo.accounting`): a prompt once a group,
+Useful work is the arithmetic that the model cannot do without (`megatron_papo.costs.flops`): a prompt once a group,
 causal attention, logits of response tokens. The line beside each curve is the time of its smallest point, scaled by
 useful FLOPs: a curve below it grows more slowly than the work, because fixed costs are shared; one above it does
 something more.

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_papo.checkpoint.huggingface import hf_tensors
-from megatron_papo.launch import Work, launch
-from megatron_papo.run import Run, open_run
+from megatron_papo.runtime.launch import Work, launch
+from megatron_papo.training.session import Run, open_run
+from megatron_papo.weights.transfer import hf_tensors
 from tools.benchmarks.models import HIDDEN, LAYERS, write_model
 from tools.benchmarks.ours import settings
 from tools.benchmarks.rows import Row

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE
-from megatron_papo.checkpoint.parameters import held_parameters
 from megatron_papo.checkpoint.state import TrainState, model_tensors, read_state
 from megatron_papo.checkpoint.state_file import STATE_FILE
+from megatron_papo.weights.held import held_parameters
 from tools.benchmarks.ours import Ours
 from tools.benchmarks.rows import Row
 from tools.benchmarks.timing import measure

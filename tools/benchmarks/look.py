@@ -1,4 +1,4 @@
-"""What the first look at a model's weights costs (`megatron_papo/first_look.py`), beside their load.
+"""What the first look at a model's weights costs (`megatron_papo/weights/first_look.py`), beside their load.
 
 A model of random weights in fp32, 2.8 GB, on one rank, its files in the page cache: nothing hides behind a disk.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint.parameters import held_parameters
-from megatron_papo.checkpoint.weights import load_weights
-from megatron_papo.first_look import look
-from megatron_papo.launch import Work, launch
-from megatron_papo.run import open_run
+from megatron_papo.checkpoint.weight_loading import load_weights
+from megatron_papo.runtime.launch import Work, launch
+from megatron_papo.training.session import open_run
+from megatron_papo.weights.first_look import look
+from megatron_papo.weights.held import held_parameters
 from tools.benchmarks.models import HIDDEN, LAYERS, write_model
 from tools.benchmarks.ours import settings
 from tools.benchmarks.rows import Row

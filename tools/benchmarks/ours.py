@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_papo.checkpoint.weights import load_weights
+from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import Config, load_config
-from megatron_papo.losses import LossSettings, papo_loss
 from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optim import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
+from megatron_papo.optimization.pipeline import score, score_logprobs, update_policy
 from megatron_papo.packing import joint_row
-from megatron_papo.pipeline import score, score_logprobs, update_policy
-from megatron_papo.run import Run, open_run, pack_update
+from megatron_papo.training.session import Run, open_run, pack_update
 from megatron_papo.types import Batch, Group, Metrics, MicroBatch
 from tools.benchmarks.models import MAX_PIXELS, MIN_PIXELS
 

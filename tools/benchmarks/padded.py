@@ -33,6 +33,6 @@ def image_inputs(prompts: Sequence[Prompt], masked: bool = False) -> tuple[Tenso
 
 
 def without_cuda_mode() -> Any:
-    """torch without the mode that lets Megatron-Core run without a GPU (`megatron_papo.accelerator`): it would cost
-    those who do not need it a Python call an operation."""
+    """torch without the mode that lets Megatron-Core run without a GPU (`megatron_papo.distributed.accelerator`): it
+    would cost those who do not need it a Python call an operation."""
     return torch._C.DisableTorchFunction()

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from megatron_papo.config import Config
+from megatron_papo.costs.hardware import CPU
 from megatron_papo.data.processor import load_processor
-from megatron_papo.launch import Work, launch
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.planning.hardware import CPU
-from megatron_papo.planning.runs import calibrated, planned
+from megatron_papo.planning.measured_run import calibrated, planned
+from megatron_papo.runtime.launch import Work, launch
 from tools.benchmarks.models import HIDDEN, LAYERS, write_model
 from tools.benchmarks.ours import settings
 from tools.benchmarks.rollouts import Workload, write_rows

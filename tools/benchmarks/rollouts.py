@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_papo.advantages import with_advantages
+from megatron_papo.algorithm.advantages import with_advantages
 from megatron_papo.config import MaskConfig
 from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.images import decode_image

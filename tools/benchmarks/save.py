@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_papo.launch import Work, launch
-from megatron_papo.optim import build_optimizer, wrap_policy
-from megatron_papo.run import open_run
-from megatron_papo.save import Checkpoints
+from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
+from megatron_papo.runtime.launch import Work, launch
+from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.session import open_run
 from tools.benchmarks.loads import load_rows
 from tools.benchmarks.models import HIDDEN, LAYERS, write_model
 from tools.benchmarks.ours import Ours, settings

@@ -25,9 +25,9 @@ from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor import Processor, load_processor
-from megatron_papo.rollouts import hand_over
-from megatron_papo.run import open_run
 from megatron_papo.train import Training, open_training, prefetch_prompts, train_step
+from megatron_papo.training.rollouts import hand_over
+from megatron_papo.training.session import open_run
 from tools.benchmarks.models import write_model
 from tools.benchmarks.ours import KINDS, settings
 from tools.benchmarks.rollouts import Workload, share_of_even_bytes, write_rows

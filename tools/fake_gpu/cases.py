@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_papo.config import load_config
-from megatron_papo.memory import UpdateBytes, update_bytes
+from megatron_papo.costs.memory import UpdateBytes, update_bytes
+from megatron_papo.model.qwen2_5_vl.published import published_config
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.planning.published import published_config
 from tools.fake_gpu.rows import Work
 from tools.fake_gpu.trace import Case
 
@@ -49,7 +49,7 @@ def update_case(
 
 
 def counted(case: Case) -> UpdateBytes:
-    """What `megatron_papo.memory` says of the update, to be held against its trace."""
+    """What `megatron_papo.costs.memory` says of the update, to be held against its trace."""
     config = load_config(None, [f"{name}={value}" for name, value in case.settings.items()])
     shape = ModelShape.from_dict(case.tree)
     stage = case.rank // config.parallel.tensor

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_papo.activations import RowSize
 from megatron_papo.config import LossConfig
+from megatron_papo.costs.activations import RowSize
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.packing import joint_row, pack, token_totals
 from megatron_papo.types import Batch, Group, ModelInputs, Prompt, Rollout

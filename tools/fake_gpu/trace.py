@@ -1,10 +1,10 @@
 """Traces updates of a policy on a fake H100: memory at its peak, waits of the host, dtypes of products.
 
 A process of its own that was started with the fake GPU answers every case on a line of JSON. Without pipeline the
-update is the real one, from rows on the host to the optimizer's step (`pipeline.py`); of a pipeline's stage its forward
-passes, then as many backward passes, and the step, since a schedule would wait for stages that are not there.
-Kernels that are compiled at run time are left out (`_no_kernels`); what else torch.compile would fuse is counted by its
-parts.
+update is the real one, from rows on the host to the optimizer's step (`optimization/pipeline.py`); of a pipeline's
+stage its forward passes, then as many backward passes, and the step, since a schedule would wait for stages that are
+not there. Kernels that are compiled at run time are left out (`_no_kernels`); what else torch.compile would fuse is
+counted by its parts.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def _device_after_fork() -> str:
 def trace(case: Case) -> Traced:
     """In a process that sees the fake GPU."""
     from megatron_papo.config import load_config
+    from megatron_papo.distributed.layout import shutdown
     from megatron_papo.model.shape import ModelShape
-    from megatron_papo.parallel import shutdown
     from tools.fake_gpu.exchanges import world
     from tools.fake_gpu.rows import make_rows
     from tools.fake_gpu.tracing import traced
@@ -181,11 +181,11 @@ def trace(case: Case) -> Traced:
 
 
 def _traced(case: Case, config: Any, shape: Any, rows: Any, watched: Any) -> Traced:
-    from megatron_papo.accelerator import adapt_megatron, seed_all
     from megatron_papo.checkpoint.optimizer_state import allocate
+    from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+    from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
-    from megatron_papo.optim import build_optimizer, wrap_policy
-    from megatron_papo.parallel import initialize
+    from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
 
     adapt_megatron()
     initialize(config.parallel)
@@ -211,7 +211,7 @@ class _Update:
         self.peaks: dict[str, Any] = {}
 
     def __call__(self, rows: Any) -> dict[str, Any]:
-        from megatron_papo.optim import Optimizer
+        from megatron_papo.optimization.optimizer import Optimizer
 
         self.watched.mark()
         self.peaks = {"scoring_peak": 0}
@@ -231,9 +231,9 @@ class _Update:
         return self.peaks
 
     def _whole(self, rows: Any) -> None:
-        from megatron_papo.losses import LossSettings, papo_loss
+        from megatron_papo.algorithm.losses import LossSettings, papo_loss
         from megatron_papo.model.policy import HeadRequest
-        from megatron_papo.pipeline import score_logprobs, update_policy
+        from megatron_papo.optimization.pipeline import score_logprobs, update_policy
 
         head = HeadRequest()
         (rows,) = score_logprobs(self.optimizer.policy.module, [rows], self.config, head, None)
@@ -245,7 +245,7 @@ class _Update:
         """The rows of a stage that are in flight, all forward and then all backward."""
         import torch
 
-        from megatron_papo.accelerator import device
+        from megatron_papo.distributed.accelerator import device
         from megatron_papo.model.policy import HeadRequest
 
         self.optimizer.zero_grad()
@@ -265,7 +265,7 @@ class _Update:
         """Hidden states as the stage before would send them."""
         import torch
 
-        from megatron_papo.accelerator import device, parameter_dtype
+        from megatron_papo.distributed.accelerator import device, parameter_dtype
 
         parallel, hidden = self.config.parallel, self.optimizer.policy.module.shape.language.hidden_size
         num_tokens = row.num_tokens // (parallel.tensor if parallel.sequence else 1)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_papo.distributed.exchange import larger
+from megatron_papo.distributed.layout import layout
 from megatron_papo.model.fp8.operands import BLOCKS
 from megatron_papo.model.fp8.quantize import E4M3, e8m0_scale, float_scale, largest, round_rows, rounded
 from megatron_papo.model.policy import VisionLanguageModel
-from megatron_papo.parallel import larger, layout
 
 
 @dataclass

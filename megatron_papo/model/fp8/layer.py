@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerLayer
 from torch import Tensor
 
-from megatron_papo.model.attention_layout import Segments, WindowedSegments
+from megatron_papo.model.attention.packed_layout import Segments, WindowedSegments
 from megatron_papo.model.fp8.padding import zero_end
 
 

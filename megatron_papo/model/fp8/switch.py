@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_papo.accelerator import device
 from megatron_papo.config import Fp8Config
+from megatron_papo.distributed.accelerator import device
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedLinear, RoundedRowLinear
 from megatron_papo.model.fp8.operands import AmaxHistory, Operands, Role
 

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_papo.accelerator import device, has_gpu, parameter_dtype
-from megatron_papo.accounting import causal_pairs
-from megatron_papo.model.attention import StructuredAttention
-from megatron_papo.model.attention_layout import Segments, build_segments
+from megatron_papo.costs.flops import causal_pairs
+from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
+from megatron_papo.model.attention.module import StructuredAttention
+from megatron_papo.model.attention.packed_layout import Segments, build_segments
 from megatron_papo.types import Segment
 from tools.benchmarks.gpu.clock import in_turns, peak_row, peaks
 from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, not_measured, reason_of, release

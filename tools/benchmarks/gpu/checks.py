@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_papo.accelerator import has_gpu
+from megatron_papo.distributed.accelerator import has_gpu
 from tools.benchmarks.gpu.apart import Rows, end_with_parent
 from tools.benchmarks.gpu.rows import GpuRow, Options, not_measured
 from tools.benchmarks.gpu.stream import VARIABLE, Found, follow

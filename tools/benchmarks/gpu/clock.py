@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_papo.accelerator import has_gpu, peak_memory, reset_peak_memory
+from megatron_papo.distributed.accelerator import has_gpu, peak_memory, reset_peak_memory
 from tools.benchmarks.gpu.rows import GIB, NEEDS_GPU, GpuRow, compared, not_measured, release
 from tools.benchmarks.timing import Seconds, measure
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from megatron_papo.accelerator import has_gpu
 from megatron_papo.config import ModelConfig
-from megatron_papo.memory import stage_memory
+from megatron_papo.costs.memory import stage_memory
+from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.model.shape import ModelShape
 from tools.benchmarks.gpu.apart import Rows, apart, result_apart
 from tools.benchmarks.gpu.policy import our_settings, workload

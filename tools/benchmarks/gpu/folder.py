@@ -27,12 +27,12 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from megatron_papo.accelerator import device
-from megatron_papo.checkpoint.names import module_name, parameter_table
-from megatron_papo.checkpoint.parameters import held_parameters
-from megatron_papo.checkpoint.slices import Index, fill_shard
+from megatron_papo.distributed.accelerator import device
+from megatron_papo.distributed.layout import layout
+from megatron_papo.model.parameter_map import Index, fill_shard
+from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import layout
+from megatron_papo.weights.held import held_parameters
 from tools.benchmarks.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, write_model
 from tools.benchmarks.published import published_config
 

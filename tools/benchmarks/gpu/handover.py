@@ -14,11 +14,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_papo.accelerator import has_gpu
-from megatron_papo.checkpoint.huggingface import hf_tensors
 from megatron_papo.config import Config
-from megatron_papo.generation.vllm_engine import VllmGenerator
-from megatron_papo.run import Run, give_weights
+from megatron_papo.distributed.accelerator import has_gpu
+from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
+from megatron_papo.training.session import Run, give_weights
+from megatron_papo.weights.transfer import hf_tensors
 from tools.benchmarks.gpu.clock import clock, in_turns
 from tools.benchmarks.gpu.folder import model_folder
 from tools.benchmarks.gpu.policy import open_policy

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_papo.accelerator import device, has_gpu, parameter_dtype
+from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
 from megatron_papo.logprobs import vocab_parallel_head
 from tools.benchmarks.gpu.clock import held, in_turns, peak_row, peaks
 from tools.benchmarks.gpu.rows import GpuRow, Options, attempt, compared, not_measured, reason_of, release

@@ -6,8 +6,8 @@ import subprocess
 
 import torch
 
-from megatron_papo.accelerator import device_name
-from megatron_papo.doctor.finding import version
+from megatron_papo.distributed.accelerator import device_name
+from megatron_papo.preflight.doctor.finding import version
 
 _PACKAGES = {
     "torch": "torch",

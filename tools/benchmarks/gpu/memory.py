@@ -66,7 +66,7 @@ def run(options: Options) -> Iterator[GpuRow]:
 
 
 def _wants_gpu(name: str) -> bool:
-    """As `megatron_papo.optim` refuses."""
+    """As `megatron_papo.optimization.optimizer` refuses."""
     return any(key.startswith("optim__") for key in SETTINGS[name])
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_papo.accelerator import adapt_megatron, seed_all
-from megatron_papo.accounting import Meter
 from megatron_papo.config import Config
+from megatron_papo.costs.flops import Meter
 from megatron_papo.data.processor import load_processor
+from megatron_papo.distributed.accelerator import adapt_megatron, seed_all
+from megatron_papo.distributed.layout import initialize, own_rank, shutdown
 from megatron_papo.model.policy import build_policy
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.observe.clock import StageClock
-from megatron_papo.optim import build_optimizer, wrap_policy
-from megatron_papo.parallel import initialize, own_rank, shutdown
-from megatron_papo.run import Run
+from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
+from megatron_papo.training.session import Run
 from megatron_papo.types import Group
 from tools.benchmarks.gpu.folder import draw_into
 from tools.benchmarks.gpu.rows import Options
@@ -59,7 +59,8 @@ def our_settings(folder: Path, kind: str, work: Workload, **more: Any) -> Config
 
 @contextmanager
 def open_policy(config: Config) -> Iterator[Run]:
-    """As `megatron_papo.run.open_run`, with weights drawn on the device; ends the process groups afterwards."""
+    """As `megatron_papo.training.session.open_run`, with weights drawn on the device; ends the process groups
+    afterwards."""
     assert config.model.path is not None
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     adapt_megatron()

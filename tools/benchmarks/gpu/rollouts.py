@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_papo.accelerator import adapt_megatron, parameter_dtype
 from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
+from megatron_papo.distributed.accelerator import adapt_megatron, parameter_dtype
+from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import Sampling, build_generator
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.parallel import initialize, shutdown
 from tools.benchmarks.gpu.clock import clock
 from tools.benchmarks.gpu.folder import drawn_tensors, model_folder
 from tools.benchmarks.gpu.policy import our_settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from megatron_papo.accelerator import has_gpu
+from megatron_papo.distributed.accelerator import has_gpu
 from tools.benchmarks.gpu.rows import NEEDS_GPU, GpuRow, Options, compared, not_measured, reason_of, show_failure
 from tools.gpu_trial import smoke_te, smoke_vllm
 from tools.gpu_trial.pieces import Pieces

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_papo.accelerator import device, has_gpu, parameter_dtype
-from megatron_papo.generation.handover import read_config
+from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
+from megatron_papo.generation.weight_check import read_config
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Group
 from tools.benchmarks.gpu.folder import drawn_tensors

@@ -4,7 +4,8 @@ Both sides have the same weights, drawn on the device, and their log-probs are c
 gradients, master weights and, without Transformer Engine, moments; the plain side has bfloat16 throughout and a fused
 Adam, which is less work and less memory. One side comes after the other, each in a process of its own, so that each has
 the card to itself; a ratio is that of their medians. Tokens count a prompt once a rollout, on both sides; MFU is of the
-useful FLOPs (`megatron_papo.accounting`). Recomputation is the least that fits, and the plain side's batch the largest.
+useful FLOPs (`megatron_papo.costs.flops`). Recomputation is the least that fits, and the plain side's batch the
+largest.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor
 
-from megatron_papo.accelerator import device_name, has_gpu
-from megatron_papo.accounting import peak_tflops
+from megatron_papo.costs.flops import peak_tflops
+from megatron_papo.distributed.accelerator import device_name, has_gpu
 from megatron_papo.types import Group
 from tools.benchmarks.floor import update_flops
 from tools.benchmarks.gpu.apart import Rows, apart

@@ -1,7 +1,0 @@
-"""The parity certificate: what Hugging Face transformers, Megatron in this layout and the engine make of the same
-prompts, part by part from token ids to log-probs; the first part that departs is named.
-"""
-
-from megatron_papo.certify.certifier import Certifier
-
-__all__ = ["Certifier"]

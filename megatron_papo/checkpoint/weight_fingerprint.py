@@ -1,0 +1,38 @@
+"""Which weights a folder holds, as a few letters: the same for a copy of it, in however many files.
+
+Of a Hugging Face folder the names and shapes of all tensors and the first row of 64 of them; of a checkpoint its state
+file, which vouches for the rest. So weights that were changed in a few places may pass as the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megatron_papo.checkpoint.state_file import STATE_FILE, names_checkpoint
+from megatron_papo.data.fingerprint import fingerprint
+from megatron_papo.weights.weight_files import weight_files
+
+_TENSORS = 64
+
+
+def fingerprint_of_weights(folder: Path) -> str:
+    """Raises ValueError for a folder without weights, OSError."""
+    if names_checkpoint(folder):
+        return fingerprint([(folder / STATE_FILE).read_bytes()])
+    shapes: dict[str, list[int]] = {}
+    file_of: dict[str, Path] = {}
+    for file in weight_files(folder).files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                shapes[name], file_of[name] = tensors.get_slice(name).get_shape(), file
+    names = sorted(shapes)
+    chosen = names[:: -(-len(names) // _TENSORS)]
+    rows = []
+    for name in chosen:
+        with safe_open(file_of[name], framework="pt") as tensors:
+            rows.append(tensors.get_slice(name)[:1].contiguous().view(torch.uint8).numpy().tobytes())
+    return fingerprint([json.dumps(shapes, sort_keys=True).encode(), *rows])

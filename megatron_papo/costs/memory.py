@@ -1,0 +1,299 @@
+"""What a run needs of a GPU's memory, stage by stage, from the model's shape and the settings: before any rank starts.
+
+Weights, gradients, optimizer states and the engine's share are counted, and what of these cannot fit is refused.
+Activations are counted for rows that are full, so they are said and warned of, never refused. Leaves out what CUDA,
+NCCL and the allocator take for themselves (1 to 3 GiB a GPU). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.costs.activations import RowSize, held_bytes
+from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
+
+GIB = 2**30
+_MIB = 2**20
+
+GPU_MEMORY_GIB = {
+    "A100-40GB": 40960 * _MIB / GIB,
+    "A100": 81920 * _MIB / GIB,
+    "H100": 81559 * _MIB / GIB,
+    "H200": 143771 * _MIB / GIB,
+    "B200": 183359 * _MIB / GIB,
+}
+"""Memory of one GPU as `nvidia-smi` states it, the upper bound of what a process can have (CUDA gives 0.3 to 0.7 GiB
+less: 79.1 of an H100, 178.4 of a B200). A100 of 80 GB and of 40 GB (SXM), H100 SXM of 80 GB, H200 SXM of 141 GB, B200
+of 180 GB. A100 and H100: github.com/modal-labs/modal-client/pull/2797; B200 as CUDA sees it:
+github.com/pytorch/ao/pull/4002; the others are nvidia-smi's lines on HGX machines."""
+
+_CUDA_TAKES = GIB
+"""The least that CUDA's context, NCCL and the allocator take of a GPU for themselves."""
+
+Part = Literal["language", "vision", "projector"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of the model that stands on one pipeline stage: its parameters, by how tensor ranks hold them."""
+
+    stage: int
+    part: Part
+    split: int
+    """Parameters shared out over the tensor ranks, padding included."""
+    whole: int
+    """Parameters that every tensor rank holds."""
+
+    def on_a_rank(self, tensor: int) -> int:
+        return self.split // tensor + self.whole
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage."""
+
+    stage: int
+    weights: int
+    gradients: int
+    """In fp32, whole on every data-parallel rank."""
+    optimizer: int
+    """Adam's two moments and, beside bfloat16 weights, the fp32 master copy; what is offloaded left out."""
+    engine: int
+    """Generation's share, beside the three above."""
+    engine_sleeps: bool
+    """Whether it is given back while the policy trains."""
+    activations: int
+    """Estimated, of one pipeline's rows in flight."""
+
+    @property
+    def counted(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.engine
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment: rollouts, with the engine awake and no activations, or an update while it sleeps."""
+        if self.engine_sleeps:
+            return self.weights + self.gradients + self.optimizer + max(self.engine, self.activations)
+        return self.counted + self.activations
+
+    def parts(self) -> str:
+        names = ("weights", "gradients", "optimizer", "engine")
+        return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
+
+
+def blocks(
+    shape: ModelShape, layers: tuple[int, ...], width: Callable[[int], int] = lambda width: width
+) -> list[Block]:
+    """The model on stages of so many language layers each; `width` pads FFN widths and the vocabulary, as `padded`."""
+    language, last = shape.language, len(layers) - 1
+    matrix = width(language.vocab_size) * language.hidden_size
+    found = [*_vision(shape.vision, width), Block(0, "language", matrix, 0)]
+    for stage, num_layers in enumerate(layers):
+        split, whole = _language_layer(language, width)
+        found.append(Block(stage, "language", num_layers * split, num_layers * whole))
+    found.append(Block(last, "language", 0, language.hidden_size))
+    if not shape.tie_word_embeddings or last > 0:  # a tied matrix lies on the first stage and on the last
+        found.append(Block(last, "language", matrix, 0))
+    return found
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Of the whole model without padding, a tied matrix once: what a checkpoint stores."""
+    return sum(block.split + block.whole for block in blocks(shape, (shape.language.num_layers,)))
+
+
+def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[StageMemory, ...]:
+    """Of every pipeline stage, on `num_ranks` ranks of the whole run, each with a GPU to itself."""
+    parallel = config.parallel
+    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    found = blocks(shape, stage_layers(parallel, shape), lambda width: padded(width, parallel.tensor))
+    stays = 1.0 - config.optim.offload_fraction
+    stages = []
+    for stage in range(parallel.pipeline):
+        here = [block for block in found if block.stage == stage]
+        held = sum(block.on_a_rank(parallel.tensor) for block in here)
+        trained = sum(block.on_a_rank(parallel.tensor) for block in here if not frozen(block.part, config.model.freeze))
+        states = int(trained * state_bytes(config) * stays)
+        stages.append(
+            StageMemory(
+                stage=stage,
+                weights=held * weight_bytes(config),
+                gradients=trained * 4,
+                optimizer=states // data if parallel.distributed_optimizer else states,
+                engine=_engine(config, shape),
+                engine_sleeps=config.generation.engine == "vllm" and config.generation.sleep,
+                activations=activation_bytes(config, shape, stage),
+            )
+        )
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class UpdateBytes:
+    """Of an update of given rows on one GPU: what stays between updates, and the peaks of its two halves."""
+
+    states: int
+    passes: int
+    """Of forward and backward."""
+    step: int
+    """Of the optimizer's step: its Adam works in place, one kernel for all."""
+
+
+def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: int, stage: int = 0) -> UpdateBytes:
+    """Of rows of that size on a GPU of pipeline stage `stage`; traced in tests/cuda/test_update.py."""
+    of = stage_memory(config, shape, num_ranks)[stage]
+    states = of.weights + of.gradients + of.optimizer
+    held = held_bytes(config, shape, stage, row, config.parallel.pipeline - stage, fused=config.model.spec != "local")
+    return UpdateBytes(states, states + held, states)
+
+
+def gpu_bytes(config: Config) -> int | None:
+    """Of one GPU of `cluster.gpu`; None where nothing is known of it."""
+    gib = config.cluster.gpu_memory_gib or GPU_MEMORY_GIB.get(config.cluster.gpu)
+    return None if gib is None else int(gib * GIB)
+
+
+def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str]:
+    """A line for every stage that certainly cannot fit, and for an engine whose share does not hold its weights."""
+    has = gpu_bytes(config)
+    if has is None:
+        known = ", ".join(GPU_MEMORY_GIB)
+        return [f"cluster.gpu: {config.cluster.gpu} is none of {known}; cluster.gpu_memory_gib says what it has"]
+    name = f"{config.cluster.gpu} has {has / GIB:.1f}"
+    stages, wakes = stage_memory(config, shape, num_ranks), _engine_wakes(config)
+    faults = [
+        f"cluster: stage {stage.stage} needs {stage.counted / GIB:.1f} GiB a GPU ({stage.parts()}), {name}"
+        for stage in stages
+        if stage.counted - (stage.engine if wakes else 0) > has
+    ]
+    if wakes and not faults:
+        faults += _waking_faults(config, shape, max(stages, key=lambda stage: stage.counted), has)
+    weights, share = _engine_weights(config, shape), _engine_share(config, shape)
+    if weights > share:
+        faults.append(
+            f"generation.gpu_memory_fraction: {config.generation.gpu_memory_fraction} of {has / GIB:.1f} GiB is "
+            f"{share / GIB:.1f}, the engine's weights alone take {weights / GIB:.1f} (generation.tensor="
+            f"{config.generation.tensor})"
+        )
+    return faults
+
+
+def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[str]:
+    """A line for the fullest stage when its estimated activations go beyond the GPU."""
+    has = gpu_bytes(config)
+    fullest = max(stage_memory(config, shape, num_ranks), key=lambda stage: stage.total)
+    if has is None or fullest.total <= has or fullest.counted > has:
+        return []
+    remedies = [] if config.model.recompute == "full" else ["model.recompute=full"]
+    remedies += ["a smaller train.tokens_per_micro_batch", "more ranks"]
+    return [
+        f"cluster: stage {fullest.stage} needs about {fullest.total / GIB:.1f} GiB a GPU ({fullest.parts()}, "
+        f"activations about {fullest.activations / GIB:.1f}), {config.cluster.gpu} has {has / GIB:.1f}: what helps is "
+        + " or ".join(remedies)
+    ]
+
+
+def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
+    """One checkpoint on disk: weights, Adam's moments and, beside bfloat16 weights, their fp32 master copy."""
+    return num_parameters(shape) * (weight_bytes(config) + state_bytes(config))
+
+
+def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
+    """Of full rows in flight, the stages from this one on, as `costs/activations.py` counts; half of a row's tokens are
+    taken to be of images, and half to be responses."""
+    tokens = config.train.tokens_per_micro_batch
+    row = RowSize(tokens, tokens // 2 * shape.vision.merge_unit, tokens // 2)
+    in_flight = config.parallel.pipeline - stage
+    return held_bytes(config, shape, stage, row, in_flight, fused=config.model.spec != "local")
+
+
+def weight_bytes(config: Config) -> int:
+    """Of one parameter; `auto` is bfloat16 where there is a GPU."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def state_bytes(config: Config) -> int:
+    """Of one parameter's moments and, beside bfloat16 weights, its master copy."""
+    return (4 if config.optim.precision_aware else 8) + (0 if config.model.dtype == "float32" else 4)
+
+
+def frozen(part: Part, freeze: FreezeConfig) -> bool:
+    return {"language": freeze.language, "vision": freeze.vision, "projector": freeze.projector}[part]
+
+
+def _engine(config: Config, shape: ModelShape) -> int:
+    """On a GPU of the trainer: none where engines have GPUs of their own."""
+    return 0 if config.generation.placement == "separate" else _engine_share(config, shape)
+
+
+def _engine_share(config: Config, shape: ModelShape) -> int:
+    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers."""
+    generation = config.generation
+    if generation.engine == "transformers":
+        return _engine_weights(config, shape)
+    if generation.kv_cache_gib is not None:
+        return _engine_weights(config, shape) + int(generation.kv_cache_gib * GIB)
+    return int(generation.gpu_memory_fraction * (gpu_bytes(config) or 0))
+
+
+def _engine_wakes(config: Config) -> bool:
+    """Whether a vLLM takes its share of the GPU again and again, beside what the trainer keeps there."""
+    return config.generation.engine == "vllm" and config.generation.placement == "colocated"
+
+
+def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: int) -> Iterator[str]:
+    """A line for an engine's share that does not fit beside what the trainer keeps between two updates.
+
+    So much it needs to wake for rollouts, and to be started again after it died, when vLLM (0.26 to 0.32) refuses to
+    start while `gpu_memory_utilization` of the GPU is not free. Its first start comes before gradients and states, and
+    to be handed weights it wakes without its cache: both need less. Where the cache has a size of its own, what a
+    forward pass of the engine takes beside it (some GiB) is not counted.
+    """
+    generation, weights, share = config.generation, _engine_weights(config, shape), stage.engine
+    kept = stage.counted - share
+    room = has - kept - _CUDA_TAKES
+    if share <= room:
+        return
+    if generation.kv_cache_gib is None:
+        key, most = "gpu_memory_fraction", room / has
+        what = f"{generation.gpu_memory_fraction} of {has / GIB:.1f} GiB is {share / GIB:.1f}"
+    else:
+        key, most = "kv_cache_gib", (room - weights) / GIB
+        what = f"{generation.kv_cache_gib} beside {weights / GIB:.1f} of weights is {share / GIB:.1f} GiB"
+    if room > weights and most >= 0.01:
+        remedy = f"the largest that would do is {int(most * 100) / 100}"
+    else:
+        helps = "more ranks, optim.offload_fraction or generation.placement=separate"
+        remedy = f"none would do, its weights alone take {weights / GIB:.1f}: what helps is {helps}"
+    parts = stage.parts().partition(", engine")[0]
+    yield (
+        f"generation.{key}: {what}, and stage {stage.stage} of the trainer keeps {kept / GIB:.1f} on the same GPU "
+        f"({parts}): the engine could neither wake after an update nor be started again; {remedy}"
+    )
+
+
+def _engine_weights(config: Config, shape: ModelShape) -> int:
+    generation = config.generation
+    dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
+    ranks = generation.tensor if generation.engine == "vllm" else 1
+    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
+    return num_parameters(shape) * each // ranks
+
+
+def _language_layer(shape: LanguageShape, width: Callable[[int], int]) -> tuple[int, int]:
+    """Parameters that are split and those that are not; queries, keys and values have biases, nothing else has."""
+    hidden, ffn, heads = shape.hidden_size, width(shape.intermediate_size), shape.num_heads * shape.head_dim
+    qkv = heads + 2 * shape.num_kv_heads * shape.head_dim
+    return qkv * (hidden + 1) + heads * hidden + 3 * ffn * hidden, 2 * hidden
+
+
+def _vision(shape: VisionShape, width: Callable[[int], int]) -> Iterator[Block]:
+    hidden, ffn, merged = shape.hidden_size, width(shape.intermediate_size), shape.hidden_size * shape.merge_unit
+    yield Block(0, "vision", 0, hidden * shape.patch_dim)
+    split = 3 * hidden * (hidden + 1) + hidden * hidden + 2 * ffn * (hidden + 1) + ffn * hidden
+    yield Block(0, "vision", shape.num_layers * split, shape.num_layers * 4 * hidden)
+    split = merged * (merged + 1) + shape.out_hidden_size * merged
+    yield Block(0, "projector", split, hidden + shape.out_hidden_size)

@@ -1,0 +1,148 @@
+"""The decode loop of the transformers engine: one batch of rollouts on a Hugging Face Qwen2.5-VL with its KV cache.
+
+Each prompt of the batch is read once, images included, and its cache is copied to its rollouts. Prompts are padded on
+the left. Rows that have ended leave the batch. Left out: paged memory, chunked prefill, anything a serving engine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+
+from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.requests import Answer, Job
+from megatron_papo.generation.sampling import draw, sampled_logprobs, uniforms
+from megatron_papo.types import Prompt
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: Qwen2_5_VLForConditionalGeneration,
+    prompts: Sequence[Prompt],
+    jobs: list[Job],
+    sampling: Sampling,
+    banned_ids: Tensor,
+    eos_ids: Tensor,
+) -> list[Answer]:
+    """Answers to `jobs`, in their order; `jobs` index `prompts`."""
+    places = sorted({job.prompt_index for job in jobs})
+    prompt_of_B = torch.tensor([places.index(job.prompt_index) for job in jobs], device=model.device)
+    batch = _Batch(model, [prompts[place] for place in places], prompt_of_B, sampling)
+    uniform_BN = uniforms([job.seed for job in jobs], sampling.max_response_tokens).to(model.device)
+    ids_BN = torch.zeros(uniform_BN.shape, dtype=torch.int64, device=model.device)
+    logprobs_BN = torch.zeros(uniform_BN.shape, device=model.device)
+    length_B = torch.full((len(jobs),), sampling.max_response_tokens, device=model.device)
+    stopped_B = torch.zeros(len(jobs), dtype=torch.bool, device=model.device)
+    for place in range(sampling.max_response_tokens):
+        logprobs_AV = sampled_logprobs(batch.logits_AV, sampling, banned_ids)
+        ids_A, logprobs_A = draw(logprobs_AV, uniform_BN[batch.row_A, place], sampling)
+        ids_BN[batch.row_A, place], logprobs_BN[batch.row_A, place] = ids_A, logprobs_A
+        ended_A = torch.isin(ids_A, eos_ids) & ~stopped_B[batch.row_A]
+        stopped_B[batch.row_A[ended_A]] = True
+        length_B[batch.row_A[ended_A]] = place + 1
+        if place + 1 == sampling.max_response_tokens or not batch.advance(ids_A, ~stopped_B[batch.row_A]):
+            break
+    return _answers(jobs, ids_BN, logprobs_BN, length_B, stopped_B)
+
+
+def _answers(jobs: list[Job], ids_BN: Tensor, logprobs_BN: Tensor, length_B: Tensor, stopped_B: Tensor) -> list[Answer]:
+    rows = zip(jobs, ids_BN.tolist(), logprobs_BN.tolist(), length_B.tolist(), stopped_B.tolist())
+    return [
+        Answer(job, tuple(ids[:length]), tuple(logprobs[:length]), "stop" if stopped else "length")
+        for job, ids, logprobs, length, stopped in rows
+    ]
+
+
+class _Batch:
+    """The rows that still run: which of the batch they are (`row_A`), their cache, and the logits of what follows."""
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        prompts: list[Prompt],
+        prompt_of_B: Tensor,
+        sampling: Sampling,
+    ):
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        length = max(prompt.inputs.token_ids_S.numel() for prompt in prompts)
+        mask_PK, logits_PV, next_position_P = self._read(prompts, length, sampling.masked)
+        self.cache.batch_select_indices(prompt_of_B)
+        self.row_A = torch.arange(prompt_of_B.numel(), device=model.device)
+        self.logits_AV = logits_PV[prompt_of_B]
+        self.next_position_A = next_position_P[prompt_of_B]
+        self.num_keys = length
+        answer_mask_PN = mask_PK.new_ones(len(prompts), sampling.max_response_tokens)
+        self.mask_AK = torch.cat((mask_PK, answer_mask_PN), dim=1)[prompt_of_B]
+
+    def _read(self, prompts: list[Prompt], length: int, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills the cache. Returns key mask [P, length], last logits [P, V] and next M-RoPE position [P]."""
+        device, model = self.model.device, self.model
+        ids_PK = torch.full((len(prompts), length), model.config.text_config.pad_token_id or 0)
+        mask_PK = torch.zeros(len(prompts), length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids_S = prompt.inputs.token_ids_S
+            ids_PK[row, length - ids_S.numel() :] = ids_S
+            mask_PK[row, length - ids_S.numel() :] = 1
+        pixels_PD, grid_I3 = _images(prompts, masked)
+        position_3PK, _ = model.model.get_rope_index(
+            ids_PK,
+            mm_token_type_ids=(ids_PK == model.config.image_token_id).int(),
+            image_grid_thw=grid_I3,
+            attention_mask=mask_PK,
+        )
+        logits_P1V = model(
+            input_ids=ids_PK.to(device),
+            attention_mask=mask_PK.to(device),
+            position_ids=position_3PK.to(device),
+            pixel_values=None if pixels_PD is None else pixels_PD.to(device),
+            image_grid_thw=None if grid_I3 is None else grid_I3.to(device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return mask_PK.to(device), logits_P1V[:, 0], position_3PK.amax((0, 2)).to(device) + 1
+
+    def advance(self, ids_A: Tensor, running_A: Tensor) -> bool:
+        """Appends a token to every row and computes the logits of the next; False when no row runs any more.
+
+        Ended rows are dropped once an eighth has ended: dropping copies the cache.
+        """
+        num_running = int(running_A.sum())
+        if num_running == 0:
+            return False
+        if num_running <= 0.875 * running_A.numel():
+            keep = running_A.nonzero()[:, 0]
+            ids_A = ids_A[keep]
+            self.row_A, self.mask_AK = self.row_A[keep], self.mask_AK[keep]
+            self.next_position_A = self.next_position_A[keep]
+            self.cache.batch_select_indices(keep)
+        self.num_keys += 1
+        self.logits_AV = self.model(
+            input_ids=ids_A[:, None],
+            attention_mask=self.mask_AK[:, : self.num_keys],
+            position_ids=self.next_position_A[None, :, None].expand(3, -1, -1),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, 0]
+        self.next_position_A = self.next_position_A + 1
+        return True
+
+
+def _images(prompts: list[Prompt], masked: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Patches and grids of all images, in the order of the prompts."""
+    pixels: list[Tensor] = []
+    grids: list[Tensor] = []
+    for prompt in prompts:
+        if prompt.inputs.pixel_values_PD is None:
+            continue
+        view_PD = prompt.masked_pixel_values_PD if masked else prompt.inputs.pixel_values_PD
+        if view_PD is None:
+            raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
+        assert prompt.inputs.grid_thw_I3 is not None
+        pixels.append(view_PD)
+        grids.append(prompt.inputs.grid_thw_I3)
+    return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)

@@ -1,0 +1,60 @@
+"""Rotary positions: M-RoPE of the language model, 2-D of the vision tower; and the rotation itself.
+
+Angles are fp32 and computed once a micro-batch. Queries and keys are rotated within the attention function, in two
+passes over each and without anything kept for backward, which turns the gradients back.
+Suffixes: T places of a row, N heads, D values of a head, F = D / 2 frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_papo.types import to_device
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """By how much each place of a row turns: value f of a head's first half with value f of its second."""
+
+    cos_T1F: Tensor
+    sin_T1F: Tensor
+
+    @classmethod
+    def by(cls, angles_TF: Tensor) -> Rotation:
+        return cls(angles_TF.cos().unsqueeze(1), angles_TF.sin().unsqueeze(1))
+
+    def turn(self, values_TND: Tensor) -> Tensor:
+        return self._turn(values_TND, 1)
+
+    def turn_back(self, values_TND: Tensor) -> Tensor:
+        """The inverse, and so the way back of a gradient."""
+        return self._turn(values_TND, -1)
+
+    def _turn(self, values_TND: Tensor, sign: int) -> Tensor:
+        cos, sin = (part.to(values_TND.dtype) for part in (self.cos_T1F, self.sin_T1F))
+        turned = torch.empty_like(values_TND)
+        (first, second), (to_first, to_second) = values_TND.chunk(2, -1), turned.chunk(2, -1)
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-sign)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=sign)
+        return turned
+
+
+def mrope(position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int]) -> Rotation:
+    """The first frequencies turn with time, then height, then width, by `sections`."""
+    axis_F = torch.tensor([axis for axis, num in enumerate(sections) for _ in range(num)])
+    axis_F = to_device(axis_F, position_ids_3T.device)
+    positions_TF = position_ids_3T.float().index_select(0, axis_F).T
+    return Rotation.by(positions_TF * _inverse_frequencies(head_dim, theta, position_ids_3T.device))
+
+
+def vision_rotation(positions_P2: Tensor, *, head_dim: int, theta: float) -> Rotation:
+    """One half of the frequencies turns with the row of a patch, one with its column."""
+    frequencies = _inverse_frequencies(head_dim // 2, theta, positions_P2.device)
+    return Rotation.by((positions_P2.float()[:, :, None] * frequencies).flatten(1))
+
+
+def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))

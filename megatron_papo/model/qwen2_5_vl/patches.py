@@ -1,0 +1,89 @@
+"""The geometry of a micro-batch's images: the order of patches in the vision tower, their positions, their windows.
+
+The processor lays patches out block by block: the merge_unit patches that become one token lie together. The tower
+works in window order: the merged blocks of a window lie together, windows in reading order. Both orders are known
+from the grid alone. No pixels here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_papo.model.attention.packed_layout import WindowedSegments, build_segments
+from megatron_papo.model.attention.rotary import vision_rotation
+from megatron_papo.model.shape import VisionShape
+from megatron_papo.types import Segment, to_device
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """What the tower needs to know of the images of a micro-batch, whose P patches make M tokens."""
+
+    patch_order_P: Tensor
+    """Which patch of the processor's order stands at each place of window order."""
+    token_order_M: Tensor
+    """Place in window order of each token of the language model: undoes the window order after merging."""
+    num_padding: int
+    """Patches of zeros added at the end, left out of attention."""
+    segments: WindowedSegments
+
+
+def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, device: torch.device) -> PatchPlan:
+    """The plan of images with these grids; the patches are padded to a multiple of `multiple`."""
+    merge, window = shape.spatial_merge_size, shape.window_size // shape.patch_size // shape.spatial_merge_size
+    images = [_plan_image(t, h, w, merge, window) for t, h, w in grid_thw_I3.tolist()]
+    blocks = [len(image.block_order) for image in images]
+    firsts = np.cumsum([0, *blocks[:-1]])
+    block_order = np.concatenate([image.block_order + first for image, first in zip(images, firsts)])
+    patch_order = (block_order[:, None] * merge**2 + np.arange(merge**2)).reshape(-1)
+    positions = np.concatenate([image.positions for image in images])[patch_order]
+    padding = -len(patch_order) % multiple
+    windows = [Segment(length) for image in images for length in image.windows]
+    frames = [Segment(length) for image in images for length in image.frames]
+    places = to_device(torch.from_numpy(positions), device)
+    rotation = vision_rotation(places, head_dim=shape.head_dim, theta=shape.rope_theta)
+    return PatchPlan(
+        patch_order_P=to_device(torch.from_numpy(patch_order), device),
+        token_order_M=to_device(torch.from_numpy(np.argsort(block_order)), device),
+        num_padding=padding,
+        segments=WindowedSegments(
+            windows=build_segments(windows, causal=False, device=device, rotation=rotation, num_padding=padding),
+            frames=build_segments(frames, causal=False, device=device, rotation=rotation, num_padding=padding),
+            frame_layers=frozenset(shape.full_attention_layers),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _ImagePlan:
+    block_order: np.ndarray
+    """Merged blocks in window order."""
+    positions: np.ndarray
+    """[P, 2] row and column of each patch, in the processor's order."""
+    windows: tuple[int, ...]
+    """Patches of each window, in window order."""
+    frames: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _plan_image(frames: int, height: int, width: int, merge: int, window: int) -> _ImagePlan:
+    """One image of `frames` x `height` x `width` patches; `window` counts merged blocks along an edge."""
+    time, row, column = (
+        axis.reshape(-1)
+        for axis in np.meshgrid(*map(np.arange, (frames, height // merge, width // merge)), indexing="ij")
+    )  # of every merged block, in the processor's order
+    keys = (time, row // window, column // window)
+    block_order = np.lexsort((column, row, *reversed(keys)))
+    of_window = np.stack(keys)[:, block_order]
+    first = np.flatnonzero((np.diff(of_window, axis=1) != 0).any(axis=0)) + 1
+    windows = np.diff(np.concatenate([[0], first, [len(block_order)]])) * merge**2
+    inside = np.arange(merge**2)
+    positions = np.stack(
+        [row[:, None] * merge + inside // merge, column[:, None] * merge + inside % merge], axis=-1
+    ).reshape(-1, 2)
+    return _ImagePlan(block_order, positions, tuple(windows.tolist()), (height * width,) * frames)

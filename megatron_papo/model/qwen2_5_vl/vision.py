@@ -1,0 +1,125 @@
+"""The vision tower of Qwen2.5-VL under tensor and sequence parallelism: patches in, image tokens out.
+
+Patch embedding (the 3-D convolution over non-overlapping patches is one matrix), transformer layers that attend
+within windows or whole frames, and the merger that makes one token of each block of patches. Blocks of patches are
+never split between sequence-parallel ranks: the patches are padded for that at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.switch import Fp8Switch
+from megatron_papo.model.fusions import of_plain_linears
+from megatron_papo.model.norm import RMSNorm, replicated_parameter
+from megatron_papo.model.qwen2_5_vl.layers import block_spec, recompute_in
+from megatron_papo.model.qwen2_5_vl.patches import plan_patches
+from megatron_papo.model.shape import VisionShape
+
+
+class VisionTower(MegatronModule):
+    def __init__(
+        self, config: TransformerConfig, shape: VisionShape, spec: str, fp8: Fp8Switch, recompute: str = "none"
+    ):
+        super().__init__(config)
+        self.shape, self.fp8 = shape, fp8
+        self.patch_embed = PatchEmbed(config, shape)
+        self.decoder = TransformerBlock(
+            config, block_spec(spec, shape.num_layers, causal=False), post_layer_norm=False, post_process=False
+        )
+        recompute_in(self.decoder.layers, recompute)
+        self.merger = PatchMerger(of_plain_linears(config), shape)
+        if fp8.settings.vision:
+            fp8.take("vision", self.decoder.layers, config, skip=frozenset())
+
+    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
+        """Patches in the processor's order to [M, out_hidden_size] image tokens in reading order, on every rank."""
+        weight = self.patch_embed.weight
+        sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
+        multiple = math.lcm(self.shape.merge_unit * sequence_ranks, token_multiple(recipe, sequence_ranks))
+        plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=weight.device)
+        pixels = pixel_values_PD.to(weight.device).index_select(0, plan.patch_order_P)
+        if plan.num_padding:
+            pixels = F.pad(pixels, (0, 0, 0, plan.num_padding))
+        if self.config.sequence_parallel:
+            pixels = scatter_to_sequence_parallel_region(pixels)
+        hidden = self.decoder(
+            self.patch_embed(pixels)[:, None, :],
+            attention_mask=None,
+            packed_seq_params=plan.segments,
+        )
+        return self.merger(hidden).index_select(0, plan.token_order_M)
+
+
+def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
+    """The patches of several images on the host, each [P, D], end to end where the tower's `weight` is.
+
+    To a GPU they go rounded to the weight's dtype, as `PatchEmbed` would round them there, with nothing but moving of
+    whole patches between: half the bytes in bf16. From pinned memory, as `host_copies` has it.
+    """
+    if not weight.is_cuda:
+        return torch.cat(tuple(views))
+    sizes = [len(view) for view in views]
+    staged_PD = torch.empty(sum(sizes), views[0].shape[1], dtype=weight.dtype, pin_memory=True)
+    for place, view in zip(staged_PD.split(sizes), views):
+        place.copy_(view)
+    return staged_PD.to(weight.device, non_blocking=True)
+
+
+class PatchEmbed(MegatronModule):
+    """A patch's values to the tower's width; whole on every tensor rank."""
+
+    def __init__(self, config: TransformerConfig, shape: VisionShape):
+        super().__init__(config)
+        size = (shape.hidden_size, shape.patch_dim)
+        values = torch.empty(size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = replicated_parameter(values, config)
+
+    def forward(self, pixels_PD: Tensor) -> Tensor:
+        return F.linear(pixels_PD.to(self.weight.dtype), self.weight)
+
+
+class PatchMerger(MegatronModule):
+    """Blocks of spatial_merge_size x spatial_merge_size patches to tokens of the language model's width."""
+
+    def __init__(self, config: TransformerConfig, shape: VisionShape):
+        super().__init__(config)
+        self.width = shape.hidden_size * shape.merge_unit
+        self.norm = RMSNorm(config, shape.hidden_size, shape.rms_norm_eps)
+        self.linear_fc1 = ColumnParallelLinear(
+            self.width, self.width, config=config, init_method=config.init_method, bias=True
+        )
+        self.linear_fc2 = RowParallelLinear(
+            self.width,
+            shape.out_hidden_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def forward(self, hidden_P1H: Tensor) -> Tensor:
+        """[P, 1, H] (this rank's share under sequence parallelism) to [M, out] on every rank."""
+        blocks = self.norm(hidden_P1H).reshape(-1, 1, self.width)
+        inner, _ = self.linear_fc1(blocks)
+        tokens, _ = self.linear_fc2(F.gelu(inner))
+        if self.config.sequence_parallel:
+            # every rank goes on with the same tokens, so each keeps its slice of the gradient
+            tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=False)
+        return tokens.squeeze(1)

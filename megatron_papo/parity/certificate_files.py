@@ -1,0 +1,57 @@
+"""RUN/certificate: of every certificate its JSON, step_N.json, and the page beside it.
+
+That of a run's start stays, and every one that failed; of the others the last two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_papo.files.small_files import STEP_NAME, read_object, write_whole
+from megatron_papo.parity.certificate import Certificate
+from megatron_papo.parity.certificate_page import certificate_page
+
+_KEPT = 2
+
+
+class Folder:
+    """RUN/certificate."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]):
+        self.path, self._warn = path, warn
+        self._unreadable: set[Path] = set()
+
+    def page_of(self, step: int) -> Path:
+        return self.path / f"step_{step:08d}.html"
+
+    def write(self, certificate: Certificate) -> None:
+        """Both files, each whole or not at all, and away with the oldest. A full disk costs the files, not the run."""
+        page = self.page_of(certificate.step)
+        text = json.dumps(certificate.as_json(), indent=1, allow_nan=False)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path, content in ((page, certificate_page(certificate)), (page.with_suffix(".json"), text)):
+                write_whole(path, content)
+            self._remove_old()
+        except OSError as error:
+            self._warn(f"{error.strerror}: {error.filename}: the certificate of step {certificate.step} is not written")
+
+    def _remove_old(self) -> None:
+        """Those that passed. One that cannot be read may have failed, so it stays, and is told of."""
+        plain = []
+        for path in sorted(self.path.glob("step_*.json")):
+            if not STEP_NAME.fullmatch(path.stem) or path in self._unreadable:
+                continue
+            try:
+                tree = read_object(path)
+            except ValueError as error:
+                self._unreadable.add(path)
+                self._warn(f"{error}: a certificate that is damaged; it is left as it is")
+                continue
+            if tree.get("passed") is True and tree.get("at_start") is False:
+                plain.append(path)
+        for path in plain[:-_KEPT]:
+            path.unlink()
+            path.with_suffix(".html").unlink(missing_ok=True)

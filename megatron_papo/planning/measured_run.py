@@ -1,0 +1,100 @@
+"""A run beside its plan: what the planner says of the step that was just measured, from the same accounting.
+
+Lengths are the means of that step, so that plan and measurement are of the same work: under dynamic sampling rollouts
+of all prompts that were drawn, in as many rounds, and updates of those trained on. `calibrated` fits the planner to a
+run: the median over its steps of measured over planned, stage by stage.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.costs.hardware import Cluster, Gpu
+from megatron_papo.costs.memory import GIB
+from megatron_papo.files.small_files import read_records
+from megatron_papo.model.shape import ModelShape, stage_layers
+from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.candidates import Candidate
+from megatron_papo.planning.estimate import Estimate, estimate_applied
+from megatron_papo.planning.workload import Workload
+
+STAGES = {"update": "update", "score": "score", "generate": "generate", "hand over": "handover"}
+"""Of a step that are planned, and how their factors are called."""
+_LENGTHS = ("prompt_tokens", "image_tokens", "response_tokens")
+
+
+def planned(
+    config: Config, shape: ModelShape, gpu: Gpu, num_ranks: int, assumed: Assumptions, record: Mapping[str, Any]
+) -> Estimate:
+    """Of the step that `record` tells of, by the names of its metrics: the mean tokens of prompts, images and responses
+    (`_LENGTHS`), and what dynamic sampling drew."""
+    parallel = config.parallel
+    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    layers = stage_layers(parallel, shape)
+    config = config.model_copy(update={"parallel": parallel.model_copy(update={"pipeline_layers": list(layers)})})
+    candidate = Candidate(
+        parallel.tensor, parallel.pipeline, data, layers, config.model.recompute, "as set", config.generation.tensor
+    )
+    nodes = max(1, config.cluster.nodes)
+    cluster = Cluster(gpu, nodes, max(1, num_ranks // nodes))
+    generated = _workload(config, shape, {name: float(record[name]) for name in _LENGTHS})
+    if "sampling/prompts" not in record:
+        return estimate_applied(candidate, config, shape, cluster, assumed, generated)
+    rounds = float(record["sampling/rounds"])
+    generated = replace(generated, prompts=max(1, round(float(record["sampling/prompts"]) / rounds)))
+    trained = _workload(config, shape, {name: float(record[f"trained/{name}"]) for name in _LENGTHS})
+    found, each_round = (
+        estimate_applied(candidate, config, shape, cluster, assumed, work) for work in (trained, generated)
+    )
+    return replace(found, seconds=found.seconds | {"generate": rounds * each_round.seconds["generate"]})
+
+
+def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> Workload:
+    return Workload.of(
+        config,
+        shape,
+        text_tokens=round(lengths["prompt_tokens"] - lengths["image_tokens"]),
+        image_tokens=round(lengths["image_tokens"]),
+        response_tokens=max(1, round(lengths["response_tokens"])),
+    )
+
+
+def planned_values(found: Estimate) -> dict[str, float]:
+    """As metrics: seconds by stage, and the peak of the fullest GPU."""
+    values = {f"planned/time/{stage}": found.seconds[stage] for stage in STAGES}
+    return values | {"planned/memory_gib": found.fullest.peak / GIB, "planned/mfu": found.mfu}
+
+
+def calibrated(run: Path, gpu: Gpu) -> Assumptions:
+    """Assumptions with factors such that the plan of RUN's steps, on `gpu`s, takes what they took. The first step,
+    which warms up, is left out where there are others. Raises ConfigError naming the file at fault."""
+    config, records = _read(run)
+    folder = config.model.path or config.model.checkpoint
+    if folder is None:
+        raise ConfigError(f"{run}/config.yaml: names no model")
+    shape = ModelShape.from_folder(folder)
+    ratios: dict[str, list[float]] = {name: [] for name in STAGES.values()}
+    for record in records[1:] or records:
+        found = planned(config, shape, gpu, int(record["ranks"]), Assumptions(), record)
+        for stage, name in STAGES.items():
+            measured, plan = float(record.get(f"time/{stage}", 0.0)), found.seconds[stage]
+            if measured > 0 and plan > 0:
+                ratios[name].append(measured / plan)
+    factors = {f"{name}_factor": statistics.median(found) for name, found in ratios.items() if found}
+    return replace(Assumptions(), **factors)
+
+
+def _read(run: Path) -> tuple[Config, list[dict[str, Any]]]:
+    lines = run / "metrics.jsonl"
+    if not lines.is_file():
+        raise ConfigError(f"{lines}: no metrics of a run: no such file")
+    needed = ("ranks", *_LENGTHS, "time/update")
+    records = [record for record in read_records(lines) if all(name in record for name in needed)]
+    if not records:
+        raise ConfigError(f"{lines}: no step with {', '.join(needed)}")
+    return load_config(run / "config.yaml", to_run=False), records

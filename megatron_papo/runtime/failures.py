@@ -1,0 +1,120 @@
+"""Why a rank ended: each failing rank says so, and the run reports the failure that explains the others.
+
+A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
+theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
+one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
+its traceback goes to a file, and the console shows the reason alone. Leaves out how the others hear of it (notes.py)
+and what the operating system knows (signals, exit codes): that is for the launcher.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_papo.text.secret_values import text_without_secrets
+from megatron_papo.text.untrusted import LINES, as_text
+
+Kind = Literal["error", "value", "config", "stopped", "killed", "stalled", "distributed", "silent"]
+
+SAVED_EXIT = 85
+"""Exit code of a run that was asked to end (SIGUSR1), saved and is to go on later."""
+
+SAVED_FILE = "saved"
+"""Under RUN, says the same: srun would take such an exit code of one rank for a failure and end the others."""
+
+_ORDER: tuple[tuple[Kind, ...], ...] = (
+    ("config", "stopped", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
+)  # fmt: skip
+"""What explains a run, best first; within one row the earliest."""
+
+_PEER_TYPES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
+_PEER_WORDS = ("closed by peer", "reset by peer", "gloo/transport", "nccl error", "nccl communicator", "broken pipe")
+_PEER_TIMEOUTS = ("timed out waiting", "watchdog caught collective", "connection timed out", "wait timeout")
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    time: float
+    kind: Kind
+    name: str
+    """Class of the exception, or what stands in its place."""
+    message: str
+    traceback: str = ""
+    attempt: str = ""
+    """Of which attempt of the run; empty before its ranks have met (notes.py)."""
+
+    def reason(self) -> str:
+        """The line that the run ends with."""
+        return f"papo: rank {self.rank} failed: {self.name}: {self.message}"
+
+    @property
+    def exit_code(self) -> int:
+        """2 for refused settings, as the command line's own refusals."""
+        return 2 if self.kind == "config" else 1
+
+
+class RunStopped(ValueError):
+    """A run ends itself, by a setting of the user: beginning it again would undo that."""
+
+
+def is_peers_fault(error: BaseException) -> bool:
+    """True for what torch.distributed raises when another rank is gone or does not answer."""
+    text = str(error).lower()
+    named = any(base.__name__ in _PEER_TYPES for base in type(error).__mro__)
+    return named or any(words in text for words in _PEER_WORDS + _PEER_TIMEOUTS)
+
+
+def describe(rank: int, error: BaseException) -> Failure:
+    kind: Kind = "error"
+    if any(base.__name__ == "ConfigError" for base in type(error).__mro__):
+        kind = "config"
+    elif is_peers_fault(error):
+        kind = "distributed"
+    elif isinstance(error, RunStopped):
+        kind = "stopped"
+    elif isinstance(error, ValueError):
+        kind = "value"
+    message, text = map(text_without_secrets, (str(error), "".join(traceback.format_exception(error))))
+    return Failure(rank, time.time(), kind, type(error).__name__, message, text)
+
+
+def the_cause(failures: list[Failure]) -> Failure:
+    """The failure that explains the others."""
+    assert failures, "a run that failed has a failure"
+    for kinds in _ORDER:
+        found = [failure for failure in failures if failure.kind in kinds]
+        if found:
+            return min(found, key=lambda failure: failure.time)
+    raise AssertionError("every kind stands in _ORDER")
+
+
+def print_failure(failure: Failure, run_dir: Path) -> None:
+    """To stderr: what belongs to the reason and, last, the reason.
+
+    That is the traceback; for a ValueError the name of the file under `run_dir` that holds it; nothing for refused
+    settings, a line a fault.
+    """
+    if failure.kind == "config":
+        text = "\n".join(f"papo: error: {line}" for line in failure.message.splitlines())
+    elif failure.kind in ("value", "stopped"):
+        text = _set_aside(failure, run_dir) + failure.reason()
+    else:
+        text = failure.traceback + failure.reason()
+    print(as_text(text, LINES), file=sys.stderr, flush=True)
+
+
+def _set_aside(failure: Failure, run_dir: Path) -> str:
+    """Writes the traceback to a file; the line that names it, or the traceback where nothing can be written."""
+    path = run_dir / "failures" / f"rank_{failure.rank}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(failure.traceback, "utf-8", "backslashreplace")
+    except OSError:
+        return failure.traceback
+    return f"papo: the traceback is in {path}\n"

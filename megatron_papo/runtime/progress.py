@@ -1,0 +1,59 @@
+"""How far a run has come, read from its folder: steps recorded, the newest whole checkpoint, and the work between.
+
+Standard library alone: the supervisor of a cluster job reads this outside the environment that the ranks run in.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_papo.files.small_files import STEP_NAME, read_object, read_records
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    steps_done: int
+    """The last step recorded in metrics.jsonl, counted from 1; 0: none."""
+    steps_saved: int
+    """The step that a resumed run goes on with; 0: from the beginning."""
+    saved_at: float
+    """Unix time at which the last step in the checkpoint was done; 0: none, or not recorded."""
+    written_at: float
+    """Unix time of the checkpoint itself; 0: none."""
+
+    @property
+    def lost_steps(self) -> int:
+        """Recorded steps that a resumed run does again."""
+        return max(0, self.steps_done - self.steps_saved)
+
+    def lost(self) -> str:
+        """In words; empty when nothing is."""
+        if not self.lost_steps:
+            return ""
+        return f"{self.lost_steps} step{'s' * (self.lost_steps > 1)} after it to be done again"
+
+
+def read_progress(run_dir: Path) -> RunProgress:
+    """Of a run folder in any state, an empty one too."""
+    records = [each for each in read_records(run_dir / "metrics.jsonl") if isinstance(each.get("step"), int)]
+    done = records[-1]["step"] + 1 if records else 0
+    saved, written_at = _newest_checkpoint(run_dir / "checkpoints")
+    saved_at = [record.get("unix_time") for record in records if saved and record["step"] == saved - 1]
+    times = [float(time) for time in saved_at if isinstance(time, (int, float))]
+    return RunProgress(done, saved, times[-1] if times else 0.0, written_at)
+
+
+def _newest_checkpoint(folder: Path) -> tuple[int, float]:
+    """Steps and time of the one written last, as the store chooses it; one that is being removed, or whose state file
+    is damaged, is passed over."""
+    newest = (0, 0, 0.0)
+    for path in folder.glob("step_*"):
+        if STEP_NAME.fullmatch(path.name):
+            with suppress(OSError, ValueError):
+                state = read_object(path / "state.json")
+                serial, step = state.get("serial"), state.get("step")
+                if isinstance(serial, int) and isinstance(step, int):
+                    newest = max(newest, (serial, step, (path / "state.json").stat().st_mtime))
+    return newest[1], newest[2]

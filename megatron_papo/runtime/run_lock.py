@@ -1,0 +1,232 @@
+"""RUN/lock: one run at a time trains in a folder; two would mix their checkpoints, records and notes of failures.
+
+The file names who has the folder: host, process, since when, job of Slurm. It is made in one step that fails where
+there is one (O_EXCL), which holds on shared disks too, and goes at the end. What a killed run left is known:
+
+    on the same machine   its process is gone, or another one has its number by now
+    on another one        nobody has touched the file for its limit, by the disk's own clock: a living run does so with
+                          every sign of life (heartbeat.py). Whoever comes earlier waits and looks
+    the same Slurm job, queued again: Slurm has ended what it ran before
+
+Standard library alone, for Python 3.9 and later: the supervisor of a cluster job looks too. A full disk or one without
+permission is no reason to end: the run goes on without a lock, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_papo.files.small_files import made_of, parse_record, print_warning
+
+LOCK_FILE = "lock"
+_START_S = 60.0
+"""A run that begins imports its libraries before its first sign of life."""
+_LOOK_S = 0.5
+_HERE = ("127.0.0.1", "localhost", "::1")
+
+
+class RunHeld(ValueError):
+    """Another run is alive in the folder; names it, and the way out."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a run's folder."""
+
+    verb: str
+    host: str
+    pid: int
+    machine: str
+    """Boot and process namespace: where they are the same, so is what `pid` says."""
+    started: int
+    """When the process began, in clock ticks since the boot: tells it from a later one of the same number."""
+    since: float
+    """Unix time."""
+    job: str
+    """Of Slurm; empty without."""
+    restarts: str
+    """How often Slurm has queued that job again."""
+    launch: str
+    """The same for all ranks of a run that torchrun or srun started; empty for one that papo started itself."""
+    limit_s: float
+    """Without a sign of life for so long it is gone."""
+
+    @classmethod
+    def here(cls, verb: str, environ: Mapping[str, str], heartbeat_limit_s: float) -> Holder:
+        """This process; `environ` with MASTER_ADDR and MASTER_PORT of the ranks that were started from outside."""
+        host, address = socket.gethostname(), environ.get("MASTER_ADDR", "")
+        launch = f"{host if address in _HERE else address}:{environ.get('MASTER_PORT', '')}" if address else ""
+        job, restarts = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
+        limit_s, pid = float(heartbeat_limit_s) + _START_S, os.getpid()
+        return cls(verb, host, pid, _machine(), _started(pid), time.time(), job, restarts, launch, limit_s)
+
+    def describe(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"papo {self.verb}, process {self.pid} on {self.host}{job}, since {since}"
+
+
+@contextmanager
+def alone_in(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
+    """Raises RunHeld where another run is alive in the folder. `takes`: and none may begin there during the block;
+    without, for what writes no checkpoint, and for the other ranks of a run."""
+    made: list[Path] = []
+    try:
+        if takes:
+            made = _take(run_dir, mine)
+        else:
+            look(run_dir, mine)
+    except OSError as error:
+        print_warning(f"{run_dir / LOCK_FILE}: {error.strerror}: another run in this folder would not be noticed")
+    try:
+        yield
+    finally:
+        if takes:
+            _release(run_dir, mine, made)
+
+
+def look(run_dir: Path, mine: Holder, *, of_own_run: bool = True) -> bytes | None:
+    """The lock of a run that is gone; None where there is none or, with `of_own_run`, it is of this process's run.
+
+    Raises RunHeld for one that is alive. Waits where only time can tell.
+    """
+    path = run_dir / LOCK_FILE
+    before: tuple[bytes, float] | None = None
+    while (seen := _read(path)) is not None:
+        text, touched = seen
+        if not text and _disk_time(run_dir) - touched < _LOOK_S:
+            time.sleep(0.01)  # it is being made
+            continue
+        holder = made_of(Holder, parse_record(text) or {})
+        if of_own_run and holder is not None and holder.launch and holder.launch == mine.launch:
+            return None
+        gone = None if holder is None else _is_gone(holder, mine)
+        limit_s = mine.limit_s if holder is None else holder.limit_s
+        if gone or (gone is None and _disk_time(run_dir) - touched > limit_s):
+            return text
+        who = "a run that left no name" if holder is None else holder.describe()
+        waited = before is not None and before[0] == text
+        if gone is False or (waited and before != seen):
+            raise RunHeld(
+                f"run.dir: {run_dir} is in use by {who}: end it, or take another run.dir; if it is gone, remove {path}"
+            )
+        if not waited:
+            print_warning(f"{path}: {who}: waits for a sign of life of it, {limit_s:.0f} s at most")
+        before = seen
+        time.sleep(_LOOK_S)
+    return None
+
+
+def drop_own(run_dir: Path, job: str) -> None:
+    """Removes what an earlier attempt of Slurm's job `job` left, for the supervisor, who knows that it has ended."""
+    seen = _read(run_dir / LOCK_FILE)
+    holder = None if seen is None else made_of(Holder, parse_record(seen[0]) or {})
+    if seen is not None and holder is not None and job and holder.job == job:
+        _clear(run_dir / LOCK_FILE, seen[0])
+
+
+def touch(run_dir: Path) -> None:
+    """A sign of life: from the process that has the lock, or one that it started."""
+    with suppress(OSError):
+        seen = _read(run_dir / LOCK_FILE)
+        holder = None if seen is None else made_of(Holder, parse_record(seen[0]) or {})
+        if holder is not None and holder.machine == _machine() and holder.pid in (os.getpid(), os.getppid()):
+            os.utime(run_dir / LOCK_FILE)
+
+
+def _take(run_dir: Path, mine: Holder) -> list[Path]:
+    """Makes the lock; the folders that were made for it, the innermost first."""
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / LOCK_FILE
+    while True:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            left = look(run_dir, mine, of_own_run=False)
+            if left is not None:
+                _clear(path, left)
+            elif path.is_symlink():  # to nothing
+                path.unlink()
+            continue
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_text(mine))
+        except OSError:
+            path.unlink()
+            raise
+        return made
+
+
+def _clear(path: Path, left: bytes) -> None:
+    """Removes the lock whose text is `left`. Two may want to at once: what has meanwhile become another's lock is
+    given back."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if aside.read_bytes() != left:
+        with suppress(OSError):
+            os.link(aside, path)
+    aside.unlink()
+
+
+def _release(run_dir: Path, mine: Holder, made: list[Path]) -> None:
+    path = run_dir / LOCK_FILE
+    with suppress(OSError):
+        if path.read_bytes() == _text(mine):
+            path.unlink()
+        for folder in made:
+            folder.rmdir()  # fails where something was written
+
+
+def _text(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode() + b"\n"
+
+
+def _is_gone(holder: Holder, mine: Holder) -> bool | None:
+    """None: time will tell."""
+    if holder.machine and holder.machine == mine.machine:
+        return _started(holder.pid) != holder.started
+    return True if holder.job and holder.job == mine.job and holder.restarts != mine.restarts else None
+
+
+def _read(path: Path) -> tuple[bytes, float] | None:
+    """Text and time of the last sign of life. Opened for it: only then does a shared disk ask its server."""
+    try:
+        with path.open("rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _disk_time(folder: Path) -> float:
+    """Now, by the clock that the files of `folder` have their times from; else by this machine's."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+    return time.time()
+
+
+def _machine() -> str:
+    """Boot and process namespace; empty where the system does not say."""
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _started(pid: int) -> int:
+    """When a process began, in clock ticks since the boot; 0 when there is none, or nothing but its exit code."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may hold anything
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])

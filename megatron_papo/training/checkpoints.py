@@ -1,0 +1,187 @@
+"""When a run saves, where it resumes, and the Hugging Face folder it leaves behind.
+
+With `checkpoint.asynchronous` a step waits for the copy of its state alone; at most one checkpoint is being written,
+and a save that finds one waits for it. A checkpoint that fails costs itself: one warning, counted as
+`checkpoints_failed`, and the run goes on. The last one, and one that is asked for because the run stops, end it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_papo.checkpoint.state import Restored, TrainState
+from megatron_papo.checkpoint.store import CheckpointStore
+from megatron_papo.config import plain_tree
+from megatron_papo.files.small_files import write_whole
+from megatron_papo.optimization.optimizer import Optimizer
+from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE
+from megatron_papo.runtime.progress import read_progress
+from megatron_papo.training.origin import Origin, changed_settings, compare_origins, kept_origin
+from megatron_papo.training.recorder import say, warn
+from megatron_papo.training.session import Run, model_folder
+from megatron_papo.weights.publishing import check_side_files
+from megatron_papo.weights.transfer import write_hf
+
+
+class Checkpoints:
+    """The checkpoints under RUN/checkpoints, named by the steps that are done; all ranks call together.
+
+    As a context it ends with `finish`, and when the block failed with the wait alone.
+    """
+
+    def __init__(self, run: Run, optimizer: Optimizer, verb: str, origin: Origin):
+        settings = run.config.checkpoint
+        self.next_step = 0
+        """The step to go on with: 0, or after what `resume` found."""
+        self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
+        self._origin = origin
+        self._num_steps = run.config.sft.steps if verb == "sft" else run.config.train.steps
+        self._best = -math.inf
+        self._said_wait = False
+        for reason in check_side_files(model_folder(run.config)):
+            warn(run, reason)
+        self._store = CheckpointStore(
+            run.folder / "checkpoints", settings.keep_last, settings.keep_best, model_folder(run.config), self._warn
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        elif self._store.busy:  # what failed is no reason to lose the state before it
+            with self._run.clock.stage("save"), suppress(Exception):
+                self._store.wait()
+
+    def resume(self) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
+
+        Raises ValueError when it is another verb's, of a model with other parts frozen, of other data or another model,
+        or when all are damaged.
+        """
+        self._store.wait()
+        if self._run.is_writer:
+            (self._run.folder / SAVED_FILE).unlink(missing_ok=True)
+        if not self._settings.resume:
+            return None
+        with self._run.clock.stage("resume"):
+            found = self._store.resume(self._state({}), self._check)
+        if found is None:
+            return None
+        folder, restored = found
+        best = self._store.best_metric()
+        self._best = -math.inf if best is None else best
+        self.next_step = restored.step
+        self._origin = {**self._origin, **kept_origin(restored.cursor)}  # what the run began with stays
+        self._say_resumed(folder, restored)
+        return restored.cursor
+
+    def _say_resumed(self, folder: Path, restored: Restored) -> None:
+        lost = read_progress(self._run.folder).lost() if self._run.is_writer else ""
+        say(self._run, f"resumed from {folder}, step {restored.step}" + (f"; {lost}" if lost else ""))
+        if changed := changed_settings(restored.config, self._run.config):
+            say(self._run, f"settings that are others than the checkpoint's: {changed}")
+        if restored.step >= self._num_steps:
+            say(
+                self._run,
+                f"all {self._num_steps} steps are done: nothing is left to train; a larger {self._verb}.steps would go "
+                "on from here, another run.dir begins anew",
+            )
+
+    def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
+        """Whether `save_when_due` saves."""
+        done, every = step + 1, self._settings.save_every
+        accuracy = (scores or {}).get("accuracy")
+        best = self._settings.keep_best and accuracy is not None and accuracy > self._best
+        return now or best or done == num_steps or (every > 0 and done % every == 0)
+
+    def save_when_due(
+        self,
+        step: int,
+        num_steps: int,
+        state: dict[str, Any],
+        scores: dict[str, float] | None = None,
+        *,
+        now: bool = False,
+    ) -> None:
+        """After step `step` (from 0): every `checkpoint.save_every` steps, after the last one, when the held-out
+        accuracy is the best so far and `checkpoint.keep_best`, and with `now`.
+
+        After the last step and with `now` the checkpoint is on disk when this returns, or SaveFailed is raised.
+        """
+        if not self.is_due(step, num_steps, scores, now=now):
+            return
+        done, accuracy = step + 1, (scores or {}).get("accuracy")
+        if accuracy is not None:
+            self._best = max(self._best, accuracy)
+        with self._run.clock.stage("save"):
+            self._wait_for_the_one_before(done)
+            self._store.start(done, self._state(state), accuracy, background=self._settings.asynchronous)
+        if now or done == num_steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written; raises SaveFailed (a ValueError) if the last one failed."""
+        with self._run.clock.stage("save"):
+            self._store.finish()
+
+    def leave(self, step: int) -> int:
+        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved tells a supervisor."""
+        if self._run.is_writer:
+            write_whole(self._run.folder / SAVED_FILE, f"{step + 1}\n")
+        say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
+        return SAVED_EXIT
+
+    def export(self) -> Path | None:
+        """The policy as a Hugging Face folder RUN/export, when `checkpoint.export_at_end`."""
+        if not self._settings.export_at_end:
+            return None
+        self.finish()
+        folder = self._run.folder / "export"
+        with self._run.clock.stage("export"):
+            write_hf(self._run.policy, self._run.shape, folder, model_folder(self._run.config))
+        say(self._run, f"checkpoint: {self._store.latest()}")
+        say(self._run, f"Hugging Face folder: {folder}")
+        return folder
+
+    def _wait_for_the_one_before(self, done: int) -> None:
+        if not self._store.busy:
+            self._store.wait()
+            return
+        start = time.monotonic()
+        self._store.wait()
+        if not self._said_wait:
+            self._said_wait = True
+            say(
+                self._run,
+                f"checkpoint of step {done} waited {time.monotonic() - start:.1f} s for the one before it to be "
+                "written: saves come faster than the disk takes them (said once)",
+            )
+
+    def _warn(self, text: str) -> None:
+        self._run.counts["checkpoints_failed"] = self._store.num_failed
+        warn(self._run, text)
+
+    def _state(self, cursor: dict[str, Any]) -> TrainState:
+        cursor = {"verb": self._verb, "origin": dict(self._origin), **cursor}
+        return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, plain_tree(self._run.config))
+
+    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
+        verb = saved["cursor"].get("verb")
+        if verb != self._verb:
+            raise ValueError(
+                f"run.dir: {folder} is a checkpoint of papo {verb}, this is papo {self._verb}; "
+                "choose another run.dir, or checkpoint.resume=false"
+            )
+        before, now = saved["config"]["model"]["freeze"], self._run.config.model.freeze.model_dump()
+        for part, frozen in now.items():
+            if before[part] != frozen:
+                raise ValueError(f"model.freeze.{part}: the checkpoint {folder} has {before[part]}, this run {frozen}")
+        for text in compare_origins(folder, saved, self._origin, self._run.config):
+            warn(self._run, text)

@@ -1,0 +1,109 @@
+"""Which groups a step trains on: all that were drawn, or under dynamic sampling those whose rollouts disagree.
+
+Dynamic sampling (DAPO, arXiv 2503.14476) generates in rounds until enough groups are kept. Groups stay on the rank that
+generated them; only positions and sums travel. Kept groups are put in the global order of their prompts, those beyond
+a step's number are dropped, and the rest is cut into one chunk an optimizer update, so that the batch does not depend
+on how many ranks there are. Of dropped groups the sums remain: a step reports everything that it generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch.distributed import ProcessGroup
+
+from megatron_papo.algorithm.advantages import keep_group
+from megatron_papo.config import DynamicSamplingConfig, TrainConfig
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.optimization.pipeline import add_metrics
+from megatron_papo.training.rollout_metrics import rollout_sums
+from megatron_papo.types import Group, Metrics
+
+
+@dataclass(frozen=True)
+class ChosenGroups:
+    train: TrainConfig
+    merge_unit: int
+    """Patches of an image token."""
+    own: Mapping[int, Group] = field(default_factory=dict)
+    """Kept groups that were generated on this rank, by the position of their prompt in the global order."""
+    first: Group | None = None
+    kept: tuple[int, ...] = ()
+    """Positions of the groups that were kept, over all ranks, in order; those to train on come first."""
+    rounds: int = 0
+    whole_rounds: int = 0
+    """Rounds that were kept whole, since nothing of them would have been."""
+    num_drawn: int = 0
+    """Prompts drawn so far, over all ranks."""
+    generated: Metrics = field(default_factory=dict)
+    """Sums over all rollouts so far, over all ranks."""
+
+    @property
+    def enough(self) -> bool:
+        return len(self.kept) >= self.train.prompts_per_step
+
+    def add(self, positions: Sequence[int], groups: Sequence[Group], data_group: ProcessGroup) -> ChosenGroups:
+        """With one more round of generation; ValueError when the rounds are used up and prompts are still missing."""
+        new = dict(zip(positions, groups, strict=True))
+        good = _disagreeing(new, self.train.dynamic_sampling)
+        everywhere = gather_objects((list(new), list(good), rollout_sums(groups, self.merge_unit)), data_group)
+        drawn = [place for places, _, _ in everywhere for place in places]
+        kept = [place for _, places, _ in everywhere for place in places]
+        generated = dict(self.generated)
+        for _, _, sums in everywhere:
+            add_metrics(generated, sums)
+        whole = not kept and self.train.dynamic_sampling.when_none_kept == "keep"
+        if whole:
+            good, kept = new, drawn
+        chosen = replace(
+            self,
+            own={**self.own, **good},
+            first=self.first or next(iter(groups), None),
+            kept=tuple(sorted((*self.kept, *kept))),
+            rounds=self.rounds + 1,
+            whole_rounds=self.whole_rounds + whole,
+            num_drawn=self.num_drawn + len(drawn),
+            generated=generated,
+        )
+        chosen._check_rounds()
+        return chosen
+
+    def by_update(self) -> list[list[Group]]:
+        """This rank's groups of every optimizer update; a list may be empty."""
+        chosen, updates = self.kept[: self.train.prompts_per_step], self.train.updates_per_step
+        size = len(chosen) // updates
+        chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [[self.own[place] for place in chunk if place in self.own] for chunk in chunks]
+
+    @property
+    def spare(self) -> Group:
+        """Any group of this rank: what it goes through the motions with when an update has none of its own."""
+        assert self.first is not None, "every rank draws a prompt in every round"
+        return self.first
+
+    @property
+    def metrics(self) -> Metrics:
+        """How much had to be generated, and under dynamic sampling what all of it was like."""
+        share = (float(len(self.kept)), float(self.num_drawn))
+        values: Metrics = {"sampling/rounds": (float(self.rounds), 1.0), "sampling/kept_share": share}
+        if self.train.dynamic_sampling.enabled:
+            values["sampling/whole_rounds"] = (float(self.whole_rounds), 1.0)
+            values["sampling/prompts"] = (float(self.num_drawn), 1.0)
+            values["sampling/left_over"] = (float(len(self.kept) - self.train.prompts_per_step), 1.0)
+            values |= self.generated
+        return values
+
+    def _check_rounds(self) -> None:
+        sampling = self.train.dynamic_sampling
+        if sampling.enabled and self.rounds >= sampling.max_rounds and not self.enough:
+            raise ValueError(
+                f"train.dynamic_sampling: after {sampling.max_rounds} rounds, {self.num_drawn} prompts in all, only "
+                f"{len(self.kept)} of {self.train.prompts_per_step} prompts had a mean accuracy between {sampling.low} "
+                f"and {sampling.high}: the data is too easy or too hard for this policy"
+            )
+
+
+def _disagreeing(groups: Mapping[int, Group], sampling: DynamicSamplingConfig) -> dict[int, Group]:
+    """Those to keep of a round."""
+    return {place: group for place, group in groups.items() if not sampling.enabled or keep_group(group, sampling)}

@@ -1,0 +1,25 @@
+"""What a verb does on a rank of a separate engine: it serves the others, until they have no more to ask.
+
+Such a rank has its sign of life and its ear for failures like any other, but no model, no data and no stage.
+"""
+
+from __future__ import annotations
+
+from megatron_papo.config import Config
+from megatron_papo.distributed.layout import own_rank, place_among_engines
+from megatron_papo.generation.remote.engine_supervisor import keep_engine
+from megatron_papo.runtime.heartbeat import Heartbeat
+
+
+def serves(config: Config) -> bool:
+    """Whether this process is a rank of an engine."""
+    return place_among_engines(config.generation.num_engine_ranks) is not None
+
+
+def serve(config: Config) -> int:
+    """The exit code: 0 once the trainer has said goodbye."""
+    place = place_among_engines(config.generation.num_engine_ranks)
+    assert place is not None
+    with Heartbeat(config.run, own_rank(), lambda: "serve"):
+        keep_engine(config, place)
+    return 0

@@ -1,0 +1,105 @@
+"""The rollouts of a step that are under way while the step before it trains, and how a checkpoint keeps them.
+
+They are saved by the place of their prompt in the global order, so any number of data-parallel ranks takes up what any
+other left. Prompts are not saved: the same place draws the same prompt. Left out: rollouts that are not finished; a
+checkpoint waits for them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from torch.distributed import ProcessGroup
+
+from megatron_papo.data.draw import Draw
+from megatron_papo.data.order import DataCursor
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.types import Group, Metrics, Rollout
+
+_ARRAYS = ("places", "lengths", "stopped", "versions", "ids", "logprobs")
+
+
+@dataclass(frozen=True)
+class Flight:
+    """The rollouts of one step."""
+
+    step: int
+    cursor: DataCursor
+    """Where the draw began."""
+    draw: Draw
+    groups: tuple[Group, ...] | None = None
+    """None as long as they have not been collected."""
+    metrics: Metrics = field(default_factory=dict)
+    """What the engines measured of them, on this rank."""
+
+
+def to_state(flight: Flight, data_group: ProcessGroup) -> dict[str, Any]:
+    """The collected rollouts of all data-parallel ranks as plain JSON; all ranks call together."""
+    assert flight.groups is not None, "collect comes first"
+    own = [(place, group.rollouts) for place, group in zip(flight.draw.places, flight.groups, strict=True)]
+    groups = sorted((each for share in gather_objects(own, data_group) for each in share), key=lambda each: each[0])
+    rollouts = [rollout for _, several in groups for rollout in several]
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        places=np.array([place for place, _ in groups], np.int64),
+        lengths=np.array([len(rollout.response_ids) for rollout in rollouts], np.int64),
+        stopped=np.array([rollout.finish_reason == "stop" for rollout in rollouts], bool),
+        versions=np.array([rollout.policy_version for rollout in rollouts], np.int64),
+        ids=np.array([token for rollout in rollouts for token in rollout.response_ids], np.int32),
+        logprobs=np.array([value for rollout in rollouts for value in rollout.rollout_logprobs], np.float64),
+    )
+    return {"step": flight.step, "rollouts": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def from_state(
+    state: dict[str, Any], step: int, draw: Draw, group_size: int, decode: Callable[[tuple[int, ...]], str]
+) -> tuple[Group, ...] | None:
+    """The groups of this rank's draw; None where other rollouts are wanted than were saved: of another step, other
+    prompts or of another number. Raises ValueError for what `to_state` does not make."""
+    if state.get("step") != step:
+        return None
+    arrays = _unpacked(state)
+    places = arrays["places"].tolist()
+    if len(arrays["lengths"]) != len(places) * group_size or not set(draw.places) <= set(places):
+        return None
+    rollouts = list(_rollouts(arrays, group_size, decode))
+    first = {place: index * group_size for index, place in enumerate(places)}
+    return tuple(
+        Group(prompt, tuple(rollouts[first[place] : first[place] + group_size]))
+        for place, prompt in zip(draw.places, draw.prompts, strict=True)
+    )
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        packed = np.load(io.BytesIO(base64.b64decode(state["rollouts"])), allow_pickle=False)
+        arrays = {name: packed[name] for name in _ARRAYS}
+        fitting = len(arrays["ids"]) == len(arrays["logprobs"]) == int(arrays["lengths"].sum())
+    except (KeyError, TypeError, ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"not rollouts: {error}") from None
+    if not fitting:
+        raise ValueError("not rollouts: their lengths contradict the tokens")
+    return arrays
+
+
+def _rollouts(arrays: Any, group_size: int, decode: Callable[[tuple[int, ...]], str]) -> Iterator[Rollout]:
+    ids, logprobs, start = arrays["ids"].tolist(), arrays["logprobs"].tolist(), 0
+    facts = zip(arrays["lengths"].tolist(), arrays["stopped"].tolist(), arrays["versions"].tolist())
+    for number, (length, stopped, version) in enumerate(facts):
+        own, values = tuple(ids[start : start + length]), tuple(logprobs[start : start + length])
+        yield Rollout(number % group_size, own, values, decode(own), "stop" if stopped else "length", version)
+        start += length
+
+
+def age(groups: Sequence[Group], step: int) -> tuple[float, float]:
+    """Steps between the weights that sampled and those that `step` begins with, as a metric: sum and number."""
+    ages = [step - rollout.policy_version for group in groups for rollout in group.rollouts]
+    return float(sum(ages)), float(len(ages))

@@ -1,0 +1,149 @@
+"""What keeps FP8 honest during a run: the gap it makes in log-probs, measured on rows of the step, and the way back.
+
+At the first step of a process and every `fp8.gap_every` steps a few rows are scored twice, in FP8 and in model.dtype.
+Where their mean absolute gap is beyond `fp8.gap_limit`, FP8 goes off for the rest of the run, on all ranks: whoever
+resumes it finds it off. In the same pass the inputs of FP8 linears are counted (model/fp8/counters.py). Left out: the
+gap of gradients, and supervised training, which runs in FP8 unwatched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_papo.config import Fp8Config
+from megatron_papo.distributed.accelerator import device
+from megatron_papo.model.fp8.counters import counted
+from megatron_papo.model.policy import HeadRequest, VisionLanguageModel
+from megatron_papo.optimization.pipeline import score
+from megatron_papo.types import Metrics, MicroBatch
+
+_MOST_ROWS = 2
+"""Scored twice on each data-parallel rank."""
+
+
+@dataclass
+class Sums:
+    """What a rank measured; over all ranks, fields that end in `_max` by their maximum, the others by their sum."""
+
+    gap: float = 0.0
+    gap_max: float = 0.0
+    num_tokens: float = 0.0
+    amax_max: float = 0.0
+    num_values: float = 0.0
+    num_saturated: float = 0.0
+    num_flushed: float = 0.0
+    padding_max: float = 0.0
+
+    @property
+    def gap_mean(self) -> float:
+        """Nats a response token; 0 of none."""
+        return self.gap / max(self.num_tokens, 1.0)
+
+    def metrics(self) -> Metrics:
+        return {
+            "fp8/gap_mean": (self.gap_mean, 1.0),
+            "fp8/gap_max": (self.gap_max, 1.0),
+            "fp8/amax_max": (self.amax_max, 1.0),
+            "fp8/saturated": (self.num_saturated, self.num_values),
+            "fp8/flushed": (self.num_flushed, self.num_values),
+        }
+
+
+@dataclass(frozen=True)
+class PrecisionGuard:
+    """Whether the run is still in FP8, and when it is asked next. A value: `observe` returns the next one."""
+
+    config: Fp8Config
+    on: bool
+    has_measured: bool = False
+    """In this process: one that resumes a run measures again."""
+
+    @classmethod
+    def of(cls, config: Fp8Config) -> PrecisionGuard:
+        return cls(config, on=config.enabled and (config.update or config.score))
+
+    def is_due(self, step: int) -> bool:
+        every = self.config.gap_every
+        return self.on and (not self.has_measured or bool(every and step % every == 0))
+
+    def observe(self, gap_mean: float) -> tuple[PrecisionGuard, str]:
+        """The next guard, and why it leaves FP8, or nothing; a gap without a number is beyond every limit."""
+        if gap_mean <= self.config.gap_limit:
+            return replace(self, has_measured=True), ""
+        reason = f"mean log-prob gap {gap_mean:.4g} nats > fp8.gap_limit={self.config.gap_limit:g}"
+        return replace(self, has_measured=True, on=False), reason
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {"on": self.on}
+
+    @classmethod
+    def from_state(cls, config: Fp8Config, state: dict[str, Any] | None) -> PrecisionGuard:
+        """`state`: None of a checkpoint from before there was one. Settings that say `off` stay off."""
+        guard = cls.of(config)
+        return guard if state is None else replace(guard, on=guard.on and bool(state["on"]))
+
+
+def watch_precision(
+    guard: PrecisionGuard, policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest, step: int
+) -> tuple[PrecisionGuard, Metrics, str]:
+    """Measures when due and turns FP8 off where the gap is beyond its limit: the next guard, what is recorded, and a
+    warning or nothing; all the same on every rank."""
+    if not guard.config.enabled:
+        return guard, {}, ""
+    metrics, reason = {}, ""
+    if guard.is_due(step):
+        sums = over_ranks(measure(policy, rows[:_MOST_ROWS], head))
+        guard, reason = guard.observe(sums.gap_mean)
+        metrics = sums.metrics()
+        if reason:
+            reason = f"FP8 ({guard.config.recipe}) is off from step {step} on: {reason}, max {sums.gap_max:.4g}"
+    if not guard.on:
+        policy.fp8.turn_off()
+    return guard, metrics | {"fp8/on": (float(guard.on), 1.0)}, reason
+
+
+def measure(policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest) -> Sums:
+    """Of `rows` on this rank; every pipeline stage has the gap, and the counters of its own layers."""
+    head, sums = replace(head, full_entropy=False, full_kl=False), Sums()
+    if policy.fp8.settings.recipe == "delayed":  # scales that no pass has set yet would be measured
+        score(policy, rows, head, fp8=True)
+        policy.fp8.settle()
+    for row in rows:
+        (plain,) = score(policy, [row], head, fp8=False)
+        with counted(policy, row.num_tokens) as counters:
+            (found,) = score(policy, [row], head, fp8=True)
+        gap_R = (found.policy_logprobs_R - plain.policy_logprobs_R).abs()[row.loss_mask_R.to(device())]
+        sums.gap += _number(gap_R.sum().item())
+        sums.gap_max = max(sums.gap_max, _number(gap_R.max().item()) if gap_R.numel() else 0.0)
+        sums.num_tokens += gap_R.numel()
+        sums.amax_max = max(sums.amax_max, _number(counters.amax))
+        sums.padding_max = max(sums.padding_max, _number(counters.padding_amax))
+        sums.num_values += counters.num_values
+        sums.num_saturated += counters.num_saturated
+        sums.num_flushed += counters.num_flushed
+    return sums
+
+
+def over_ranks(sums: Sums) -> Sums:
+    """Of all ranks of the world. Raises AssertionError where padding was not zero, on every rank."""
+    names = [field.name for field in fields(sums)]
+    values = torch.tensor(astuple(sums), dtype=torch.float64, device=device())
+    largest = values.clone()
+    dist.all_reduce(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    pairs = zip(names, values.tolist(), largest.tolist())
+    whole = Sums(**{name: most if name.endswith("_max") else total for name, total, most in pairs})
+    assert whole.padding_max == 0.0, f"an FP8 layer reads {whole.padding_max} in a place of padding"
+    return whole
+
+
+def _number(value: float) -> float:
+    """A maximum over ranks would drop NaN."""
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,208 @@
+"""From groups and sums to what a person reads: one record of numbers a step, sample tables, lines on the console."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from megatron_papo.config import dump_config
+from megatron_papo.costs.flops import peak_tflops
+from megatron_papo.costs.hardware import gpu_of
+from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.dataset import PromptDataset
+from megatron_papo.distributed.accelerator import device_name, parameter_dtype
+from megatron_papo.distributed.exchange import gather_objects, sum_metrics
+from megatron_papo.distributed.layout import Layout
+from megatron_papo.generation.engine_images import pictures
+from megatron_papo.observe.samples import SampleRow
+from megatron_papo.observe.sinks import Sinks
+from megatron_papo.optimization.gradient_guard import UpdateGuard
+from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.measured_run import planned, planned_values
+from megatron_papo.text.untrusted import as_text
+from megatron_papo.training.rollout_metrics import rollout_sums
+from megatron_papo.training.session import Run
+from megatron_papo.types import Group, Metrics
+
+_STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
+"""Those of a step: what tokens per second are counted over."""
+_SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "response_tokens")
+
+
+class Recorder:
+    """Logs steps from `first_step` on to every sink of `run.folder`; all ranks call it, the writer writes."""
+
+    def __init__(self, run: Run, first_step: int, num_steps: int):
+        config = run.config
+        self._run, self._num_steps = run, num_steps
+        dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
+        self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
+        self._fp8_peak = peak_tflops(device_name(), "fp8")
+        self._gpu = gpu_of(device_name())
+        self._assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
+        self._sinks = Sinks(
+            config.observe,
+            run.folder,
+            dump_config(config),
+            enabled=run.is_writer,
+            start_step=first_step,
+            num_steps=num_steps,
+            warn=partial(warn, run),
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._sinks.close()
+
+    def record_start(self, scores: dict[str, float]) -> None:
+        """An evaluation of the starting weights. Scores in the record of a step are those after it, so these are in
+        one of step -1."""
+        times, memory = _split(self._run.clock.take())
+        values = {f"eval/{name}": value for name, value in scores.items()}
+        self._sinks.log(-1, values | times | _max_over_ranks(memory, self._run.layout))
+
+    def record(self, step: int, groups: Sequence[Group], metrics: Metrics, scores: dict[str, float]) -> None:
+        """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds and peak memory of each
+        stage, the model's FLOPs, and the scores of an evaluation when there was one.
+
+        `groups`: those trained on. Where `metrics` has the sums of all that were generated, those of `groups` stand
+        beside them under `trained/`.
+        """
+        times, memory = _split(self._run.clock.take())
+        work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
+        prefix = "trained/" if "tokens" in metrics else ""
+        trained = rollout_sums(groups, self._run.shape.vision.merge_unit)
+        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work)
+        sums.pop("trained/tokens", None)
+        totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        if "perception_kl_squared" in values:
+            values["perception_kl_variance"] = values.pop("perception_kl_squared") - values["perception_kl"] ** 2
+        values |= {name: total for name, total in totals.items() if name.startswith("flops/")}
+        values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
+        values |= {f"eval/{name}": value for name, value in scores.items()}
+        values |= {name: float(count) for name, count in self._run.counts.items()}
+        values |= {"ranks": float(self._run.layout.world_size)} | self._planned(values)
+        self._sinks.log(step, values)
+        every = self._run.config.observe.samples_every
+        if every and (step % every == 0 or step + 1 == self._num_steps):
+            self._sinks.samples(step, self._samples(groups))
+
+    def _speeds(self, totals: dict[str, float], times: dict[str, float]) -> dict[str, float]:
+        """`tokens_per_s` of the rollouts, each with its prompt, and `tokens_computed_per_s` of the rows of updates, in
+        which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`: of
+        the peak in the model's dtype also where products are in FP8, so that both kinds of run compare; `mfu_fp8` is of
+        FP8's peak then, a share that no model reaches, for attention and the head are not in FP8."""
+        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
+        tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
+        values = {
+            "tokens_per_s": totals["tokens"] / seconds,
+            "tokens_computed_per_s": totals["update_tokens"] / seconds,
+            "tflops_per_gpu": tflops,
+        }
+        fp8 = self._run.policy.fp8
+        peaks = {"mfu": self._peak, "mfu_fp8": self._fp8_peak if fp8.allowed and fp8.settings.update else None}
+        return values | {name: tflops / peak for name, peak in peaks.items() if peak}
+
+    def _planned(self, values: dict[str, float]) -> dict[str, float]:
+        """What the planner says of this step, beside what was measured; nothing for an unknown kind of GPU."""
+        if self._gpu is None or not values.get("response_tokens"):
+            return {}
+        layout, config = self._run.layout, self._run.config
+        return planned_values(planned(config, self._run.shape, self._gpu, layout.world_size, self._assumed, values))
+
+    def _samples(self, groups: Sequence[Group]) -> list[SampleRow]:
+        if not self._run.is_writer:
+            return []
+        chosen = groups[: self._run.config.observe.samples]
+        return [_sample(self._run, group) for group in chosen]
+
+
+def _split(readings: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The clock's seconds and its bytes."""
+    memory = {name: value for name, value in readings.items() if name.startswith("memory/")}
+    return {name: value for name, value in readings.items() if name not in memory}, memory
+
+
+def _max_over_ranks(values: dict[str, float], layout: Layout) -> dict[str, float]:
+    """The largest of each value on any rank of the world; all ranks call it."""
+    for group in (layout.model_group, layout.data_group):
+        shares = gather_objects(values, group)
+        values = {name: max(share.get(name, 0.0) for share in shares) for name in sorted(set().union(*shares))}
+    return values
+
+
+def _sample(run: Run, group: Group) -> SampleRow:
+    """The first rollout of the group: nothing is picked."""
+    rollout, prompt = group.rollouts[0], group.prompt
+    masked: tuple[Image.Image, ...] = ()
+    if prompt.masked_pixel_values_PD is not None:
+        grid_thw_I3 = prompt.inputs.grid_thw_I3
+        assert grid_thw_I3 is not None
+        masked = tuple(pictures(prompt.masked_pixel_values_PD, grid_thw_I3, run.processor.image_processor))
+    return SampleRow(
+        problem=prompt.problem,
+        answer=" or ".join(prompt.answers),
+        response=run.processor.response_prefix + rollout.text,  # as it was rewarded
+        images=prompt.images,
+        masked_images=masked,
+        reward=group.rewards[0] if group.rewards else 0.0,
+        reward_parts={name: values[0] for name, values in group.reward_parts.items()},
+    )
+
+
+def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
+    """A line for every row that any rank has just left out, and how many there are by now; all ranks call it."""
+    shares = gather_objects(([str(bad) for bad in bad_rows.take_new()], bad_rows.counts), run.layout.data_group)
+    new = sorted({text for texts, _ in shares for text in texts})
+    for text in new:
+        warn(run, f"data.{which}: {text}: left out")
+    if new:
+        counts = sum((Counter(counts) for _, counts in shares), Counter())
+        warn(
+            run,
+            f"data.{which}: left out so far: " + ", ".join(f"{reason} {num}" for reason, num in sorted(counts.items())),
+        )
+
+
+def name_skipped(run: Run, guard: UpdateGuard) -> None:
+    """A line for every update that has just been skipped."""
+    for reason in guard.take_skipped():
+        warn(run, f"an update was skipped: {reason}")
+
+
+def name_missing_pictures(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
+    """A line where rows are read without pictures and nobody has said that this is meant, and where the perception
+    terms, if there are any, will find none to read."""
+    if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
+        so = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
+        warn(run, f"data.{dataset.which}: {why}: {so}")
+
+
+def print_scores(scores: dict[str, float]) -> None:
+    """An evaluation as a table on the console."""
+    table = Table("score", "value")
+    for name in _SCORES:
+        if name in scores:
+            table.add_row(name, f"{scores[name]:.3f}")
+    Console().print(table)
+
+
+def say(run: Run, text: str) -> None:
+    """One line on the console, once for the whole run."""
+    if run.is_writer:
+        print(f"papo: {as_text(text)}", flush=True)
+
+
+def warn(run: Run, text: str) -> None:
+    if run.is_writer:
+        print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,70 @@
+"""Asking the generator for rollouts, and giving it weights, whatever happens to its engines.
+
+An engine that died is started anew, given the policy's weights and asked again, `generation.restarts` times in a run;
+then its reason ends the run. All ranks call together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_papo.generation import EngineLost, Generator, Sampling
+from megatron_papo.generation.remote.remote_generator import SeparateGenerator
+from megatron_papo.training.recorder import warn
+from megatron_papo.training.session import Run, give_weights
+from megatron_papo.types import Group, Prompt
+
+
+def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    """The generator's rollouts: those of an engine started anew are the same."""
+    while True:
+        remind(run, generator)
+        version = generator.policy_version
+        try:
+            return generator.generate(prompts, sampling)
+        except EngineLost as lost:
+            recover(run, generator, lost, version)
+
+
+def collect(
+    run: Run, generator: SeparateGenerator, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
+) -> list[Group]:
+    """The rollouts that were asked for by `generator.submit(prompts, sampling)`. Those of an engine started anew are of
+    the policy as it is now, which `policy_version` numbers: the weights they were asked of may be no more."""
+    while True:
+        try:
+            return generator.collect()
+        except EngineLost as lost:
+            recover(run, generator, lost, policy_version)
+            generator.submit(prompts, sampling)
+
+
+def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
+    """Gives the generator the policy's weights as they are now."""
+    while True:
+        try:
+            return give_weights(run, generator, policy_version)
+        except EngineLost as lost:
+            _restart(run, generator, lost)
+
+
+def remind(run: Run, generator: Generator) -> None:
+    """Gives an engine that forgot its weights as it slept the policy's again: nothing has updated these since."""
+    if generator.forgotten_version is not None:
+        hand_over(run, generator, generator.forgotten_version)
+
+
+def recover(run: Run, generator: Generator, lost: EngineLost, policy_version: int | None) -> None:
+    """After a loss: engines as they were, with the policy's weights of now, which `policy_version` numbers."""
+    if policy_version is None:
+        raise lost
+    _restart(run, generator, lost)
+    hand_over(run, generator, policy_version)
+
+
+def _restart(run: Run, generator: Generator, lost: EngineLost) -> None:
+    if run.counts["engine_restarts"] == run.config.generation.restarts:
+        raise lost
+    run.counts["engine_restarts"] += 1
+    warn(run, f"{lost}; it is started again and asked the same")
+    generator.restart()

@@ -1,0 +1,135 @@
+"""The weights of a Hugging Face folder by published name: the one reading that training, scoring, conversion and
+verification share.
+
+Which files count stands in `weight_files.py`, what a header holds in `headers.py`. Where transformers would take one of
+several tensors in silence (two names of one tensor, two files that hold it, a head of its own beside tied embeddings),
+this refuses, since nobody can tell which one was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_papo.files.json_keys import shown_name
+from megatron_papo.model.qwen2_5_vl.parameters import HEAD, WORDS, parameter_table, published_name
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.safetensors_header import Stored, read_header
+from megatron_papo.weights.weight_files import INDEX_FILE, MAX_SHOWN_FAULTS, WeightFiles, weight_files
+
+_ROWS_AT_ONCE = 8192
+"""Of head and word embedding, as they are compared."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers say. Made by `find_weights`."""
+
+    folder: Path
+    files: WeightFiles
+    tensors: Mapping[str, Stored]
+    """By published name."""
+    written: Mapping[str, str]
+    """Published name -> the name in the file."""
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises ValueError with a line for each tensor of the model that is missing, extra or misshapen."""
+        expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
+        if shape.tie_word_embeddings and HEAD in self.tensors:
+            expected[HEAD] = expected[WORDS]  # the word embedding once more
+        named = {published_name(name): self.folder / file for name, file in self.files.index.items()}
+        faults = [
+            f"{named.get(name, self.folder)}: {name} {expected[name]}: missing"
+            for name in expected
+            if name not in self.tensors
+        ]
+        for name, stored in sorted(self.tensors.items()):
+            file = self.folder / stored.file
+            if name not in expected:
+                faults.append(
+                    f"{file}: {shown_name(name)} {stored.shape}: no such tensor in the model that config.json describes"
+                )
+            elif stored.shape != expected[name]:
+                faults.append(f"{file}: {name}: expected shape {expected[name]}, found {stored.shape}")
+        tied = {HEAD} if shape.tie_word_embeddings else set()  # whoever saved the rest may have left it out
+        for name in sorted(named.keys() - expected.keys() - self.tensors.keys() - tied):
+            faults.append(f"{named[name]}: {shown_name(name)}: not there, though {INDEX_FILE} says so")
+        raise_faults(faults)
+
+    def check_head(self, shape: ModelShape) -> None:
+        """Raises ValueError where tied embeddings come with a head of other values: transformers takes the head then,
+        against its own settings, and vLLM either. Reads both, where there are two."""
+        if not shape.tie_word_embeddings or HEAD not in self.tensors:
+            return
+        with OpenWeights(self) as opened:
+            for start in range(0, shape.language.vocab_size, _ROWS_AT_ONCE):
+                rows = (slice(start, start + _ROWS_AT_ONCE),)
+                head, words = opened.read(HEAD, rows), opened.read(WORDS, rows)
+                wider = torch.promote_types(head.dtype, words.dtype)
+                if not torch.equal(head.to(wider), words.to(wider)):
+                    raise ValueError(
+                        f"{self.folder / self.tensors[HEAD].file}: {HEAD}: differs from the word embedding, to which "
+                        "config.json ties it: tie_word_embeddings=false there trains it as it is (as transformers "
+                        "reads it); a head that is not meant has to leave the file"
+                    )
+
+
+class OpenWeights:
+    """The values, read slice by slice through the safetensors library. Use it as a context."""
+
+    def __init__(self, weights: Weights):
+        self._weights = weights
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._slices: dict[str, Any] = {}
+
+    def __enter__(self) -> OpenWeights:
+        with ExitStack() as stack:
+            for file in self._weights.files.files:
+                try:
+                    self._files[file.name] = stack.enter_context(safe_open(file, framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slices.clear()
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """`tensor[index]` of one tensor, its ranges along the leading axes; no other bytes are read."""
+        if name not in self._slices:
+            file = self._files[self._weights.tensors[name].file]
+            self._slices[name] = file.get_slice(self._weights.written[name])
+        return self._slices[name][index]
+
+
+def find_weights(folder: Path) -> Weights:
+    """From the headers of the files that transformers reads. Raises ValueError, in one line, naming file and tensor."""
+    files = weight_files(folder)
+    tensors: dict[str, Stored] = {}
+    written: dict[str, str] = {}
+    for file in files.files:
+        for name, stored in read_header(file).items():
+            if files.index.get(name, file.name) != file.name:
+                raise ValueError(f"{file}: {shown_name(name)}: lies here, but in {files.index[name]} by {INDEX_FILE}")
+            published = published_name(name)
+            if published in tensors:
+                raise ValueError(f"{file}: {shown_name(name)}: lies in {tensors[published].file} already")
+            tensors[published], written[published] = stored, name
+    return Weights(folder, files, tensors, written)
+
+
+def raise_faults(faults: list[str]) -> None:
+    """Raises ValueError with the first of `faults`, a line each, if there are any."""
+    if faults:
+        more = [f"... and {len(faults) - MAX_SHOWN_FAULTS} more"] if len(faults) > MAX_SHOWN_FAULTS else []
+        raise ValueError("\n".join(faults[:MAX_SHOWN_FAULTS] + more))

@@ -1,0 +1,108 @@
+"""A Hugging Face folder written so that it appears whole: the tensors and the files beside them.
+
+Knows tensors by their published names; knows nothing of ranks. Reading is `huggingface_weights.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_papo.files.atomic_folder import publish
+from megatron_papo.files.json_keys import read_json
+from megatron_papo.files.small_files import make_way
+from megatron_papo.weights import side_files
+from megatron_papo.weights.weight_files import INDEX_FILE, WEIGHTS_FILE
+
+MAX_FILE_BYTES = 5 * 10**9
+_SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "checksums.json", "manifest.json")
+"""The weights' own, a checkpoint's own, and what a conversion says of the folder it wrote."""
+
+
+def write_folder(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, source: Path, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """The named tensors as a Hugging Face folder, in files of at most `max_file_bytes` (but one tensor at least).
+
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all.
+    """
+    partial = folder.with_name(f"{folder.name}.tmp")
+    make_way(partial)
+    partial.mkdir(parents=True)
+    dtype = _write_tensors(tensors, partial, max_file_bytes)
+    copy_side_files(source, partial)
+    set_dtype(partial / "config.json", dtype)
+    publish(partial, folder)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Everything of a Hugging Face folder, or of one within a checkpoint, but its weights.
+
+    Raises ValueError when `source` has no config.json, and as `side_files.copy`.
+    """
+    for file in list_side_files(source):
+        side_files.copy(file, target / file.name)
+
+
+def check_side_files(source: Path) -> list[str]:
+    """Why which files will not be copied, a line each, before a run counts on it. Raises as `copy_side_files`."""
+    return [reason for file in list_side_files(source) if (reason := side_files.check(file))]
+
+
+def list_side_files(source: Path) -> list[Path]:
+    """Raises ValueError when there is no config.json."""
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: no config.json")
+    others = {file for pattern in _NOT_SIDE_FILES for file in source.glob(pattern)}
+    return [file for file in sorted(source.iterdir()) if file.suffix in _SIDE_FILES and file not in others]
+
+
+def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> torch.dtype:
+    """Writes the safetensors files and, when they are several, their index; the dtype of the tensors."""
+    files: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total = size = 0
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > max_bytes:
+            files.append(_write_file(waiting, folder, len(files)))
+            waiting, size = {}, 0
+        waiting[name] = tensor.detach().cpu().contiguous()
+        size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
+    files.append(_write_file(waiting, folder, len(files)))
+    final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        final = [WEIGHTS_FILE]
+    for number, name in enumerate(final):
+        (folder / _numbered(number)).rename(folder / name)
+    if len(files) > 1:
+        weight_map = {tensor: file for file, names in zip(final, files) for tensor in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _numbered(number: int) -> str:
+    return f"part-{number}.safetensors"
+
+
+def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    save_file(tensors, folder / _numbered(number), metadata={"format": "pt"})
+    return list(tensors)
+
+
+def set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """transformers loads in the dtype that the config names, so it must name the one that was written."""
+    tree = read_json(config)
+    tree["dtype"] = str(dtype).removeprefix("torch.")
+    tree.pop("torch_dtype", None)
+    for section in ("text_config", "vision_config"):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(tree.get(section), dict) and key in tree[section]:
+                tree[section][key] = tree["dtype"]
+    config.write_text(json.dumps(tree, indent=2) + "\n")

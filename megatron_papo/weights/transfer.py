@@ -1,0 +1,101 @@
+"""A model's weights from and to Hugging Face folders, and to the engine, a few parameters at a time.
+
+Reading takes only the bytes that a rank holds. Writing and the hand-over walk the same order on all ranks of a
+model-parallel group (`buckets.py`). No rank ever holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.distributed.layout import layout
+from megatron_papo.model.parameter_map import fill_shard
+from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.buckets import gather_bucket, make_buckets
+from megatron_papo.weights.held import Held, held_parameters
+from megatron_papo.weights.huggingface_folder import OpenWeights, find_weights
+from megatron_papo.weights.publishing import write_folder
+
+Progress = Callable[[int, int], None]
+"""(parameters done, parameters in all)."""
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def read_hf(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:
+    """Fills this rank's shards from a Hugging Face folder, cast to the parameters' dtype; padding becomes zero.
+
+    Raises ValueError, on every rank alike, naming file, tensor, expected and found shape of what does not fit.
+    """
+    here = layout()
+    fill_held(held_parameters(model, shape, here.tensor_size), shape, folder, here.tensor_rank, progress)
+
+
+def fill_held(
+    held: Mapping[str, Held], shape: ModelShape, folder: Path | str, tensor_rank: int, progress: Progress | None = None
+) -> None:
+    """`read_hf` for parameters at hand."""
+    weights = find_weights(Path(folder))
+    weights.check(shape)
+    weights.check_head(shape)
+    with OpenWeights(weights) as opened:
+        for done, part in enumerate(held.values()):
+            fill_shard(part.entry, part.tensor.detach(), tensor_rank, opened.read)
+            if progress:
+                progress(done + 1, len(held))
+
+
+@torch.no_grad()
+def hf_tensors(
+    model: nn.Module,
+    shape: ModelShape,
+    *,
+    module_names: bool = False,
+    bucket_bytes: int = BUCKET_BYTES,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full tensor) of the whole model, in one order on every rank of the model-parallel group.
+
+    Collective: every rank of the group walks it to its end. Names are those of the published files; with
+    `module_names` those of transformers' `state_dict`. No tensor shares the model's memory. `bucket_bytes`: about as
+    much is exchanged at a time.
+    """
+    here, like = layout(), next(model.parameters())
+    held = held_parameters(model, shape, here.tensor_size)
+    owned = {name for name, part in held.items() if not part.copy}
+    owner = {name: stage for stage, names in enumerate(gather_objects(owned, here.pipeline_group)) for name in names}
+    table = parameter_table(shape)
+    if homeless := next((name for name in table if name not in owner), None):
+        raise ValueError(f"{homeless}: no pipeline stage holds this parameter")
+    done = 0
+    for bucket in make_buckets(table, owner, most_values=bucket_bytes // like.element_size()):
+        names = [source.name for entry in bucket.entries for source in entry.sources]
+        for name, tensor in zip(names, gather_bucket(bucket, held, like, here), strict=True):
+            yield (module_name(name) if module_names else name), tensor
+        done += len(bucket.entries)
+        if progress:
+            progress(done, len(table))
+
+
+def write_hf(
+    model: nn.Module, shape: ModelShape, folder: Path | str, source: Path | str, progress: Progress | None = None
+) -> None:
+    """Writes the model as a Hugging Face folder that transformers loads; rank 0 writes, every rank must call.
+
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all;
+    an older one at the same place is replaced.
+    """
+    tensors = hf_tensors(model, shape, progress=progress)
+    if layout().rank == 0:
+        write_folder(tensors, Path(folder), Path(source))
+    else:
+        for _ in tensors:
+            pass
+    dist.barrier()
