@@ -25,7 +25,8 @@ INSTALL = $$(command -v uv >/dev/null && echo "uv pip install --compile-bytecode
 	|| echo "$(VENV)/bin/python -m pip install")
 HAS_GPU = [ -e /dev/nvidia0 ] || [ -e /dev/dxg ]
 
-# The set of versions, megatron_papo/preflight/tested_versions.py: the one that $(VENV) was made with, else CUDA's where a GPU is.
+# The set of versions, megatron_papo/preflight/tested_versions.py: the one that $(VENV) was made with, else CUDA's where a
+# GPU is.
 ifndef SET
 SET := $(or $(shell cat $(VENV)/set 2>/dev/null),$(shell if $(HAS_GPU); then echo cuda; else echo first; fi))
 endif

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.exchange import sum_metrics
-from megatron_papo.generation.remote.remote_generator import SeparateGenerator
+from megatron_papo.generation.remote.remote_generator import RemoteGenerator
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
@@ -33,7 +33,7 @@ from megatron_papo.train import (
 from megatron_papo.training.checkpoints import Checkpoints
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
-from megatron_papo.training.pending_rollouts import Flight, age, from_state, to_state
+from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
 from megatron_papo.training.recorder import Recorder, warn
 from megatron_papo.training.rollouts import collect, hand_over
 from megatron_papo.training.session import open_run, reward_groups
@@ -56,14 +56,14 @@ def main(config: Config) -> int:
         with Recorder(run, first_step, num_steps) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
-            flight = kept or (take_off(training, first_step) if first_step < num_steps else None)
+            pending = kept or (submit_next(training, first_step) if first_step < num_steps else None)
             for step in range(first_step, num_steps):
-                assert flight is not None and flight.step == step
+                assert pending is not None and pending.step == step
                 with profiled(config.observe, run.folder, run.layout.rank, step):
-                    groups, metrics, flight = train_step(training, flight)
+                    groups, metrics, pending = train_step(training, pending)
                 scores: dict[str, float] = {}
                 if evaluation_is_due(training, step):
-                    flight = landed(training, flight) if flight else None
+                    pending = wait_for(training, pending) if pending else None
                     _hand_over(training, policy_version=step + 1)
                     scores = evaluate_heldout(training)
                 recorder.record(step, groups, metrics, scores)
@@ -71,8 +71,8 @@ def main(config: Config) -> int:
                 leaving = stop.asked()
                 now = bool(stopped) or leaving
                 if checkpoints.is_due(step, num_steps, scores, now=now):
-                    flight = landed(training, flight) if flight else None
-                    checkpoints.save_when_due(step, num_steps, _state(training, flight), scores, now=now)
+                    pending = wait_for(training, pending) if pending else None
+                    checkpoints.save_when_due(step, num_steps, _state(training, pending), scores, now=now)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
@@ -81,41 +81,41 @@ def main(config: Config) -> int:
         return 0
 
 
-def train_step(training: Training, flight: Flight) -> tuple[list[Group], Metrics, Flight | None]:
+def train_step(training: Training, pending: PendingRollouts) -> tuple[list[Group], Metrics, PendingRollouts | None]:
     """Collects the rollouts of a step, sends off those of the next, and trains; what `train.train_step` gives, and the
     rollouts that are now under way: none after the last step."""
-    run, config, step = training.run, training.run.config, flight.step
-    flight = landed(training, flight)
-    assert flight.groups is not None
-    measured = flight.metrics | {"rollout_age": age(flight.groups, step)}
+    run, config, step = training.run, training.run.config, pending.step
+    pending = wait_for(training, pending)
+    assert pending.groups is not None
+    measured = pending.metrics | {"rollout_age": age(pending.groups, step)}
     certified = _hand_over(training, policy_version=step)
-    following = take_off(training, step + 1) if step + 1 < config.train.steps else None
+    following = submit_next(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
-        groups = reward_groups(training.rewarder, flight.groups, run.layout)
+        groups = reward_groups(training.rewarder, pending.groups, run.layout)
     chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
-    chosen = chosen.add(flight.draw.places, groups, run.layout.data_group)
+    chosen = chosen.add(pending.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
     return groups, metrics | sum_metrics(measured) | certified, following
 
 
-def take_off(training: Training, step: int) -> Flight:
+def submit_next(training: Training, step: int) -> PendingRollouts:
     """Draws the prompts of `step` and asks for their rollouts, of the weights that the engines have."""
     cursor = training.cursor
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
     with training.run.clock.stage("generate"):
         _engines(training).submit(draw.prompts, sampling_of(training.run.config))
-    return Flight(step, cursor, draw)
+    return PendingRollouts(step, cursor, draw)
 
 
-def landed(training: Training, flight: Flight) -> Flight:
+def wait_for(training: Training, pending: PendingRollouts) -> PendingRollouts:
     """With its rollouts, waited for."""
-    if flight.groups is not None:
-        return flight
+    if pending.groups is not None:
+        return pending
     sampling = sampling_of(training.run.config)
     with training.run.clock.stage("generate"):
-        groups = collect(training.run, _engines(training), flight.draw.prompts, sampling, policy_version=flight.step)
-    return replace(flight, groups=tuple(groups), metrics=training.generator.take_metrics())
+        groups = collect(training.run, _engines(training), pending.draw.prompts, sampling, policy_version=pending.step)
+    return replace(pending, groups=tuple(groups), metrics=training.generator.take_metrics())
 
 
 def _hand_over(training: Training, policy_version: int) -> Metrics:
@@ -127,21 +127,21 @@ def _hand_over(training: Training, policy_version: int) -> Metrics:
     return training.certifier.after_hand_over(policy_version)
 
 
-def _engines(training: Training) -> SeparateGenerator:
-    assert isinstance(training.generator, SeparateGenerator), "the settings say so"
+def _engines(training: Training) -> RemoteGenerator:
+    assert isinstance(training.generator, RemoteGenerator), "the settings say so"
     return training.generator
 
 
-def _state(training: Training, flight: Flight | None) -> dict[str, Any]:
+def _state(training: Training, pending: PendingRollouts | None) -> dict[str, Any]:
     """As if the prompts under way had not been drawn, and their rollouts beside it."""
     state = state_of(training)
-    if flight is None:
+    if pending is None:
         return state
-    ahead = to_state(flight, training.run.layout.data_group)
-    return state | {"cursor": flight.cursor.state_dict(), "ahead": ahead}
+    ahead = to_state(pending, training.run.layout.data_group)
+    return state | {"cursor": pending.cursor.state_dict(), "ahead": ahead}
 
 
-def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
+def _resume(training: Training, checkpoints: Checkpoints) -> PendingRollouts | None:
     """The first step's rollouts, where the checkpoint holds them. The engines get their weights when a step is left."""
     ahead = restore(training, checkpoints).get("ahead", {})
     step = checkpoints.next_step
@@ -154,7 +154,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> Flight | None:
     return kept
 
 
-def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None:
+def _kept(training: Training, ahead: dict[str, Any], step: int) -> PendingRollouts | None:
     """Of a checkpoint; None, and nothing drawn, where other rollouts are wanted now."""
     cursor, config = training.cursor, training.run.config
     with training.run.clock.stage("draw"):
@@ -167,4 +167,4 @@ def _kept(training: Training, ahead: dict[str, Any], step: int) -> Flight | None
     if groups is None:
         training.cursor = cursor
         return None
-    return Flight(step, cursor, draw, groups)
+    return PendingRollouts(step, cursor, draw, groups)

@@ -76,23 +76,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(arguments: argparse.Namespace) -> Any:
-    from megatron_papo.conversion.run_conversion import Request  # after the parser: --help does not wait for torch
+    from megatron_papo.conversion.run_conversion import (
+        ConversionRequest,
+    )  # after the parser: --help does not wait for torch
 
     if arguments.workers < 1:
         raise ValueError(f"--workers: {arguments.workers} is not a number of processes")
     given = {"dtype": arguments.dtype, "file_bytes": int(arguments.file_gb * GB)} if "dtype" in arguments else {}
     memory_bytes = int(arguments.memory_gib * GIB)
     files = getattr(arguments, "files", None)
-    return Request(arguments.verb, arguments.first, arguments.second, memory_bytes, files=files, **given)
+    return ConversionRequest(arguments.verb, arguments.first, arguments.second, memory_bytes, files=files, **given)
 
 
 def _alone(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
     from megatron_papo.conversion.run_conversion import perform
-    from megatron_papo.conversion.workers import Crew
+    from megatron_papo.conversion.workers import Workers
 
-    with Crew() as crew:
-        return perform(request, crew)
+    with Workers() as workers:
+        return perform(request, workers)
 
 
 def _together(arguments: argparse.Namespace) -> int:

@@ -58,7 +58,9 @@ def write_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
     """Writes the boxes of all ranks of `group` into the empty `folder`, forced to disk. Raises `RanksFailed`."""
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        torch.distributed.checkpoint.save(boxes, storage_writer=_Writer(folder), planner=planner, process_group=group)
+        torch.distributed.checkpoint.save(
+            boxes, storage_writer=_BoxWriter(folder), planner=planner, process_group=group
+        )
     except CheckpointException as error:
         raise RanksFailed([fault_of(rank, reason) for rank, (reason, _) in error.failures.items()]) from None
 
@@ -68,7 +70,7 @@ def write_format(folder: Path) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _Writer(torch.distributed.checkpoint.FileSystemWriter):
+class _BoxWriter(torch.distributed.checkpoint.FileSystemWriter):
     """Checksums of the boxes travel to the coordinator beside their places, and lie in checksums.json there."""
 
     def __init__(self, folder: Path):

@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from megatron_papo.optimization.gradient_norm import members
-from megatron_papo.weights.held import Held
+from megatron_papo.weights.held import HeldParameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +30,7 @@ class Slot:
     """What the optimizer of this rank keeps for one parameter, or for a flat range of one."""
 
     name: str
-    held: Held
+    held: HeldParameter
     main: Tensor
     """What the optimizer updates: the parameter itself, or its fp32 master copy."""
     state: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Slot:
         return self.main.dtype != self.held.tensor.dtype
 
 
-def slots(optimizer: MegatronOptimizer, held: Mapping[str, Held]) -> list[Slot]:
+def slots(optimizer: MegatronOptimizer, held: Mapping[str, HeldParameter]) -> list[Slot]:
     """Every slot of this rank; their states are empty before the first step."""
     names = {id(part.tensor): name for name, part in held.items()}
     found = []

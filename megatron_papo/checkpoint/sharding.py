@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_papo.distributed.layout import Layout
 from megatron_papo.model.parameter_map import Index, pieces
-from megatron_papo.weights.held import Held
+from megatron_papo.weights.held import HeldParameter
 
 
 def sharded_tensors(
-    key: str, held: Held, data: Tensor, here: Layout, flat_start: int | None = None
+    key: str, held: HeldParameter, data: Tensor, here: Layout, flat_start: int | None = None
 ) -> list[ShardedTensor]:
     """`data` as boxes of the stored tensor `key`, views of `data`, so that loading fills it in place.
 

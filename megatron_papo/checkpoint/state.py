@@ -35,10 +35,10 @@ from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
 from megatron_papo.checkpoint.state_file import read_state_file as read_state_file
 from megatron_papo.distributed.agreement import agree
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import everyone, layout
+from megatron_papo.distributed.layout import layout, world_group
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.optimization.optimizer import Optimizer
-from megatron_papo.weights.held import Held, held_parameters
+from megatron_papo.weights.held import HeldParameter, held_parameters
 from megatron_papo.weights.weight_files import MAX_SHOWN_FAULTS
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
     counts = {"optimizer_step": 0, "schedule_steps": 0}
     if state.optimizer is not None:
         megatron = state.optimizer.megatron
-        steps = gather_objects(optimizer_state.step_count(megatron), everyone())
+        steps = gather_objects(optimizer_state.step_count(megatron), world_group())
         counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
         if counts["optimizer_step"]:
             tree |= _optimizer_tensors(state.optimizer, held, None)
@@ -95,7 +95,7 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
 
 def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
     """Writes the boxes of all ranks into the empty `folder`; collective."""
-    write_boxes(folder, to_boxes(own_boxes(tree)), everyone())
+    write_boxes(folder, to_boxes(own_boxes(tree)), world_group())
     if layout().rank == 0:
         write_format(folder)
 
@@ -116,7 +116,7 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
     tensors of `state` may have any values, and another checkpoint can be read into it; ValueError naming tensors that
     are missing or of another shape than those of `state`, and for a folder that is no checkpoint of this version.
     """
-    opened = agree(everyone(), folder, lambda: open_checkpoint(folder))
+    opened = agree(world_group(), folder, lambda: open_checkpoint(folder))
     saved, stored = opened.saved, _stored(opened)
     held = held_parameters(state.model, state.shape, layout().tensor_size)
     tree = model_tensors(held)
@@ -127,7 +127,7 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
             tree |= _optimizer_tensors(state.optimizer, held, stored)
     check_stored(folder, tree, stored)
     resumed = state.optimizer is not None and saved["random_states"] and saved["layout"] == _layout_sizes()
-    states = agree(everyone(), folder, lambda: _read(opened, tree, resumed))
+    states = agree(world_group(), folder, lambda: _read(opened, tree, resumed))
     if layout().rank == 0:
         for remark in opened.remarks():
             warn(remark)
@@ -161,12 +161,12 @@ def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[st
             faults.add(f"{folder}: {part.key} {part.global_shape}: missing")
         elif stored[part.key] != part.global_shape:
             faults.add(f"{folder}: {part.key}: expected shape {part.global_shape}, found {stored[part.key]}")
-    everywhere = sorted(set().union(*gather_objects(faults, everyone())))
+    everywhere = sorted(set().union(*gather_objects(faults, world_group())))
     if everywhere:
         raise ValueError("\n".join(everywhere[:MAX_SHOWN_FAULTS]))
 
 
-def model_tensors(held: Mapping[str, Held]) -> dict[str, ShardedTensor]:
+def model_tensors(held: Mapping[str, HeldParameter]) -> dict[str, ShardedTensor]:
     """The weights as boxes of stored tensors; the tree's own keys say nothing."""
     found: dict[str, ShardedTensor] = {}
     for name, part in held.items():
@@ -176,7 +176,7 @@ def model_tensors(held: Mapping[str, Held]) -> dict[str, ShardedTensor]:
 
 
 def _optimizer_tensors(
-    optimizer: Optimizer, held: Mapping[str, Held], stored: Mapping[str, tuple[int, ...]] | None
+    optimizer: Optimizer, held: Mapping[str, HeldParameter], stored: Mapping[str, tuple[int, ...]] | None
 ) -> dict[str, ShardedTensor]:
     """Moments and master copies; with `stored`, a master copy that is not there is read from the weights."""
     found: dict[str, ShardedTensor] = {}

@@ -34,7 +34,7 @@ from megatron_papo.checkpoint.state import (
     write_state_file,
 )
 from megatron_papo.checkpoint.survey import Survey, best_of, next_serial, survey
-from megatron_papo.distributed.agreement import RanksFailed, agreed, fault_of, together
+from megatron_papo.distributed.agreement import RanksFailed, agreed, fail_together, fault_of
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout
 from megatron_papo.files.atomic_folder import publish, recover, remove
@@ -164,9 +164,9 @@ class CheckpointStore:
         assert group is not None
         partial = final.with_name(f"{final.name}.tmp")
         try:
-            together(group, (lambda: self._prepare(partial)) if first else None)
+            fail_together(group, (lambda: self._prepare(partial)) if first else None)
             write_boxes(partial, taken.boxes, group)
-            together(group, (lambda: self._publish(partial, final, taken, metric)) if first else None)
+            fail_together(group, (lambda: self._publish(partial, final, taken, metric)) if first else None)
         except RanksFailed:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)

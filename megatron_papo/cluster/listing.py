@@ -22,7 +22,7 @@ _HEAD = ("job", "state", "nodes", "time", "steps", "attempts", "run", "")
 
 
 @dataclass(frozen=True)
-class Line:
+class ListedRun:
     job: str
     state: str
     nodes: str
@@ -35,7 +35,7 @@ class Line:
     """Why it waits, or how the last attempt ended."""
 
 
-def listing() -> list[Line]:
+def listing() -> list[ListedRun]:
     """A line for every job of ours that is not over, and for each other run its newest job that Slurm remembers, as
     long as its folder is there."""
     jobs = [job for job in my_jobs() if job.run_dir is not None]
@@ -45,7 +45,7 @@ def listing() -> list[Line]:
     return [_line(job) for job in jobs if not job.is_over or job in last]
 
 
-def print_listing(lines: list[Line]) -> None:
+def print_listing(lines: list[ListedRun]) -> None:
     """A table in a terminal, else plain lines with tabs between."""
     if not lines:
         print("no jobs of ours in the queue")
@@ -58,18 +58,18 @@ def print_listing(lines: list[Line]) -> None:
         print("\n".join("\t".join(cells) for cells in (_HEAD, *map(_cells, lines))))
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: ListedRun) -> list[str]:
     return [as_text(cell) for cell in astuple(line)]
 
 
-def _line(job: QueuedJob) -> Line:
+def _line(job: QueuedJob) -> ListedRun:
     run_dir = Path(str(job.run_dir))
     attempts = read_attempts(run_dir)
     reason = job.reason if job.state == "PENDING" else ""
     if job.is_over and attempts and attempts[-1].end not in ("", "done"):
         reason = f"{attempts[-1].end}: {attempts[-1].reason}".rstrip(": ")
     done, wanted = read_progress(run_dir).steps_done, _num_steps(run_dir)
-    return Line(
+    return ListedRun(
         job.id,
         job.state.lower(),
         str(job.num_nodes),

@@ -23,7 +23,7 @@ HOME = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SubmissionPlan:
     """What is about to be submitted."""
 
     config: Config
@@ -37,7 +37,7 @@ class Plan:
         return self.config.run.dir
 
 
-def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num_jobs: int = 1) -> Plan:
+def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num_jobs: int = 1) -> SubmissionPlan:
     """Reads and checks the settings. Raises ConfigError, a line a fault, before anything is written.
 
     In a chain no job queues itself again: the next one goes on.
@@ -50,10 +50,10 @@ def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num
         raise ConfigError("\n".join(faults))
     folder = run_records.folder_of(config.run.dir.absolute())
     script = job_script(config, home=HOME, work_dir=Path.cwd(), folder=folder, made_from=made_from)
-    return Plan(config, script, checked.summary, tuple(checked.warnings))
+    return SubmissionPlan(config, script, checked.summary, tuple(checked.warnings))
 
 
-def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
+def submit(plan: SubmissionPlan, num_jobs: int = 1) -> list[str]:
     """Writes RUN/cluster and submits, in the folder in which the plan was made; the ids of the jobs.
 
     Raises SlurmError when the run has a job in the queue, or with Slurm's own words.
@@ -77,7 +77,7 @@ def submit(plan: Plan, num_jobs: int = 1) -> list[str]:
     return jobs
 
 
-def write(plan: Plan) -> Path:
+def write(plan: SubmissionPlan) -> Path:
     """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
     folder = run_records.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write(plan: Plan) -> Path:
     return folder
 
 
-def plan_again(run_dir: Path, overrides: Sequence[str], made_from: str, num_jobs: int = 1) -> Plan:
+def plan_again(run_dir: Path, overrides: Sequence[str], made_from: str, num_jobs: int = 1) -> SubmissionPlan:
     """The kept settings of a run with `overrides` over them: other nodes, another layout, more steps.
 
     Call it in the run's `work_dir`. Raises ConfigError for overrides that would make another run of it.

@@ -58,7 +58,7 @@ _KEPT = ("failures", "stacks")
 
 
 @dataclass(frozen=True)
-class Job:
+class SupervisedJob:
     """The Slurm job that this program is the batch script of."""
 
     id: str
@@ -66,7 +66,7 @@ class Job:
     num_nodes: int
 
     @classmethod
-    def here(cls) -> Job:
+    def here(cls) -> SupervisedJob:
         names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES")
         missing = [name for name in names if name not in os.environ]
         if missing:
@@ -75,7 +75,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptEnding:
     """How an attempt ended: one of the words of `Attempt.end`, and the reason in a line."""
 
     end: str
@@ -85,7 +85,12 @@ class Ending:
 
 class Supervisor:
     def __init__(
-        self, job: Job, settings: dict[str, dict[str, object]], num_ranks: int, srun: list[str], command: list[str]
+        self,
+        job: SupervisedJob,
+        settings: dict[str, dict[str, object]],
+        num_ranks: int,
+        srun: list[str],
+        command: list[str],
     ):
         """`settings`: the whole tree."""
         run = settings["run"]
@@ -187,7 +192,7 @@ class Supervisor:
         drop_own(self._run_dir, os.environ.get("SLURM_JOB_ID", ""))
         look(self._run_dir, Holder.here("train", os.environ, self._beat_limit_s))
 
-    def _run_ranks(self, number: int, overrides: list[str]) -> Ending:
+    def _run_ranks(self, number: int, overrides: list[str]) -> AttemptEnding:
         for name in ("heartbeats", *_KEPT):  # of an attempt whose supervisor was taken away
             shutil.rmtree(self._run_dir / name, ignore_errors=True)
         drop_own(self._run_dir, os.environ.get("SLURM_JOB_ID", ""))
@@ -247,16 +252,16 @@ class Supervisor:
                 step.kill()
                 step.wait()
 
-    def _how_it_ended(self, code: int, srun_log: Path, watch: RankWatch, dead: Failure | None) -> Ending:
+    def _how_it_ended(self, code: int, srun_log: Path, watch: RankWatch, dead: Failure | None) -> AttemptEnding:
         notes = list(self._noted.values())
         if not self._told_to_end:  # later ones are of being ended
             with suppress(OSError):
                 notes = list(read_failures(self._run_dir / "failures").values())
         if self._told_to_end:
             if not notes and not dead:
-                return Ending("told to end", "by Slurm: cancelled, preempted or queued again")
+                return AttemptEnding("told to end", "by Slurm: cancelled, preempted or queued again")
         elif code in (0, SAVED_EXIT) and not dead:  # a job of one rank ends with the latter
-            return Ending("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
+            return AttemptEnding("saved" if (self._run_dir / SAVED_FILE).exists() else "done")
         else:
             notes += killed_tasks(srun_log, watch, self._job.nodes)
         if all(note.kind == "distributed" for note in notes):  # victims, all of them
@@ -264,9 +269,9 @@ class Supervisor:
         notes += [dead] if dead else []
         cause = the_cause(notes or [Failure(0, time.time(), "silent", "ended", f"srun: exit code {code}")])
         end = {"config": "refused", "stopped": "stopped"}.get(cause.kind, "failed")
-        return Ending(end, cause.reason(), cause.rank)
+        return AttemptEnding(end, cause.reason(), cause.rank)
 
-    def _tell(self, attempt: Attempt, ending: Ending) -> None:
+    def _tell(self, attempt: Attempt, ending: AttemptEnding) -> None:
         """How it ended; of a failure the failing rank's last lines first."""
         logs = self._logs(attempt.number)
         if ending.rank is not None:
@@ -391,7 +396,7 @@ def main() -> int:
     if options.save_asked:
         remember()
     settings = json.loads(options.settings.read_text())
-    return Supervisor(Job.here(), settings, options.ranks, options.srun, options.command).main()
+    return Supervisor(SupervisedJob.here(), settings, options.ranks, options.srun, options.command).main()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from megatron_papo.checkpoint.metadata_file import METADATA_FILE
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.conversion.box_sums import Box, BoxSums
 from megatron_papo.conversion.stores import Files, Strip
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.weights.huggingface_folder import raise_faults
 
 _OTHER_KEYS = ("optimizer.", "rng/", "common_state/")
@@ -41,7 +41,7 @@ class CheckpointFiles:
         self._sums: dict[Files, BoxSums] = {}
 
     @classmethod
-    def read(cls, folder: Path, table: Mapping[str, Entry], checked: bool = True) -> CheckpointFiles:
+    def read(cls, folder: Path, table: Mapping[str, ParameterEntry], checked: bool = True) -> CheckpointFiles:
         """From `.metadata`. Raises ValueError, a line a fault, naming file and tensor; DamagedCheckpoint for what is
         not as it was written, with `checked` also while boxes are read."""
         opened = open_checkpoint(folder)
@@ -53,10 +53,10 @@ class CheckpointFiles:
         dtypes = {name: stored[name].properties.dtype for name in table}
         return cls(folder, dtypes, boxes, opened if checked and opened.box_sums is not None else None)
 
-    def dtype(self, entry: Entry) -> torch.dtype:
+    def dtype(self, entry: ParameterEntry) -> torch.dtype:
         return self._dtypes[entry.name]
 
-    def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
+    def strips(self, entry: ParameterEntry, start: int, stop: int) -> Iterator[Strip]:
         size = self._dtypes[entry.name].itemsize
         for box in self._located(entry):
             first, last = max(start, box.row), min(stop, box.row + box.length)
@@ -65,7 +65,7 @@ class CheckpointFiles:
                 offset = box.values + (first - box.row) * box.width * size
                 yield Strip(box.file, offset, first, last - first, box.column, box.width, box)
 
-    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+    def check(self, files: Files, entry: ParameterEntry, strip: Strip, data: memoryview) -> None:
         """Raises DamagedCheckpoint when these are the last values of a box that is not as it was written."""
         box = strip.box
         if self._opened is None or box is None:
@@ -77,13 +77,13 @@ class CheckpointFiles:
         if found is not None:
             self._opened.check_box(entry.name, box.file, box.offset, box.size, found)
 
-    def _located(self, entry: Entry) -> list[Box]:
+    def _located(self, entry: ParameterEntry) -> list[Box]:
         boxes = self.boxes[entry.name]
         if any(box.values is None for box in boxes):
             boxes = self.boxes[entry.name] = [self._locate(entry, box) for box in boxes]
         return boxes
 
-    def _locate(self, entry: Entry, box: Box) -> Box:
+    def _locate(self, entry: ParameterEntry, box: Box) -> Box:
         path = self.folder / box.file
         shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
         try:
@@ -97,7 +97,7 @@ class CheckpointFiles:
         return replace(box, values=values)
 
 
-def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mapping[str, Entry]) -> None:
+def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mapping[str, ParameterEntry]) -> None:
     faults = [f"{file}: {name} {entry.shape}: missing" for name, entry in table.items() if name not in stored]
     for name, found in stored.items():
         shape = tuple(found.size)

@@ -30,14 +30,14 @@ from megatron_papo.checkpoint.state_file import FORMAT
 from megatron_papo.conversion.box_sums import Box
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.spans import width
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 _COMMON = "common_state/shard_0_1"
 """Where Megatron-Core looks for what is no tensor; here there is nothing."""
 
 
 def plan_boxes(
-    name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype], box_bytes: int
+    name: str, entries: list[ParameterEntry], dtypes: Mapping[str, torch.dtype], box_bytes: int
 ) -> tuple[dict[str, list[Box]], list[tuple[int, bytes]], int]:
     """The boxes of `entries` in one file, one after the other, the bytes (offset, bytes) around their values, and the
     file's size. A box is of rows, and of at most `box_bytes` but one row at least."""
@@ -58,7 +58,7 @@ def plan_boxes(
 
 
 def write_metadata(
-    folder: Path, store: CheckpointFiles, table: Mapping[str, Entry], common_file: str,
+    folder: Path, store: CheckpointFiles, table: Mapping[str, ParameterEntry], common_file: str,
     sums: Mapping[str, Sequence[str]],
 ) -> None:  # fmt: skip
     """Writes what makes the boxes a checkpoint: `.metadata`, the empty common state, metadata.json, and the boxes'

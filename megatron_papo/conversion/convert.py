@@ -24,17 +24,17 @@ from megatron_papo.conversion.checkpoint_plan import state_tree, write_metadata
 from megatron_papo.conversion.file_units import convert_unit, journal_file, remaining_bytes
 from megatron_papo.conversion.folder_check import look
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.conversion.journal import FOLDER, Record, read_journal
+from megatron_papo.conversion.journal import FOLDER, JournalEntry, read_journal
 from megatron_papo.conversion.manifest import MANIFEST_FILE, manifest_tree, read_manifest, write_manifest
-from megatron_papo.conversion.plan import Direction, Plan, Settings, Unit, make_plan
-from megatron_papo.conversion.progress_bar import GB, Progress, memory
+from megatron_papo.conversion.plan import ConversionPlan, Direction, Settings, Unit, make_plan
+from megatron_papo.conversion.progress_bar import GB, ByteProgress, memory
 from megatron_papo.conversion.spans import width
 from megatron_papo.conversion.stores import Store
 from megatron_papo.conversion.stream import CHUNK_BYTES, SHARES
-from megatron_papo.conversion.workers import Crew
+from megatron_papo.conversion.workers import Workers
 from megatron_papo.files.atomic_folder import publish
 from megatron_papo.files.small_files import make_way, print_warning, write_whole
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.weights.publishing import check_side_files, copy_side_files, set_dtype
 from megatron_papo.weights.weight_files import weight_files
 
@@ -61,7 +61,7 @@ class Report:
 
 
 def convert(
-    direction: Direction, source: Path, target: Path, settings: Settings, memory_bytes: int, crew: Crew,
+    direction: Direction, source: Path, target: Path, settings: Settings, memory_bytes: int, workers: Workers,
     files: Path | None = None, say: Callable[[str], None] = print,
 ) -> Report | None:  # fmt: skip
     """Writes `target`; None when it is there already, from this source and with these settings. Collective.
@@ -70,35 +70,35 @@ def convert(
     """
     partial = target.with_name(f"{target.name}.tmp")
     plan = make_plan(direction, source, partial, settings, files)
-    if len(set(crew.gather(plan.fingerprint))) != 1:
+    if len(set(workers.gather(plan.fingerprint))) != 1:
         raise ValueError(f"{source}: the workers see different files there")
     left_out = check_side_files(plan.files)
     if direction == "hf-to-megatron" and (note := weight_files(source).note()):
         left_out.insert(0, note)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
-    look(crew, source)
+    look(workers, source)
     lock: list[IO[str]] = []
-    what = crew.first(lambda: _prepare(plan, target, partial, lock))
-    for told in [what.said, *left_out] if crew.rank == 0 else []:
+    what = workers.first(lambda: _prepare(plan, target, partial, lock))
+    for told in [what.said, *left_out] if workers.rank == 0 else []:
         if told:
             say(told)
-    report = None if what.there else _write(plan, target, partial, chunk_bytes, crew)
+    report = None if what.there else _write(plan, target, partial, chunk_bytes, workers)
     for held in lock:
         held.close()
     return report
 
 
-def _write(plan: Plan, target: Path, partial: Path, chunk_bytes: int, crew: Crew) -> Report:
-    todo = crew.first(lambda: {unit.file: remaining_bytes(plan, partial, unit) for unit in plan.units})
+def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> Report:
+    todo = workers.first(lambda: {unit.file: remaining_bytes(plan, partial, unit) for unit in plan.units})
     kept = 0
-    with Progress(crew, plan.direction, plan.num_bytes, plan.num_bytes - sum(todo.values())) as progress:
-        for unit in _share(plan.units, todo, crew):
+    with ByteProgress(workers, plan.direction, plan.num_bytes, plan.num_bytes - sum(todo.values())) as progress:
+        for unit in _share(plan.units, todo, workers):
             kept += convert_unit(plan, partial, unit, chunk_bytes, progress.moved)
-        crew.wait_for_all(progress.look)
-    crew.first(lambda: _finish(plan, target, partial))
-    peaks = crew.gather((memory("VmHWM"), progress.peak_anonymous))
+        workers.wait_for_all(progress.look)
+    workers.first(lambda: _finish(plan, target, partial))
+    peaks = workers.gather((memory("VmHWM"), progress.peak_anonymous))
     resident, anonymous = (max(values) for values in zip(*peaks))
-    return Report(plan.num_bytes, sum(crew.gather(kept)), resident, anonymous)
+    return Report(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Beginning:
     said: str = ""
 
 
-def _prepare(plan: Plan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
+def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
     """On rank 0: what is there already, whether the disk is large enough, an empty folder or one to go on with."""
     if target.exists():
         if (target / MANIFEST_FILE).exists() and read_manifest(target).get("plan") == plan.fingerprint:
@@ -146,7 +146,7 @@ def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:
     lock.append(handle)
 
 
-def _check_space(plan: Plan, partial: Path) -> None:
+def _check_space(plan: ConversionPlan, partial: Path) -> None:
     parent = next(folder for folder in (partial, *partial.absolute().parents) if folder.exists())
     there = [partial / unit.file for unit in plan.units]
     written = sum(file.stat().st_blocks * 512 for file in there if file.exists())
@@ -157,20 +157,20 @@ def _check_space(plan: Plan, partial: Path) -> None:
         raise ValueError(f"{parent}: {needed / GB:.2f} GB are needed there, {free / GB:.2f} GB are free")
 
 
-def _share(units: tuple[Unit, ...], todo: dict[str, int], crew: Crew) -> list[Unit]:
+def _share(units: tuple[Unit, ...], todo: dict[str, int], workers: Workers) -> list[Unit]:
     """This worker's files: the largest first, each to the worker that has least to do."""
-    loads, own = [0] * crew.size, []
+    loads, own = [0] * workers.size, []
     for unit in sorted(units, key=lambda unit: -todo[unit.file]):
         rank = loads.index(min(loads))
         loads[rank] += todo[unit.file] + 1
-        if rank == crew.rank:
+        if rank == workers.rank:
             own.append(unit)
     return own
 
 
-def _finish(plan: Plan, target: Path, partial: Path) -> None:
+def _finish(plan: ConversionPlan, target: Path, partial: Path) -> None:
     """On rank 0, when every file is whole."""
-    records: dict[str, Record] = {}
+    records: dict[str, JournalEntry] = {}
     for unit in plan.units:
         records |= {record.name: record for record in read_journal(journal_file(partial, unit)).records}
     missing = [name for name in plan.table if name not in records]
@@ -199,12 +199,12 @@ def _finish(plan: Plan, target: Path, partial: Path) -> None:
         print_warning(f"{doomed}: needed no more, and cannot be removed: {error.strerror}")
 
 
-def _main_dtype(plan: Plan) -> torch.dtype:
+def _main_dtype(plan: ConversionPlan) -> torch.dtype:
     """Of the largest tensor: transformers loads all in one."""
     return plan.target.dtype(max(plan.table.values(), key=lambda entry: entry.shape[0] * width(entry)))
 
 
-def chunk_for(memory_bytes: int, table: dict[str, Entry], *stores: Store) -> int:
+def chunk_for(memory_bytes: int, table: dict[str, ParameterEntry], *stores: Store) -> int:
     """Bytes of a buffer, so that all of them fit in what the libraries have left of `memory_bytes`."""
     row = max(width(entry) * store.dtype(entry).itemsize for entry in table.values() for store in stores)
     least = max(row, _LEAST_CHUNK_BYTES)

@@ -11,19 +11,19 @@ from torch import Tensor
 from megatron_papo.conversion.convert import chunk_for
 from megatron_papo.conversion.folder_check import look
 from megatron_papo.conversion.plan import open_store, parameter_bytes
-from megatron_papo.conversion.progress_bar import Progress
+from megatron_papo.conversion.progress_bar import ByteProgress
 from megatron_papo.conversion.spans import chunks, spans, width
 from megatron_papo.conversion.stores import Files, Store, read_rows
-from megatron_papo.conversion.workers import Crew
+from megatron_papo.conversion.workers import Workers
 from megatron_papo.distributed.exchange import larger
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def compare(first: Path, second: Path, memory_bytes: int, crew: Crew, limit: int = 10) -> list[str]:
+def compare(first: Path, second: Path, memory_bytes: int, workers: Workers, limit: int = 10) -> list[str]:
     """The first `limit` differences, a line a tensor by its Hugging Face name. Empty: they are the same. Collective.
 
     Raises ValueError for a folder that cannot be read, and for two models.
@@ -32,19 +32,19 @@ def compare(first: Path, second: Path, memory_bytes: int, crew: Crew, limit: int
     stores = open_store(first, shape), open_store(second, _shape_of(second, shape))
     table = parameter_table(shape)
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
-    look(crew, first, second)
+    look(workers, first, second)
     faults: dict[int, list[str]] = {}
     total = sum(parameter_bytes(stores[0], entry) for entry in table.values())
-    with Files(first) as left, Files(second) as right, Progress(crew, "verify", total) as progress:
+    with Files(first) as left, Files(second) as right, ByteProgress(workers, "verify", total) as progress:
         both = (_Side(stores[0], left), _Side(stores[1], right))
         for index, entry in enumerate(table.values()):
-            if index % crew.size == crew.rank:
+            if index % workers.size == workers.rank:
                 faults[index] = _differences(entry, both, chunk_bytes)
                 progress.moved(parameter_bytes(stores[0], entry))
                 if sum(map(len, faults.values())) >= limit:
                     break
-        crew.wait_for_all(progress.look)
-    everywhere = {index: lines for some in crew.gather(faults) for index, lines in some.items()}
+        workers.wait_for_all(progress.look)
+    everywhere = {index: lines for some in workers.gather(faults) for index, lines in some.items()}
     return [line for index in sorted(everywhere) for line in everywhere[index]][:limit]
 
 
@@ -63,14 +63,14 @@ class _Side:
     store: Store
     files: Files
 
-    def rows(self, entry: Entry, start: int, stop: int) -> Tensor:
+    def rows(self, entry: ParameterEntry, start: int, stop: int) -> Tensor:
         dtype = self.store.dtype(entry)
         data = torch.empty((stop - start) * width(entry) * dtype.itemsize, dtype=torch.uint8)
         read_rows(self.files, self.store, entry, start, stop, data)
         return data.view(dtype).view(stop - start, -1)
 
 
-def _differences(entry: Entry, sides: tuple[_Side, _Side], chunk_bytes: int) -> list[str]:
+def _differences(entry: ParameterEntry, sides: tuple[_Side, _Side], chunk_bytes: int) -> list[str]:
     left, right = (side.store.dtype(entry) for side in sides)
     if left != right:
         return [f"{source.name}: dtype {left} and {right}" for source in entry.sources]

@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.conversion.stores import Files, view
-from megatron_papo.conversion.workers import Crew
+from megatron_papo.conversion.workers import Workers
 from megatron_papo.weights.huggingface_folder import find_weights
 from megatron_papo.weights.safetensors_header import Stored
 
 
-def look(crew: Crew, *folders: Path) -> None:
+def look(workers: Workers, *folders: Path) -> None:
     """By the first worker. Raises ValueError naming the tensor that the library reads otherwise."""
-    crew.first(lambda: _look([folder for folder in folders if not names_checkpoint(folder)]))
+    workers.first(lambda: _look([folder for folder in folders if not names_checkpoint(folder)]))
 
 
 def _look(folders: list[Path]) -> int:

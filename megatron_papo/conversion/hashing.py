@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_papo.conversion.spans import Span, in_order, source_spans, spans, width
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 HASH = "sha256"
 
@@ -29,7 +29,7 @@ class Forms:
 class Hasher:
     """Of one parameter in one dtype."""
 
-    def __init__(self, entry: Entry, itemsize: int, parameter: bool = True, sources: bool = True):
+    def __init__(self, entry: ParameterEntry, itemsize: int, parameter: bool = True, sources: bool = True):
         self._entry, self._row_bytes = entry, width(entry) * itemsize
         self._wants_parameter, self._wants_sources = parameter, sources
         self._same = len(entry.runs) == 1

@@ -11,7 +11,7 @@ import torch
 
 from megatron_papo.conversion.spans import spans, width
 from megatron_papo.conversion.stores import Files, Strip
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.huggingface_folder import find_weights
 from megatron_papo.weights.safetensors_header import DTYPES, Stored
@@ -33,7 +33,7 @@ class HuggingFaceFiles:
         weights.check_head(shape)
         return cls(folder, weights.tensors)
 
-    def dtype(self, entry: Entry) -> torch.dtype:
+    def dtype(self, entry: ParameterEntry) -> torch.dtype:
         """Raises ValueError where the tensors of one parameter differ in it."""
         parts = [self.tensors[source.name] for source in entry.sources]
         for source, part in zip(entry.sources, parts):
@@ -44,10 +44,10 @@ class HuggingFaceFiles:
                 )
         return parts[0].dtype
 
-    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+    def check(self, files: Files, entry: ParameterEntry, strip: Strip, data: memoryview) -> None:
         """Published folders have no checksums."""
 
-    def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
+    def strips(self, entry: ParameterEntry, start: int, stop: int) -> Iterator[Strip]:
         columns = width(entry)
         for span in spans(entry, start, stop):
             stored = self.tensors[entry.sources[span.source].name]
@@ -55,7 +55,9 @@ class HuggingFaceFiles:
             yield Strip(stored.file, offset, span.row, span.length, 0, columns)
 
 
-def plan_file(name: str, entries: list[Entry], dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Stored], bytes]:
+def plan_file(
+    name: str, entries: list[ParameterEntry], dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, Stored], bytes]:
     """The places of the tensors of `entries` in one file, one after the other, and the bytes before them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at, places = 0, {}

@@ -22,7 +22,7 @@ FOLDER = "journal"
 
 
 @dataclass(frozen=True)
-class Record:
+class JournalEntry:
     """A finished parameter. Source and target are its forms there: one hash, or one a Hugging Face tensor."""
 
     name: str
@@ -38,14 +38,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Written:
-    records: list[Record]
+    records: list[JournalEntry]
     num_synced: int
     """How many of the records' parameters are known to be on disk."""
 
 
 def read_journal(file: Path) -> Written:
     """Empty where there is none."""
-    records: list[Record] = []
+    records: list[JournalEntry] = []
     num_synced = 0
     lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     for line in lines:
@@ -61,12 +61,12 @@ def read_journal(file: Path) -> Written:
     return Written(records, min(num_synced, len(records)))
 
 
-def _record(tree: dict[str, Any]) -> Record | None:
+def _record(tree: dict[str, Any]) -> JournalEntry | None:
     """None for what no journal's line says."""
     try:
         forms = {name: tuple(map(str, tree[name])) for name in ("source", "cast", "target")}
         forms["boxes"] = tuple(map(str, tree.get("boxes", ())))
-        return Record(str(tree["name"]), **forms, changed=int(tree["changed"]))
+        return JournalEntry(str(tree["name"]), **forms, changed=int(tree["changed"]))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -74,7 +74,7 @@ def _record(tree: dict[str, Any]) -> Record | None:
 class Journal:
     """The journal of a file that is being written, begun anew with the records that hold. Two threads may use it."""
 
-    def __init__(self, file: Path, records: Sequence[Record]):
+    def __init__(self, file: Path, records: Sequence[JournalEntry]):
         self.records = list(records)
         self._lock = threading.Lock()
         partial = file.with_name(f"{file.name}.tmp")
@@ -86,7 +86,7 @@ class Journal:
     def close(self) -> None:
         os.close(self._handle)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: JournalEntry) -> None:
         with self._lock:
             os.write(self._handle, _line(asdict(record)))
             self.records.append(record)

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 
 from megatron_papo.conversion.hashing import HASH
-from megatron_papo.conversion.journal import Record
-from megatron_papo.conversion.plan import Plan
+from megatron_papo.conversion.journal import JournalEntry
+from megatron_papo.conversion.plan import ConversionPlan
 from megatron_papo.conversion.spans import num_values
 from megatron_papo.conversion.stream import exact
 from megatron_papo.files.json_keys import read_json
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 
 
-def names(entry: Entry, huggingface: bool) -> list[tuple[str, tuple[int, ...]]]:
+def names(entry: ParameterEntry, huggingface: bool) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of a parameter's tensors in either form."""
     return [(source.name, source.shape) for source in entry.sources] if huggingface else [(entry.name, entry.shape)]
 
 
-def manifest_tree(plan: Plan, records: Mapping[str, Record]) -> dict[str, Any]:
+def manifest_tree(plan: ConversionPlan, records: Mapping[str, JournalEntry]) -> dict[str, Any]:
     from_hf = plan.direction == "hf-to-megatron"
     source: dict[str, Any] = {}
     target: dict[str, Any] = {}

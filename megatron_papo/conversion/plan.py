@@ -21,7 +21,7 @@ from megatron_papo.conversion.checkpoint_plan import plan_boxes
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.conversion.spans import num_values
 from megatron_papo.conversion.stores import Store
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 
@@ -45,18 +45,18 @@ class Unit:
     """One file of the target."""
 
     file: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ParameterEntry, ...]
     num_bytes: int
     around: tuple[tuple[int, bytes], ...]
     """(offset, bytes) of what is not a tensor's values."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     direction: Direction
     files: Path
     """Where config, tokenizer and processor come from."""
-    table: dict[str, Entry]
+    table: dict[str, ParameterEntry]
     source: Store
     target: Store
     """In the folder that is written; it lies there once that is done."""
@@ -74,7 +74,7 @@ class Plan:
         return sum(unit.num_bytes for unit in self.units)
 
 
-def parameter_bytes(store: Store, entry: Entry) -> int:
+def parameter_bytes(store: Store, entry: ParameterEntry) -> int:
     return num_values(entry) * store.dtype(entry).itemsize
 
 
@@ -90,7 +90,9 @@ def open_store(folder: Path, shape: ModelShape, checked: bool = True) -> Store:
     return HuggingFaceFiles.read(folder, shape)
 
 
-def make_plan(direction: Direction, source: Path, partial: Path, settings: Settings, files: Path | None) -> Plan:
+def make_plan(
+    direction: Direction, source: Path, partial: Path, settings: Settings, files: Path | None
+) -> ConversionPlan:
     """Raises ValueError naming file and tensor for a source that cannot be converted."""
     if direction == "megatron-to-hf":
         read_state_file(source)  # names a folder that is no checkpoint
@@ -104,11 +106,11 @@ def make_plan(direction: Direction, source: Path, partial: Path, settings: Setti
         opened = HuggingFaceFiles.read(source, shape)
     dtypes = {name: settings.dtype or opened.dtype(entry) for name, entry in table.items()}
     target, units = plan_target(direction, partial, table, dtypes, settings)
-    return Plan(direction, files, table, opened, target, units, _fingerprint(direction, opened, files, units))
+    return ConversionPlan(direction, files, table, opened, target, units, _fingerprint(direction, opened, files, units))
 
 
 def plan_target(
-    direction: Direction, folder: Path, table: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype],
+    direction: Direction, folder: Path, table: Mapping[str, ParameterEntry], dtypes: Mapping[str, torch.dtype],
     settings: Settings,
 ) -> tuple[Store, tuple[Unit, ...]]:  # fmt: skip
     """The files of the target and where everything lies in them; needs no weights."""
@@ -132,9 +134,11 @@ def plan_target(
     return HuggingFaceFiles(folder, tensors), tuple(units)
 
 
-def _groups(table: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype], most: int) -> list[list[Entry]]:
+def _groups(
+    table: Mapping[str, ParameterEntry], dtypes: Mapping[str, torch.dtype], most: int
+) -> list[list[ParameterEntry]]:
     """Parameters in the table's order, as many to a file as fit."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[ParameterEntry]] = [[]]
     held = 0
     for name, entry in table.items():
         size = num_values(entry) * dtypes[name].itemsize

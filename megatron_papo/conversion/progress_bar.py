@@ -10,24 +10,24 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
-from megatron_papo.conversion.workers import Crew
+from megatron_papo.conversion.workers import Workers
 
 _UPDATE_S = 0.2
 _LINE_S = 5.0
 GB = 1e9
 
 
-class Progress:
-    """Of the whole crew; rank 0 shows it. `moved` may be called as often as one likes."""
+class ByteProgress:
+    """Of the whole group of workers; rank 0 shows it. `moved` may be called as often as one likes."""
 
-    def __init__(self, crew: Crew, what: str, total: int, done: int = 0):
-        self._crew, self._what, self._total, self._before = crew, what, total, done
+    def __init__(self, workers: Workers, what: str, total: int, done: int = 0):
+        self._crew, self._what, self._total, self._before = workers, what, total, done
         self._waiting, self._console = 0, Console()
         self._began = self._said = self._asked = time.monotonic()
         self.peak_anonymous = 0
         self._bar: RichProgress | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ByteProgress:
         if self._crew.rank == 0 and self._console.is_terminal:
             columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
             self._bar = RichProgress(TextColumn("{task.description}"), *columns, console=self._console)

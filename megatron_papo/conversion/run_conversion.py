@@ -15,12 +15,12 @@ from megatron_papo.conversion.convert import convert
 from megatron_papo.conversion.differences import compare
 from megatron_papo.conversion.plan import Direction, Settings
 from megatron_papo.conversion.verify import verify
-from megatron_papo.conversion.workers import Crew, reason_of
+from megatron_papo.conversion.workers import Workers, reason_of
 from megatron_papo.text.untrusted import LINES, as_text
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """The tool's arguments."""
 
     verb: Literal["hf-to-megatron", "megatron-to-hf", "verify"]
@@ -35,63 +35,63 @@ class Request:
     """Where the side files come from; for `verify` the source of the conversion."""
 
 
-def work(request: Request, status_file: Path) -> None:
+def work(request: ConversionRequest, status_file: Path) -> None:
     """On a rank that a launcher started. Rank 0 leaves the exit status in `status_file`."""
     torch.set_num_threads(1)
-    with Crew() as crew:
+    with Workers() as workers:
         try:
-            status = perform(request, crew)
+            status = perform(request, workers)
         except (ValueError, OSError) as error:
-            crew.fail(reason_of(error))
+            workers.fail(reason_of(error))
             raise ConfigError(reason_of(error)) from error  # a line, and exit status 2
-        if crew.rank == 0:
+        if workers.rank == 0:
             status_file.write_text(str(status))
 
 
-def perform(request: Request, crew: Crew) -> int:
+def perform(request: ConversionRequest, workers: Workers) -> int:
     """0 done, or the same; 1 different. Raises ValueError for what cannot be read or written. Collective."""
     if request.verb != "verify":
-        return _convert(request.verb, request, crew)
+        return _convert(request.verb, request, workers)
     if request.second is None:
-        return _verify(request, crew)
-    found = compare(request.first, request.second, request.memory_bytes, crew)
-    _say(crew, "\n".join(found) if found else "the same, bit for bit")
+        return _verify(request, workers)
+    found = compare(request.first, request.second, request.memory_bytes, workers)
+    _say(workers, "\n".join(found) if found else "the same, bit for bit")
     return 1 if found else 0
 
 
-def _convert(direction: Direction, request: Request, crew: Crew) -> int:
+def _convert(direction: Direction, request: ConversionRequest, workers: Workers) -> int:
     assert request.second is not None
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     settings = Settings(dtype, request.file_bytes)
     target = request.second
     report = convert(
-        direction, request.first, target, settings, request.memory_bytes, crew, request.files,
-        lambda text: _say(crew, text),
+        direction, request.first, target, settings, request.memory_bytes, workers, request.files,
+        lambda text: _say(workers, text),
     )  # fmt: skip
     if report is not None:
         resumed = f", {report.num_kept} parameters were there already" if report.num_kept else ""
         _say(
-            crew,
+            workers,
             f"{decimal(report.num_bytes)}{resumed}; peak memory of a worker {report.peak_bytes / 2**30:.2f} GiB, "
             f"{report.peak_anonymous_bytes / 2**30:.2f} of it beside mapped libraries\nwrote {target}",
         )
     return 0
 
 
-def _verify(request: Request, crew: Crew) -> int:
-    verdict = verify(request.first, request.memory_bytes, crew, request.files)
+def _verify(request: ConversionRequest, workers: Workers) -> int:
+    verdict = verify(request.first, request.memory_bytes, workers, request.files)
     if verdict.faults:
-        _say(crew, "\n".join(verdict.faults[:10]))
+        _say(workers, "\n".join(verdict.faults[:10]))
         if len(verdict.faults) > 10:
-            _say(crew, f"... and {len(verdict.faults) - 10} more")
+            _say(workers, f"... and {len(verdict.faults) - 10} more")
         return 1
     proven = "its source as it was cast; the cast rounded" if verdict.inexact else "its source, bit for bit"
     read = " and the source itself" if request.files else ""
-    _say(crew, f"{verdict.num_tensors} hashes hold: the target{read}, and from the target {proven}")
+    _say(workers, f"{verdict.num_tensors} hashes hold: the target{read}, and from the target {proven}")
     return 0
 
 
-def _say(crew: Crew, text: str) -> None:
-    if crew.rank == 0:
+def _say(workers: Workers, text: str) -> None:
+    if workers.rank == 0:
         print(as_text(text, LINES), flush=True)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Span:
     length: int
 
 
-def spans(entry: Entry, start: int, stop: int) -> Iterator[Span]:
+def spans(entry: ParameterEntry, start: int, stop: int) -> Iterator[Span]:
     """The sources' parts of rows `start : stop` of the parameter, in its order."""
     row = 0
     for run in entry.runs:
@@ -33,7 +33,7 @@ def spans(entry: Entry, start: int, stop: int) -> Iterator[Span]:
         row += run.length
 
 
-def source_spans(entry: Entry, source: int, start: int, stop: int) -> list[Span]:
+def source_spans(entry: ParameterEntry, source: int, start: int, stop: int) -> list[Span]:
     """Where rows `start : stop` of one source lie in the parameter, in the source's order."""
     found, row = [], 0
     for run in entry.runs:
@@ -44,7 +44,7 @@ def source_spans(entry: Entry, source: int, start: int, stop: int) -> list[Span]
     return sorted(found, key=lambda span: span.start)
 
 
-def in_order(entry: Entry) -> bool:
+def in_order(entry: ParameterEntry) -> bool:
     """True when whoever walks the parameter's rows meets each source's rows in the source's own order."""
     reached = [0] * len(entry.sources)
     for run in entry.runs:
@@ -54,12 +54,12 @@ def in_order(entry: Entry) -> bool:
     return True
 
 
-def width(entry: Entry) -> int:
+def width(entry: ParameterEntry) -> int:
     """Values of a row."""
     return math.prod(entry.shape[1:])
 
 
-def num_values(entry: Entry) -> int:
+def num_values(entry: ParameterEntry) -> int:
     return math.prod(entry.shape)
 
 

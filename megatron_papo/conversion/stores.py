@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_papo.conversion.box_sums import Box
 from megatron_papo.conversion.spans import width
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 _FORGET_BYTES = 64 * 2**20
 
@@ -41,13 +41,13 @@ class Store(Protocol):
 
     folder: Path
 
-    def dtype(self, entry: Entry) -> torch.dtype: ...
+    def dtype(self, entry: ParameterEntry) -> torch.dtype: ...
 
-    def strips(self, entry: Entry, start: int, stop: int) -> Iterator[Strip]:
+    def strips(self, entry: ParameterEntry, start: int, stop: int) -> Iterator[Strip]:
         """Of rows `start : stop` of the parameter."""
         ...
 
-    def check(self, files: Files, entry: Entry, strip: Strip, data: memoryview) -> None:
+    def check(self, files: Files, entry: ParameterEntry, strip: Strip, data: memoryview) -> None:
         """Told of what is read, a strip at a time; raises ValueError for what is known not to be what was written."""
         ...
 
@@ -120,7 +120,7 @@ def view(data: Tensor) -> memoryview:
     return memoryview(data.view(-1).view(torch.uint8).numpy())
 
 
-def read_rows(files: Files, store: Store, entry: Entry, start: int, stop: int, into: Tensor) -> None:
+def read_rows(files: Files, store: Store, entry: ParameterEntry, start: int, stop: int, into: Tensor) -> None:
     """Rows `start : stop` of a parameter into `into`, bytes of exactly that size."""
     row_bytes = width(entry) * (size := store.dtype(entry).itemsize)
     for strip in store.strips(entry, start, stop):
@@ -138,7 +138,7 @@ def read_rows(files: Files, store: Store, entry: Entry, start: int, stop: int, i
 
 
 def write_rows(
-    files: Files, store: Store, entry: Entry, start: int, stop: int, data: Tensor
+    files: Files, store: Store, entry: ParameterEntry, start: int, stop: int, data: Tensor
 ) -> list[tuple[Strip, memoryview]]:
     """The same bytes to where a planned store has them, and what was written where; its strips are whole rows."""
     row_bytes, written = width(entry) * store.dtype(entry).itemsize, []

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_papo.conversion.hashing import Forms, Hasher
 from megatron_papo.conversion.spans import Span, chunks, width
 from megatron_papo.conversion.stores import Files, Store, read_rows, view
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 
 CHUNK_BYTES = 2 * 2**20
 """Of a buffer: large enough for the disk, small enough to be hashed and written while it is in the caches."""
@@ -28,15 +28,15 @@ SHARES = 2 * _SLOTS + 6
 """Chunks that are held at most: a slot's two buffers; pieces of rows, and what counting and reading again need."""
 _BITS = {2: torch.int16, 4: torch.int32}
 
-Write = Callable[[Entry, int, int, Tensor], None]
+Write = Callable[[ParameterEntry, int, int, Tensor], None]
 """(parameter, first row, row behind the last, their bytes)."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ParameterCopy:
     """A parameter to read, and the dtype to cast it to."""
 
-    entry: Entry
+    entry: ParameterEntry
     dtype: torch.dtype
     other: torch.dtype
 
@@ -53,7 +53,7 @@ class Wants:
 
 @dataclass(frozen=True)
 class Outcome:
-    entry: Entry
+    entry: ParameterEntry
     read: Forms
     cast: Forms
     """Equal to `read` where nothing was cast."""
@@ -81,10 +81,10 @@ class Stream:
         self._store, self._wants, self._chunk_bytes = store, wants, chunk_bytes
         self._done, self._write, self._moved = done, write, moved
         self._free: queue.Queue[_Slot] = queue.Queue()
-        self._pending: deque[tuple[Job, int, int, _Slot, Future[None]]] = deque()
+        self._pending: deque[tuple[ParameterCopy, int, int, _Slot, Future[None]]] = deque()
         self._written: deque[Future[None]] = deque()
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[ParameterCopy]) -> None:
         for _ in range(_SLOTS):
             self._free.put(_Slot(self._chunk_bytes))
         reader, writer, self._hashers = (ThreadPoolExecutor(1) for _ in range(3))
@@ -100,13 +100,15 @@ class Stream:
                 for pool in (reader, writer, self._hashers):
                     pool.shutdown(cancel_futures=True)
 
-    def _steps(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int, int]]:
+    def _steps(self, jobs: Sequence[ParameterCopy]) -> Iterator[tuple[ParameterCopy, int, int]]:
         for job in jobs:
             row_bytes = width(job.entry) * max(job.dtype.itemsize, job.other.itemsize)
             for start, stop in chunks(job.entry.shape[0], row_bytes, self._chunk_bytes):
                 yield job, start, stop
 
-    def _read_ahead(self, files: Files, steps: Iterator[tuple[Job, int, int]], reader: ThreadPoolExecutor) -> None:
+    def _read_ahead(
+        self, files: Files, steps: Iterator[tuple[ParameterCopy, int, int]], reader: ThreadPoolExecutor
+    ) -> None:
         while len(self._pending) < _READ_AHEAD:
             if (step := next(steps, None)) is None:
                 return
@@ -117,7 +119,7 @@ class Stream:
             self._pending.append((job, start, stop, slot, future))
 
     def _step(
-        self, files: Files, steps: Iterator[tuple[Job, int, int]], reader: ThreadPoolExecutor,
+        self, files: Files, steps: Iterator[tuple[ParameterCopy, int, int]], reader: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
     ) -> None:  # fmt: skip
         job, start, stop, slot, future = self._pending.popleft()
@@ -138,7 +140,7 @@ class Stream:
             self._written.popleft().result()
         self._moved(data.numel())
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: ParameterCopy) -> None:
         wants, same = self._wants, job.dtype == job.other
         self._changed = 0
         self._read_hash = Hasher(
@@ -161,7 +163,7 @@ class Stream:
         for future in others:
             future.result()
 
-    def _cast(self, job: Job, raw: Tensor, slot: _Slot) -> Tensor:
+    def _cast(self, job: ParameterCopy, raw: Tensor, slot: _Slot) -> Tensor:
         """To the nearest value, of two equally near ones the even one; the values that it changed are counted."""
         if slot.cast is None:
             slot.cast = torch.empty(self._chunk_bytes, dtype=torch.uint8)
@@ -174,14 +176,14 @@ class Stream:
             self._changed += int((back.view(bits) != values.view(bits)).sum())
         return data
 
-    def _put(self, entry: Entry, start: int, stop: int, data: Tensor, slot: _Slot) -> None:
+    def _put(self, entry: ParameterEntry, start: int, stop: int, data: Tensor, slot: _Slot) -> None:
         try:
             if self._write is not None:
                 self._write(entry, start, stop, data)
         finally:
             self._free.put(slot)
 
-    def _finish(self, files: Files, job: Job) -> Outcome:
+    def _finish(self, files: Files, job: ParameterCopy) -> Outcome:
         def read(span: Span) -> memoryview:
             part = torch.empty(span.length * width(job.entry) * job.dtype.itemsize, dtype=torch.uint8)
             read_rows(files, self._store, job.entry, span.row, span.row + span.length, part)

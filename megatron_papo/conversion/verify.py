@@ -20,11 +20,11 @@ from megatron_papo.conversion.folder_check import look
 from megatron_papo.conversion.hashing import Forms
 from megatron_papo.conversion.manifest import MANIFEST_FILE, dtype_name, names, read_manifest
 from megatron_papo.conversion.plan import Direction, open_store, parameter_bytes
-from megatron_papo.conversion.progress_bar import Progress
+from megatron_papo.conversion.progress_bar import ByteProgress
 from megatron_papo.conversion.stores import Store
-from megatron_papo.conversion.stream import Job, Outcome, Stream, Wants, exact
-from megatron_papo.conversion.workers import Crew
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.conversion.stream import Outcome, ParameterCopy, Stream, Wants, exact
+from megatron_papo.conversion.workers import Workers
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 
@@ -39,7 +39,7 @@ class Verdict:
     """The cast rounded: the target alone cannot prove the source's own bits, only the cast ones."""
 
 
-def verify(folder: Path, memory_bytes: int, crew: Crew, source: Path | None = None) -> Verdict:
+def verify(folder: Path, memory_bytes: int, workers: Workers, source: Path | None = None) -> Verdict:
     """Of a folder that a conversion wrote. Collective. Raises ValueError for a folder that cannot be read."""
     manifest = read_manifest(folder)
     shape = ModelShape.from_folder(folder)
@@ -48,26 +48,26 @@ def verify(folder: Path, memory_bytes: int, crew: Crew, source: Path | None = No
     # the manifest says more than checksums of boxes, and which tensors differ
     stores = [open_store(each, shape, checked=False) for each in (folder, source) if each]
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
-    look(crew, *(store.folder for store in stores))
+    look(workers, *(store.folder for store in stores))
     total = sum(parameter_bytes(store, entry) for store in stores for entry in table.values())
-    own = _own(list(table.values()), stores[0], crew)
+    own = _own(list(table.values()), stores[0], workers)
     found: list[str] = []
-    with Progress(crew, "verify", total) as progress:
+    with ByteProgress(workers, "verify", total) as progress:
         prover = _Prover(folder, manifest, stores[0], found)
-        jobs = [Job(entry, stores[0].dtype(entry), prover.back(entry)) for entry in own]
+        jobs = [ParameterCopy(entry, stores[0].dtype(entry), prover.back(entry)) for entry in own]
         Stream(stores[0], prover.wants, chunk_bytes, prover.target, moved=_in_bytes(progress, jobs)).run(jobs)
         if source:
             prover = _Prover(source, manifest, stores[1], found)
-            jobs = [Job(entry, stores[1].dtype(entry), stores[0].dtype(entry)) for entry in own]
+            jobs = [ParameterCopy(entry, stores[1].dtype(entry), stores[0].dtype(entry)) for entry in own]
             wants = source_wants(manifest["direction"])
             Stream(stores[1], wants, chunk_bytes, prover.source, moved=_in_bytes(progress, jobs)).run(jobs)
-        crew.wait_for_all(progress.look)
-    faults = [fault for several in crew.gather(found) for fault in several]
+        workers.wait_for_all(progress.look)
+    faults = [fault for several in workers.gather(found) for fault in several]
     inexact = any(not cast["exact"] for cast in manifest["casts"])
     return Verdict(faults, len(manifest["source"]) + len(manifest["target"]), total, inexact)
 
 
-def _in_bytes(progress: Progress, jobs: Sequence[Job]) -> Any:
+def _in_bytes(progress: ByteProgress, jobs: Sequence[ParameterCopy]) -> Any:
     """Bytes as they are read: the stream counts them as they were cast."""
     if not jobs:
         return progress.moved
@@ -75,18 +75,18 @@ def _in_bytes(progress: Progress, jobs: Sequence[Job]) -> Any:
     return lambda count: progress.moved(count * scale[0] // scale[1])
 
 
-def _own(entries: list[Entry], store: Store, crew: Crew) -> list[Entry]:
+def _own(entries: list[ParameterEntry], store: Store, workers: Workers) -> list[ParameterEntry]:
     """This worker's parameters, in the order of the files, about as many bytes as any other's."""
     total, before, own = sum(parameter_bytes(store, entry) for entry in entries), 0, []
     for entry in entries:
         size = parameter_bytes(store, entry)
-        if (before + size // 2) * crew.size // total == crew.rank:
+        if (before + size // 2) * workers.size // total == workers.rank:
             own.append(entry)
         before += size
     return own
 
 
-def _check_names(folder: Path, manifest: dict[str, Any], table: dict[str, Entry]) -> None:
+def _check_names(folder: Path, manifest: dict[str, Any], table: dict[str, ParameterEntry]) -> None:
     from_hf = manifest["direction"] == "hf-to-megatron"
     for side, huggingface in (("source", from_hf), ("target", not from_hf)):
         expected = {name for entry in table.values() for name, _ in names(entry, huggingface)}
@@ -106,7 +106,7 @@ class _Prover:
         self._from_hf = self._direction == "hf-to-megatron"
         self.wants = Wants(cast_parameter=not self._from_hf, cast_sources=self._from_hf)
 
-    def back(self, entry: Entry) -> torch.dtype:
+    def back(self, entry: ParameterEntry) -> torch.dtype:
         """What the target is cast to: the source's dtype where that gives its bits, else nothing else."""
         source = getattr(torch, self._manifest["source"][names(entry, self._from_hf)[0][0]]["dtype"])
         own = self._store.dtype(entry)
@@ -134,7 +134,7 @@ class _Prover:
                     self._fault(entry, name, "is not what was converted")
                     return
 
-    def _differs(self, side: str, key: str, entry: Entry, forms: Forms, says: str) -> bool:
+    def _differs(self, side: str, key: str, entry: ParameterEntry, forms: Forms, says: str) -> bool:
         huggingface = (side == "source") == self._from_hf
         wrong = [
             name
@@ -145,7 +145,7 @@ class _Prover:
             self._fault(entry, name, says)
         return bool(wrong)
 
-    def _fault(self, entry: Entry, name: str, says: str) -> None:
+    def _fault(self, entry: ParameterEntry, name: str, says: str) -> None:
         """Names the file that holds the tensor, the first of several."""
         file = next(self._store.strips(entry, 0, entry.shape[0])).file
         dtype = dtype_name(self._store.dtype(entry))

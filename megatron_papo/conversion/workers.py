@@ -29,7 +29,7 @@ def reason_of(error: ValueError | OSError) -> str:
     return str(error)
 
 
-class Crew:
+class Workers:
     """This worker among `size`. Use it as a context."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Crew:
                 timeout=_TIMEOUT,
             )  # fmt: skip
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

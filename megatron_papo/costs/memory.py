@@ -37,7 +37,7 @@ Part = Literal["language", "vision", "projector"]
 
 
 @dataclass(frozen=True)
-class Block:
+class ParameterBlock:
     """A piece of the model that stands on one pipeline stage: its parameters, by how tensor ranks hold them."""
 
     stage: int
@@ -86,17 +86,17 @@ class StageMemory:
 
 def blocks(
     shape: ModelShape, layers: tuple[int, ...], width: Callable[[int], int] = lambda width: width
-) -> list[Block]:
+) -> list[ParameterBlock]:
     """The model on stages of so many language layers each; `width` pads FFN widths and the vocabulary, as `padded`."""
     language, last = shape.language, len(layers) - 1
     matrix = width(language.vocab_size) * language.hidden_size
-    found = [*_vision(shape.vision, width), Block(0, "language", matrix, 0)]
+    found = [*_vision(shape.vision, width), ParameterBlock(0, "language", matrix, 0)]
     for stage, num_layers in enumerate(layers):
         split, whole = _language_layer(language, width)
-        found.append(Block(stage, "language", num_layers * split, num_layers * whole))
-    found.append(Block(last, "language", 0, language.hidden_size))
+        found.append(ParameterBlock(stage, "language", num_layers * split, num_layers * whole))
+    found.append(ParameterBlock(last, "language", 0, language.hidden_size))
     if not shape.tie_word_embeddings or last > 0:  # a tied matrix lies on the first stage and on the last
-        found.append(Block(last, "language", matrix, 0))
+        found.append(ParameterBlock(last, "language", matrix, 0))
     return found
 
 
@@ -290,10 +290,10 @@ def _language_layer(shape: LanguageShape, width: Callable[[int], int]) -> tuple[
     return qkv * (hidden + 1) + heads * hidden + 3 * ffn * hidden, 2 * hidden
 
 
-def _vision(shape: VisionShape, width: Callable[[int], int]) -> Iterator[Block]:
+def _vision(shape: VisionShape, width: Callable[[int], int]) -> Iterator[ParameterBlock]:
     hidden, ffn, merged = shape.hidden_size, width(shape.intermediate_size), shape.hidden_size * shape.merge_unit
-    yield Block(0, "vision", 0, hidden * shape.patch_dim)
+    yield ParameterBlock(0, "vision", 0, hidden * shape.patch_dim)
     split = 3 * hidden * (hidden + 1) + hidden * hidden + 2 * ffn * (hidden + 1) + ffn * hidden
-    yield Block(0, "vision", shape.num_layers * split, shape.num_layers * 4 * hidden)
+    yield ParameterBlock(0, "vision", shape.num_layers * split, shape.num_layers * 4 * hidden)
     split = merged * (merged + 1) + shape.out_hidden_size * merged
-    yield Block(0, "projector", split, hidden + shape.out_hidden_size)
+    yield ParameterBlock(0, "projector", split, hidden + shape.out_hidden_size)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.files.held_file import Held, hold
+from megatron_papo.files.held_file import HeldFile, hold
 from megatron_papo.text.untrusted import shortened
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
@@ -52,7 +52,7 @@ class ImageFiles:
         check_size(told, len(data), max_bytes)  # it may have grown
         return data
 
-    def _check(self, told: str, held: Held, max_bytes: int) -> None:
+    def _check(self, told: str, held: HeldFile, max_bytes: int) -> None:
         if not any(held.place.is_relative_to(folder) for folder in self._folders):
             raise BadImage(
                 "image outside the data set",

@@ -35,7 +35,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     rows: Dataset
     images: ImageFiles
     """The files that paths of pictures may name; relative ones start at the folder of the rows."""
@@ -43,7 +43,7 @@ class Source:
     """Those that the rows were read from, as far as they are known."""
 
 
-def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = ()) -> Source:
+def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = ()) -> DataSource:
     """Opens `name`; `key` is the setting it came from, for messages; `image_roots` as in the settings.
 
     Raises ValueError.
@@ -57,7 +57,7 @@ def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = (
         raise ValueError(f"{key}: cannot read {name} (split {split}): {first_line(error)}") from error
     if not len(rows):
         raise ValueError(f"{key}: {name} (split {split}) has no rows")
-    return Source(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]), files)
+    return DataSource(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]), files)
 
 
 def _folders(folder: Path | None) -> list[Path]:

@@ -51,7 +51,7 @@ def fault_of(rank: int, error: BaseException) -> Fault:
     return Fault(rank, "".join(traceback.format_exception(error)).strip(), is_bug=True)
 
 
-def together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> None:
+def fail_together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> None:
     """Calls `action`, where a rank has one, and waits for the other ranks of `group`; raises `RanksFailed` on all of
     them when any failed."""
     fault = None

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_papo.distributed.layout import everyone, layout
+from megatron_papo.distributed.layout import layout, world_group
 from megatron_papo.types import Metrics
 
 
@@ -51,7 +51,9 @@ def share_of_cores() -> int:
     """How many cores this rank may keep busy: those that it may run on (`taskset`, Slurm's binding), each divided by
     the ranks of the machine that may run on it too; at least one. Collective over all ranks."""
     host, own = socket.gethostname(), os.sched_getaffinity(0)
-    users = Counter(core for name, cores in gather_objects((host, own), everyone()) if name == host for core in cores)
+    users = Counter(
+        core for name, cores in gather_objects((host, own), world_group()) if name == host for core in cores
+    )
     return max(1, int(sum(Fraction(1, users[core]) for core in own)))
 
 
@@ -86,7 +88,7 @@ def larger(one: float, other: float) -> float:
     return one if math.isnan(one) or one >= other else other
 
 
-def joined(name: str, one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
+def merge_metric(name: str, one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
     """Two parts of a metric as one: sums, and of a name that ends in `_max` the larger."""
     if one is None:
         return other
@@ -104,7 +106,7 @@ def sum_metrics(metrics: Metrics) -> Metrics:
     totals: Metrics = {}
     for part in gather_objects(metrics, here.data_group):
         for name, (numerator, count) in part.items():
-            totals[name] = joined(name, totals.get(name), (float(numerator), float(count)))
+            totals[name] = merge_metric(name, totals.get(name), (float(numerator), float(count)))
     summed: list[Any] = [dict(sorted(totals.items()))]
     if here.pipeline_size > 1:
         source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)

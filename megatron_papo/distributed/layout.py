@@ -120,7 +120,7 @@ def shutdown() -> None:
     _layout = None
 
 
-def everyone() -> dist.ProcessGroup:
+def world_group() -> dist.ProcessGroup:
     """All ranks of the world."""
     group = dist.group.WORLD
     assert group is not None

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldFile:
     place: Path
     """Where the file really lies, links followed."""
     is_file: bool
@@ -31,13 +31,13 @@ class Held:
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[Held]:
+def hold(path: Path) -> Iterator[HeldFile]:
     """Raises OSError, or ValueError for a name that no file can have."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         state = os.fstat(descriptor)
         place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        yield Held(place, stat.S_ISREG(state.st_mode), state.st_size, descriptor)
+        yield HeldFile(place, stat.S_ISREG(state.st_mode), state.st_size, descriptor)
     finally:
         os.close(descriptor)
 

@@ -19,9 +19,9 @@ def build_generator(config: Config, processor: Processor, layout: Layout, report
     installed or cannot run in this layout.
     """
     if config.generation.placement == "separate":
-        from megatron_papo.generation.remote.remote_generator import SeparateGenerator
+        from megatron_papo.generation.remote.remote_generator import RemoteGenerator
 
-        return SeparateGenerator(config, processor, layout, reporter)
+        return RemoteGenerator(config, processor, layout, reporter)
     if config.generation.engine == "vllm":
         from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 

@@ -18,7 +18,7 @@ from megatron_papo.types import Group, Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class Job:
+class RolloutRequest:
     """One rollout to make."""
 
     prompt_index: int
@@ -32,16 +32,16 @@ class Job:
 class Answer:
     """One rollout made: what travels between ranks."""
 
-    job: Job
+    job: RolloutRequest
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
 
 
-def make_jobs(prompts: Sequence[Prompt], sampling: Sampling) -> list[Job]:
+def make_requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutRequest]:
     """All rollouts of the call, group after group."""
     return [
-        Job(place, index, rollout_seed(sampling.seed, prompt.visit, prompt.id, index))
+        RolloutRequest(place, index, rollout_seed(sampling.seed, prompt.visit, prompt.id, index))
         for place, prompt in enumerate(prompts)
         for index in range(sampling.group_size)
     ]
@@ -51,7 +51,7 @@ def generate_in_shares(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     layout: Layout,
-    answer: Callable[[list[Job]], list[Answer]],
+    answer: Callable[[list[RolloutRequest]], list[Answer]],
     decode: Callable[[tuple[int, ...]], str],
     policy_version: int | None,
 ) -> list[Group]:
@@ -64,7 +64,7 @@ def generate_in_shares(
     ranks = layout.tensor_size * layout.pipeline_size
     place = layout.pipeline_rank * layout.tensor_size + layout.tensor_rank
     # contiguous shares: a group's rollouts mostly stay together, and their prompt is read once
-    answers = answer(list(share_of(make_jobs(prompts, sampling), place, ranks)))
+    answers = answer(list(share_of(make_requests(prompts, sampling), place, ranks)))
     if ranks > 1:
         answers = [each for part in gather_objects(answers, layout.model_group) for each in part]
     return groups_of(prompts, sampling, answers, decode, policy_version)

@@ -23,13 +23,13 @@ Read = Callable[[str, Index], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     name: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """Rows `start : start + length` of one source; the runs of an entry, one after the other, are its rows."""
 
     source: int
@@ -38,12 +38,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterEntry:
     """One Megatron parameter (layers counted over the whole model) and the Hugging Face tensors it is made of."""
 
     name: str
-    sources: tuple[Source, ...]
-    runs: tuple[Run, ...]
+    sources: tuple[TensorSource, ...]
+    runs: tuple[RowRange, ...]
     shape: tuple[int, ...]
     """Of the whole parameter."""
     axis: int | None = None
@@ -53,7 +53,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """`shard[local : local + length]` is `whole[start : start + length]`, along the entry's axis."""
 
     local: int
@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Block:
+class ShardBlock:
     """The part `source_index` of one source is the part `shard_index` of a shard."""
 
     source: int
@@ -70,21 +70,21 @@ class Block:
     shard_index: Index
 
 
-def pieces(entry: Entry, shard_shape: Sequence[int], rank: int) -> list[Piece]:
+def pieces(entry: ParameterEntry, shard_shape: Sequence[int], rank: int) -> list[ShardPiece]:
     """Where tensor rank `rank`'s shard lies in the whole parameter, along the entry's axis (axis 0 of a replicated
     one). What no piece covers is padding."""
     if entry.axis is None:
-        return [Piece(0, 0, entry.shape[0])]
+        return [ShardPiece(0, 0, entry.shape[0])]
     each, whole = shard_shape[entry.axis] // entry.parts, entry.shape[entry.axis] // entry.parts
     start, stop = min(rank * each, whole), min((rank + 1) * each, whole)
-    return [Piece(part * each, part * whole + start, stop - start) for part in range(entry.parts) if stop > start]
+    return [ShardPiece(part * each, part * whole + start, stop - start) for part in range(entry.parts) if stop > start]
 
 
-def blocks(entry: Entry, shard_shape: Sequence[int], rank: int) -> Iterator[Block]:
+def blocks(entry: ParameterEntry, shard_shape: Sequence[int], rank: int) -> Iterator[ShardBlock]:
     """Which part of which source is which part of rank `rank`'s shard."""
     held = pieces(entry, shard_shape, rank)
     if entry.axis == 1:
-        rows = [Piece(0, 0, entry.shape[0])]
+        rows = [ShardPiece(0, 0, entry.shape[0])]
         columns: list[tuple[Index, Index]] = [((_span(p.start, p.length),), (_span(p.local, p.length),)) for p in held]
     else:
         rows, columns = held, [((), ())]
@@ -93,7 +93,7 @@ def blocks(entry: Entry, shard_shape: Sequence[int], rank: int) -> Iterator[Bloc
         for run in entry.runs:
             start, stop = max(span.start, row), min(span.start + span.length, row + run.length)
             for in_source, in_shard in columns if stop > start else ():
-                yield Block(
+                yield ShardBlock(
                     run.source,
                     (_span(run.start + start - row, stop - start), *in_source),
                     (_span(span.local + start - span.start, stop - start), *in_shard),
@@ -106,7 +106,7 @@ def _span(start: int, length: int) -> slice:
 
 
 @torch.no_grad()
-def fill_shard(entry: Entry, shard: Tensor, rank: int, read: Read) -> None:
+def fill_shard(entry: ParameterEntry, shard: Tensor, rank: int, read: Read) -> None:
     """Writes rank `rank`'s shard from the Hugging Face tensors, reading only what it holds; padding becomes zero.
 
     Values are cast to the shard's dtype.
@@ -118,7 +118,7 @@ def fill_shard(entry: Entry, shard: Tensor, rank: int, read: Read) -> None:
         target.copy_(part.reshape(target.shape))
 
 
-def assemble(entry: Entry, shards: Sequence[Tensor]) -> list[Tensor]:
+def assemble(entry: ParameterEntry, shards: Sequence[Tensor]) -> list[Tensor]:
     """The full Hugging Face tensors, in the order of `entry.sources`, from the shards of all tensor ranks.
 
     A replicated parameter needs one shard.

@@ -71,7 +71,7 @@ class VisionLanguageModel(MegatronModule):
         check_targets(micro_batch.target_ids_R, self.shape.language.vocab_size, self._banned_ids(head))
 
     def _banned_ids(self, head: HeadRequest) -> tuple[int, ...]:
-        return self.shape.banned_ids if head.banned_ids is None else head.banned_ids
+        return self.shape.vision_token_ids if head.banned_ids is None else head.banned_ids
 
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
         """Of a row that `check` has passed: hidden states for the next stage; on the last, what the head says of its

@@ -86,15 +86,15 @@ class ModelShape:
     vision_end_token_id: int
 
     @property
-    def banned_ids(self) -> tuple[int, ...]:
+    def vision_token_ids(self) -> tuple[int, ...]:
         """Ids that are never a response token: -inf in the engine's logits and in the trainer's."""
         ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
         return tuple(sorted(i for i in ids if i < self.language.vocab_size))
 
-    def unsayable_ids(self, num_words: int) -> tuple[int, ...]:
+    def banned_ids(self, num_words: int) -> tuple[int, ...]:
         """What neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
         beyond the tokenizer's `num_words` (its highest id and one), which stand for nothing."""
-        return tuple(sorted({*self.banned_ids, *range(num_words, self.language.vocab_size)}))
+        return tuple(sorted({*self.vision_token_ids, *range(num_words, self.language.vocab_size)}))
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ModelShape:

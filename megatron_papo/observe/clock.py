@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from megatron_papo.config import RunConfig
 from megatron_papo.distributed.accelerator import wait_for_device
-from megatron_papo.observe.profiling import StageMemory, named_range
+from megatron_papo.observe.profiling import MeasuredMemory, named_range
 from megatron_papo.runtime.watchdog import Watchdog
 
 _PLAIN_EVERY_S = 10.0
@@ -67,7 +67,7 @@ class StageClock:
     def __init__(self, run: RunConfig, rank: int, console: bool = True):
         """`console`: show progress; only rank 0 ever does."""
         self._watchdog = Watchdog(run, rank)
-        self._memory = StageMemory()
+        self._memory = MeasuredMemory()
         self._seconds: dict[str, float] = defaultdict(float)
         self._innermost: list[StageProgress] = []
         shown = console and rank == 0

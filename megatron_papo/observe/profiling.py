@@ -21,7 +21,7 @@ named_range = torch.profiler.record_function
 """A block's name in the trace; costs microseconds when none is being written."""
 
 
-class StageMemory:
+class MeasuredMemory:
     """Peak bytes of each stage; a stage's peak is at least that of the stages within it."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.accelerator import device
-from megatron_papo.distributed.exchange import broadcast_from_last_stage, joined, sum_metrics
+from megatron_papo.distributed.exchange import broadcast_from_last_stage, merge_metric, sum_metrics
 from megatron_papo.model.policy import HeadRequest, VisionLanguageModel
 from megatron_papo.optimization.gradient_guard import fault_of
 from megatron_papo.optimization.optimizer import Optimizer
@@ -140,7 +140,7 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
 def add_metrics(total: Metrics, more: Metrics) -> None:
     """Adds numerators and counts of `more` into `total`; of a maximum the larger stays."""
     for name, (numerator, count) in more.items():
-        total[name] = joined(name, total.get(name), (float(numerator), float(count)))
+        total[name] = merge_metric(name, total.get(name), (float(numerator), float(count)))
 
 
 def _run_schedule(

@@ -21,7 +21,7 @@ _ENOUGH = 0.01
 
 
 @dataclass(frozen=True)
-class Piece:
+class GroupPart:
     group: Group
     rollouts: tuple[int, ...]
     """Places within the group, ascending."""
@@ -42,12 +42,12 @@ class Piece:
         return self.num_views * cost(inputs.token_ids_S.numel(), self.response_lengths, grids)
 
 
-def whole(group: Group, joint: bool) -> Piece:
+def whole(group: Group, joint: bool) -> GroupPart:
     """The group as one piece, however long it is."""
-    return Piece(group, tuple(range(len(group.rollouts))), 2 if joint and group.prompt.has_image else 1)
+    return GroupPart(group, tuple(range(len(group.rollouts))), 2 if joint and group.prompt.has_image else 1)
 
 
-def split(piece: Piece, budget: int) -> list[Piece]:
+def split(piece: GroupPart, budget: int) -> list[GroupPart]:
     """As few pieces of at most `budget` tokens as it takes, their responses of about equal length in all.
 
     Raises ValueError, with the numbers, when the prompt and its longest response alone do not fit.
@@ -63,7 +63,7 @@ def split(piece: Piece, budget: int) -> list[Piece]:
         )
     bins = spread(lengths, lengths, room)
     return [
-        Piece(piece.group, tuple(piece.rollouts[index] for index in sorted(part)), piece.num_views) for part in bins
+        GroupPart(piece.group, tuple(piece.rollouts[index] for index in sorted(part)), piece.num_views) for part in bins
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_papo.config import LossConfig
 from megatron_papo.model.qwen2_5_vl.positions import mrope_positions, text_positions
-from megatron_papo.packing.assignment import Cost, Piece, split, spread, whole
+from megatron_papo.packing.assignment import Cost, GroupPart, split, spread, whole
 from megatron_papo.packing.loss_weights import Totals, rollout_weights
 from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
 
@@ -75,7 +75,7 @@ def _check(group: Group, banned_ids: tuple[int, ...], joint: bool) -> None:
 
 
 def _row(
-    pieces: Sequence[Piece], loss: LossConfig, totals: Totals, *, image_token_id: int, merge_size: int
+    pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, *, image_token_id: int, merge_size: int
 ) -> MicroBatch:
     parts = _Parts(pieces, image_token_id, merge_size)
     rollouts = [(piece.group, index) for piece in pieces for index in piece.rollouts]
@@ -104,7 +104,7 @@ def _row(
 class _Parts:
     """Tokens, positions and segments of a row, laid end to end."""
 
-    def __init__(self, pieces: Sequence[Piece], image_token_id: int, merge_size: int):
+    def __init__(self, pieces: Sequence[GroupPart], image_token_id: int, merge_size: int):
         self.tokens: list[Tensor] = []
         self.positions: list[Tensor] = []
         self.segments: list[Segment] = []
@@ -114,7 +114,7 @@ class _Parts:
         for piece in pieces:
             self._add(piece, _prompt_positions(piece.group.prompt, image_token_id, merge_size))
 
-    def _add(self, piece: Piece, positions_3S: Tensor) -> None:
+    def _add(self, piece: GroupPart, positions_3S: Tensor) -> None:
         prompt, parent = piece.group.prompt, len(self.segments)
         shared = len(piece.rollouts) > 1
         self._lay(prompt.inputs.token_ids_S, positions_3S)

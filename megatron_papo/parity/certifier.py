@@ -18,7 +18,7 @@ import torch
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import everyone
+from megatron_papo.distributed.layout import world_group
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.vllm.start import trainer_state_kept
 from megatron_papo.parity.certificate import Certificate, Sides
@@ -88,7 +88,7 @@ class Certifier:
         certificate = Certificate.of(
             step=step,
             at_start=at_start,
-            findings=[each for share in gather_objects(findings, everyone()) for each in share],
+            findings=[each for share in gather_objects(findings, world_group()) for each in share],
             cases=cases,
             responses=[run.processor.tokenizer.convert_ids_to_tokens(list(ids)) for ids, _ in answers],
             sides=sides,
@@ -164,7 +164,7 @@ class Certifier:
         run = self._run
         folder = model_folder(run.config)
         found = _together(lambda: precision_that_fits(folder) if run.is_writer else None)
-        precision = gather_objects(found, everyone())[0]
+        precision = gather_objects(found, world_group())[0]
         if precision is None:
             return {}, sides.without_huggingface("the host's memory does not hold another copy of the model")
         sides = sides.with_huggingface(precision)
@@ -209,7 +209,7 @@ def _together[Value](work: Callable[[], Value]) -> Value:
         raise
     except Exception as error:
         fault = error
-    reasons = gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}", everyone())
+    reasons = gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}", world_group())
     for rank, reason in enumerate(reasons):
         if reason is not None:
             raise ValueError(f"certificate: rank {rank}: {reason}") from fault

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_papo.config import Config
 from megatron_papo.distributed import accelerator
 from megatron_papo.generation.generator import Generator, Sampling
-from megatron_papo.generation.requests import Answer, make_jobs
+from megatron_papo.generation.requests import Answer, make_requests
 from megatron_papo.generation.transformers.transformers_engine import TransformersGenerator
 from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 from megatron_papo.parity.reading import (
@@ -27,9 +27,9 @@ from megatron_papo.parity.reading import (
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
+    ActivationRecorder,
     Precision,
     Reading,
-    Tape,
     note_layer,
     note_vision,
     patches_of,
@@ -54,9 +54,9 @@ def inspect(generator: Generator, prompt: Prompt, sampling: Sampling) -> tuple[A
     All ranks call it together, with the same prompt. Raises EngineLost as `generate` does.
     """
     if isinstance(generator, TransformersGenerator):
-        with tape_transformers(generator.model, prompt, sampling.max_response_tokens) as tape:
+        with tape_transformers(generator.model, prompt, sampling.max_response_tokens) as recorder:
             answer = generator.answer_alone(prompt, sampling)
-        return answer, _engine_reading(tape.parts(), answer, prompt, {})
+        return answer, _engine_reading(recorder.parts(), answer, prompt, {})
     if isinstance(generator, VllmGenerator):
         answer, parts, missing = inspect_vllm(generator, prompt, sampling)
         return answer, _engine_reading(parts, answer, prompt, missing)
@@ -68,7 +68,7 @@ def _answered(generator: Generator, prompt: Prompt, sampling: Sampling) -> tuple
     (group,) = generator.generate([prompt], sampling)
     rollout = group.rollouts[0]
     answer = Answer(
-        make_jobs([prompt], sampling)[0], rollout.response_ids, rollout.rollout_logprobs, rollout.finish_reason
+        make_requests([prompt], sampling)[0], rollout.response_ids, rollout.rollout_logprobs, rollout.finish_reason
     )
     missing = dict.fromkeys((kind for kind in KINDS if kind != LOGPROBS), "the engine runs in other processes")
     return answer, _engine_reading({}, answer, prompt, missing)
@@ -87,22 +87,22 @@ def _engine_reading(parts: dict[str, Tensor], answer: Answer, prompt: Prompt, mi
 
 
 @contextmanager
-def tape_transformers(model: Any, prompt: Prompt, max_response_tokens: int) -> Iterator[Tape]:
+def tape_transformers(model: Any, prompt: Prompt, max_response_tokens: int) -> Iterator[ActivationRecorder]:
     """Records a Qwen2_5_VLForConditionalGeneration of transformers while it runs on one sequence."""
     language, vision = model.model.language_model, model.model.visual
     places = places_of(prompt, prompt.inputs.token_ids_S.numel() + max_response_tokens + 1)
     patches = patches_of(prompt)
-    with Tape() as tape:
-        tape.after(language.rotary_emb, lambda args, _, out: _note_rotation(tape, args[1], out))
-        tape.after(language.embed_tokens, lambda args, _, __: tape.note(TOKEN_IDS, args[0][0]))
-        tape.after(vision, lambda args, _, out: note_vision(tape, args[0], out.pooler_output))
+    with ActivationRecorder() as recorder:
+        recorder.after(language.rotary_emb, lambda args, _, out: _note_rotation(recorder, args[1], out))
+        recorder.after(language.embed_tokens, lambda args, _, __: recorder.note(TOKEN_IDS, args[0][0]))
+        recorder.after(vision, lambda args, _, out: note_vision(recorder, args[0], out.pooler_output))
         for number, layer in enumerate(vision.blocks):
-            note_layer(tape, layer, f"{VISION_LAYER} {number}", patches, lambda out: out)
+            note_layer(recorder, layer, f"{VISION_LAYER} {number}", patches, lambda out: out)
         for number, layer in enumerate(language.layers):
-            note_layer(tape, layer, f"{LANGUAGE_LAYER} {number}", places, lambda out: out[0])
-        yield tape
+            note_layer(recorder, layer, f"{LANGUAGE_LAYER} {number}", places, lambda out: out[0])
+        yield recorder
 
 
-def _note_rotation(tape: Tape, position_ids_31T: Tensor, cos_and_sin: tuple[Tensor, Tensor]) -> None:
-    tape.note(POSITION_IDS, position_ids_31T[-3:, 0].T)
-    tape.note(ANGLES, torch.cat([part[0].chunk(2, -1)[0] for part in cos_and_sin], dim=-1))
+def _note_rotation(recorder: ActivationRecorder, position_ids_31T: Tensor, cos_and_sin: tuple[Tensor, Tensor]) -> None:
+    recorder.note(POSITION_IDS, position_ids_31T[-3:, 0].T)
+    recorder.note(ANGLES, torch.cat([part[0].chunk(2, -1)[0] for part in cos_and_sin], dim=-1))

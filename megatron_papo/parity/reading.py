@@ -1,7 +1,7 @@
 """What one party computes of a prompt and a response, part by part, and how hooks collect it while a model runs.
 
 `Reading` is what certificates hold against each other; nothing is compared here. A prompt may be read in chunks and its
-response a token at a time, so a `Tape` puts pieces together.
+response a token at a time, so a `ActivationRecorder` puts pieces together.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Places:
         return kept[(kept >= start) & (kept < stop)] - start
 
 
-class Tape:
+class ActivationRecorder:
     """Pieces that hooks note, by part. As a context it takes its hooks off again."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Tape:
         self._seen: dict[str, int] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Tape:
+    def __enter__(self) -> ActivationRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,11 +93,13 @@ def patches_of(prompt: Prompt) -> Places:
     return Places(num_patches, num_patches)
 
 
-def note_layer(tape: Tape, layer: nn.Module, name: str, places: Places, rows: Callable[[Any], Tensor]) -> None:
+def note_layer(
+    recorder: ActivationRecorder, layer: nn.Module, name: str, places: Places, rows: Callable[[Any], Tensor]
+) -> None:
     """Keeps what `rows` makes of the layer's output, [tokens, width]."""
-    tape.after(layer, lambda _, __, out: tape.note(name, rows(out), places))
+    recorder.after(layer, lambda _, __, out: recorder.note(name, rows(out), places))
 
 
-def note_vision(tape: Tape, pixel_values_PD: Tensor, features_MH: Tensor) -> None:
-    tape.note(PIXELS, pixel_values_PD)
-    tape.note(FEATURES, features_MH)
+def note_vision(recorder: ActivationRecorder, pixel_values_PD: Tensor, features_MH: Tensor) -> None:
+    recorder.note(PIXELS, pixel_values_PD)
+    recorder.note(FEATURES, features_MH)

@@ -26,10 +26,10 @@ from megatron_papo.parity.reading import (
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
+    ActivationRecorder,
     Places,
     Precision,
     Reading,
-    Tape,
     patches_of,
     places_of,
 )
@@ -47,10 +47,10 @@ def trainer_precision(run: Run) -> Precision:
 def read_trainer(run: Run, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
     """All ranks of a model-parallel group call it with the same prompt and response, and get the same."""
     (row,) = pack_rows(run, [supervised_group(prompt, response_ids)])
-    with Tape() as tape:
-        _record(tape, run, prompt, row)
+    with ActivationRecorder() as recorder:
+        _record(recorder, run, prompt, row)
         (outputs,) = score(run.policy, [row], HeadRequest(banned_ids=run.banned_ids))
-    pieces = gather_objects(tape.parts(), run.layout.model_group)
+    pieces = gather_objects(recorder.parts(), run.layout.model_group)
     parts = {name: torch.cat([piece[name] for piece in pieces if name in piece]) for name in _names(pieces)}
     parts |= _of_row(row) | {LOGPROBS: outputs.policy_logprobs_R.cpu()}
     return Reading(parts)
@@ -66,30 +66,30 @@ def _of_row(row: MicroBatch) -> dict[str, Tensor]:
     return parts | ({PIXELS: torch.cat(row.pixel_values)} if row.pixel_values else {})
 
 
-def _record(tape: Tape, run: Run, prompt: Prompt, row: MicroBatch) -> None:
+def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBatch) -> None:
     """Puts this rank's hooks: on what it alone holds, and of what all tensor ranks hold on the first of them."""
     policy, layout = run.policy, run.layout
     if layout.tensor_rank == 0 and layout.is_first_stage:
         assert policy.vision is not None
-        tape.after(policy.vision, lambda _, __, out: tape.note(FEATURES, out))
+        recorder.after(policy.vision, lambda _, __, out: recorder.note(FEATURES, out))
         layer = policy.language.decoder.layers[0]
-        tape.after(layer, lambda _, kwargs, __: tape.note(ANGLES, _angles(kwargs, row.num_tokens - 1)))
+        recorder.after(layer, lambda _, kwargs, __: recorder.note(ANGLES, _angles(kwargs, row.num_tokens - 1)))
     if layout.tensor_rank == 0 or run.config.parallel.sequence:
         if policy.vision is not None:
             for layer in policy.vision.decoder.layers:
-                _tape_layer(tape, layer, VISION_LAYER, patches_of(prompt), run)
+                _tape_layer(recorder, layer, VISION_LAYER, patches_of(prompt), run)
         for layer in policy.language.decoder.layers:
-            _tape_layer(tape, layer, LANGUAGE_LAYER, places_of(prompt, row.num_tokens), run)
+            _tape_layer(recorder, layer, LANGUAGE_LAYER, places_of(prompt, row.num_tokens), run)
 
 
-def _tape_layer(tape: Tape, layer: Any, kind: str, places: Places, run: Run) -> None:
+def _tape_layer(recorder: ActivationRecorder, layer: Any, kind: str, places: Places, run: Run) -> None:
     name = f"{kind} {layer.layer_number - 1}"  # Megatron counts from 1, over all stages
 
     def note(args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
         shard_TH = output[0].squeeze(1)
-        tape.note(name, shard_TH, places, start=_first_place(len(shard_TH), run))
+        recorder.note(name, shard_TH, places, start=_first_place(len(shard_TH), run))
 
-    tape.after(layer, note)
+    recorder.after(layer, note)
 
 
 def _first_place(num_own: int, run: Run) -> int:

@@ -106,7 +106,7 @@ class HuggingFace:
         grid = batch.get("image_grid_thw")
         types_1T = (ids_1T == self._model.config.image_token_id).int()
         positions, _ = self._model.model.get_rope_index(ids_1T, mm_token_type_ids=types_1T, image_grid_thw=grid)
-        with tape_transformers(self._model, prompt, len(response_ids)) as tape:
+        with tape_transformers(self._model, prompt, len(response_ids)) as recorder:
             logits_1TV = self._model(
                 input_ids=ids_1T,
                 position_ids=positions,
@@ -115,7 +115,7 @@ class HuggingFace:
                 use_cache=False,
                 logits_to_keep=len(response_ids) + 1,
             ).logits
-        return Reading(_without_last(tape.parts()) | {LOGPROBS: self._logprobs(logits_1TV[0, :-1], response_ids)})
+        return Reading(_without_last(recorder.parts()) | {LOGPROBS: self._logprobs(logits_1TV[0, :-1], response_ids)})
 
     def _logprobs(self, logits_RV: Tensor, response_ids: tuple[int, ...]) -> Tensor:
         logprobs_RV = logits_RV.float().index_fill(1, torch.tensor(self._banned_ids), -torch.inf).log_softmax(-1)

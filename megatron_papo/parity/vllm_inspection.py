@@ -21,8 +21,8 @@ from megatron_papo.parity.reading import (
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
+    ActivationRecorder,
     Places,
-    Tape,
     note_layer,
     note_vision,
     places_of,
@@ -44,15 +44,15 @@ def inspect_vllm(
     def read() -> None:
         if eager:
             angles.append(
-                _angles(model.language_model.model.layers[0].self_attn.rotary_emb, tape.parts()[POSITION_IDS])
+                _angles(model.language_model.model.layers[0].self_attn.rotary_emb, recorder.parts()[POSITION_IDS])
             )
 
-    with Tape() as tape:
-        tape.after(model.visual, lambda args, _, out: note_vision(tape, args[0], out))
+    with ActivationRecorder() as recorder:
+        recorder.after(model.visual, lambda args, _, out: note_vision(recorder, args[0], out))
         if eager:
-            _tape_language(tape, model.language_model.model, places)
+            _tape_language(recorder, model.language_model.model, places)
         answer = generator.answer_alone(prompt, sampling, read)
-    parts = tape.parts()
+    parts = recorder.parts()
     missing = {VISION_LAYER: "vLLM calls them past any hook"}
     if eager:
         (parts[ANGLES],) = angles
@@ -67,11 +67,11 @@ def _itself(model: Any) -> Any:
     return model
 
 
-def _tape_language(tape: Tape, language: Any, places: Places) -> None:
-    tape.after(language.embed_tokens, lambda args, _, __: tape.note(TOKEN_IDS, args[0].long()))
-    tape.after(language.layers[0], lambda args, _, __: tape.note(POSITION_IDS, args[0].T))
+def _tape_language(recorder: ActivationRecorder, language: Any, places: Places) -> None:
+    recorder.after(language.embed_tokens, lambda args, _, __: recorder.note(TOKEN_IDS, args[0].long()))
+    recorder.after(language.layers[0], lambda args, _, __: recorder.note(POSITION_IDS, args[0].T))
     for number, layer in enumerate(language.layers):
-        note_layer(tape, layer, f"{LANGUAGE_LAYER} {number}", places, lambda out: out[0] + out[1])
+        note_layer(recorder, layer, f"{LANGUAGE_LAYER} {number}", places, lambda out: out[0] + out[1])
 
 
 @torch.inference_mode()

@@ -86,10 +86,10 @@ def _vision_s(
 
 def _exchange_s(num_bytes: float, config: Config, cluster: Cluster, assumed: Assumptions) -> float:
     """Of a layer's forward: two sums over the tensor ranks, or as much as gathers and scattered sums."""
-    return 2 * all_reduce_s(num_bytes, config.parallel.tensor, cluster, assumed) * _in_sight(config, assumed)
+    return 2 * all_reduce_s(num_bytes, config.parallel.tensor, cluster, assumed) * _exposed_fraction(config, assumed)
 
 
-def _in_sight(config: Config, assumed: Assumptions) -> float:
+def _exposed_fraction(config: Config, assumed: Assumptions) -> float:
     """Share of tensor exchanges that computation does not hide."""
     return 1 - (assumed.hidden_tensor if config.parallel.overlap_tensor else 0.0)
 
@@ -101,7 +101,9 @@ def _gathers_s(
     if not config.parallel.sequence:
         return 0.0
     num_bytes = size.tokens * shape.language.hidden_size * 2
-    return count * 2 * gather_s(num_bytes, config.parallel.tensor, cluster, assumed) * _in_sight(config, assumed)
+    return (
+        count * 2 * gather_s(num_bytes, config.parallel.tensor, cluster, assumed) * _exposed_fraction(config, assumed)
+    )
 
 
 def _elementwise_again_s(config: Config, shape: ModelShape, size: RowSize, rates: _Rates) -> float:

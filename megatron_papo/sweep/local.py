@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 from megatron_papo.cluster.submit import HOME, write
 from megatron_papo.files.small_files import write_whole
-from megatron_papo.sweep.submit_points import Checked
+from megatron_papo.sweep.submit_points import CheckedPoints
 
 
-def run_points(chosen: Sequence[Checked], say: Callable[[str], None]) -> None:
+def run_points(chosen: Sequence[CheckedPoints], say: Callable[[str], None]) -> None:
     """Interrupted, the running point is written down as such, and the rest is not begun."""
     for each in chosen:
         assert each.plan is not None
@@ -25,7 +25,7 @@ def run_points(chosen: Sequence[Checked], say: Callable[[str], None]) -> None:
         say(f"{each.point.name}: {'done' if code == 0 else f'exit code {code}'}")
 
 
-def _run(checked: Checked) -> int:
+def _run(checked: CheckedPoints) -> int:
     assert checked.plan is not None
     folder = write(checked.plan)
     (folder / "local.json").unlink(missing_ok=True)

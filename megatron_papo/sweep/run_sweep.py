@@ -15,7 +15,7 @@ from megatron_papo.sweep.local import run_points
 from megatron_papo.sweep.plot import sweep_png
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import LIVING, State, states_of, write_refused
-from megatron_papo.sweep.submit_points import Checked, arrays_of, check_points, submit_arrays
+from megatron_papo.sweep.submit_points import CheckedPoints, arrays_of, check_points, submit_arrays
 from megatron_papo.sweep.sweep_page import print_table, write_tables
 from megatron_papo.text.untrusted import as_text
 
@@ -91,7 +91,7 @@ def say(text: str) -> None:
     print(f"sweep: {as_text(text)}", file=sys.stderr, flush=True)
 
 
-def _tell(each: Checked, state: State, kept: bool) -> None:
+def _tell(each: CheckedPoints, state: State, kept: bool) -> None:
     if each.plan is None:
         say(f"{each.point.name}: refused: {each.reason}")
     elif kept:

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.render import array_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch, set_comment
-from megatron_papo.cluster.submit import Plan, plan, write
+from megatron_papo.cluster.submit import SubmissionPlan, plan, write
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.files.small_files import write_whole
 from megatron_papo.preflight.check import check_everything
@@ -28,9 +28,9 @@ _MAY_CHANGE = ("cluster.", "train.steps", "run.", "observe.")
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedPoints:
     point: Point
-    plan: Plan | None
+    plan: SubmissionPlan | None
     """None: it cannot be."""
     reason: str = ""
 
@@ -39,13 +39,13 @@ class Checked:
 class Array:
     """Points that one sbatch submits."""
 
-    members: tuple[Checked, ...]
+    members: tuple[CheckedPoints, ...]
     script: str
     wave: int
     """Those of a later wave wait for all of the earlier ones."""
 
 
-def check_points(sweep: Sweep, points: Sequence[Point], made_from: str, local: bool = False) -> list[Checked]:
+def check_points(sweep: Sweep, points: Sequence[Point], made_from: str, local: bool = False) -> list[CheckedPoints]:
     """Every point by `papo check`; `local` leaves out what only a job needs.
 
     Raises ConfigError for one that was begun with other settings: its figures would be of neither.
@@ -53,31 +53,31 @@ def check_points(sweep: Sweep, points: Sequence[Point], made_from: str, local: b
     return [_check(sweep, point, made_from, local) for point in points]
 
 
-def _check(sweep: Sweep, point: Point, made_from: str, local: bool) -> Checked:
+def _check(sweep: Sweep, point: Point, made_from: str, local: bool) -> CheckedPoints:
     if point.fault:
-        return Checked(point, None, point.fault)
+        return CheckedPoints(point, None, point.fault)
     try:
         made = _plan_local(sweep, point) if local else plan(sweep.config, point.overrides, made_from)
     except ConfigError as error:
-        return Checked(point, None, "; ".join(str(error).splitlines()))
+        return CheckedPoints(point, None, "; ".join(str(error).splitlines()))
     changed = _changed(point, made)
     if changed:
         raise ConfigError(
             f"{point.run_dir}: was begun with other settings ({', '.join(changed[:3])}): take another dir, "
             "or remove that folder"
         )
-    return Checked(point, made)
+    return CheckedPoints(point, made)
 
 
-def _plan_local(sweep: Sweep, point: Point) -> Plan:
+def _plan_local(sweep: Sweep, point: Point) -> SubmissionPlan:
     config = load_config(sweep.config, point.overrides)
     checked = check_everything("train", config, config.cluster.num_ranks)
     if checked.faults:
         raise ConfigError("\n".join(checked.faults))
-    return Plan(config, "", checked.summary, tuple(checked.warnings))
+    return SubmissionPlan(config, "", checked.summary, tuple(checked.warnings))
 
 
-def _changed(point: Point, made: Plan) -> list[str]:
+def _changed(point: Point, made: SubmissionPlan) -> list[str]:
     """Keys of which the steps that the point has recorded had other values."""
     kept = run_records.folder_of(point.run_dir) / "settings.yaml"
     if not (point.run_dir / "metrics.jsonl").exists() or not kept.exists():
@@ -93,9 +93,9 @@ def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def arrays_of(sweep: Sweep, chosen: Sequence[Checked], made_from: str, busy: int = 0) -> list[Array]:
+def arrays_of(sweep: Sweep, chosen: Sequence[CheckedPoints], made_from: str, busy: int = 0) -> list[Array]:
     """`busy`: jobs of this sweep that are in the queue already; with a limit the first arrays wait for them."""
-    groups: dict[tuple[str, ...], list[Checked]] = {}
+    groups: dict[tuple[str, ...], list[CheckedPoints]] = {}
     for each in chosen:
         assert each.plan is not None
         asked = [option for option in sbatch_options(each.plan.config) if not option.startswith("--job-name=")]
@@ -119,7 +119,7 @@ def waves_of(sizes: Iterable[int], limit: int | None, busy: int = 0) -> list[int
     return waves
 
 
-def _script(sweep: Sweep, options: Sequence[str], members: Sequence[Checked], made_from: str) -> str:
+def _script(sweep: Sweep, options: Sequence[str], members: Sequence[CheckedPoints], made_from: str) -> str:
     scripts = {each.point.number: run_records.folder_of(each.point.run_dir) / "job.sh" for each in members}
     at_a_time = "" if sweep.limit is None else f"%{sweep.limit}"
     array = ",".join(map(str, scripts)) + at_a_time
@@ -161,7 +161,7 @@ def submit_arrays(
     return jobs, refused
 
 
-def _record(sweep: Sweep, checked: Checked, array: str) -> None:
+def _record(sweep: Sweep, checked: CheckedPoints, array: str) -> None:
     """The task as a job of its run: in jobs.jsonl, by its comment, and with its log where the run's logs are."""
     point, job = checked.point, f"{array}_{checked.point.number}"
     assert checked.plan is not None

@@ -27,7 +27,7 @@ _ARRAYS = ("places", "lengths", "stopped", "versions", "ids", "logprobs")
 
 
 @dataclass(frozen=True)
-class Flight:
+class PendingRollouts:
     """The rollouts of one step."""
 
     step: int
@@ -40,10 +40,10 @@ class Flight:
     """What the engines measured of them, on this rank."""
 
 
-def to_state(flight: Flight, data_group: ProcessGroup) -> dict[str, Any]:
+def to_state(pending: PendingRollouts, data_group: ProcessGroup) -> dict[str, Any]:
     """The collected rollouts of all data-parallel ranks as plain JSON; all ranks call together."""
-    assert flight.groups is not None, "collect comes first"
-    own = [(place, group.rollouts) for place, group in zip(flight.draw.places, flight.groups, strict=True)]
+    assert pending.groups is not None, "collect comes first"
+    own = [(place, group.rollouts) for place, group in zip(pending.draw.places, pending.groups, strict=True)]
     groups = sorted((each for share in gather_objects(own, data_group) for each in share), key=lambda each: each[0])
     rollouts = [rollout for _, several in groups for rollout in several]
     buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def to_state(flight: Flight, data_group: ProcessGroup) -> dict[str, Any]:
         ids=np.array([token for rollout in rollouts for token in rollout.response_ids], np.int32),
         logprobs=np.array([value for rollout in rollouts for value in rollout.rollout_logprobs], np.float64),
     )
-    return {"step": flight.step, "rollouts": base64.b64encode(buffer.getvalue()).decode()}
+    return {"step": pending.step, "rollouts": base64.b64encode(buffer.getvalue()).decode()}
 
 
 def from_state(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_papo.generation import EngineLost, Generator, Sampling
-from megatron_papo.generation.remote.remote_generator import SeparateGenerator
+from megatron_papo.generation.remote.remote_generator import RemoteGenerator
 from megatron_papo.training.recorder import warn
 from megatron_papo.training.session import Run, give_weights
 from megatron_papo.types import Group, Prompt
@@ -27,7 +27,7 @@ def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling
 
 
 def collect(
-    run: Run, generator: SeparateGenerator, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
+    run: Run, generator: RemoteGenerator, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
 ) -> list[Group]:
     """The rollouts that were asked for by `generator.submit(prompts, sampling)`. Those of an engine started anew are of
     the policy as it is now, which `policy_version` numbers: the weights they were asked of may be no more."""

@@ -29,7 +29,7 @@ from megatron_papo.costs.flops import Meter, group_flops
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.distributed.accelerator import adapt_megatron, has_gpu, seed_all
 from megatron_papo.distributed.exchange import gather_objects, move_items
-from megatron_papo.distributed.layout import Layout, everyone, initialize, own_rank, shutdown
+from megatron_papo.distributed.layout import Layout, initialize, own_rank, shutdown, world_group
 from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.files.small_files import print_warning
 from megatron_papo.generation import Generator
@@ -78,7 +78,7 @@ class Run:
     @property
     def banned_ids(self) -> tuple[int, ...]:
         """Tokens that neither engine nor trainer gives any probability: vision placeholders and padded words."""
-        return self.shape.unsayable_ids(self.processor.num_words)
+        return self.shape.banned_ids(self.processor.num_words)
 
 
 def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
@@ -102,7 +102,7 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         heartbeat = stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
         with clock.stage("join"):
             layout = initialize(config.parallel, num_engine_ranks)
-            heartbeat.met(gather_objects(uuid.uuid4().hex, everyone())[0])
+            heartbeat.met(gather_objects(uuid.uuid4().hex, world_group())[0])
         stack.push(_end_groups)
         if num_engine_ranks and layout.rank == 0:
             stack.enter_context(offered_key(config.run.dir, world_store(config.parallel.timeout_s)))

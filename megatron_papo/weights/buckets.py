@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_papo.distributed.layout import Layout
-from megatron_papo.model.parameter_map import Entry, assemble
-from megatron_papo.weights.held import Held
+from megatron_papo.model.parameter_map import ParameterEntry, assemble
+from megatron_papo.weights.held import HeldParameter
 
 
 @dataclass(frozen=True)
 class Bucket:
     stage: int
-    entries: tuple[Entry, ...]
+    entries: tuple[ParameterEntry, ...]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -32,10 +32,10 @@ class Bucket:
         return [source.shape for entry in self.entries for source in entry.sources]
 
 
-def make_buckets(table: Mapping[str, Entry], owner: Mapping[str, int], most_values: int) -> Iterator[Bucket]:
+def make_buckets(table: Mapping[str, ParameterEntry], owner: Mapping[str, int], most_values: int) -> Iterator[Bucket]:
     """The entries in the table's order; a bucket has one stage and, unless it is a single entry, at most `most_values`
     values."""
-    held: list[Entry] = []
+    held: list[ParameterEntry] = []
     values = 0
     for name, entry in table.items():
         size = sum(math.prod(source.shape) for source in entry.sources)
@@ -48,7 +48,7 @@ def make_buckets(table: Mapping[str, Entry], owner: Mapping[str, int], most_valu
         yield Bucket(owner[held[0].name], tuple(held))
 
 
-def gather_bucket(bucket: Bucket, held: Mapping[str, Held], like: Tensor, here: Layout) -> list[Tensor]:
+def gather_bucket(bucket: Bucket, held: Mapping[str, HeldParameter], like: Tensor, here: Layout) -> list[Tensor]:
     """The bucket's full Hugging Face tensors on every rank of the model-parallel group; a collective of it.
 
     Of the dtype and on the device of `like`. None shares the model's memory.
@@ -67,7 +67,7 @@ def gather_bucket(bucket: Bucket, held: Mapping[str, Held], like: Tensor, here: 
     return [part.view(shape) for part, shape in zip(flat.split(sizes), bucket.shapes)]
 
 
-def _assembled(bucket: Bucket, held: Mapping[str, Held], here: Layout) -> list[Tensor]:
+def _assembled(bucket: Bucket, held: Mapping[str, HeldParameter], here: Layout) -> list[Tensor]:
     parts = [held[entry.name] for entry in bucket.entries]
     own = [part.tensor.detach() for part in parts]
     split = [place for place, part in enumerate(parts) if part.entry.axis is not None and here.tensor_size > 1]

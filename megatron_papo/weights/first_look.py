@@ -19,14 +19,14 @@ import torch
 from safetensors import safe_open
 
 from megatron_papo.generation.weight_check import expected_shapes, read_config
-from megatron_papo.model.parameter_map import Block, Entry, blocks
+from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks
 from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table, published_name
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.weights.held import Held
+from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.weight_files import weight_files
 
 
-def look(folder: Path, shape: ModelShape, held: Mapping[str, Held], tensor_rank: int) -> None:
+def look(folder: Path, shape: ModelShape, held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
     """Raises ValueError naming what transformers reads otherwise. `held`: this rank's parameters, as they were loaded
     from `folder`."""
     files = files_of_transformers(folder)
@@ -69,7 +69,7 @@ def _compare_names(folder: Path, shape: ModelShape) -> None:
             raise ValueError(f"{folder}: {name}: {ours.get(name)} here, {theirs.get(name)} in transformers' model")
 
 
-def _compare_rows(files: list[Path], held: Mapping[str, Held], tensor_rank: int) -> None:
+def _compare_rows(files: list[Path], held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
     with ExitStack() as stack:
         found: dict[str, tuple[Path, Any, str]] = {}
         for file in files:  # of a name that two files have transformers takes the last
@@ -86,7 +86,7 @@ def _compare_rows(files: list[Path], held: Mapping[str, Held], tensor_rank: int)
                     raise ValueError(f"{file}: {name}: row {row.source_index[0].start} was not loaded as it is there")
 
 
-def _sample(entry: Entry, shard_shape: torch.Size, rank: int) -> Iterator[Block]:
+def _sample(entry: ParameterEntry, shard_shape: torch.Size, rank: int) -> Iterator[ShardBlock]:
     """The first, a middle and the last row that the shard has of the parameter."""
     own = list(blocks(entry, shard_shape, rank))
     if not own:
@@ -97,14 +97,14 @@ def _sample(entry: Entry, shard_shape: torch.Size, rank: int) -> Iterator[Block]
     yield _row(own[-1], _num_rows(own[-1]) - 1)
 
 
-def _num_rows(block: Block) -> int:
+def _num_rows(block: ShardBlock) -> int:
     return block.source_index[0].stop - block.source_index[0].start
 
 
-def _row(block: Block, number: int) -> Block:
+def _row(block: ShardBlock, number: int) -> ShardBlock:
     """The block of one row within another."""
     source, shard = (
         (slice(index[0].start + number, index[0].start + number + 1), *index[1:])
         for index in (block.source_index, block.shard_index)
     )
-    return Block(block.source, source, shard)
+    return ShardBlock(block.source, source, shard)

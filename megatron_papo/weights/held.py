@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megatron_papo.model.parameter_map import Entry
+from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.qwen2_5_vl.parameters import OUTPUT_LAYER, WORD_EMBEDDINGS, parameter_table, table_name
 from megatron_papo.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldParameter:
     """A parameter of this rank: its shard of the entry's whole parameter."""
 
-    entry: Entry
+    entry: ParameterEntry
     tensor: Tensor
     copy: bool = False
     """Tied embeddings on several stages: the last stage's output layer repeats the first stage's word embedding."""
 
 
-def held_parameters(model: nn.Module, shape: ModelShape, tensor_size: int) -> dict[str, Held]:
+def held_parameters(model: nn.Module, shape: ModelShape, tensor_size: int) -> dict[str, HeldParameter]:
     """The parameters of this rank by Megatron name. Raises ValueError for one that does not fit `shape`."""
     table = parameter_table(shape)
     held = {}
@@ -36,7 +36,7 @@ def held_parameters(model: nn.Module, shape: ModelShape, tensor_size: int) -> di
         if entry is None:
             raise ValueError(f"{name}: the model has this parameter, the name table does not")
         _check_shard(name, entry, tuple(parameter.shape), tensor_size)
-        held[name] = Held(entry, parameter, copy)
+        held[name] = HeldParameter(entry, parameter, copy)
     return held
 
 
@@ -57,7 +57,7 @@ def _renumbered(name: str, numbers: Mapping[str, str]) -> str:
     return f"{match[1]}.{numbers[match[0]]}{name[match.end() :]}" if match else name
 
 
-def _check_shard(name: str, entry: Entry, shape: tuple[int, ...], tensor_size: int) -> None:
+def _check_shard(name: str, entry: ParameterEntry, shape: tuple[int, ...], tensor_size: int) -> None:
     expected = list(entry.shape)
     fits = len(shape) == len(expected)
     if fits and entry.axis is not None:

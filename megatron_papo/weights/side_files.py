@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_papo.files.held_file import Held, hold
+from megatron_papo.files.held_file import HeldFile, hold
 
 _MAX_BYTES = 256 * 2**20
 """The largest tokenizers have a tenth of it."""
@@ -43,7 +43,7 @@ def check(file: Path) -> str | None:
     return None if fault is None else f"{file}: {fault}: left out of checkpoints and exports"
 
 
-def _fault(file: Path, held: Held) -> str | None:
+def _fault(file: Path, held: HeldFile) -> str | None:
     folder = Path(os.path.realpath(file.parent))
     if held.place != folder / file.name and held.place.parent != _blobs(folder):
         return f"a link to {held.place}; only what lies in the folder itself is copied"

@@ -19,7 +19,7 @@ from megatron_papo.model.parameter_map import fill_shard
 from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.buckets import gather_bucket, make_buckets
-from megatron_papo.weights.held import Held, held_parameters
+from megatron_papo.weights.held import HeldParameter, held_parameters
 from megatron_papo.weights.huggingface_folder import OpenWeights, find_weights
 from megatron_papo.weights.publishing import write_folder
 
@@ -39,7 +39,11 @@ def read_hf(model: nn.Module, shape: ModelShape, folder: Path | str, progress: P
 
 
 def fill_held(
-    held: Mapping[str, Held], shape: ModelShape, folder: Path | str, tensor_rank: int, progress: Progress | None = None
+    held: Mapping[str, HeldParameter],
+    shape: ModelShape,
+    folder: Path | str,
+    tensor_rank: int,
+    progress: Progress | None = None,
 ) -> None:
     """`read_hf` for parameters at hand."""
     weights = find_weights(Path(folder))

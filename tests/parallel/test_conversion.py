@@ -18,7 +18,7 @@ from megatron_papo.config import load_config
 from megatron_papo.conversion.convert import convert
 from megatron_papo.conversion.plan import Settings
 from megatron_papo.conversion.verify import verify
-from megatron_papo.conversion.workers import Crew
+from megatron_papo.conversion.workers import Workers
 from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.transfer import read_hf, write_hf
@@ -74,16 +74,16 @@ def _saved_by_a_run(source: str, folder: str, tensor: int, pipeline: int) -> Non
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 1), (2, 2)])
 def test_any_layout_reads_a_converted_checkpoint_and_any_layouts_is_exported(source, tmp_path, tensor, pipeline):
     expected = _tensors(source)
-    convert("hf-to-megatron", source, tmp_path / "m", SMALL, MEMORY, Crew())
+    convert("hf-to-megatron", source, tmp_path / "m", SMALL, MEMORY, Workers())
     assert len(list((tmp_path / "m").glob("*.distcp"))) > 5
     run_ranks(
         _into_a_model, tensor * pipeline, str(source), str(tmp_path / "m"), tensor, pipeline, str(tmp_path / "read")
     )
     run_ranks(_saved_by_a_run, tensor * pipeline, str(source), str(tmp_path / "run"), tensor, pipeline)
-    convert("megatron-to-hf", tmp_path / "run" / "step_00000007", tmp_path / "export", SMALL, MEMORY, Crew())
+    convert("megatron-to-hf", tmp_path / "run" / "step_00000007", tmp_path / "export", SMALL, MEMORY, Workers())
     for folder in ("read", "export"):
         found = _tensors(tmp_path / folder)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder
-    verdict = verify(tmp_path / "export", MEMORY, Crew(), tmp_path / "run" / "step_00000007")
+    verdict = verify(tmp_path / "export", MEMORY, Workers(), tmp_path / "run" / "step_00000007")
     assert verdict.faults == [] and not verdict.inexact

@@ -596,7 +596,7 @@ def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
 
     before = memory("VmRSS"), memory("RssAnon")
     Path("/proc/self/clear_refs").write_text("5")
-    report = convert("hf-to-megatron", source, target, Settings(), before[0] + budget, workers.Crew())
+    report = convert("hf-to-megatron", source, target, Settings(), before[0] + budget, workers.Workers())
     out.write_text(f"{report.peak_bytes - before[0]} {report.peak_anonymous_bytes - before[1]} {report.num_bytes}")
     os._exit(0)
 

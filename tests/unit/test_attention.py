@@ -98,7 +98,7 @@ def test_rotated_queries_and_keys_turn_as_transformers_turns_them():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad(found, leaves, upstream)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k, v), upstream), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotation.turn_back(rotation.turn(q.detach())), q.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(rotation.rotate_inverse(rotation.turn(q.detach())), q.detach(), atol=1e-12, rtol=0)
 
 
 def test_finite_differences_through_a_shared_prompt():

@@ -16,7 +16,7 @@ from megatron_papo.parity.certificate_files import Folder
 from megatron_papo.parity.certificate_page import certificate_page
 from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, TRAINER, Case, Finding, compare, first_departure
 from megatron_papo.parity.limits import Limits, coarser
-from megatron_papo.parity.reading import MOST_PLACES, Places, Reading, Tape
+from megatron_papo.parity.reading import MOST_PLACES, ActivationRecorder, Places, Reading
 
 FP32 = dict.fromkeys((HUGGINGFACE, TRAINER, ENGINE), "float32")
 
@@ -107,12 +107,12 @@ def test_places_are_spread_over_the_prompt_and_all_of_the_response():
 
 def test_a_tape_puts_chunks_together_and_takes_its_hooks_off():
     layer, rows = torch.nn.Identity(), torch.arange(24.0).view(12, 2)
-    with Tape() as tape:
-        tape.after(layer, lambda _, __, out: tape.note("layer", out, Places(4, 6)))
+    with ActivationRecorder() as recorder:
+        recorder.after(layer, lambda _, __, out: recorder.note("layer", out, Places(4, 6)))
         for chunk in rows.split(5):
             layer(chunk)
     layer(rows)
-    assert torch.equal(tape.parts()["layer"], rows[:6])
+    assert torch.equal(recorder.parts()["layer"], rows[:6])
 
 
 def certificate(step: int, *, at_start: bool = False, difference: float = 0.0) -> Certificate:

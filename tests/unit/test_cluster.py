@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.cluster.finished import is_finished
-from megatron_papo.cluster.listing import Line, print_listing
+from megatron_papo.cluster.listing import ListedRun, print_listing
 from megatron_papo.cluster.render import array_script, job_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.cluster.supervise import say
@@ -184,7 +184,7 @@ def test_a_private_file_is_its_owners_from_the_beginning(tmp_path: Path):
 def test_a_list_of_runs_shows_names_as_text(capsys: pytest.CaptureFixture, monkeypatch, terminal: bool):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "200")
-    print_listing([Line("1", "running", "1", "0:00", "0", "0", "runs/[red]a\x1b[31m\tb", "\u202ewhy\n")])
+    print_listing([ListedRun("1", "running", "1", "0:00", "0", "0", "runs/[red]a\x1b[31m\tb", "\u202ewhy\n")])
     printed = capsys.readouterr().out
     assert r"runs/[red]a\x1b[31m\tb" in printed and r"\u202ewhy\n" in printed
     assert terminal or printed.count("\n") == 2

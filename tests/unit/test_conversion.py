@@ -16,11 +16,11 @@ from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.convert import chunk_for
 from megatron_papo.conversion.hashing import Hasher
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, plan_file
-from megatron_papo.conversion.journal import Journal, Record, read_journal
+from megatron_papo.conversion.journal import Journal, JournalEntry, read_journal
 from megatron_papo.conversion.plan import Settings, plan_target
 from megatron_papo.conversion.progress_bar import memory
 from megatron_papo.conversion.spans import in_order, num_values, source_spans, spans, width
-from megatron_papo.model.parameter_map import Entry, fill_shard
+from megatron_papo.model.parameter_map import ParameterEntry, fill_shard
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
@@ -34,7 +34,7 @@ UNORDERED = {f"vision.decoder.layers.{layer}.self_attention.linear_qkv.{kind}"
              for layer in range(2) for kind in ("weight", "bias")}  # fmt: skip
 
 
-def _whole(entry: Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _whole(entry: ParameterEntry) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A parameter as the name table makes it, and its sources, as matrices."""
     sources = [torch.randn(source.shape[0], width(entry)) for source in entry.sources]
     named = {source.name: tensor for source, tensor in zip(entry.sources, sources)}
@@ -140,7 +140,7 @@ def test_headers_that_lie_are_refused_with_the_file(tmp_path):
 
 def test_a_journal_survives_a_line_cut_short(tmp_path):
     file = tmp_path / "a.jsonl"
-    first, second = (Record(name, ("1",), ("2",), ("3", "4"), 5) for name in ("a", "b"))
+    first, second = (JournalEntry(name, ("1",), ("2",), ("3", "4"), 5) for name in ("a", "b"))
     journal = Journal(file, [])
     journal.append(first)
     journal.mark_synced(1)

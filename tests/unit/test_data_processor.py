@@ -114,7 +114,7 @@ def test_a_token_without_a_row_is_refused(folder, tmp_path):
         found = processor.tokenizer.convert_tokens_to_ids("<answer>")
         if found < size:
             check_words(processor, shape)
-            assert found not in shape.unsayable_ids(processor.num_words)
+            assert found not in shape.banned_ids(processor.num_words)
             continue
         with pytest.raises(
             ValueError, match=rf"^model.path: .*: tokenizer has {found + 1} words, vocab_size is {size}$"

@@ -8,7 +8,7 @@ import pytest
 import megatron_papo.preflight.doctor as doctor
 from megatron_papo import cli
 from megatron_papo.preflight import tested_versions
-from megatron_papo.preflight.doctor import Finding, apex, compared, gpu, required, shortened
+from megatron_papo.preflight.doctor import DoctorFinding, apex, compared, gpu, required, shortened
 
 
 def _package(folder, *subfolders):
@@ -114,7 +114,7 @@ def test_a_tested_set_is_known_and_what_differs_is_named(name: str):
     """The build of torch, as in 2.13.0+cu130, is no difference."""
     pins = tested_versions.versions(name)
     installed = pins | {"torch": f"{pins['torch']}+cu130"}
-    assert compared(installed.get, name == "cuda") == Finding("tested versions", f"the {name} set", "ok")
+    assert compared(installed.get, name == "cuda") == DoctorFinding("tested versions", f"the {name} set", "ok")
     other = compared((installed | {"transformers": "5.24.0"}).get, name == "cuda")
     assert other.state == "warning"
     assert (
@@ -127,11 +127,17 @@ def test_a_package_without_its_project_folder_has_no_tested_set(tmp_path):
 
 
 def test_exit_code_says_whether_something_required_is_missing(monkeypatch, capsys):
-    fine = [Finding("torch", "2.13.0", "ok"), Finding("vLLM", "", "absent", "slow"), Finding("apex", "0.9", "warning")]
+    fine = [
+        DoctorFinding("torch", "2.13.0", "ok"),
+        DoctorFinding("vLLM", "", "absent", "slow"),
+        DoctorFinding("apex", "0.9", "warning"),
+    ]
     monkeypatch.setattr(doctor, "examine", lambda: fine)
     assert doctor.main() == 0
     assert "papo: warning: see apex above" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "examine", lambda: [*fine, Finding("numpy", "2.5", "missing", "needed: numpy<2.5")])
+    monkeypatch.setattr(
+        doctor, "examine", lambda: [*fine, DoctorFinding("numpy", "2.5", "missing", "needed: numpy<2.5")]
+    )
     assert doctor.main() == 1
     assert capsys.readouterr().out.strip().endswith("papo: cannot run: numpy")
 
@@ -144,7 +150,7 @@ def test_this_machine_has_what_the_tests_need():
 
 
 def test_what_is_found_is_shown_as_text_on_a_terminal_of_any_encoding(monkeypatch):
-    found = [Finding("a[red]", "\x1b[31m", "absent", "the [vllm] extra"), Finding("b", "", "ok")]
+    found = [DoctorFinding("a[red]", "\x1b[31m", "absent", "the [vllm] extra"), DoctorFinding("b", "", "ok")]
     monkeypatch.setattr(doctor, "examine", lambda: found)
     screen = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace")  # as every program has it (runtime/process.py)
     monkeypatch.setattr("sys.stdout", screen)

@@ -13,7 +13,7 @@ from megatron_papo.conversion.stores import Files, read_rows
 from megatron_papo.model.qwen2_5_vl.parameters import HEAD, WORDS, module_name, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.first_look import files_of_transformers, look
-from megatron_papo.weights.held import Held
+from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.transfer import fill_held
 from megatron_papo.weights.weight_files import INDEX_FILE, weight_files
 from tests.tiny import tiny_config, tiny_model
@@ -54,7 +54,7 @@ def zeros(tensors):
 def loaded(folder, shape):
     """Published name -> tensor, as training loads it into one rank, looked at as a verb does."""
     table = parameter_table(shape)
-    held = {name: Held(entry, torch.empty(entry.shape)) for name, entry in table.items()}
+    held = {name: HeldParameter(entry, torch.empty(entry.shape)) for name, entry in table.items()}
     fill_held(held, shape, folder, tensor_rank=0)
     look(folder, shape, held, tensor_rank=0)
     return {name: part.tensor for name, part in held.items()}
@@ -207,7 +207,7 @@ def test_names_of_every_age_are_read(tensors, tmp_path, text, vision):
 def test_the_first_look_finds_what_was_not_loaded_as_it_is(tensors, tmp_path):
     folder = folder_of(tmp_path / "model", {"model.safetensors": tensors})
     table = parameter_table(SHAPE)
-    held = {name: Held(entry, torch.empty(entry.shape)) for name, entry in table.items()}
+    held = {name: HeldParameter(entry, torch.empty(entry.shape)) for name, entry in table.items()}
     fill_held(held, SHAPE, folder, tensor_rank=0)
     look(folder, SHAPE, held, tensor_rank=0)
     held["vision.merger.linear_fc2.weight"].tensor.zero_()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_papo.model.parameter_map import Entry, assemble, blocks, fill_shard
+from megatron_papo.model.parameter_map import ParameterEntry, assemble, blocks, fill_shard
 from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table, published_name, table_name
 from megatron_papo.model.shape import ModelShape
 from tests.tiny import tiny_config, tiny_model
@@ -20,7 +20,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {published_name(name): tensor for name, tensor in tiny_model(CONFIG).state_dict().items()}
 
 
-def _shards(entry: Entry, tensors: dict[str, torch.Tensor], size: int) -> list[torch.Tensor]:
+def _shards(entry: ParameterEntry, tensors: dict[str, torch.Tensor], size: int) -> list[torch.Tensor]:
     shape = list(entry.shape)
     if entry.axis is not None:
         part = -(-shape[entry.axis] // entry.parts // size)  # rounded up: what does not divide is padded

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_papo.algorithm.advantages import with_advantages
 from megatron_papo.algorithm.losses import LossSettings, papo_loss, sft_loss
 from megatron_papo.config import Config, LossConfig
-from megatron_papo.distributed.exchange import joined
+from megatron_papo.distributed.exchange import merge_metric
 from megatron_papo.packing import (
     Totals,
     balance,
@@ -407,7 +407,7 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(averaging: str, kl
             total, metrics = papo_loss(_toy_outputs(row, table), joint_row(row), LossSettings.at_step(config, 0))
             total.backward()
             for name, pair in metrics.items():
-                sums[name] = joined(name, sums.get(name), pair)
+                sums[name] = merge_metric(name, sums.get(name), pair)
         results.append(([row.segment_lengths for row in rows], table.grad, sums))
     splits = [split for split, *_ in results]
     assert [len(split) for split in splits] == [1, 2, 3, 2, 4]
@@ -434,7 +434,7 @@ def test_a_maximum_of_micro_batches_keeps_a_nan_wherever_it_stands(values):
     for name, expected in (("gap_max", math.nan), ("gap", math.nan)):
         total = None
         for value in values:
-            total = joined(name, total, (value, 1.0))
+            total = merge_metric(name, total, (value, 1.0))
         assert total == pytest.approx((expected, 1.0 if name == "gap_max" else 4.0), nan_ok=True)
     numbers = [value for value in values if not math.isnan(value)]
-    assert reduce(partial(joined, "gap_max"), [(value, 1.0) for value in numbers]) == (3.0, 1.0)
+    assert reduce(partial(merge_metric, "gap_max"), [(value, 1.0) for value in numbers]) == (3.0, 1.0)

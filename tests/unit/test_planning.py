@@ -18,7 +18,7 @@ from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.estimate import estimate
 from megatron_papo.planning.measured_run import planned
 from megatron_papo.planning.published_runs import beside_published
-from megatron_papo.planning.ranking import Plan, plan
+from megatron_papo.planning.ranking import LayoutPlan, plan
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
@@ -38,7 +38,7 @@ def recipe(*words: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def found() -> Plan:
+def found() -> LayoutPlan:
     shape = shape_named("Qwen2.5-VL-72B")
     return plan(recipe(), shape, Cluster(GPUS["H100"], 8), Assumptions(), Workload.of(recipe(), shape))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_papo.generation.generator import Sampling
-from megatron_papo.generation.requests import make_jobs
+from megatron_papo.generation.requests import make_requests
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
 from megatron_papo.generation.vllm.start import check_bans, remove_leftovers
 from megatron_papo.generation.vllm.vllm_requests import _compact
@@ -43,7 +43,7 @@ def test_seeds_are_fixed_and_distinct():
 
 def test_a_prompt_that_comes_twice_in_a_call_has_seeds_of_its_own_each_time():
     first = Prompt("train:7", 7, "", "", (), ModelInputs(torch.tensor([1]), None, None), visit=30)
-    jobs = make_jobs([first, replace(first, visit=37), first], sampling(group_size=16))
+    jobs = make_requests([first, replace(first, visit=37), first], sampling(group_size=16))
     seeds = [{job.seed for job in jobs if job.prompt_index == place} for place in range(3)]
     assert len(seeds[0] | seeds[1]) == 32 and seeds[0] == seeds[2]
 

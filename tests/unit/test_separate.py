@@ -19,11 +19,11 @@ from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 from megatron_papo.generation.remote.engine_store import Address, EngineStore
-from megatron_papo.generation.remote.messages import Bucket
-from megatron_papo.generation.remote.weight_broadcast import Bridge, BridgeBroken
+from megatron_papo.generation.remote.messages import BucketMessage
+from megatron_papo.generation.remote.weight_broadcast import BroadcastBroken, WeightBroadcast
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.check import faults_of_layout
-from megatron_papo.training.pending_rollouts import Flight, age, from_state, to_state
+from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 from tests.ranks import run_ranks
 from tests.unit.test_shape import PUBLISHED_3B
@@ -34,28 +34,28 @@ def store() -> dist.Store:
     return dist.HashStore()
 
 
-def _bridges(store: dist.Store, size: int) -> list[Bridge]:
+def _bridges(store: dist.Store, size: int) -> list[WeightBroadcast]:
     with ThreadPoolExecutor(size) as pool:  # each waits for the others
-        return list(pool.map(lambda rank: Bridge("bridge", store, rank, size), range(size)))
+        return list(pool.map(lambda rank: WeightBroadcast("bridge", store, rank, size), range(size)))
 
 
 def test_weights_cross_the_bridge_in_buckets(store):
     named = [(f"w{index}", torch.randn(index + 1, 3, dtype=torch.float64)) for index in range(6)]
     sender, *receivers = _bridges(store, 3)
-    told: list[SimpleQueue[Bucket | None]] = [SimpleQueue() for _ in receivers]
+    told: list[SimpleQueue[BucketMessage | None]] = [SimpleQueue() for _ in receivers]
 
-    def receive(bridge: Bridge, messages: SimpleQueue[Bucket | None]) -> dict[str, torch.Tensor]:
-        return {name: tensor for bucket in iter(messages.get, None) for name, tensor in bridge.receive(bucket)}
+    def receive(broadcast: WeightBroadcast, messages: SimpleQueue[BucketMessage | None]) -> dict[str, torch.Tensor]:
+        return {name: tensor for bucket in iter(messages.get, None) for name, tensor in broadcast.receive(bucket)}
 
-    def announce(bucket: Bucket | None) -> None:
+    def announce(bucket: BucketMessage | None) -> None:
         for messages in told:
             messages.put(bucket)
         if bucket is not None:
             buckets.append(bucket)
 
-    buckets: list[Bucket] = []
+    buckets: list[BucketMessage] = []
     with ThreadPoolExecutor(2) as pool:
-        found = [pool.submit(receive, bridge, messages) for bridge, messages in zip(receivers, told)]
+        found = [pool.submit(receive, broadcast, messages) for broadcast, messages in zip(receivers, told)]
         sender.send(iter(named), announce, torch.float32, bucket_bytes=4 * 3 * 6)
         announce(None)
         for each in found:
@@ -68,7 +68,7 @@ def test_weights_cross_the_bridge_in_buckets(store):
 
 def _raises_soon(action: Callable[[], Any]) -> float:
     start = time.monotonic()
-    with pytest.raises(BridgeBroken):
+    with pytest.raises(BroadcastBroken):
         action()
     return time.monotonic() - start
 
@@ -76,7 +76,7 @@ def _raises_soon(action: Callable[[], Any]) -> float:
 def test_who_waits_at_a_bridge_whose_other_end_is_gone_stops_waiting(store):
     _, receiver = _bridges(store, 2)
     threading.Timer(0.5, receiver.abort).start()
-    assert _raises_soon(lambda: list(receiver.receive(Bucket(("w",), ((2,),), torch.float32)))) < 5
+    assert _raises_soon(lambda: list(receiver.receive(BucketMessage(("w",), ((2,),), torch.float32)))) < 5
 
 
 def test_a_broken_bridge_still_draws_every_tensor(store):
@@ -90,7 +90,7 @@ def test_a_broken_bridge_still_draws_every_tensor(store):
             drawn.append(index)
             yield f"w{index}", torch.ones(2**18)
 
-    with pytest.raises(BridgeBroken):
+    with pytest.raises(BroadcastBroken):
         sender.send(tensors(), lambda bucket: None, torch.float32, bucket_bytes=2**20)
     assert drawn == list(range(40))
 
@@ -128,10 +128,10 @@ def _group(place: int) -> Group:
     return Group(_prompt(place), rollouts)
 
 
-def _flight(places: list[int]) -> Flight:
+def _flight(places: list[int]) -> PendingRollouts:
     groups = tuple(_group(place) for place in places)
     draw = Draw((tuple(group.prompt for group in groups),), (tuple(places),), DataCursor(9, 0, position=8))
-    return Flight(7, DataCursor(9, 0, position=4), draw, groups)
+    return PendingRollouts(7, DataCursor(9, 0, position=4), draw, groups)
 
 
 def _saved(world_size: int) -> dict[str, Any]:

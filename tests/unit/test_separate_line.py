@@ -25,25 +25,25 @@ from PIL import Image
 
 from megatron_papo.generation.generator import Sampling
 from megatron_papo.generation.remote import handshake
-from megatron_papo.generation.remote.channel import Inbox, Line
+from megatron_papo.generation.remote.channel import Channel, Inbox
 from megatron_papo.generation.remote.engine_store import EngineStore
-from megatron_papo.generation.remote.handshake import Door, knock
+from megatron_papo.generation.remote.handshake import ConnectionListener, connect
 from megatron_papo.generation.remote.messages import (
     Answers,
-    Bucket,
+    BucketMessage,
     Bye,
     Generate,
+    GenerationProgress,
     Load,
     Loaded,
     Message,
-    Progress,
     Stop,
     decode,
     encode,
 )
 from megatron_papo.generation.remote.run_key import fingerprint, make_key, offered_key, read_key
-from megatron_papo.generation.requests import Answer, Job
-from megatron_papo.generation.vllm.vllm_requests import Request
+from megatron_papo.generation.requests import Answer, RolloutRequest
+from megatron_papo.generation.vllm.vllm_requests import VllmRequest
 
 KEY = b"k" * 32
 
@@ -53,20 +53,20 @@ def _picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=numpy.uint8), mode="RGB")
 
 
-JOBS = (Job(0, 0, 2**63 - 1), Job(0, 1, 0), Job(7, 0, 1))
+JOBS = (RolloutRequest(0, 0, 2**63 - 1), RolloutRequest(0, 1, 0), RolloutRequest(7, 0, 1))
 SAMPLING = Sampling(
     group_size=2, temperature=0.1 + 0.2, top_p=1.0, top_k=0, max_response_tokens=6, seed=2**40, masked=True
 )
 REQUESTS = {
-    0: Request([5, 151_655, 7], [5, 151_655, 151_655, 7], [_picture(56, 28), _picture(28, 84)]),
-    7: Request([1, 2], [1, 2], []),
+    0: VllmRequest([5, 151_655, 7], [5, 151_655, 151_655, 7], [_picture(56, 28), _picture(28, 84)]),
+    7: VllmRequest([1, 2], [1, 2], []),
 }
 MESSAGES = [
     Generate(4, JOBS, REQUESTS, SAMPLING),
-    Progress(4, 1, 3),
+    GenerationProgress(4, 1, 3),
     Answers(4, (Answer(JOBS[0], (3, 4), (-1e-300, -0.1), "stop"), Answer(JOBS[1], (), (), "length")), 2, 0.1, (0, 1e9)),
     Load(2**31, "bridge_0_1"),
-    *(Bucket(("a", "b"), ((2, 3), ()), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(BucketMessage(("a", "b"), ((2, 3), ()), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     Loaded(),
     Loaded("w: misshapen"),
     Bye(),
@@ -145,16 +145,16 @@ def admitted() -> SimpleQueue[Connection]:
 
 
 @pytest.fixture
-def door(admitted) -> Door:
-    return Door("127.0.0.1", KEY, admitted.put)
+def door(admitted) -> ConnectionListener:
+    return ConnectionListener("127.0.0.1", KEY, admitted.put)
 
 
 def test_a_line_reads_while_nobody_asks_and_says_when_it_ends(door, admitted):
     mine: Inbox = SimpleQueue()
     theirs: Inbox = SimpleQueue()
     ended = threading.Event()
-    near = Line(knock(door.host, door.port, KEY), mine)
-    far = Line(admitted.get(timeout=10), theirs, ended.set)
+    near = Channel(connect(door.host, door.port, KEY), mine)
+    far = Channel(admitted.get(timeout=10), theirs, ended.set)
     large = Loaded("x" * 2**24)  # more than the sockets hold: sending it would wait if nobody read
     near.send(large)
     near.send(Stop())
@@ -165,9 +165,9 @@ def test_a_line_reads_while_nobody_asks_and_says_when_it_ends(door, admitted):
 
 
 def test_a_pickle_runs_nothing_and_ends_the_line(door, admitted, tmp_path, capfd):
-    stranger = knock(door.host, door.port, KEY)  # who even knows the key
+    stranger = connect(door.host, door.port, KEY)  # who even knows the key
     inbox: Inbox = SimpleQueue()
-    line = Line(admitted.get(timeout=10), inbox)
+    line = Channel(admitted.get(timeout=10), inbox)
     stranger.send_bytes(pickle.dumps(_Runs(tmp_path / "ran")))
     assert inbox.get(timeout=10) == (line, None)
     assert not (tmp_path / "ran").exists()
@@ -175,14 +175,14 @@ def test_a_pickle_runs_nothing_and_ends_the_line(door, admitted, tmp_path, capfd
 
 
 def test_a_message_that_says_it_is_endless_ends_the_line(door, admitted):
-    stranger = knock(door.host, door.port, KEY)
+    stranger = connect(door.host, door.port, KEY)
     inbox: Inbox = SimpleQueue()
-    line = Line(admitted.get(timeout=10), inbox)
+    line = Channel(admitted.get(timeout=10), inbox)
     os.write(stranger.fileno(), struct.pack("!iQ", -1, 2**60))
     assert inbox.get(timeout=10) == (line, None)
 
 
-def _comers(door: Door) -> Iterator[bytes]:
+def _comers(door: ConnectionListener) -> Iterator[bytes]:
     """What strangers say who do not know the key."""
     yield b""
     yield b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n"
@@ -206,8 +206,8 @@ def test_strangers_hold_nobody_up_and_fill_no_log(door, admitted, monkeypatch, c
         strangers.append(socket.create_connection((door.host, door.port)))
         strangers[-1].sendall(said)
     with pytest.raises(AuthenticationError):
-        knock(door.host, door.port, b"another key")
-    rank = knock(door.host, door.port, KEY)
+        connect(door.host, door.port, b"another key")
+    rank = connect(door.host, door.port, KEY)
     rank.send_bytes(b"in")
     assert admitted.get(timeout=10).recv_bytes(2) == b"in" and admitted.empty()
     for stranger in strangers[:20]:  # those had to go, or said what is no answer
@@ -225,7 +225,7 @@ def test_a_silent_stranger_has_to_go_after_a_while(door, monkeypatch):
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises((OSError, EOFError)),
     ):
-        knock(*silent.getsockname(), KEY)
+        connect(*silent.getsockname(), KEY)
 
 
 def test_an_engines_challenge_cannot_be_passed_on_to_a_rank(door, admitted):
@@ -240,7 +240,7 @@ def test_an_engines_challenge_cannot_be_passed_on_to_a_rank(door, admitted):
 
         threading.Thread(target=pass_on, daemon=True).start()
         with pytest.raises((AuthenticationError, OSError, EOFError)):
-            knock(*relay.getsockname(), KEY)
+            connect(*relay.getsockname(), KEY)
     assert admitted.empty()
 
 

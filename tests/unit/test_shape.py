@@ -66,7 +66,7 @@ def test_the_published_flat_layout():
     assert (shape.vision.num_layers, shape.vision.head_dim, shape.vision.patch_dim) == (32, 80, 1176)
     assert shape.vision.full_attention_layers == (7, 15, 23, 31)
     assert shape.tie_word_embeddings
-    assert shape.banned_ids == (151652, 151653, 151655, 151656)
+    assert shape.vision_token_ids == (151652, 151653, 151655, 151656)
 
 
 def test_what_transformers_writes_reads_as_the_same_shape(tmp_path):
@@ -113,7 +113,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_ids_beyond_a_small_vocabulary_are_not_banned():
-    assert ModelShape.from_dict(changed("vocab_size", 151654)).banned_ids == (151652, 151653)
+    assert ModelShape.from_dict(changed("vocab_size", 151654)).vision_token_ids == (151652, 151653)
 
 
 def test_widths_are_padded_alike_for_every_common_tensor_parallelism():

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
-from megatron_papo.cluster.supervise import Job, Supervisor
+from megatron_papo.cluster.supervise import SupervisedJob, Supervisor
 from megatron_papo.runtime.failure_notes import write_failure
 from megatron_papo.runtime.failures import SAVED_EXIT, RunStopped, describe
 from megatron_papo.runtime.progress import read_progress
@@ -173,7 +173,7 @@ def test_resume_false_is_for_the_beginning_alone(tmp_path):
         "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
         "checkpoint": {"resume": False},
     }
-    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    supervisor = Supervisor(SupervisedJob("7", "node[1-2]", 2), settings, 2, [], [])
     record(tmp_path, 8, {5: 1})
     (state,) = tmp_path.glob("checkpoints/*/state.json")
     os.utime(state, (900.0, 900.0))  # of an earlier run in this folder
@@ -191,7 +191,7 @@ def test_a_run_that_stops_itself_is_not_begun_again(tmp_path):
         "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
         "checkpoint": {"resume": True},
     }
-    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    supervisor = Supervisor(SupervisedJob("7", "node[1-2]", 2), settings, 2, [], [])
     watch = RankWatch(tmp_path, 2, limit_s=60, start_limit_s=60)
     ending = supervisor._how_it_ended(1, tmp_path / "srun.log", watch, None)
     assert (ending.end, ending.rank) == ("stopped", 1)
@@ -212,7 +212,7 @@ def test_the_lock_of_this_jobs_earlier_attempt_goes_and_another_runs_stays(tmp_p
         "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
         "checkpoint": {"resume": True},
     }
-    supervisor = Supervisor(Job("7", "node[1-2]", 2), settings, 2, [], [])
+    supervisor = Supervisor(SupervisedJob("7", "node[1-2]", 2), settings, 2, [], [])
     held = replace(Holder.here("train", {"SLURM_JOB_ID": "7"}, 60.0), machine="another", limit_s=3600.0)
     (tmp_path / "lock").write_text(json.dumps(asdict(held)))
     supervisor._drop_lock()

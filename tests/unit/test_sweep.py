@@ -12,8 +12,8 @@ import yaml
 from megatron_papo.cluster.attempts import Attempt, write_attempt
 from megatron_papo.cluster.render import array_script
 from megatron_papo.cluster.slurm import QueuedJob
-from megatron_papo.cluster.submit import Plan, write
-from megatron_papo.cluster.supervise import Job
+from megatron_papo.cluster.submit import SubmissionPlan, write
+from megatron_papo.cluster.supervise import SupervisedJob
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.planning.measured_run import STAGES as PLANNERS_STAGES
 from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row, Spread, gather, measured_steps
@@ -159,10 +159,10 @@ def test_a_task_names_itself_and_not_its_array(monkeypatch: pytest.MonkeyPatch):
     for name, value in {"JOB_ID": "12", "JOB_NODELIST": "node1", "JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    assert Job.here().id == "12"
+    assert SupervisedJob.here().id == "12"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert Job.here().id == "12_3"
+    assert SupervisedJob.here().id == "12_3"
 
 
 def test_the_stages_are_those_that_tokens_are_counted_over():
@@ -189,7 +189,7 @@ def record(step: int, ranks: int, tokens_per_s: float, update_s: float, generate
 
 def put(point: Point, records: list[dict[str, float]]) -> None:
     config = load_config(None, point.overrides)
-    write(Plan(config, "", "", ()))
+    write(SubmissionPlan(config, "", "", ()))
     (point.run_dir / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
 
 

@@ -22,7 +22,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.processor import load_processor
 from megatron_papo.runtime.launch import Work, launch
 from megatron_papo.train import Training, open_training, train_step
-from megatron_papo.train_ahead import landed, take_off
+from megatron_papo.train_ahead import submit_next, wait_for
 from megatron_papo.train_ahead import train_step as train_step_ahead
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.rollouts import hand_over
@@ -83,23 +83,23 @@ class _Steps:
     def some(self, side: str) -> dict[str, float]:
         """Seconds a step, of them the wait for rollouts, and the engine's for a step's rollouts."""
         training, clock = self._training, self._training.run.clock
-        flight = take_off(training, self._step) if side == "ahead" else None
-        if flight is not None:
-            _, _, flight = train_step_ahead(training, flight)
+        pending = submit_next(training, self._step) if side == "ahead" else None
+        if pending is not None:
+            _, _, pending = train_step_ahead(training, pending)
             self._step += 1
         clock.take()
         engine, start = [], time.perf_counter()
         for _ in range(STEPS):
-            if flight is not None:
-                _, metrics, flight = train_step_ahead(training, flight)
+            if pending is not None:
+                _, metrics, pending = train_step_ahead(training, pending)
             else:
                 _, metrics = train_step(training, self._step)
             engine.append(metrics["engine/seconds"][0])
             self._step += 1
         seconds = (time.perf_counter() - start) / STEPS
         waited = clock.take()["time/generate"] / STEPS
-        if flight is not None:
-            landed(training, flight)
+        if pending is not None:
+            wait_for(training, pending)
             self._step += 1
             hand_over(training.run, training.generator, policy_version=self._step)
         return {"step": seconds, "waited": waited, "engine": statistics.fmean(engine)}

@@ -15,16 +15,16 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from megatron_papo.generation.remote.handshake import hang_up
+from megatron_papo.generation.remote.handshake import close_connection
 from megatron_papo.generation.remote.messages import Message, decode, encode
 
 _MOST_BYTES = 2**33
 """Of a message. The largest hold the pictures of a rank's prompts, 3 bytes a pixel: here 2.8 thousand million."""
 
-Inbox = SimpleQueue[tuple["Line", Message | None]]
+Inbox = SimpleQueue[tuple["Channel", Message | None]]
 
 
-class Line:
+class Channel:
     """One end of a connection. Messages go to `inbox` as (this line, message), its end as (this line, None)."""
 
     def __init__(self, connection: Connection, inbox: Inbox, on_end: Callable[[], None] | None = None):
@@ -44,7 +44,7 @@ class Line:
     def close(self) -> None:
         """Hangs up: the other end hears of it at once, and the listening thread ends."""
         with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-            hang_up(end)
+            close_connection(end)
 
     def _listen(self) -> None:
         try:

@@ -30,23 +30,23 @@ from megatron_papo.data.processor import load_processor
 from megatron_papo.distributed import accelerator
 from megatron_papo.distributed.layout import Layout
 from megatron_papo.distributed.rendezvous import world_store
-from megatron_papo.generation.remote.channel import Inbox, Line
+from megatron_papo.generation.remote.channel import Channel, Inbox
 from megatron_papo.generation.remote.engine_store import Address, EngineStore, own_host
-from megatron_papo.generation.remote.handshake import Door
+from megatron_papo.generation.remote.handshake import ConnectionListener
 from megatron_papo.generation.remote.messages import (
     Answers,
-    Bucket,
+    BucketMessage,
     Bye,
     Generate,
+    GenerationProgress,
     Load,
     Loaded,
     Message,
-    Progress,
     Stop,
 )
 from megatron_papo.generation.remote.run_key import KEY_WAIT_S, read_key
-from megatron_papo.generation.remote.weight_broadcast import Bridge
-from megatron_papo.generation.requests import Answer, Job
+from megatron_papo.generation.remote.weight_broadcast import WeightBroadcast
+from megatron_papo.generation.requests import Answer, RolloutRequest
 from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 from megatron_papo.runtime.process import begin, go_on_without_readers
 
@@ -59,17 +59,17 @@ _IDLE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Seat:
+class EngineRank:
     """Which process of which engine this is."""
 
     engine: int
     rank: int
     """Of the engine's `generation.tensor`."""
-    incarnation: int
+    restart: int
 
 
 @dataclass(frozen=True)
-class Ending:
+class EngineEnding:
     """An engine's last words."""
 
     text: str
@@ -77,16 +77,16 @@ class Ending:
     """A ValueError: what a user can put right."""
 
 
-def run_engine(config: Config, seat: Seat, says: Connection) -> None:
+def run_engine(config: Config, engine_rank: EngineRank, says: Connection) -> None:
     """The whole process."""
     _end_with_parent()
     begin()
     go_on_without_readers()
     try:
-        _serve(config, seat)
+        _serve(config, engine_rank)
     except Exception as error:
         traceback.print_exc()
-        ending = Ending(f"{type(error).__name__}: {error}", isinstance(error, ValueError))
+        ending = EngineEnding(f"{type(error).__name__}: {error}", isinstance(error, ValueError))
         says.send_bytes(json.dumps(asdict(ending)).encode())
         sys.stderr.flush()
         os._exit(1)  # without the clean-up of groups, which may wait for ranks that are gone
@@ -106,59 +106,59 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _serve(config: Config, seat: Seat) -> None:
+def _serve(config: Config, engine_rank: EngineRank) -> None:
     store = world_store(config.parallel.timeout_s)
-    layout = _join(config, seat, store)
+    layout = _join(config, engine_rank, store)
     folder = config.model.path or config.model.checkpoint
     assert folder is not None
     generator = VllmGenerator(config, load_processor(folder, config.data), layout)
-    desk = _Desk(config, seat, EngineStore(store)) if seat.rank == 0 else None
-    _Server(config, generator, desk, store, seat).serve()
+    desk = _FrontEnd(config, engine_rank, EngineStore(store)) if engine_rank.rank == 0 else None
+    _Server(config, generator, desk, store, engine_rank).serve()
     generator.close()
     if dist.is_initialized():  # vLLM ends a world that it takes for its own
         dist.destroy_process_group()
 
 
-def _join(config: Config, seat: Seat, store: dist.Store) -> Layout:
+def _join(config: Config, engine_rank: EngineRank, store: dist.Store) -> Layout:
     """A world of this engine's ranks alone."""
     if accelerator.has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    own = dist.PrefixStore(f"engine_{seat.engine}.{seat.incarnation}", store)
+    own = dist.PrefixStore(f"engine_{engine_rank.engine}.{engine_rank.restart}", store)
     size = config.generation.tensor
-    dist.init_process_group(accelerator.backend(), store=own, rank=seat.rank, world_size=size)
+    dist.init_process_group(accelerator.backend(), store=own, rank=engine_rank.rank, world_size=size)
     world = dist.group.WORLD
     assert world is not None
-    alone = [dist.new_group([rank]) for rank in range(size)][seat.rank]
+    alone = [dist.new_group([rank]) for rank in range(size)][engine_rank.rank]
     return Layout(
-        rank=seat.rank, world_size=size, tensor_rank=seat.rank, tensor_size=size, pipeline_rank=0, pipeline_size=1,
-        data_rank=0, data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
+        rank=engine_rank.rank, world_size=size, tensor_rank=engine_rank.rank, tensor_size=size, pipeline_rank=0,
+        pipeline_size=1, data_rank=0, data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
     )  # fmt: skip
 
 
-class _Desk:
+class _FrontEnd:
     """Where the trainer's ranks come in, on the engine's first rank."""
 
-    def __init__(self, config: Config, seat: Seat, store: EngineStore):
+    def __init__(self, config: Config, engine_rank: EngineRank, store: EngineStore):
         self.inbox: Inbox = SimpleQueue()
-        self.bridge: Bridge | None = None
+        self.broadcast: WeightBroadcast | None = None
         key = read_key(config.run.dir, store.key_fingerprint(), KEY_WAIT_S)
-        door = Door(own_host(os.environ["MASTER_ADDR"]), key, self._let_in)
-        store.announce(seat.engine, seat.incarnation, Address(door.host, door.port))
+        door = ConnectionListener(own_host(os.environ["MASTER_ADDR"]), key, self._let_in)
+        store.announce(engine_rank.engine, engine_rank.restart, Address(door.host, door.port))
 
     def _let_in(self, connection: Connection) -> None:
-        Line(connection, self.inbox, self._hung_up)
+        Channel(connection, self.inbox, self._hung_up)
 
     def _hung_up(self) -> None:
         """Weights that are on their way will not come."""
-        if self.bridge is not None:
-            self.bridge.abort()
+        if self.broadcast is not None:
+            self.broadcast.abort()
 
 
 @dataclass
 class _Call:
     """What one rank of the trainer has asked for."""
 
-    line: Line | None
+    line: Channel | None
     """On the first rank."""
     asked: Generate
     started: float = field(default_factory=time.monotonic)
@@ -171,13 +171,20 @@ class _Call:
 class _Server:
     """The loop: messages in, a token for every running request, answers out."""
 
-    def __init__(self, config: Config, generator: VllmGenerator, desk: _Desk | None, store: dist.Store, seat: Seat):
-        self._config, self._generator, self._desk, self._store, self._seat = config, generator, desk, store, seat
-        self._running: dict[str, tuple[_Call, Job]] = {}
+    def __init__(
+        self,
+        config: Config,
+        generator: VllmGenerator,
+        desk: _FrontEnd | None,
+        store: dist.Store,
+        engine_rank: EngineRank,
+    ):
+        self._config, self._generator, self._desk, self._store, self._seat = config, generator, desk, store, engine_rank
+        self._running: dict[str, tuple[_Call, RolloutRequest]] = {}
         """By vLLM's number of the request."""
-        self._pending: deque[tuple[Line | None, Message | None]] = deque()
-        self._bridge: Bridge | None = None
-        self._left: set[Line | None] = set()
+        self._pending: deque[tuple[Channel | None, Message | None]] = deque()
+        self._bridge: WeightBroadcast | None = None
+        self._left: set[Channel | None] = set()
         self._num_steps = 0
 
     def serve(self) -> None:
@@ -198,7 +205,7 @@ class _Server:
 
     def _fetch(self, wait: bool) -> None:
         """What has come in, on all ranks of the engine alike; with `wait` there is something, or a while has passed."""
-        found: list[tuple[Line, Message | None]] = []
+        found: list[tuple[Channel, Message | None]] = []
         if self._desk is not None:
             found = _drain(self._desk.inbox, _IDLE_S if wait else 0.0)
         if self._seat_is_alone:
@@ -206,10 +213,10 @@ class _Server:
             return
         box = [[message for _, message in found]]
         dist.broadcast_object_list(box, group=self._generator.engine_group, group_src=0)
-        lines: list[Line | None] = [line for line, _ in found] or [None] * len(box[0])
+        lines: list[Channel | None] = [line for line, _ in found] or [None] * len(box[0])
         self._pending.extend(zip(lines, box[0]))
 
-    def _handle(self, line: Line | None, message: Message | None) -> None:
+    def _handle(self, line: Channel | None, message: Message | None) -> None:
         if isinstance(message, Generate):
             self._begin(_Call(line, message))
         elif isinstance(message, Load):
@@ -253,14 +260,14 @@ class _Server:
             call.line.send(Answers(call.asked.call, tuple(call.answers), version, now - call.started, cached))
         elif now - call.told > _PROGRESS_S:
             call.told = now
-            call.line.send(Progress(call.asked.call, done, total))
+            call.line.send(GenerationProgress(call.asked.call, done, total))
 
-    def _load(self, line: Line | None, load: Load) -> None:
+    def _load(self, line: Channel | None, load: Load) -> None:
         """New weights; a fault of theirs is the trainer's to hear, any other ends this engine."""
         assert not self._running, "weights come when all rollouts have been answered"
         fault = None
-        if self._bridge is None or self._bridge.name != load.bridge:
-            self._bridge = self._open(load.bridge)
+        if self._bridge is None or self._bridge.name != load.broadcast:
+            self._bridge = self._open(load.broadcast)
         try:
             self._generator.load_weights(self._arriving(self._bridge), load.policy_version)
         except ValueError as error:
@@ -268,16 +275,16 @@ class _Server:
         if line is not None:
             line.send(Loaded(fault))
 
-    def _open(self, name: str) -> Bridge:
-        generation, seat = self._config.generation, self._seat
-        rank = 1 + seat.engine * generation.tensor + seat.rank
+    def _open(self, name: str) -> WeightBroadcast:
+        generation, engine_rank = self._config.generation, self._seat
+        rank = 1 + engine_rank.engine * generation.tensor + engine_rank.rank
         size = 1 + generation.num_engine_ranks
-        bridge = Bridge(name, self._store, rank, size)
+        broadcast = WeightBroadcast(name, self._store, rank, size)
         if self._desk is not None:
-            self._desk.bridge = bridge
-        return bridge
+            self._desk.broadcast = broadcast
+        return broadcast
 
-    def _arriving(self, bridge: Bridge) -> Iterator[tuple[str, torch.Tensor]]:
+    def _arriving(self, broadcast: WeightBroadcast) -> Iterator[tuple[str, torch.Tensor]]:
         while True:
             while not self._pending:
                 self._fetch(wait=True)
@@ -286,13 +293,13 @@ class _Server:
                 return
             if message is None:
                 raise RuntimeError("the trainer hung up while it handed its weights over")
-            assert isinstance(message, Bucket), message
-            yield from bridge.receive(message)
+            assert isinstance(message, BucketMessage), message
+            yield from broadcast.receive(message)
 
 
-def _drain(inbox: Inbox, wait_s: float) -> list[tuple[Line, Message | None]]:
+def _drain(inbox: Inbox, wait_s: float) -> list[tuple[Channel, Message | None]]:
     """All that is there; with `wait_s` at least one, or nothing after so long."""
-    found: list[tuple[Line, Message | None]] = []
+    found: list[tuple[Channel, Message | None]] = []
     try:
         found.append(inbox.get(timeout=wait_s) if wait_s else inbox.get_nowait())
         while True:

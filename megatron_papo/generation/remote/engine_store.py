@@ -1,6 +1,6 @@
 """Where the separate engines are and how they fare, in the store that all ranks share.
 
-An engine that dies is started again as its next incarnation, under a new address. Keys are `engine.incarnation`.
+An engine that dies is started again as its next restart, under a new address. Keys are `engine.restart`.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ class EngineStore:
             time.sleep(_POLL_S)
         return found
 
-    def announce(self, engine: int, incarnation: int, address: Address) -> None:
+    def announce(self, engine: int, restart: int, address: Address) -> None:
         """The engine can be asked from now on."""
-        self._store.set(f"address/{engine}.{incarnation}", json.dumps(asdict(address)))
+        self._store.set(f"address/{engine}.{restart}", json.dumps(asdict(address)))
 
-    def note_death(self, engine: int, incarnation: int, reason: str) -> None:
+    def note_death(self, engine: int, restart: int, reason: str) -> None:
         """Of any of the engine's ranks; the first reason stays."""
-        self._store.compare_set(f"death/{engine}.{incarnation}", "", reason)
+        self._store.compare_set(f"death/{engine}.{restart}", "", reason)
 
-    def death(self, engine: int, incarnation: int, wait_s: float = 0.0) -> str | None:
+    def death(self, engine: int, restart: int, wait_s: float = 0.0) -> str | None:
         """Why the engine died; None as long as nobody has said so, for `wait_s` at most."""
         deadline = time.monotonic() + wait_s
-        while (reason := self._get(f"death/{engine}.{incarnation}")) is None and time.monotonic() < deadline:
+        while (reason := self._get(f"death/{engine}.{restart}")) is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return reason
 
-    def address(self, engine: int, incarnation: int) -> Address | None:
-        found = self._get(f"address/{engine}.{incarnation}")
+    def address(self, engine: int, restart: int) -> Address | None:
+        found = self._get(f"address/{engine}.{restart}")
         return None if found is None else Address(**json.loads(found))
 
-    def living(self, engine: int, incarnation: int, wait_s: float) -> tuple[int, Address]:
-        """The engine's first incarnation from `incarnation` on that can be asked and has not died, waited for.
+    def living(self, engine: int, restart: int, wait_s: float) -> tuple[int, Address]:
+        """The engine's first restart from `restart` on that can be asked and has not died, waited for.
 
         Raises TimeoutError.
         """
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
-            if self.death(engine, incarnation) is not None:
-                incarnation += 1
+            if self.death(engine, restart) is not None:
+                restart += 1
                 continue
-            address = self.address(engine, incarnation)
+            address = self.address(engine, restart)
             if address is not None:
-                return incarnation, address
+                return restart, address
             time.sleep(_POLL_S)
         raise TimeoutError(f"engine {engine} did not come up within {wait_s:.0f} s")
 

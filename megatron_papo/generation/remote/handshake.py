@@ -23,7 +23,7 @@ _MOST_COMERS = 64
 """At a time; one more, and the one that has been at it for longest has to go: a rank takes milliseconds."""
 
 
-class Door:
+class ConnectionListener:
     """Listens on a port of `host` from the beginning; a thread each listens and lets in."""
 
     def __init__(self, host: str, key: bytes, let_in: Callable[[Connection], None]):
@@ -43,7 +43,7 @@ class Door:
                 with self._lock:
                     self._comers.append(end)
                     if len(self._comers) > _MOST_COMERS:
-                        hang_up(self._comers.pop(0))
+                        close_connection(self._comers.pop(0))
                 threading.Thread(target=self._ask, args=(end, address), name="comer", daemon=True).start()
             except (OSError, RuntimeError):  # gone again, or the system gives no more files or threads for now
                 time.sleep(0.1)
@@ -72,7 +72,7 @@ class Door:
             )  # fmt: skip
 
 
-def knock(host: str, port: int, key: bytes) -> Connection:
+def connect(host: str, port: int, key: bytes) -> Connection:
     """A connection to the door at `host`:`port`. Raises OSError, EOFError or AuthenticationError."""
     with socket.create_connection((host, port), timeout=_LIMIT_S) as end:
         end.settimeout(None)
@@ -92,7 +92,7 @@ def _proved(end: socket.socket, key: bytes, steps: tuple[Callable[[Connection, b
     return connection
 
 
-def hang_up(end: socket.socket) -> None:
+def close_connection(end: socket.socket) -> None:
     """Whoever reads or writes at either end stops at once, which closing alone would not bring about."""
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
@@ -100,7 +100,7 @@ def hang_up(end: socket.socket) -> None:
 
 @contextmanager
 def _limited(end: socket.socket) -> Iterator[None]:
-    timer = threading.Timer(_LIMIT_S, hang_up, [end])
+    timer = threading.Timer(_LIMIT_S, close_connection, [end])
     timer.daemon = True
     timer.start()
     try:

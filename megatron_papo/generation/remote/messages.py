@@ -13,8 +13,8 @@ from msgspec import Struct
 from PIL import Image
 
 from megatron_papo.generation.generator import Sampling
-from megatron_papo.generation.requests import Answer, Job
-from megatron_papo.generation.vllm.vllm_requests import Request
+from megatron_papo.generation.requests import Answer, RolloutRequest
+from megatron_papo.generation.vllm.vllm_requests import VllmRequest
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -29,13 +29,13 @@ class Generate(_Message, frozen=True):
     """To the engine: rollouts to make. A later call is another number."""
 
     call: int
-    jobs: tuple[Job, ...]
-    requests: dict[int, Request]
+    jobs: tuple[RolloutRequest, ...]
+    requests: dict[int, VllmRequest]
     """By the jobs' prompt_index."""
     sampling: Sampling
 
 
-class Progress(_Message, frozen=True):
+class GenerationProgress(_Message, frozen=True):
     """From the engine, now and then."""
 
     call: int
@@ -56,13 +56,13 @@ class Answers(_Message, frozen=True):
 
 
 class Load(_Message, frozen=True):
-    """To the engine, from rank 0 alone: weights follow over the bridge of this name, as `Bucket`s say."""
+    """To the engine, from rank 0 alone: weights follow over the bridge of this name, as `BucketMessage`s say."""
 
     policy_version: int
-    bridge: str
+    broadcast: str
 
 
-class Bucket(_Message, frozen=True):
+class BucketMessage(_Message, frozen=True):
     """To the engine: what the next broadcast over the bridge holds, laid end to end."""
 
     names: tuple[str, ...]
@@ -84,7 +84,7 @@ class Stop(_Message, frozen=True):
     """To the engine, from rank 0 alone: nobody will ask any more."""
 
 
-Message = Generate | Progress | Answers | Load | Bucket | Loaded | Bye | Stop
+Message = Generate | GenerationProgress | Answers | Load | BucketMessage | Loaded | Bye | Stop
 
 
 def encode(message: Message) -> bytes:

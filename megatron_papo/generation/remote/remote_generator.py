@@ -22,16 +22,25 @@ from torch import Tensor
 from megatron_papo.config import Config
 from megatron_papo.distributed import accelerator
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import Layout, everyone
+from megatron_papo.distributed.layout import Layout, world_group
 from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.generation.generator import EngineLost, Report, Sampling
-from megatron_papo.generation.remote.channel import Inbox, Line
+from megatron_papo.generation.remote.channel import Channel, Inbox
 from megatron_papo.generation.remote.engine_store import EngineStore
-from megatron_papo.generation.remote.handshake import knock
-from megatron_papo.generation.remote.messages import Answers, Bye, Generate, Load, Loaded, Message, Progress, Stop
+from megatron_papo.generation.remote.handshake import connect
+from megatron_papo.generation.remote.messages import (
+    Answers,
+    Bye,
+    Generate,
+    GenerationProgress,
+    Load,
+    Loaded,
+    Message,
+    Stop,
+)
 from megatron_papo.generation.remote.run_key import KEY_WAIT_S, read_key
-from megatron_papo.generation.remote.weight_broadcast import Bridge, BridgeBroken
-from megatron_papo.generation.requests import groups_of, make_jobs
+from megatron_papo.generation.remote.weight_broadcast import BroadcastBroken, WeightBroadcast
+from megatron_papo.generation.requests import groups_of, make_requests
 from megatron_papo.generation.vllm.start import check_settings
 from megatron_papo.generation.vllm.vllm_requests import Requests
 from megatron_papo.types import Group, Metrics, Prompt
@@ -44,7 +53,7 @@ _REASON_S = 5.0
 _END_S = 20.0
 
 
-class SeparateGenerator:
+class RemoteGenerator:
     """See `Generator`. One call may be under way: `generate` is `submit` and `collect`."""
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
@@ -63,7 +72,7 @@ class SeparateGenerator:
             self._key = read_key(config.run.dir, self._store.key_fingerprint(), KEY_WAIT_S)
         self._links: dict[int, _Link] = {}
         self._incarnations = dict.fromkeys(self._talks_to, 0)
-        self._bridge: Bridge | None = None
+        self._bridge: WeightBroadcast | None = None
         self._calls = itertools.count()
         self._asked: _Asked | None = None
         self._metrics: Metrics = {}
@@ -80,7 +89,7 @@ class SeparateGenerator:
         self.requests.check(prompts, sampling)
         self._asked = _Asked(next(self._calls), tuple(prompts), sampling)
         if self._own is not None and prompts:
-            jobs = tuple(make_jobs(prompts, sampling))
+            jobs = tuple(make_requests(prompts, sampling))
             requests = {place: self.requests.request(prompt, sampling) for place, prompt in enumerate(prompts)}
             self._links[self._own].line.send(Generate(self._asked.call, jobs, requests, sampling))
 
@@ -108,20 +117,20 @@ class SeparateGenerator:
             box = [message]
             if self._layout.model_group.size() > 1:
                 dist.broadcast_object_list(box, group=self._layout.model_group, group_src=0)
-            if not isinstance(box[0], Progress):
+            if not isinstance(box[0], GenerationProgress):
                 return box[0]
             if self._report is not None:
                 self._report(box[0].done, box[0].total)
         raise AssertionError("the last message is no progress")
 
-    def _said(self, asked: _Asked) -> Iterator[Progress | Answers | None]:
+    def _said(self, asked: _Asked) -> Iterator[GenerationProgress | Answers | None]:
         """What the engine says of the call, to the leader: its last is the answers, or None."""
         assert self._own is not None and self.policy_version is not None
         if not asked.prompts:
             yield Answers(asked.call, (), self.policy_version, 0.0, (0.0, 0.0))
             return
         for message in self._links[self._own].messages():
-            if isinstance(message, Progress | Answers) and message.call == asked.call:
+            if isinstance(message, GenerationProgress | Answers) and message.call == asked.call:
                 yield message
                 if isinstance(message, Answers):
                     return
@@ -140,7 +149,7 @@ class SeparateGenerator:
             for _ in named_tensors:  # drawing from it is a collective
                 pass
         self._raise_where_lost("while the weights were handed over")
-        faults = gather_objects(fault, everyone())
+        faults = gather_objects(fault, world_group())
         if faults[0] is not None:
             raise ValueError(faults[0])
         self.policy_version = policy_version
@@ -159,9 +168,9 @@ class SeparateGenerator:
 
         tell(Load(policy_version, name))
         try:
-            bridge = self._open_bridge(name)
-            bridge.send(named_tensors, tell, dtype, generation.bucket_mib * 2**20)
-        except BridgeBroken:
+            broadcast = self._open_bridge(name)
+            broadcast.send(named_tensors, tell, dtype, generation.bucket_mib * 2**20)
+        except BroadcastBroken:
             for _ in named_tensors:
                 pass
             for link in links:  # those that live cannot use half the weights either: they start again
@@ -171,12 +180,12 @@ class SeparateGenerator:
         answers = [next((m for m in link.messages() if isinstance(m, Loaded)), None) for link in links]
         return next((answer.fault for answer in answers if answer is not None and answer.fault), None)
 
-    def _open_bridge(self, name: str) -> Bridge:
+    def _open_bridge(self, name: str) -> WeightBroadcast:
         if self._bridge is None or self._bridge.name != name:
             size = 1 + self._config.generation.num_engine_ranks
-            self._bridge = Bridge(name, self._world_store, 0, size)
+            self._bridge = WeightBroadcast(name, self._world_store, 0, size)
             for link in self._links.values():
-                link.bridge = self._bridge
+                link.broadcast = self._bridge
         return self._bridge
 
     def _connect(self) -> None:
@@ -185,26 +194,26 @@ class SeparateGenerator:
             if engine not in self._links:
                 wait_s = self._config.parallel.timeout_s
                 link = _Link.open(self._store, engine, self._incarnations[engine], self._key, wait_s)
-                self._links[engine], self._incarnations[engine] = link, link.incarnation
+                self._links[engine], self._incarnations[engine] = link, link.restart
 
     def _raise_where_lost(self, when: str) -> None:
         """On every rank of the trainer when any of them has lost an engine; lines to it are closed on all."""
-        own = [(link.engine, link.incarnation, self._reason(link)) for link in self._links.values() if link.lost]
-        lost = [each for share in gather_objects(own, everyone()) for each in share]
-        for engine, incarnation, _ in lost:
-            if engine in self._links and self._links[engine].incarnation <= incarnation:
+        own = [(link.engine, link.restart, self._reason(link)) for link in self._links.values() if link.lost]
+        lost = [each for share in gather_objects(own, world_group()) for each in share]
+        for engine, restart, _ in lost:
+            if engine in self._links and self._links[engine].restart <= restart:
                 self._links.pop(engine).hang_up()
-                self._incarnations[engine] = incarnation + 1
+                self._incarnations[engine] = restart + 1
         if lost:
             self.policy_version = None
             reasons = {engine: f"engine {engine} died ({reason})" for engine, _, reason in reversed(lost)}
             raise EngineLost(f"{', '.join(reasons[engine] for engine in sorted(reasons))} {when}")
 
     def _reason(self, link: _Link) -> str:
-        return self._store.death(link.engine, link.incarnation, _REASON_S) or "its line broke"
+        return self._store.death(link.engine, link.restart, _REASON_S) or "its line broke"
 
     def restart(self) -> None:
-        """Waits for the next incarnation of whatever was lost."""
+        """Waits for the next restart of whatever was lost."""
         self._connect()
 
     def take_metrics(self) -> Metrics:
@@ -232,26 +241,26 @@ class _Asked:
 
 
 class _Link:
-    """This rank's line to one incarnation of one engine."""
+    """This rank's line to one restart of one engine."""
 
-    def __init__(self, engine: int, incarnation: int, connection: Connection):
-        self.engine, self.incarnation = engine, incarnation
-        self.bridge: Bridge | None = None
+    def __init__(self, engine: int, restart: int, connection: Connection):
+        self.engine, self.restart = engine, restart
+        self.broadcast: WeightBroadcast | None = None
         self.lost = False
         self._inbox: Inbox = SimpleQueue()
-        self.line = Line(connection, self._inbox, self._ended)
+        self.line = Channel(connection, self._inbox, self._ended)
 
     @classmethod
-    def open(cls, store: EngineStore, engine: int, incarnation: int, key: bytes, wait_s: float) -> _Link:
+    def open(cls, store: EngineStore, engine: int, restart: int, key: bytes, wait_s: float) -> _Link:
         deadline = time.monotonic() + wait_s
         while True:
-            incarnation, address = store.living(engine, incarnation, deadline - time.monotonic())
+            restart, address = store.living(engine, restart, deadline - time.monotonic())
             try:
-                connection = knock(address.host, address.port, key)
+                connection = connect(address.host, address.port, key)
             except (OSError, EOFError, AuthenticationError):  # it has just died, and its rank is about to say so
-                store.death(engine, incarnation, _REASON_S)
+                store.death(engine, restart, _REASON_S)
                 continue
-            return cls(engine, incarnation, connection)
+            return cls(engine, restart, connection)
 
     def messages(self) -> Iterator[Message]:
         """What the engine says, until the line ends."""
@@ -271,5 +280,5 @@ class _Link:
     def _ended(self) -> None:
         """By the listening thread."""
         self.lost = True
-        if self.bridge is not None:
-            self.bridge.abort()  # nobody waits in it for a rank that is gone
+        if self.broadcast is not None:
+            self.broadcast.abort()  # nobody waits in it for a rank that is gone

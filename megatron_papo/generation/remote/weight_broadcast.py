@@ -18,18 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_papo.distributed import accelerator
-from megatron_papo.generation.remote.messages import Bucket
+from megatron_papo.generation.remote.messages import BucketMessage
 
 _POLL_S = 0.0005
 _TIMEOUT = datetime.timedelta(minutes=5)
 """For its ranks to find each other, and for one broadcast: who is gone is usually known at once."""
 
 
-class BridgeBroken(RuntimeError):
+class BroadcastBroken(RuntimeError):
     """A broadcast failed: a rank at the other end is gone."""
 
 
-class Bridge:
+class WeightBroadcast:
     """Rank 0 sends; all others receive."""
 
     def __init__(self, name: str, store: dist.Store, rank: int, size: int):
@@ -41,7 +41,7 @@ class Bridge:
         try:
             self._group: Any = kind(own, rank, size, _TIMEOUT)
         except RuntimeError as error:
-            raise BridgeBroken(f"bridge {name}: {error}") from error
+            raise BroadcastBroken(f"bridge {name}: {error}") from error
 
     def abort(self) -> None:
         """From any thread: whoever waits in a broadcast stops waiting, with BridgeBroken. Of no more use then."""
@@ -52,7 +52,7 @@ class Bridge:
     def send(
         self,
         named_tensors: Iterable[tuple[str, Tensor]],
-        announce: Callable[[Bucket], None],
+        announce: Callable[[BucketMessage], None],
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
@@ -61,33 +61,33 @@ class Bridge:
         Consumes `named_tensors` to the end whatever happens, for drawing from it is a collective; then BridgeBroken.
         """
         pending: tuple[dist.Work, Tensor] | None = None
-        broken: BridgeBroken | None = None
+        broken: BroadcastBroken | None = None
         for names, tensors in _buckets(named_tensors, dtype, bucket_bytes):
             if broken is not None:
                 continue
-            announce(Bucket(tuple(names), tuple(tuple(tensor.shape) for tensor in tensors), dtype))
+            announce(BucketMessage(tuple(names), tuple(tuple(tensor.shape) for tensor in tensors), dtype))
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             try:
                 work = self._broadcast(flat)
                 self._finish(pending)
                 pending = work, flat
             except RuntimeError as error:
-                broken = BridgeBroken(str(error))
+                broken = BroadcastBroken(str(error))
         if broken is not None:
             raise broken
         try:
             self._finish(pending)
         except RuntimeError as error:
-            raise BridgeBroken(str(error)) from error
+            raise BroadcastBroken(str(error)) from error
 
-    def receive(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, bucket: BucketMessage) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a bucket, views of one new buffer on this rank's device. Raises BridgeBroken."""
         sizes = [math.prod(shape) for shape in bucket.shapes]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=accelerator.device())
         try:
             self._finish((self._broadcast(flat), flat))
         except RuntimeError as error:
-            raise BridgeBroken(str(error)) from error
+            raise BroadcastBroken(str(error)) from error
         for name, shape, part in zip(bucket.names, bucket.shapes, flat.split(sizes)):
             yield name, part.view(shape)
 
@@ -100,7 +100,7 @@ class Bridge:
             return
         while not pending[0].is_completed():
             if self._aborted.wait(_POLL_S):
-                raise BridgeBroken(f"{self.name}: the other end hung up")
+                raise BroadcastBroken(f"{self.name}: the other end hung up")
         pending[0].wait()
 
 

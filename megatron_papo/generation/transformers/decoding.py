@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from megatron_papo.generation.generator import Sampling
-from megatron_papo.generation.requests import Answer, Job
+from megatron_papo.generation.requests import Answer, RolloutRequest
 from megatron_papo.generation.sampling import draw, sampled_logprobs, uniforms
 from megatron_papo.types import Prompt
 
@@ -22,7 +22,7 @@ from megatron_papo.types import Prompt
 def decode_batch(
     model: Qwen2_5_VLForConditionalGeneration,
     prompts: Sequence[Prompt],
-    jobs: list[Job],
+    jobs: list[RolloutRequest],
     sampling: Sampling,
     banned_ids: Tensor,
     eos_ids: Tensor,
@@ -48,7 +48,9 @@ def decode_batch(
     return _answers(jobs, ids_BN, logprobs_BN, length_B, stopped_B)
 
 
-def _answers(jobs: list[Job], ids_BN: Tensor, logprobs_BN: Tensor, length_B: Tensor, stopped_B: Tensor) -> list[Answer]:
+def _answers(
+    jobs: list[RolloutRequest], ids_BN: Tensor, logprobs_BN: Tensor, length_B: Tensor, stopped_B: Tensor
+) -> list[Answer]:
     rows = zip(jobs, ids_BN.tolist(), logprobs_BN.tolist(), length_B.tolist(), stopped_B.tolist())
     return [
         Answer(job, tuple(ids[:length]), tuple(logprobs[:length]), "stop" if stopped else "length")

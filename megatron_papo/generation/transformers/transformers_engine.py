@@ -18,7 +18,7 @@ from megatron_papo.config import Config
 from megatron_papo.distributed import accelerator
 from megatron_papo.distributed.layout import Layout
 from megatron_papo.generation.generator import Report, Sampling
-from megatron_papo.generation.requests import Answer, Job, generate_in_shares, make_jobs
+from megatron_papo.generation.requests import Answer, RolloutRequest, generate_in_shares, make_requests
 from megatron_papo.generation.transformers.decoding import decode_batch
 from megatron_papo.generation.weight_check import checked, read_config
 from megatron_papo.model.shape import ModelShape
@@ -45,7 +45,7 @@ class TransformersGenerator:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = config.generation.batch_size
         self.processor, self.layout, self.report = processor, layout, report
-        banned_ids = shape.unsayable_ids(processor.num_words)
+        banned_ids = shape.banned_ids(processor.num_words)
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=device)
         self.eos_ids = torch.tensor(sorted(processor.eos_ids), dtype=torch.int64, device=device)
         self.expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -64,10 +64,10 @@ class TransformersGenerator:
 
     def answer_alone(self, prompt: Prompt, sampling: Sampling) -> Answer:
         """The first rollout of the prompt, by this rank's own model, whatever other ranks do."""
-        jobs = make_jobs([prompt], sampling)[:1]
+        jobs = make_requests([prompt], sampling)[:1]
         return decode_batch(self.model, [prompt], jobs, sampling, self.banned_ids, self.eos_ids)[0]
 
-    def _answer(self, prompts: Sequence[Prompt], jobs: list[Job], sampling: Sampling) -> list[Answer]:
+    def _answer(self, prompts: Sequence[Prompt], jobs: list[RolloutRequest], sampling: Sampling) -> list[Answer]:
         # prompts of like length share a batch, so that little is padded; the sort is stable and keeps groups together
         by_length = sorted(jobs, key=lambda job: prompts[job.prompt_index].inputs.token_ids_S.numel())
         answers: list[Answer] = []

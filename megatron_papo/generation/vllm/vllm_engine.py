@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import Layout, everyone
+from megatron_papo.distributed.layout import Layout, world_group
 from megatron_papo.generation.generator import EngineLost, Report, Sampling
-from megatron_papo.generation.requests import Answer, Job, generate_in_shares, make_jobs
+from megatron_papo.generation.requests import Answer, RolloutRequest, generate_in_shares, make_requests
 from megatron_papo.generation.vllm.sleep import Sleeper, forget_weights, free_remains, keep_allocators, unwritten
 from megatron_papo.generation.vllm.start import (
     check,
@@ -32,7 +32,7 @@ from megatron_papo.generation.vllm.start import (
     start,
     trainer_state_kept,
 )
-from megatron_papo.generation.vllm.vllm_requests import Request, Requests
+from megatron_papo.generation.vllm.vllm_requests import Requests, VllmRequest
 from megatron_papo.generation.weight_check import checked, expected_shapes, read_config
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -91,7 +91,7 @@ class VllmGenerator:
             raise RuntimeError("answer before the first load_weights: the generator has no weights")
         self.sleeper.wake()
         self._forget_prompts()
-        metrics, jobs = dict(self.metrics), make_jobs([prompt], sampling)[:1]
+        metrics, jobs = dict(self.metrics), make_requests([prompt], sampling)[:1]
         (answer,) = self._run(jobs, [self.requests.request(prompt, sampling)], sampling)
         self.metrics = metrics
         self._forget_prompts()
@@ -109,7 +109,7 @@ class VllmGenerator:
             policy_version=self.policy_version,
         )
 
-    def _answer(self, prompts: Sequence[Prompt], jobs: list[Job], sampling: Sampling) -> list[Answer]:
+    def _answer(self, prompts: Sequence[Prompt], jobs: list[RolloutRequest], sampling: Sampling) -> list[Answer]:
         """The ranks of an engine run the union of their shares together, each keeps its own answers."""
         request_of = {
             place: self.requests.request(prompts[place], sampling) for place in {job.prompt_index for job in jobs}
@@ -123,7 +123,7 @@ class VllmGenerator:
         first = sum(len(jobs_) for jobs_, _ in shares[: dist.get_rank(self.engine_group)])
         return answers[first : first + len(jobs)]
 
-    def _run(self, jobs: list[Job], requests: list[Request], sampling: Sampling) -> list[Answer]:
+    def _run(self, jobs: list[RolloutRequest], requests: list[VllmRequest], sampling: Sampling) -> list[Answer]:
         done: list[RequestOutput] = []
         fault = None
         try:
@@ -136,7 +136,9 @@ class VllmGenerator:
         assert len(done) == len(jobs)
         return [self.requests.answer(*each) for each in zip(jobs, requests, done)]
 
-    def _serve(self, jobs: list[Job], requests: list[Request], sampling: Sampling, done: list[RequestOutput]) -> None:
+    def _serve(
+        self, jobs: list[RolloutRequest], requests: list[VllmRequest], sampling: Sampling, done: list[RequestOutput]
+    ) -> None:
         """All requests together, each joining and leaving the batch as there is room; the finished into `done`."""
         params = [self.requests.params(job, sampling) for job in jobs]
         self.llm.enqueue([request.prompt() for request in requests], params, use_tqdm=False)
@@ -151,7 +153,7 @@ class VllmGenerator:
 
     def _raise_where_lost(self, fault: str | None) -> None:
         """On every rank of the world when any rank's engine died, with its reason: they restart together."""
-        faults = gather_objects(fault, everyone())
+        faults = gather_objects(fault, world_group())
         lost = next((rank for rank, found in enumerate(faults) if found is not None), None)
         if lost is not None:
             raise EngineLost(f"the engine of rank {lost} died: {faults[lost]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_papo.config import Config
 from megatron_papo.generation.engine_images import pictures
 from megatron_papo.generation.generator import Sampling
-from megatron_papo.generation.requests import Answer, Job
+from megatron_papo.generation.requests import Answer, RolloutRequest
 from megatron_papo.generation.weight_check import read_config
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Prompt
@@ -29,7 +29,7 @@ _BAN = -100.0
 
 
 @dataclass(frozen=True)
-class Request:
+class VllmRequest:
     """A prompt for vLLM."""
 
     compact_ids: list[int]
@@ -62,7 +62,7 @@ class Requests:
         return cls(
             processor=processor,
             shape=shape,
-            banned_ids=shape.unsayable_ids(processor.num_words),
+            banned_ids=shape.banned_ids(processor.num_words),
             max_model_len=min(longest, model_config.text_config.max_position_embeddings),
         )
 
@@ -79,16 +79,16 @@ class Requests:
             if sampling.masked and prompt.inputs.pixel_values_PD is not None and prompt.masked_pixel_values_PD is None:
                 raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
+    def request(self, prompt: Prompt, sampling: Sampling) -> VllmRequest:
         inputs = prompt.inputs
         pixel_values_PD = prompt.masked_pixel_values_PD if sampling.masked else inputs.pixel_values_PD
         compact, images = _compact(inputs.token_ids_S, inputs.grid_thw_I3, self.shape), []
         if pixel_values_PD is not None:
             assert inputs.grid_thw_I3 is not None
             images = pictures(pixel_values_PD, inputs.grid_thw_I3, self.processor.image_processor)
-        return Request(compact, inputs.token_ids_S.tolist(), images)
+        return VllmRequest(compact, inputs.token_ids_S.tolist(), images)
 
-    def params(self, job: Job, sampling: Sampling) -> Any:
+    def params(self, job: RolloutRequest, sampling: Sampling) -> Any:
         """vLLM's sampling parameters."""
         from vllm import SamplingParams
 
@@ -105,7 +105,7 @@ class Requests:
             detokenize=False,
         )
 
-    def answer(self, job: Job, request: Request, output: RequestOutput) -> Answer:
+    def answer(self, job: RolloutRequest, request: VllmRequest, output: RequestOutput) -> Answer:
         if list(output.prompt_token_ids or ()) != request.full_ids:
             raise RuntimeError(f"rollout {job}: vLLM expanded the prompt to other tokens than the processor's")
         completion = output.outputs[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_papo.model.attention.kernels import attend, attend_backward, merge
-from megatron_papo.model.attention.packed_layout import Block, Segments, WindowedSegments
+from megatron_papo.model.attention.packed_layout import AttentionBlock, Segments, WindowedSegments
 from megatron_papo.model.attention.varlen import VarlenPlan, varlen_attend, varlen_attend_backward
 
 
@@ -83,7 +83,7 @@ class _RowAttention(torch.autograd.Function):
         else:
             grads = _attend_blocks_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, ctx.segments, ctx.scale)
         if ctx.segments.rotation is not None:
-            grads = *(ctx.segments.rotation.turn_back(grad) for grad in grads[:2]), grads[2]
+            grads = *(ctx.segments.rotation.rotate_inverse(grad) for grad in grads[:2]), grads[2]
         return *grads, None, None, None
 
 
@@ -129,13 +129,13 @@ def _attend_blocks_backward(
     return grads
 
 
-def _taken(row: Tensor, block: Block) -> Tensor:
+def _taken(row: Tensor, block: AttentionBlock) -> Tensor:
     """[T, N, ...] to the block's [sequences, N, length, ...]; a view where the block lies in the row as it is."""
     taken = row[block.places] if isinstance(block.places, slice) else row.index_select(0, block.places)
     return taken.unflatten(0, block.size).transpose(1, 2)
 
 
-def _put(row: Tensor, block: Block, values: Tensor) -> None:
+def _put(row: Tensor, block: AttentionBlock, values: Tensor) -> None:
     """Writes a block's [sequences, N, length, ...] to its places in the row, padding left out."""
     flat = values.transpose(1, 2).flatten(0, 1)
     if isinstance(block.places, slice):

@@ -30,7 +30,7 @@ Places = slice | Tensor
 
 
 @dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """Segments of about one length, [sequences, length] places of the row, each attending to itself."""
 
     size: tuple[int, int]
@@ -47,7 +47,7 @@ class Segments:
     qkv_format: ClassVar[str] = "row"
     """Megatron asks whether this is "thd", its own packed format; no."""
     causal: bool
-    blocks: tuple[Block, ...]
+    blocks: tuple[AttentionBlock, ...]
     """Every place of the row is in one."""
     prefixes: tuple[tuple[slice, slice], ...]
     """(places of responses, places of the prompt that they all see)."""
@@ -137,15 +137,15 @@ def _groups(lengths: np.ndarray, fill: float) -> list[np.ndarray]:
     return groups
 
 
-def _block(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Block:
+def _block(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> AttentionBlock:
     longest = int(lengths.max())
     step = np.arange(longest)
     places = (starts[:, None] + np.minimum(step, lengths[:, None] - 1)).reshape(-1)
     padded = (step >= lengths[:, None]).reshape(-1)
     size, first = (len(lengths), longest), int(starts[0])
     if np.array_equal(places, np.arange(first, first + places.size)):
-        return Block(size, slice(first, first + places.size), None)
-    return Block(
+        return AttentionBlock(size, slice(first, first + places.size), None)
+    return AttentionBlock(
         size,
         to_device(torch.from_numpy(places), device),
         to_device(torch.from_numpy(padded), device) if padded.any() else None,

@@ -29,7 +29,7 @@ class Rotation:
     def turn(self, values_TND: Tensor) -> Tensor:
         return self._turn(values_TND, 1)
 
-    def turn_back(self, values_TND: Tensor) -> Tensor:
+    def rotate_inverse(self, values_TND: Tensor) -> Tensor:
         """The inverse, and so the way back of a gradient."""
         return self._turn(values_TND, -1)
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megatron_papo.model.parameter_map import Entry, Run, Source, flat_shape
+from megatron_papo.model.parameter_map import ParameterEntry, RowRange, TensorSource, flat_shape
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
 
 
-def parameter_table(shape: ModelShape) -> dict[str, Entry]:
+def parameter_table(shape: ModelShape) -> dict[str, ParameterEntry]:
     """Every parameter of the model by Megatron name, in the model's order.
 
     Tied embeddings: `language.output_layer.weight` is the word embedding once more, and has no tensor of its own.
@@ -33,7 +33,7 @@ HEAD, WORDS = "lm_head.weight", "model.embed_tokens.weight"
 """The same two in published files."""
 
 
-def _language(shape: LanguageShape) -> Iterator[Entry]:
+def _language(shape: LanguageShape) -> Iterator[ParameterEntry]:
     yield _head(shape, WORD_EMBEDDINGS, WORDS)
     hidden, ffn, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
     for layer in range(shape.num_layers):
@@ -51,7 +51,7 @@ def _language(shape: LanguageShape) -> Iterator[Entry]:
     yield _plain("language.decoder.final_layernorm.weight", "model.norm.weight", (hidden,))
 
 
-def _vision(shape: VisionShape) -> Iterator[Entry]:
+def _vision(shape: VisionShape) -> Iterator[ParameterEntry]:
     hidden, ffn, merged = shape.hidden_size, shape.intermediate_size, shape.hidden_size * shape.merge_unit
     patch = (shape.in_channels, shape.temporal_patch_size, shape.patch_size, shape.patch_size)
     yield _plain("vision.patch_embed.weight", "visual.patch_embed.proj.weight", (hidden, *patch))
@@ -76,41 +76,41 @@ def _vision(shape: VisionShape) -> Iterator[Entry]:
     yield _plain(ours + "linear_fc2.bias", theirs + "mlp.2.bias", (shape.out_hidden_size,))
 
 
-def _plain(name: str, source: str, shape: tuple[int, ...], axis: int | None = None) -> Entry:
+def _plain(name: str, source: str, shape: tuple[int, ...], axis: int | None = None) -> ParameterEntry:
     """One tensor as it is; replicated, or split along `axis`: 0 column-parallel, 1 row-parallel."""
-    return Entry(name, (Source(source, shape),), (Run(0, 0, shape[0]),), flat_shape(shape), axis)
+    return ParameterEntry(name, (TensorSource(source, shape),), (RowRange(0, 0, shape[0]),), flat_shape(shape), axis)
 
 
-def _head(shape: LanguageShape, name: str, source: str) -> Entry:
+def _head(shape: LanguageShape, name: str, source: str) -> ParameterEntry:
     """Rows of the vocabulary, padded at its end."""
     return _plain(name, source, (shape.vocab_size, shape.hidden_size), axis=0)
 
 
-def _gated(name: str, block: str, kind: str, ffn: int, rest: tuple[int, ...]) -> Entry:
+def _gated(name: str, block: str, kind: str, ffn: int, rest: tuple[int, ...]) -> ParameterEntry:
     """A gated MLP's first layer: a rank holds its shard of the gate, then its shard of the up projection."""
-    sources = tuple(Source(f"{block}mlp.{part}_proj.{kind}", (ffn, *rest)) for part in ("gate", "up"))
-    return Entry(name, sources, (Run(0, 0, ffn), Run(1, 0, ffn)), (2 * ffn, *rest), axis=0, parts=2)
+    sources = tuple(TensorSource(f"{block}mlp.{part}_proj.{kind}", (ffn, *rest)) for part in ("gate", "up"))
+    return ParameterEntry(name, sources, (RowRange(0, 0, ffn), RowRange(1, 0, ffn)), (2 * ffn, *rest), axis=0, parts=2)
 
 
-def _qkv(name: str, sources: list[str], shape: LanguageShape, rest: tuple[int, ...]) -> Entry:
+def _qkv(name: str, sources: list[str], shape: LanguageShape, rest: tuple[int, ...]) -> ParameterEntry:
     """Megatron's order: of each query group its queries, its key, its value. A rank holds a contiguous share of the
     rows; with more ranks than groups the share ends inside a group, and Megatron gathers the rows at run time."""
     head, queries = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
     rows = (shape.num_heads * head, shape.num_kv_heads * head, shape.num_kv_heads * head)
     runs = tuple(
-        Run(source, group * length, length)
+        RowRange(source, group * length, length)
         for group in range(shape.num_kv_heads)
         for source, length in ((0, queries), (1, head), (2, head))
     )
-    tensors = tuple(Source(source, (length, *rest)) for source, length in zip(sources, rows))
-    return Entry(name, tensors, runs, (sum(rows), *rest), axis=0)
+    tensors = tuple(TensorSource(source, (length, *rest)) for source, length in zip(sources, rows))
+    return ParameterEntry(name, tensors, runs, (sum(rows), *rest), axis=0)
 
 
-def _fused_qkv(name: str, source: str, shape: VisionShape, rest: tuple[int, ...]) -> Entry:
+def _fused_qkv(name: str, source: str, shape: VisionShape, rest: tuple[int, ...]) -> ParameterEntry:
     """One tensor with all queries, then all keys, then all values; in Megatron q, k, v of each head."""
     head, hidden = shape.head_dim, shape.hidden_size
-    runs = tuple(Run(0, part * hidden + i * head, head) for i in range(shape.num_heads) for part in range(3))
-    return Entry(name, (Source(source, (3 * hidden, *rest)),), runs, (3 * hidden, *rest), axis=0)
+    runs = tuple(RowRange(0, part * hidden + i * head, head) for i in range(shape.num_heads) for part in range(3))
+    return ParameterEntry(name, (TensorSource(source, (3 * hidden, *rest)),), runs, (3 * hidden, *rest), axis=0)
 
 
 _TABLE_NAMES = {

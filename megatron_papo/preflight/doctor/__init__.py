@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.preflight.doctor import gpu
-from megatron_papo.preflight.doctor.finding import Finding, version
+from megatron_papo.preflight.doctor.finding import DoctorFinding, version
 from megatron_papo.preflight.doctor.packages import apex, compared, required, shortened
 from megatron_papo.text.untrusted import as_text
 
@@ -49,7 +49,7 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def examine() -> list[Finding]:
+def examine() -> list[DoctorFinding]:
     """Everything that is looked at, in the order in which it is printed."""
     device = gpu.has_device()
     requirements = importlib.metadata.requires(PROJECT) or []
@@ -58,7 +58,7 @@ def examine() -> list[Finding]:
     return findings + shortened(required(requirements, version, device))
 
 
-def _for_gpus(device: bool) -> list[Finding]:
+def _for_gpus(device: bool) -> list[DoctorFinding]:
     compiler = gpu.find_nvcc(os.environ)
     findings = [gpu.engine(version, device)]
     if device and version("vllm"):
@@ -74,13 +74,17 @@ def _cuda_of_torch() -> str | None:
     return torch.version.cuda
 
 
-def _python() -> Finding:
+def _python() -> DoctorFinding:
     good = sys.version_info[:2] == (3, 12)
-    return Finding("Python", platform.python_version(), "ok" if good else "missing", "" if good else "needed: 3.12")
+    return DoctorFinding(
+        "Python", platform.python_version(), "ok" if good else "missing", "" if good else "needed: 3.12"
+    )
 
 
-def _machine() -> Finding:
+def _machine() -> DoctorFinding:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("machine", f"{cores} cores, {memory:.0f} GiB memory", "ok", f"{free:.0f} GiB free on this disk")
+    return DoctorFinding(
+        "machine", f"{cores} cores, {memory:.0f} GiB memory", "ok", f"{free:.0f} GiB free on this disk"
+    )

@@ -13,7 +13,7 @@ VersionOf = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorFinding:
     name: str
     found: str
     """Version or description; empty when there is none."""

