@@ -33,13 +33,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.which in ("update", "step") and find_spec("trl") is None:
         parser.error(f"{arguments.which} needs TRL: `make bench` installs it")
-    from tools.benchmarks.quiet import quieten
-    from tools.benchmarks.table import print_rows, write_rows
+    from benchmarks.quiet import quieten
+    from benchmarks.table import print_rows, write_rows
 
     quieten()
     if arguments.which == "gpu":
         return _gpu(parser, arguments)
-    module = importlib.import_module(f"tools.benchmarks.{arguments.which}")
+    module = importlib.import_module(f"benchmarks.{arguments.which}")
     options = {} if arguments.which == "head" else {"rounds": arguments.rounds}
     if arguments.which == "growth":
         options["plot"] = arguments.plot
@@ -57,10 +57,10 @@ def main() -> int:
 def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     import torch
 
-    from tools.benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
-    from tools.benchmarks.gpu.fitting import MODES
-    from tools.benchmarks.gpu.one_part import PARTS
-    from tools.benchmarks.gpu.rows import Options
+    from benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
+    from benchmarks.gpu.fitting import MODES
+    from benchmarks.gpu.one_part import PARTS
+    from benchmarks.gpu.rows import Options
 
     on_gpu = torch.cuda.is_available()
     shape = arguments.shape or ("3b" if on_gpu else "tiny")

@@ -20,7 +20,7 @@ EDGE = 168
 
 
 def main(folder: Path) -> None:
-    from tools.benchmarks.models import write_model
+    from benchmarks.models import write_model
 
     write_model(folder / "model")
     random = np.random.default_rng(0)

@@ -28,10 +28,10 @@ PADDING = 0.01
 def _logprobs(recipe: str, fixed_rows: bool = False) -> dict:
     """Of the benchmarks' small model, weights drawn by name: the same in every process. `fixed_rows`: rows padded to
     the whole budget."""
-    from tools.benchmarks.gpu.folder import model_folder
-    from tools.benchmarks.gpu.fp8 import RECIPES
-    from tools.benchmarks.gpu.policy import open_ours
-    from tools.benchmarks.rollouts import Workload, make_groups
+    from benchmarks.gpu.folder import model_folder
+    from benchmarks.gpu.fp8 import RECIPES
+    from benchmarks.gpu.policy import open_ours
+    from benchmarks.rollouts import Workload, make_groups
 
     work = Workload(101, 13, num_prompts=2, group_size=3)  # rows of 140 tokens a group: no multiple of 16
     settings = RECIPES.get(recipe, {}) | {"model__dtype": "bfloat16", "fp8__recipe": recipe}

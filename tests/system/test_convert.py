@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.convert import write_folder
 from megatron_papo.conversion import file_units, progress_bar, stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
@@ -29,7 +30,6 @@ from tests import commands
 from tests.parallel.generation_cases import make_folder
 from tests.processes import interpreter
 from tests.tiny import make_tiny_folder
-from tools.benchmarks.convert import write_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 KEY = "model.layers.1.self_attn.k_proj.weight"

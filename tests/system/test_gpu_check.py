@@ -17,19 +17,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.gpu import command, document, fitting, fp8, memory, update
+from benchmarks.gpu.apart import apart
+from benchmarks.gpu.checks import counts, results
+from benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
+from benchmarks.gpu.fitting import MODES, cannot_fit, least_that_fits, needed_by_mode
+from benchmarks.gpu.folder import write_3b
+from benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
+from benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt, reason_of
+from benchmarks.gpu.smoke import FAILED_PIECES
+from benchmarks.gpu.stream import Found
+from benchmarks.gpu.update import mfu_rows
+from benchmarks.published import published_config
 from tests.commands import run
-from tools.benchmarks.gpu import command, document, fitting, fp8, memory, update
-from tools.benchmarks.gpu.apart import apart
-from tools.benchmarks.gpu.checks import counts, results
-from tools.benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
-from tools.benchmarks.gpu.fitting import MODES, cannot_fit, least_that_fits, needed_by_mode
-from tools.benchmarks.gpu.folder import write_3b
-from tools.benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
-from tools.benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt, reason_of
-from tools.benchmarks.gpu.smoke import FAILED_PIECES
-from tools.benchmarks.gpu.stream import Found
-from tools.benchmarks.gpu.update import mfu_rows
-from tools.benchmarks.published import published_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -140,7 +140,7 @@ def test_without_a_gpu_nothing_is_written_into_the_document(tmp_path):
 
 def test_a_part_that_raises_or_takes_too_long_is_a_row():
     (raised,) = run_part("nowhere", Options("tiny", True, 1))
-    assert raised.note == "ModuleNotFoundError: No module named 'tools.benchmarks.gpu.nowhere'"
+    assert raised.note == "ModuleNotFoundError: No module named 'benchmarks.gpu.nowhere'"
     *_, late = run_part("checks", Options("tiny", True, 1), limit_s=0.01)
     assert late == GpuRow("the rest of checks", None, note="took longer than 0 s")
     assert has_failed(raised) and has_failed(late) and not has_failed(GpuRow("recompute none", None, note="no room"))
@@ -358,7 +358,7 @@ def test_pieces_that_failed_fail_the_command():
 
 
 def test_an_update_in_fp8_is_beside_both_peaks(monkeypatch):
-    monkeypatch.setattr("tools.benchmarks.gpu.update.device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("benchmarks.gpu.update.device_name", lambda: "NVIDIA H100 80GB HBM3")
     rows = list(mfu_rows("delayed", 1.0, int(989.5e12), fp8=True))
     assert [(row.name, row.value) for row in rows] == [
         ("delayed: MFU of bfloat16's peak / aim", 100.0), ("delayed: MFU of FP8's peak", 50.0)
@@ -395,10 +395,10 @@ def test_the_committed_section_has_every_part_and_no_figure_of_a_machine_without
 def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
     from transformers import AutoProcessor, Qwen2_5_VLConfig
 
+    from benchmarks.published import NUM_PARAMETERS
     from megatron_papo.generation.weight_check import expected_shapes
     from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
     from megatron_papo.model.shape import ModelShape
-    from tools.benchmarks.published import NUM_PARAMETERS
 
     folder = write_3b(tmp_path / "model")
     shape, tokenizer = ModelShape.from_folder(folder), AutoProcessor.from_pretrained(folder).tokenizer

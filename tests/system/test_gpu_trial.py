@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.command import NO_TIME
+from benchmarks.gpu.document import NOT_RUN, parts_of
 from megatron_papo.cli import main as papo
 from megatron_papo.config import load_config
 from megatron_papo.preflight.inputs import faults_of_inputs
 from tests.commands import run
 from tests.interpreter import PYTHON
-from tools.benchmarks.gpu.command import NO_TIME
-from tools.benchmarks.gpu.document import NOT_RUN, parts_of
 from tools.gpu_trial import colocated, smoke_te, smoke_vllm
 from tools.gpu_trial.pieces import DEVICE, Gap, Wrong, gap, report
 
@@ -126,7 +126,7 @@ def test_the_shell_scripts_parse_and_name_what_is_there(name):
             assert (KIT / word.removeprefix("$kit/")).is_file(), word
         if word.startswith("tests/gpu"):
             assert list(ROOT.glob(word)), word
-    from tools.benchmarks.gpu.command import Wanted
+    from benchmarks.gpu.command import Wanted
 
     if "parts.py" in text:
         wanted = text.partition("parts.py")[2].partition("\n\n")[0].replace("\\\n", " ").split("\n")[0].split()

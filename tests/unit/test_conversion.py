@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.published import NUM_PARAMETERS, published_config
 from megatron_papo.checkpoint.blobs import frame, values_offset
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.convert import chunk_for
@@ -25,7 +26,6 @@ from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
 from tests.tiny import tiny_config
-from tools.benchmarks.published import NUM_PARAMETERS, published_config
 
 TABLE = parameter_table(
     ModelShape.from_dict(json.loads(tiny_config(vision_intermediate=42, vocab=275).to_json_string()))

@@ -25,9 +25,9 @@ def main(out: Path, seconds: float, wanted: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from tools.benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
-    from tools.benchmarks.gpu.rows import Options
-    from tools.benchmarks.quiet import quieten
+    from benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
+    from benchmarks.gpu.rows import Options
+    from benchmarks.quiet import quieten
 
     quieten()
     parts = [Wanted.parse(each) for each in wanted]

@@ -14,9 +14,9 @@ wait
 # An engine that sleeps beside a trainer, alone on the card; then the certificate of a small model with vLLM and, at the
 # same time, a run of three steps that rolls out with it, hands over, and is certified after every hand-over.
 export STREAM_TO=$OUT/tests_b.jsonl
-step sleep 120 python3 -m pytest tests/gpu/test_sleep*.py -p no:cacheprovider -p tools.benchmarks.gpu.stream \
+step sleep 120 python3 -m pytest tests/gpu/test_sleep*.py -p no:cacheprovider -p benchmarks.gpu.stream \
 	--timeout 115 -rfEs
-[ ! -s "$STREAM_TO" ] || python3 -m tools.benchmarks.gpu.stream "$STREAM_TO" | tee -a "$OUT/summary.txt"
+[ ! -s "$STREAM_TO" ] || python3 -m benchmarks.gpu.stream "$STREAM_TO" | tee -a "$OUT/summary.txt"
 step colocated 130 python3 "$kit/colocated.py" "$OUT/colocated.txt"
 cat "$OUT/colocated.txt" 2>/dev/null
 

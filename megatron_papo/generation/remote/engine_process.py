@@ -131,7 +131,8 @@ def _join(config: Config, engine_rank: EngineRank, store: dist.Store) -> Layout:
     alone = [dist.new_group([rank]) for rank in range(size)][engine_rank.rank]
     return Layout(
         rank=engine_rank.rank, world_size=size, tensor_rank=engine_rank.rank, tensor_size=size, pipeline_rank=0,
-        pipeline_size=1, data_rank=0, data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
+        pipeline_size=1, data_rank=0, data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone,
+        model_group=world,
     )  # fmt: skip
 
 

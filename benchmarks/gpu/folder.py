@@ -1,0 +1,118 @@
+"""The model that the GPU check runs: a folder without weights, and weights drawn where they are needed.
+
+`3b` has the true shape of Qwen2.5-VL-3B, `tiny` that of the other benchmarks. Matrices have a standard deviation of
+0.02, norms are one. A weight is drawn on the device from its Hugging Face name, so that trainer, transformers and
+vLLM get the same ones without a file of 7 GB. The tokenizer of `3b` has the published size and special tokens; its
+words are made up.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, product
+from pathlib import Path
+from string import ascii_lowercase
+from tempfile import TemporaryDirectory
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from benchmarks.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, write_model
+from benchmarks.published import published_config
+from megatron_papo.distributed.accelerator import device
+from megatron_papo.distributed.layout import layout
+from megatron_papo.model.parameter_map import Index, fill_shard
+from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.weights.held import held_parameters
+
+STD = 0.02
+_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+_FIRST_SPECIAL = 151_643
+"""Of the published tokenizer; the order above is its own."""
+
+
+@contextmanager
+def model_folder(shape: str) -> Iterator[Path]:
+    """A folder with `model` in it: config.json, tokenizer, processor. Removed afterwards."""
+    with TemporaryDirectory(prefix="papo_gpu_") as name:
+        (write_3b if shape == "3b" else write_model)(Path(name) / "model")
+        yield Path(name)
+
+
+def write_3b(folder: Path) -> Path:
+    """Everything but weights; returns `folder`."""
+    folder.mkdir(parents=True)
+    config = published_config("3B") | {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
+    pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, words of four letters that nothing is ever joined to, and the special tokens at their published ids."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ("".join(four) for four in product(ascii_lowercase, repeat=4))
+    words = [*letters, *islice(words, _FIRST_SPECIAL - len(letters))]
+    backend = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(_SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(_SPECIAL),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=32_768,
+    )
+
+
+def drawn_tensors(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name of transformers' parameter, tensor on the device) of the whole model; a tied head is left out."""
+    for name, size in _sizes(shape).items():
+        yield module_name(name), _draw(name, size, dtype)
+
+
+@torch.no_grad()
+def draw_into(model: nn.Module, shape: ModelShape) -> None:
+    """The same weights into a policy; what pads it is zero."""
+    sizes, here, dtype = _sizes(shape), layout(), next(model.parameters()).dtype
+
+    def read(name: str, index: Index) -> Tensor:
+        return _draw(name, sizes[name], dtype)[index]
+
+    for part in held_parameters(model, shape, here.tensor_size).values():
+        fill_shard(part.entry, part.tensor.detach(), here.tensor_rank, read)
+
+
+def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {source.name: source.shape for entry in parameter_table(shape).values() for source in entry.sources}
+
+
+def _draw(name: str, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if len(size) == 1 and name.endswith("weight"):
+        return torch.ones(size, dtype=dtype, device=device())
+    generator = torch.Generator(device()).manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(size, dtype=dtype, device=device()).normal_(0.0, STD, generator=generator)
