@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests import processes, workers
-from tests.slurm_lab import slurm as slurm
+from tests.support import processes, workers
+from tests.support.slurm_lab import slurm as slurm
 
 CORE = tuple(
     f"tests/parallel/test_{name}.py"

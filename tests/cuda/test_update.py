@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from megatron_papo.config import ModelConfig
-from tests.interpreter import PYTHON
+from tests.support.interpreter import PYTHON
 from tools.fake_gpu.cases import BENCHMARK, counted, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.rows import Work

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import ClusterConfig, Config, RunConfig
-from tests.processes import open_session
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.processes import open_session
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CURVES = Path(__file__).with_name("curves.json")

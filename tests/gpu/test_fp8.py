@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_papo.config import Fp8Config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.parallel.model_cases import CASES, write_case
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NEEDS_TE = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from megatron_papo.config import Config
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NEEDS_TE = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")

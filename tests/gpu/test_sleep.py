@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.parallel.generation_cases import make_config, make_folder, make_prompts, make_sampling, named_tensors
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
     from megatron_papo.config import ParallelConfig
     from megatron_papo.distributed.layout import initialize
     from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
-    from tests.tiny import tiny_model
+    from tests.support.tiny import tiny_model
 
     layout = initialize(ParallelConfig())
     config = make_config(folder, engine="vllm", dtype="bfloat16", kv_cache_gib=1.0, keep_weights_asleep=keep)

@@ -16,7 +16,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Sampling
 from megatron_papo.types import Group, Prompt
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 BANNED = tuple(range(259, 272))
 """The four vision tokens, and the padding of the vocabulary that no tokenizer writes."""

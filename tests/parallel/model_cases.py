@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.types import MicroBatch, Segment
-from tests.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 
 Grid = tuple[int, int]
 PATCH_DIM = 1176

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="adapts machines without a GPU")
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_papo.config import Config
 from megatron_papo.costs.activations import RowSize, saved_bytes
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 TOLERANCE = 0.06
 RESPONSE = tuple(range(40, 90))

@@ -21,8 +21,8 @@ from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore, SaveFailed
 from megatron_papo.distributed.agreement import RanksFailed
 from tests.parallel.checkpoint_cases import Setup, make_source, ranks, start, train, weights
-from tests.ranks import run_ranks
-from tests.small_disk import fill, make_room, small_disk
+from tests.support.ranks import run_ranks
+from tests.support.small_disk import fill, make_room, small_disk
 
 LAYOUTS = {
     "one rank": ranks(1),

@@ -26,8 +26,8 @@ from tests.parallel.certify_cases import (
     layer_now,
     update_every_weight,
 )
-from tests.ranks import run_ranks
-from tests.tiny_run import CERTIFIED, make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import CERTIFIED, make_inputs, tiny_run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2": {"parallel__tensor": 2},

@@ -31,7 +31,7 @@ from megatron_papo.conversion.plan import Settings, make_plan, open_store
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 LAYOUT = ranks(2, tensor=2, dtype="bfloat16")
 SMALL_FILES = (METADATA_FILE, FORMAT_FILE, CHECKSUMS_FILE, STATE_FILE)

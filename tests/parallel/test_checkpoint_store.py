@@ -17,8 +17,8 @@ from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.files import atomic_folder
 from megatron_papo.model.shape import ModelShape
 from tests.parallel.checkpoint_cases import SHAPE, VISION, Setup, make_source, ranks, start, train, weights
-from tests.ranks import RankFailed, run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support.ranks import RankFailed, run_ranks
+from tests.support.tiny import make_tiny_folder
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from megatron_papo.conversion.workers import Workers
 from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.transfer import read_hf, write_hf
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
 
 SHAPE = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vision_depth": 2, "vocab": 275}
 VISION = {"vision_hidden": 32, "vision_heads": 4, "vision_intermediate": 42}  # 42: padded at every layout

@@ -12,8 +12,8 @@ import torch
 
 from megatron_papo.config import Config
 from tests.parallel.generation_cases import make_sampling, tokens
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

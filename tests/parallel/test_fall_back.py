@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_papo.checkpoint.store import CheckpointStore
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def _spoil(file: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from tests.parallel.model_cases import Case, write_case
 from tests.parallel.test_model_parity import run_rows
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CASE = Case("four layers", ((((6, 10),), ((4, 4),)), (((4, 2),), ())), {"layers": 4})
 TP = {

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.model_cases import CASES, write_case
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 LAYOUTS = {

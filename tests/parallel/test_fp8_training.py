@@ -15,9 +15,9 @@ from unittest import mock
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from tests.commands import papo
-from tests.ranks import run_ranks
-from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support.commands import papo
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = {

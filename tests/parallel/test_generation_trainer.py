@@ -10,8 +10,8 @@ import torch
 
 from megatron_papo.config import Config
 from tests.parallel.generation_cases import TOLERANCE, make_sampling
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")

@@ -27,7 +27,7 @@ from tests.parallel.generation_cases import (
     named_tensors,
     tokens,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SETTINGS = {
     "plain": {},

@@ -34,8 +34,8 @@ from tests.parallel.generation_cases import (
     named_tensors,
     tokens,
 )
-from tests.ranks import run_ranks
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import run
-from tests.processes import environment
-from tests.ranks import run_ranks
+from tests.support.commands import run
+from tests.support.processes import environment
+from tests.support.ranks import run_ranks
 
 
 def _sum_of_ranks(bias: int) -> float:

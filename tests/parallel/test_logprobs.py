@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_papo.logprobs import HeadValues, check_targets, vocab_parallel_head
 from megatron_papo.logprobs.tiling import CPU_TILE, blocks, tile_of
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROWS, HIDDEN, VOCAB = 7, 5, 22
 TEMPERATURE = 0.7

@@ -10,8 +10,8 @@ import pytest
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.memory import StageMemory, stage_memory
 from megatron_papo.model.shape import ModelShape
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
 
 ODD = {"vision_intermediate": 42, "vocab": 275}
 """Widths that need padding."""

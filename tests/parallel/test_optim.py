@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_papo.config import load_config
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
 
 
 def _groups(folder: Path, overrides: list[str]) -> tuple[dict[str, tuple[float, float]], list[float]]:

@@ -1,6 +1,6 @@
 """The optimizers of a GPU machine, saved and resumed: each goes on bit for bit, and counts its steps on.
 
-On the CPU, with the stand-ins of `tests/gpu_optimizers.py`; `tests/gpu/test_optimizer.py` is the same on a GPU.
+On the CPU, with the stand-ins of `tests/support/gpu_optimizers.py`; `tests/gpu/test_optimizer.py` is the same on a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_papo.checkpoint.state import TrainState, read_state
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.preflight.tested_versions import versions
 from megatron_papo.weights.held import held_parameters
-from tests import gpu_optimizers
 from tests.parallel.checkpoint_cases import SHAPE, VISION, build, ranks, settings_of, train, weights
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support import gpu_optimizers
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
 
 LAYOUT = ranks(1, dtype="bfloat16", distributed=True)
 KINDS = {

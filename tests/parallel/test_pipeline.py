@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_papo.config import Config
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 RESPONSES = (((70, 71, 72), (73,)), ((80, 81), (82, 83, 84, 85)), ((90,), (91, 92)), ((65, 66, 67), (68, 69)))
 """Of the rollouts of each prompt."""

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from megatron_papo.config import Config
 from megatron_papo.types import Group, Prompt
 from tests.parallel.generation_cases import make_sampling, tokens
-from tests.ports import beyond_loopback, listening, of_the_store_at
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ports import beyond_loopback, listening, of_the_store_at
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

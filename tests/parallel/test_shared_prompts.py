@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_papo.config import Config
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 TOLERANCE = 1e-5
 LENGTHS = ((4, 1, 9, 3), (2, 5, 5), (6, 2), (3, 3, 8), (1, 1, 1, 7, 2))

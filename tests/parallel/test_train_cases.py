@@ -17,9 +17,9 @@ from unittest import mock
 import pytest
 
 from megatron_papo.config import Config
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
-from tests.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
+from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
 
 
 def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_papo.config import Config
 from megatron_papo.data.order import DataCursor
-from tests.ranks import run_ranks
-from tests.tiny_run import OVERRIDES, make_inputs, metrics, tiny_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import OVERRIDES, make_inputs, metrics, tiny_run
 
 OBJECTIVES = {
     "frozen": {"loss__entropy_coef": 0.03},

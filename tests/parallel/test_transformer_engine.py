@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.tiny import make_tiny_folder
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_tiny_folder
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),

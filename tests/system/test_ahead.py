@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from tests.commands import Command, begin
-from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support.commands import Command, begin
+from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

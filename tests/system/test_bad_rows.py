@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import dump_config
-from tests.commands import papo
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.commands import papo
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 
 @pytest.fixture(scope="module")

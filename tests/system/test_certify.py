@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import dump_config
-from tests import commands
 from tests.parallel.certify_cases import MODEL
-from tests.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support import commands
+from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
 
 REPO = Path(__file__).parents[2]
 TIGHT = {"certify__limits__logprobs_max": 1e-9}

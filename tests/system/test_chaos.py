@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import dump_config
-from tests import commands
-from tests.chaos import DAMAGES, KILLS, Damage, Kill, kill_everything, kill_the_launcher, killed_at
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support import commands
+from tests.support.chaos import DAMAGES, KILLS, Damage, Kill, kill_everything, kill_the_launcher, killed_at
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

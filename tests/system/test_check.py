@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import load_config
-from tests.commands import papo
-from tests.tiny_run import make_inputs
+from tests.support.commands import papo
+from tests.support.tiny_run import make_inputs
 from tests.unit.test_memory import published
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

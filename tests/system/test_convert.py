@@ -26,10 +26,10 @@ from megatron_papo.conversion import file_units, progress_bar, stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
 from megatron_papo.conversion.progress_bar import memory
-from tests import commands
 from tests.parallel.generation_cases import make_folder
-from tests.processes import interpreter
-from tests.tiny import make_tiny_folder
+from tests.support import commands
+from tests.support.processes import interpreter
+from tests.support.tiny import make_tiny_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 KEY = "model.layers.1.self_attn.k_proj.weight"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from tests.commands import Command, begin
-from tests.small_disk import fill, make_room, small_disk
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.commands import Command, begin
+from tests.support.small_disk import fill, make_room, small_disk
+from tests.support.tiny_run import make_inputs, tiny_run
 
 STEPS = 20
 

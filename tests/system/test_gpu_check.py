@@ -29,7 +29,7 @@ from benchmarks.gpu.smoke import FAILED_PIECES
 from benchmarks.gpu.stream import Found
 from benchmarks.gpu.update import mfu_rows
 from benchmarks.published import published_config
-from tests.commands import run
+from tests.support.commands import run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"

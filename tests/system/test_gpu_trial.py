@@ -22,8 +22,8 @@ from benchmarks.gpu.document import NOT_RUN, parts_of
 from megatron_papo.cli import main as papo
 from megatron_papo.config import load_config
 from megatron_papo.preflight.inputs import faults_of_inputs
-from tests.commands import run
-from tests.interpreter import PYTHON
+from tests.support.commands import run
+from tests.support.interpreter import PYTHON
 from tools.gpu_trial import colocated, smoke_te, smoke_vllm
 from tools.gpu_trial.pieces import DEVICE, Gap, Wrong, gap, report
 

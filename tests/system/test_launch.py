@@ -20,8 +20,8 @@ from megatron_papo.runtime.failure_notes import NotesInMemory
 from megatron_papo.runtime.heartbeat import PEER_EXIT
 from megatron_papo.runtime.launch import Work, _free_port, _watch, launch, outer_rank
 from megatron_papo.runtime.watchdog import STALL_EXIT
-from tests.commands import begin
-from tests.interpreter import PYTHON
+from tests.support.commands import begin
+from tests.support.interpreter import PYTHON
 
 REPO = Path(__file__).resolve().parents[2]
 

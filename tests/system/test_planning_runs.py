@@ -14,9 +14,9 @@ from megatron_papo.costs.hardware import CPU
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.measured_run import STAGES, planned
-from tests.commands import run
-from tests.ranks import run_ranks
-from tests.tiny_run import make_inputs, tiny_run
+from tests.support.commands import run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import make_inputs, tiny_run
 
 ROOT = Path(__file__).parents[2]
 

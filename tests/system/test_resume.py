@@ -15,8 +15,8 @@ import pytest
 
 from megatron_papo.config import Config, dump_config
 from megatron_papo.runtime.run_lock import Holder, alone_in
-from tests.commands import Command, begin, papo
-from tests.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.commands import Command, begin, papo
+from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 KILLED_AFTER = 2
 

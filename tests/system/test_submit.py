@@ -14,10 +14,10 @@ import pytest
 
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.runtime.progress import read_progress
-from tests.commands import heeds_ctrl_c
-from tests.processes import environment, interpreter
-from tests.slurm_lab import Slurm
-from tests.tiny_run import OVERRIDES, make_inputs
+from tests.support.commands import heeds_ctrl_c
+from tests.support.processes import environment, interpreter
+from tests.support.slurm_lab import Slurm
+from tests.support.tiny_run import OVERRIDES, make_inputs
 
 REPO = Path(__file__).parents[2]
 TOOL = REPO / "tools" / "submit_slurm.py"
@@ -106,7 +106,7 @@ def test_submitted_followed_listed_and_resumed_on_one_node(tool: Tool):
 
 def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     run_dir = tool.folder / "runs" / "b"
-    slow = ["reward.function=tests.slow:slow_share", "train.steps=60", "run.dir=runs/b", "observe.console=true"]
+    slow = ["reward.function=tests.support.slow:slow_share", "train.steps=60", "run.dir=runs/b", "observe.console=true"]
     done = tool(*tool.settings, *slow, "--chain", 2)
     assert done.returncode == 0, done.stderr
     first, second = job_ids(run_dir)

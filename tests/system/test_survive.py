@@ -14,10 +14,10 @@ import pytest
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import dump_config
 from megatron_papo.runtime.progress import read_progress
-from tests.commands import papo
-from tests.slurm_lab import Slurm
+from tests.support.commands import papo
+from tests.support.slurm_lab import Slurm
+from tests.support.tiny_run import metrics, tiny_run
 from tests.system.test_submit import Tool, job_ids, tool, until  # noqa: F401 - a fixture among them
-from tests.tiny_run import metrics, tiny_run
 
 TWO_BY_TWO = {
     "cluster.ranks_per_node": 2,
@@ -27,7 +27,7 @@ TWO_BY_TWO = {
     "observe.console": True,
     "run.heartbeat_s": 0.5,
     "run.heartbeat_limit_s": 15,
-    "reward.function": "tests.slow:slow_share",
+    "reward.function": "tests.support.slow:slow_share",
 }
 """On two nodes: tensor 2 x data 2."""
 
@@ -166,11 +166,18 @@ def test_the_curve_is_that_of_an_undisturbed_run(tool: Tool, disturbances):  # n
 
 def test_three_failures_at_the_same_step_stop_the_run_with_the_reason(tool: Tool):  # noqa: F811
     run_dir = tool.folder / "runs" / "stuck"
-    settings = [*tool.settings, "parallel.tensor=2", "train.steps=9", "reward.function=tests.slow:fails_at_a_step"]
+    settings = [
+        *tool.settings,
+        "parallel.tensor=2",
+        "train.steps=9",
+        "reward.function=tests.support.slow:fails_at_a_step",
+    ]
     done = tool(*settings, "run.dir=runs/stuck", "--follow")
     assert done.returncode != 0
     said = done.stdout.splitlines()
-    reason = "ValueError: reward.function: tests.slow:fails_at_a_step failed: OSError: the verifier's host is down"
+    reason = (
+        "ValueError: reward.function: tests.support.slow:fails_at_a_step failed: OSError: the verifier's host is down"
+    )
     attempts = read_attempts(run_dir)
     assert [(attempt.end, attempt.reached) for attempt in attempts] == [("failed", 2)] * 3
     assert said[-1].startswith("papo: stopped: failed 3 times in a row at step 2, without progress: papo: rank ")
@@ -183,7 +190,7 @@ def test_three_failures_at_the_same_step_stop_the_run_with_the_reason(tool: Tool
 
 def test_a_stall_leaves_the_stacks_of_all_ranks_and_the_run_goes_on(tool: Tool):  # noqa: F811
     run_dir = tool.folder / "runs" / "stall"
-    settings = [*tool.settings, "parallel.tensor=2", "train.steps=4", "reward.function=tests.slow:stalls_once"]
+    settings = [*tool.settings, "parallel.tensor=2", "train.steps=4", "reward.function=tests.support.slow:stalls_once"]
     limits = ["run.stage_limits_s={reward: 5}", "checkpoint.save_every=1"]
     done = tool(*settings, *limits, "run.dir=runs/stall", "--follow")
     assert done.returncode == 0, done.stdout + done.stderr

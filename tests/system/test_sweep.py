@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from megatron_papo.cluster.attempts import read_attempts
-from tests.processes import environment, interpreter
-from tests.slurm_lab import Slurm
-from tests.tiny_run import OVERRIDES, make_inputs
+from tests.support.processes import environment, interpreter
+from tests.support.slurm_lab import Slurm
+from tests.support.tiny_run import OVERRIDES, make_inputs
 
 REPO = Path(__file__).parents[2]
 TOOL = REPO / "tools" / "sweep.py"
@@ -33,8 +33,8 @@ NODES = {
     "certify.at_start": False,
     "certify.after_hand_over": False,
 }
-WAITS = {"ranks": 1, "name": "ranks_1", "overrides": ["reward.function=tests.slow:waits_for_leave"]}
-RAISES = {"ranks": 1, "name": "raises", "overrides": ["reward.function=tests.slow:fails_at_a_step"]}
+WAITS = {"ranks": 1, "name": "ranks_1", "overrides": ["reward.function=tests.support.slow:waits_for_leave"]}
+RAISES = {"ranks": 1, "name": "raises", "overrides": ["reward.function=tests.support.slow:fails_at_a_step"]}
 NOWHERE = {"ranks": 1, "name": "nowhere", "overrides": ["cluster.partition=nope"]}
 THIRDS = {"ranks": 4, "name": "thirds", "overrides": ["parallel.tensor=3"]}
 
@@ -116,9 +116,7 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
     assert {name: row["state"] for name, row in rows.items()} == {
         "ranks_1": "done", "ranks_2": "done", "raises": "failed", "nowhere": "refused", "thirds": "refused",
     }  # fmt: skip
-    down = (
-        "rank 0 failed: ValueError: reward.function: tests.slow:fails_at_a_step failed: OSError: the verifier's host "
-    )
+    down = "rank 0 failed: ValueError: reward.function: tests.support.slow:fails_at_a_step failed: OSError: the verifier's host "
     assert rows["raises"]["reason"] == f"{down}is down"
     assert (rows["nowhere"]["reason"], rows["thirds"]["reason"]) == (nope, thirds)
     assert [len(tool.jobs(name)) for name in ("ranks_1", "ranks_2", "raises")] == [1, 2, 1]
@@ -207,7 +205,7 @@ def test_weak_scaling_on_one_two_and_four_ranks(tool: Tool):
 @pytest.mark.slow
 def test_a_signal_reaches_one_task_which_queues_itself_alone_again(tool: Tool):
     """The task whose SLURM_JOB_ID is the array's own: Slurm would take that number for both tasks."""
-    slow = {"overrides": ["reward.function=tests.slow:slow_share"]}
+    slow = {"overrides": ["reward.function=tests.support.slow:slow_share"]}
     tool.write([{"ranks": 1, "name": "a"} | slow, {"ranks": 1, "name": "b"} | slow], steps=25)
     assert tool().returncode == 0
     jobs = {name: tool.jobs(name)[0] for name in ("a", "b")}

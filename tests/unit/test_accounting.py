@@ -24,7 +24,7 @@ from megatron_papo.costs.flops import (
 from megatron_papo.model.qwen2_5_vl.patches import _plan_image
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import MicroBatch, Segment
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 GRIDS = ((1, 6, 10), (1, 2, 14), (1, 8, 8))
 """Windows of the tiny model are 4 x 4 patches: cut at the edges in the first two."""

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from tests.interpreter import PYTHON
+from tests.support.interpreter import PYTHON
 
 
 def faults(*overrides: str, path: Path | None = None) -> list[str]:

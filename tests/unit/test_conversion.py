@@ -25,7 +25,7 @@ from megatron_papo.model.parameter_map import ParameterEntry, fill_shard
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 TABLE = parameter_table(
     ModelShape.from_dict(json.loads(tiny_config(vision_intermediate=42, vocab=275).to_json_string()))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
 

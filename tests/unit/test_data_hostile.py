@@ -28,7 +28,7 @@ from megatron_papo.data import (
 )
 from megatron_papo.data.images import BadImage, decode_image
 from megatron_papo.observe.samples import beside_each_other
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
 

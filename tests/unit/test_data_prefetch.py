@@ -28,7 +28,7 @@ from megatron_papo.data import (
     masking,
     prefetch,
 )
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 NUM_ROWS, CORRUPT = 12, (3, 7)
 FIRST = DataCursor(NUM_ROWS, seed=0, shuffle=False)

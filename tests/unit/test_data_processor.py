@@ -21,7 +21,7 @@ from megatron_papo.generation.weight_check import expected_shapes, read_config
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
 from megatron_papo.training.session import check_words
-from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
+from tests.support.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")

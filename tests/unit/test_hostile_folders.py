@@ -18,7 +18,7 @@ from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.publishing import check_side_files, copy_side_files
 from megatron_papo.weights.safetensors_header import read_header
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 SHAPE = json.loads(tiny_config().to_json_string())
 INDEX = "model.safetensors.index.json"

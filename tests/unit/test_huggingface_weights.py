@@ -16,7 +16,7 @@ from megatron_papo.weights.first_look import files_of_transformers, look
 from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.transfer import fill_held
 from megatron_papo.weights.weight_files import INDEX_FILE, weight_files
-from tests.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config(tie=True)
 SHAPE = ModelShape.from_dict(json.loads(CONFIG.to_json_string()))

@@ -21,7 +21,7 @@ from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Sweep
 from megatron_papo.sweep.states import _after_local, read_refused
 from megatron_papo.weights.publishing import write_folder
-from tests.small_disk import small_disk
+from tests.support.small_disk import small_disk
 
 STATE = {
     "format": 1, "step": 6, "serial": 3, "metric": None, "layout": {}, "optimizer_step": 6, "schedule_steps": 6,

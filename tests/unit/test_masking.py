@@ -14,7 +14,7 @@ from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import cell_mask
 from megatron_papo.data.order import random_state
 from megatron_papo.types import Prompt
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 GOLDEN = [[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")

@@ -8,7 +8,7 @@ import torch
 from megatron_papo.model.parameter_map import ParameterEntry, assemble, blocks, fill_shard
 from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table, published_name, table_name
 from megatron_papo.model.shape import ModelShape
-from tests.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 
 SHAPE = {"layers": 2, "heads": 12, "kv_heads": 2, "hidden": 96, "vision_intermediate": 42, "vocab": 275}
 CONFIG = tiny_config(**SHAPE, vision_hidden=64, vision_heads=8)

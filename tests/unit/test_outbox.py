@@ -14,7 +14,7 @@ from megatron_papo.observe import outbox
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks, keep_steps_before
-from tests.small_disk import fill, make_room, small_disk
+from tests.support.small_disk import fill, make_room, small_disk
 
 ROW = SampleRow("how many?", "2", "two", 1.0)
 

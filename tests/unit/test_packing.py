@@ -30,7 +30,7 @@ from megatron_papo.packing import (
     token_totals,
 )
 from megatron_papo.types import Batch, Group, HeadOutputs, MicroBatch, ModelInputs, Prompt, Rollout, Segment
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 IMAGE, START, END, VIDEO, MERGE = 261, 259, 260, 262, 2
 Grid = tuple[int, int, int]

@@ -22,7 +22,7 @@ from megatron_papo.planning.ranking import LayoutPlan, plan
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
-from tests import commands
+from tests.support import commands
 from tools import predict_update
 
 ROOT = Path(__file__).parents[2]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.interpreter import PYTHON
+from tests.support.interpreter import PYTHON
 
 REPO = Path(__file__).parents[2]
 PREPARED = """
 import os, signal, subprocess, sys
 sys.path.insert(0, {repo!r})
-from megatron_papo.process import *
+from megatron_papo.runtime.process import *
 def run():
     go_on_without_readers()
     chatter()

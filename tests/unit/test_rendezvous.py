@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_papo.config import ParallelConfig
 from megatron_papo.distributed.rendezvous import world_store
-from tests.ports import Places, beyond_loopback, listening
-from tests.ranks import run_ranks
+from tests.support.ports import Places, beyond_loopback, listening
+from tests.support.ranks import run_ranks
 
 
 def _meet_twice(alone: bool) -> tuple[Places, int]:

@@ -15,7 +15,7 @@ from megatron_papo.generation.vllm.vllm_requests import _compact
 from megatron_papo.generation.weight_check import checked, expected_shapes
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import ModelInputs, Prompt
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 NONE = torch.tensor([], dtype=torch.int64)
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])

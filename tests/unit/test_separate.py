@@ -25,7 +25,7 @@ from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.check import faults_of_layout
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.unit.test_shape import PUBLISHED_3B
 
 

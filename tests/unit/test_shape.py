@@ -8,7 +8,7 @@ import pytest
 
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.model.shape import ModelShape, check_layout, padded, stage_layers
-from tests.interpreter import PYTHON
+from tests.support.interpreter import PYTHON
 
 PUBLISHED_3B = {
     "model_type": "qwen2_5_vl",

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_papo.logprobs import torch_tile
 from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import FORBIDDEN
-from tests.interpreter import PYTHON
+from tests.support.interpreter import PYTHON
 
 ROWS, WORDS, SCALE = 3, 2500, 1 / 0.7  # two whole blocks of words and a part of one
 COLUMNS = torch.tensor([0, 2499, -1])

@@ -67,7 +67,7 @@ def write_settings(folder: Path) -> dict[str, Path]:
     sys.path.insert(0, str(ROOT))
     from megatron_papo.config import dump_config
     from tests.parallel.certify_cases import MODEL
-    from tests.tiny_run import CERTIFIED, make_inputs, tiny_run
+    from tests.support.tiny_run import CERTIFIED, make_inputs, tiny_run
 
     inputs, files = make_inputs(folder / "inputs", **MODEL), {}
     for verb, settings in SETTINGS.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import Command
+from tests.support.commands import Command
 
 Kill = Callable[[Command, random.Random], None]
 

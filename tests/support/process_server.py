@@ -1,12 +1,12 @@
 """Processes of the tests, forked from servers that have imported what is slow to import.
 
-A rank of `tests/ranks.py`, a command of `tests/commands.py` or what these start (`tests/interpreter.py`) needs seconds
+A rank of `tests/support/ranks.py`, a command of `tests/support/commands.py` or what these start (`tests/support/interpreter.py`) needs seconds
 of processor time for its imports and, most often, less for its work. A server imports once and forks a process for each
 request; what such a process does, it does in a copy of the server's memory, so no case sees what another has left.
 There are two: `plain`, and `vllm`, which is forked from `plain` when a case first asks for it and imports vLLM as well.
 
-    python -m tests.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
-    python -m tests.process_server --one FILE  does the request in FILE in this very process, with nothing imported
+    python -m tests.support.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
+    python -m tests.support.process_server --one FILE  does the request in FILE in this very process, with nothing imported
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.interpreter import PASSED_ON, SERVER, end_as
-from tests.process_wire import FOLDER, Request, receive, send
+from tests.support.interpreter import PASSED_ON, SERVER, end_as
+from tests.support.process_wire import FOLDER, Request, receive, send
 
 PLAIN = (
     "megatron.core.dist_checkpointing",
@@ -67,7 +67,7 @@ PLAIN = (
     "megatron_papo.generation.transformers.transformers_engine",
     "megatron_papo.runtime.launch",
     "megatron_papo.optimization.optimizer",
-    "tests.tiny_run",
+    "tests.support.tiny_run",
 )
 VLLM = (
     "vllm",
@@ -130,7 +130,7 @@ def _load_a_processor() -> None:
 
     from megatron_papo.config import DataConfig
     from megatron_papo.data.processor import load_processor
-    from tests.tiny import make_tiny_folder
+    from tests.support.tiny import make_tiny_folder
 
     with tempfile.TemporaryDirectory() as folder:
         Image.preinit()
@@ -435,4 +435,4 @@ if __name__ == "__main__":
         do(request)
     else:
         # the very module that requests are unpickled with
-        importlib.import_module("tests.process_server").main(Path(sys.argv[1]), int(sys.argv[2]))
+        importlib.import_module("tests.support.process_server").main(Path(sys.argv[1]), int(sys.argv[2]))

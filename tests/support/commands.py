@@ -14,8 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.process_wire import Request
-from tests.processes import ROOT, Process, start
+from tests.support.process_wire import Request
+from tests.support.processes import ROOT, Process, start
 
 Command = Process | subprocess.Popen
 

@@ -1,6 +1,6 @@
 """Runs a function on N gloo ranks of this machine and hands back what each rank returned.
 
-Ranks are forked from a server that has imported what they need (`tests/process_server.py`), so a test pays
+Ranks are forked from a server that has imported what they need (`tests/support/process_server.py`), so a test pays
 milliseconds for a rank, not the import. The function must live at the top level of a test module; its arguments and its
 result are pickled. A rank that raises ends the others and its traceback is the test's failure.
 """
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from megatron_papo.config import Config
-from tests.process_wire import Request
-from tests.processes import start
+from tests.support.process_wire import Request
+from tests.support.processes import start
 
 _ports = itertools.count(os.getpid())
 

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.tiny_run import share_of_even_bytes
+from tests.support.tiny_run import share_of_even_bytes
 
 _calls = itertools.count(1)
 """Of this process."""

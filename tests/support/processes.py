@@ -1,4 +1,4 @@
-"""Starts processes by the servers of `tests/process_server.py`, or with `pytest --isolated` each on its own.
+"""Starts processes by the servers of `tests/support/process_server.py`, or with `pytest --isolated` each on its own.
 
 The first case that needs a server starts it; all workers of pytest share it. It ends with the session.
 """
@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.interpreter import PYTHON, write_environment
-from tests.process_wire import FOLDER, Request, receive, send
+from tests.support.interpreter import PYTHON, write_environment
+from tests.support.process_wire import FOLDER, Request, receive, send
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ISOLATED = "isolated"
 """In the variable FOLDER: there are no servers."""
 _START_LIMIT_S = 240.0
@@ -39,7 +39,7 @@ def open_session(isolated: bool) -> Callable[[], None]:
 
 
 def environment() -> Path:
-    """A virtual environment whose `bin/python` has its imports done, `tests/interpreter.py`; with `--isolated` this
+    """A virtual environment whose `bin/python` has its imports done, `tests/support/interpreter.py`; with `--isolated` this
     process's own."""
     place = os.environ[FOLDER]
     if place == ISOLATED:
@@ -134,7 +134,7 @@ def _start_alone(request: Request, output: tuple[int, int, int]) -> subprocess.P
     with tempfile.NamedTemporaryFile(prefix="papo_request_", delete=False) as file:
         pickle.dump(request, file)
     options["env"] = request.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([PYTHON, "-m", "tests.process_server", "--one", file.name], **options)
+    return subprocess.Popen([PYTHON, "-m", "tests.support.process_server", "--one", file.name], **options)
 
 
 def _connect(folder: Path, name: str) -> socket.socket:
@@ -160,7 +160,7 @@ def _start_server(folder: Path, name: str) -> None:
         send(asked, "vllm")
     else:
         environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        command = [PYTHON, "-m", "tests.process_server", str(folder), (folder / "session").read_text()]
+        command = [PYTHON, "-m", "tests.support.process_server", str(folder), (folder / "session").read_text()]
         with (folder / "log").open("a") as log:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, **streams)

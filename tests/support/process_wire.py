@@ -1,6 +1,6 @@
-"""What the servers of `tests/process_server.py` are asked, and how it travels: trees and open files over a socket.
+"""What the servers of `tests/support/process_server.py` are asked, and how it travels: trees and open files over a socket.
 
-Imports little, for `tests/interpreter.py` waits for it.
+Imports little, for `tests/support/interpreter.py` waits for it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_papo.config import Config, load_config
-from tests.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 OVERRIDES = {
     "run.seed": 3,
@@ -21,7 +21,7 @@ OVERRIDES = {
     "data.max_pixels": 112 * 112,
     "generation.max_response_tokens": 6,
     "generation.top_p": 1.0,
-    "reward.function": "tests.tiny_run:share_of_even_bytes",
+    "reward.function": "tests.support.tiny_run:share_of_even_bytes",
     "train.steps": 2,
     "train.prompts_per_step": 4,
     "train.group_size": 3,
