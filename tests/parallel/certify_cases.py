@@ -1,8 +1,8 @@
 """Faults to plant in a run, one at a time, and what a certificate has to say of each.
 
 All are mistakes that others have made. Each damages the real trainer or the real engine and is taken back afterwards.
-The model is `tests.support.tiny`'s at a standard deviation of 0.12, biases included: at the usual 0.02 with biases of zero, a
-missing bias is no fault and the two halves of a rotation hardly matter.
+The model is `tests.support.tiny`'s at a standard deviation of 0.12, biases included: at the usual 0.02 with biases of
+zero, a missing bias is no fault and the two halves of a rotation hardly matter.
 """
 
 from __future__ import annotations

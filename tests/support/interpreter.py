@@ -1,10 +1,10 @@
 """A stand-in for the Python interpreter: starts as one, and has a process forked that has its imports done.
 
 `FOLDER/bin/python`, which `write_environment` makes, is `sys.executable` of every process that a server of
-`tests/support/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the arguments,
-environment, folder, open files and namespaces of this process, which stays, passes signals on, ends as the other ends,
-and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`,
-`-P`, `-X importtime`), and where the servers are gone, it becomes the real one.
+`tests/support/process_server.py` forks, and FOLDER the virtual environment of jobs of Slurm. What it starts has the
+arguments, environment, folder, open files and namespaces of this process, which stays, passes signals on, ends as the
+other ends, and takes it along when it is killed. Where options ask for an interpreter in another state (`-S`, `-P`, `-X
+importtime`), and where the servers are gone, it becomes the real one.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """Processes of the tests, forked from servers that have imported what is slow to import.
 
-A rank of `tests/support/ranks.py`, a command of `tests/support/commands.py` or what these start (`tests/support/interpreter.py`) needs seconds
-of processor time for its imports and, most often, less for its work. A server imports once and forks a process for each
-request; what such a process does, it does in a copy of the server's memory, so no case sees what another has left.
-There are two: `plain`, and `vllm`, which is forked from `plain` when a case first asks for it and imports vLLM as well.
+A rank of `tests/support/ranks.py`, a command of `tests/support/commands.py` or what these start
+(`tests/support/interpreter.py`) needs seconds of processor time for its imports and, most often, less for its work. A
+server imports once and forks a process for each request; what such a process does, it does in a copy of the server's
+memory, so no case sees what another has left. There are two: `plain`, and `vllm`, which is forked from `plain` when a
+case first asks for it and imports vLLM as well.
 
-    python -m tests.support.process_server FOLDER PID  serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
-    python -m tests.support.process_server --one FILE  does the request in FILE in this very process, with nothing imported
+    python -m tests.support.process_server FOLDER PID
+        serves at FOLDER/plain and FOLDER/vllm until FOLDER or PID is gone
+    python -m tests.support.process_server --one FILE
+        does the request in FILE in this very process, with nothing imported
 """
 
 from __future__ import annotations

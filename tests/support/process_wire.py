@@ -1,4 +1,5 @@
-"""What the servers of `tests/support/process_server.py` are asked, and how it travels: trees and open files over a socket.
+"""What the servers of `tests/support/process_server.py` are asked, and how it travels: trees and open files over a
+socket.
 
 Imports little, for `tests/support/interpreter.py` waits for it.
 """

@@ -39,8 +39,8 @@ def open_session(isolated: bool) -> Callable[[], None]:
 
 
 def environment() -> Path:
-    """A virtual environment whose `bin/python` has its imports done, `tests/support/interpreter.py`; with `--isolated` this
-    process's own."""
+    """A virtual environment whose `bin/python` has its imports done, `tests/support/interpreter.py`; with `--isolated`
+    this process's own."""
     place = os.environ[FOLDER]
     if place == ISOLATED:
         return Path(sys.prefix)
