@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_papo.model.shape import ModelShape
 
 FAMILIES = {"qwen2_5_vl": "megatron_papo.model.qwen2_5_vl"}
 """`model_type` of config.json -> the package of its family. A package elsewhere is added by `register`."""
@@ -22,7 +26,7 @@ class Family:
     model_type: str
     package: str
 
-    def module(self, name: str):  # type: ignore[no-untyped-def]
+    def module(self, name: str) -> Any:
         return importlib.import_module(f"{self.package}.{name}")
 
 
@@ -34,3 +38,8 @@ def register(model_type: str, package: str) -> None:
 def family_named(model_type: str) -> Family:
     """Raises KeyError for a `model_type` that no family has."""
     return Family(model_type, FAMILIES[model_type])
+
+
+def family_of(shape: ModelShape) -> Family:
+    """The family of a model that was read from its config.json."""
+    return family_named(shape.model_type)

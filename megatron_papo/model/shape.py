@@ -77,6 +77,8 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
+    model_type: str
+    """The family, as config.json names it; `model/family.py` says what belongs to one."""
     language: LanguageShape
     vision: VisionShape
     tie_word_embeddings: bool
@@ -116,6 +118,7 @@ class ModelShape:
         text = root.section("text_config") if "text_config" in tree else root
         vision = root.section("vision_config")
         shape = cls(
+            model_type=model_type,
             language=_language(text),
             vision=_vision(vision),
             tie_word_embeddings=root.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
