@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_papo.checkpoint.checksums import new_sum, write_box_sums
-from megatron_papo.distributed.agreement import RanksFailed, fault_of
+from megatron_papo.distributed.agreement import failure, fault_of
 
 Boxes = dict[str, Any]
 """What torch's writer takes: a name of the checkpoint → this rank's boxes of it, or pickled bytes."""
@@ -62,7 +62,7 @@ def write_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
             boxes, storage_writer=_BoxWriter(folder), planner=planner, process_group=group
         )
     except CheckpointException as error:
-        raise RanksFailed([fault_of(rank, reason) for rank, (reason, _) in error.failures.items()]) from None
+        raise failure([fault_of(rank, reason) for rank, (reason, _) in error.failures.items()]) from None
 
 
 def write_format(folder: Path) -> None:
