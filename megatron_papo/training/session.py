@@ -186,7 +186,7 @@ def _quieten_megatron() -> None:
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     # said of Megatron's own lines too, but without a GPU they come by way of our adaptation
     not_a_leaf = r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"
-    warnings.filterwarnings("ignore", message=not_a_leaf, module=r"megatron_papo\.accelerator")
+    warnings.filterwarnings("ignore", message=not_a_leaf, module=r"megatron_papo\.distributed\.accelerator")
 
 
 def model_folder(config: Config) -> Path:
