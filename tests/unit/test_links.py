@@ -1,8 +1,9 @@
 """What pages, docstrings and comments name is there: files by their paths, pages that links lead to and their headings.
 
-A path may begin anywhere: `losses.py` names any file of that name. `*` stands for whatever, capital letters (`NAME.py`,
-`RUN/page.md`) for what the reader puts there. A path with line numbers behind it, or that begins with the name of another
-library, is that library's. The log and the changelog tell of files that are gone, so they are left out.
+A path may begin anywhere: `losses.py` names any file of that name. `*` stands for whatever, capital letters
+(`NAME.py`, `RUN/page.md`) for what the reader puts there. A path with line numbers behind it, or one that begins with
+the name of another library, is that library's. The log and the changelog tell of files that are gone, so they are left
+out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ FILE = re.compile(r"(?<![\w./*-])(?:(?:[\w*-]+/)*[\w*-]+\.py|(?:[\w*-]+/)+[\w*-]
 PLACEHOLDER = re.compile(r"[A-Z]{2,}(_[A-Z]+)*(\.\w+)?")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)$", re.M)
+WALK = re.compile(r"^\| `([\w/]+\.py)` \| ([^|]*) \|", re.M)
+"""A step of a walk in docs/design.md: a file of the package, and functions and classes that it defines."""
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 
 
@@ -102,6 +105,19 @@ def test_the_index_has_every_page(repository: dict[str, str]):
     pages = {name.removeprefix("docs/") for name in _of(repository, "docs/*.md")} - {"README.md"}
     linked = {link.partition("#")[0] for link in LINK.findall(repository["docs/README.md"])}
     assert sorted(pages - linked) == []
+
+
+def test_the_walks_lead_from_function_to_function(repository: dict[str, str]):
+    walks = repository["docs/design.md"].split("## Four walks")[1].split("\n## ")[0]
+    steps = WALK.findall(walks)
+    assert len(steps) > 40
+    faults = [
+        f"{file}: no {name}"
+        for file, names in steps
+        for name in re.findall(r"`(\w+)`", names)
+        if not re.search(rf"^ *(?:def|class) {name}\b", repository.get(f"megatron_papo/{file}", ""), re.M)
+    ]
+    assert not faults, "\n".join(faults)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path):

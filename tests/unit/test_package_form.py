@@ -1,4 +1,4 @@
-"""The form of the package: sizes of files and functions, names that are there once, folders that say what they are for."""
+"""The form of the package: sizes of files and functions, names that are there once, folders that say their purpose."""
 
 from __future__ import annotations
 
