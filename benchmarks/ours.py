@@ -23,7 +23,8 @@ from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.optimization.pipeline import score, score_logprobs, update_policy
 from megatron_papo.packing import joint_row
-from megatron_papo.training.session import Run, open_run, pack_update
+from megatron_papo.training.batching import pack_update
+from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Batch, Group, Metrics, MicroBatch
 
 LEARNING_RATE = 1e-6

@@ -38,7 +38,7 @@ def _rows(run, places=(0, 1, 2, 3)):
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.distributed.exchange import gather_objects
     from megatron_papo.packing import sum_totals, token_totals
-    from megatron_papo.training.session import pack_rows
+    from megatron_papo.training.batching import pack_rows
     from megatron_papo.types import Group, Rollout
 
     dataset = PromptDataset(run.config.data, "train", run.processor)

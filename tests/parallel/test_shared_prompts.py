@@ -96,7 +96,8 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.optimization.pipeline import _run_schedule
     from megatron_papo.packing import joint_row, token_totals
-    from megatron_papo.training.session import open_run, pack_rows, pack_update
+    from megatron_papo.training.batching import pack_rows, pack_update
+    from megatron_papo.training.session import open_run
     from megatron_papo.weights.transfer import hf_tensors
 
     with open_run(config) as run:
