@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.models import MAX_PIXELS, MIN_PIXELS
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import Config, load_config
 from megatron_papo.model.policy import HeadRequest

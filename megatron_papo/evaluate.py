@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from megatron_papo.algorithm.losses import kl_k3
+from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset

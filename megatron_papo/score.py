@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.algorithm.losses import kl_k3
+from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.masking import Masks

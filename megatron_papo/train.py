@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_papo.algorithm.advantages import with_advantages
 from megatron_papo.algorithm.collapse_guard import CollapseGuard
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset

@@ -155,7 +155,8 @@ def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
     """Metrics of one optimizer step over prompts 0 to 3, two for each of two data-parallel ranks; rows of this rank."""
     from functools import partial
 
-    from megatron_papo.algorithm.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.loss_settings import LossSettings
+    from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
     from megatron_papo.optimization.pipeline import update_policy

@@ -91,7 +91,8 @@ def _share(groups: list, layout) -> list:
 
 def _run(config: Config, each_alone: bool) -> dict[str, Any]:
     """Values of every rollout that this rank saw, and the gradients of the whole model."""
-    from megatron_papo.algorithm.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.loss_settings import LossSettings
+    from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.optimization.pipeline import _run_schedule
