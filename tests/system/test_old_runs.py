@@ -3,8 +3,8 @@ the other.
 
 `tests/data/old_runs/DATE.tar.xz` holds what the code of that day wrote: `run/`, the folder of a run that was stopped
 after two steps, with a checkpoint that has an optimizer; `continued.jsonl`, the metrics of the next two steps;
-`converted/`, a Hugging Face folder as a checkpoint in bfloat16, with its manifest. The rows and the first weights of the
-runs are those of `_inputs`, which are drawn anew: they have been the same since.
+`converted/`, a Hugging Face folder as a checkpoint in bfloat16, with its manifest. The rows and the first weights of
+the runs are those of `_inputs`, which are drawn anew: they have been the same since.
 
 Both `continued.jsonl` are of the code of 2026-11-30, which resumed both runs. The run of 2026-11-25 had other numbers
 when the code of its own day continued it: what is drawn for a rollout has depended on the visit of its row since then.
