@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
 
@@ -277,10 +278,8 @@ def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: i
 
 def _engine_weights(config: Config, shape: ModelShape) -> int:
     generation = config.generation
-    dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
     ranks = generation.tensor if generation.engine == "vllm" else 1
-    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
-    return num_parameters(shape) * each // ranks
+    return num_parameters(shape) * engine_weight_bytes(config) // ranks
 
 
 def _language_layer(shape: LanguageShape, width: Callable[[int], int]) -> tuple[int, int]:

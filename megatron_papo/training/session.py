@@ -15,16 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
-# rank anew, which takes longer than a small run's first step.
-import transformers.models.auto.processing_auto
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-import transformers.models.qwen2_vl.image_processing_qwen2_vl
-import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
+import transformers.models.auto.processing_auto  # noqa: F401 (see `FAMILIES` below)
 
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.checkpoint.weight_loading import check_weights, load_weights
-from megatron_papo.config import Config, ConfigError, LossConfig
+from megatron_papo.config import Config, LossConfig
+from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.costs.flops import Meter, group_flops
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.distributed.accelerator import adapt_megatron, has_gpu, seed_all
@@ -34,6 +30,7 @@ from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.files.small_files import print_warning
 from megatron_papo.generation import Generator
 from megatron_papo.generation.remote.run_key import offered_key
+from megatron_papo.model.family import FAMILIES, family_named
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.clock import StageClock
@@ -47,6 +44,11 @@ from megatron_papo.weights import first_look
 from megatron_papo.weights.held import held_parameters
 from megatron_papo.weights.transfer import hf_tensors
 from megatron_papo.weights.weight_files import weight_files
+
+for _model_type in FAMILIES:
+    # In the process that local ranks are forked from: transformers would import its files of a family on first use, in
+    # every rank anew, which takes longer than a small run's first step.
+    family_named(_model_type).module("transformers_classes")
 
 _SLOTS_PER_STAGE = 2
 """A pipeline gets at least this many rows a stage, as far as there are prompts: with p stages and m rows it stands
@@ -115,10 +117,10 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
             check_words(processor, shape)
             has_weights = config.model.checkpoint is not None or not config.model.random_init
             if has_weights:
-                check_weights(shape, config.model.checkpoint or folder)
+                check_weights(shape, weights_folder(config))
             policy = build_policy(config, shape)
             if has_weights:
-                _load(policy, shape, Path(config.model.checkpoint or folder), layout)
+                _load(policy, shape, weights_folder(config), layout)
         with _left_alone_by_the_collector():
             yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
 
@@ -187,14 +189,6 @@ def _quieten_megatron() -> None:
     # said of Megatron's own lines too, but without a GPU they come by way of our adaptation
     not_a_leaf = r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"
     warnings.filterwarnings("ignore", message=not_a_leaf, module=r"megatron_papo\.accelerator")
-
-
-def model_folder(config: Config) -> Path:
-    """Where config.json, tokenizer and processor lie: the Hugging Face folder or the Megatron checkpoint."""
-    folder = config.model.path or config.model.checkpoint
-    if folder is None:
-        raise ConfigError("model.path: names no folder")
-    return folder
 
 
 def starting_reference(run: Run) -> ReferencePolicy:

@@ -396,7 +396,7 @@ def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
     from transformers import AutoProcessor, Qwen2_5_VLConfig
 
     from benchmarks.published import NUM_PARAMETERS
-    from megatron_papo.generation.weight_check import expected_shapes
+    from megatron_papo.generation.reference_model import expected_shapes
     from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
     from megatron_papo.model.shape import ModelShape
 
