@@ -35,7 +35,8 @@ from megatron_papo.model.observed import (
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import score
 from megatron_papo.packing import supervised_group
-from megatron_papo.training.session import Run, pack_rows
+from megatron_papo.training.batching import pack_rows
+from megatron_papo.training.session import Run
 from megatron_papo.types import MicroBatch, Prompt
 
 
