@@ -17,7 +17,8 @@ from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_
 from megatron_papo.data.conversation import find_form, turns_of
 from megatron_papo.data.processor import ImageTooExtreme
 from megatron_papo.data.template_worker import environment
-from megatron_papo.generation.weight_check import expected_shapes, read_config
+from megatron_papo.generation.reference_model import expected_shapes, read_config
+from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
 from megatron_papo.training.session import check_words
@@ -437,7 +438,7 @@ def test_no_code_of_a_folder_is_run(folder, tmp_path):
     for section in (tree, tree["text_config"], tree["vision_config"]):
         section |= {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
     (evil / "config.json").write_text(json.dumps(tree))
-    config = read_config(evil)
+    config = read_config(evil, family_named("qwen2_5_vl"))
     parts = (config, config.text_config, config.vision_config)
     assert [part._attn_implementation for part in parts] == ["sdpa"] * 3, "no kernel from the hub"
     expected_shapes(config)
