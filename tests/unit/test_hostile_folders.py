@@ -249,7 +249,7 @@ def test_whatever_opens_strangers_files_says_what_it_opens():
     root = Path(__file__).parents[2]
     for path in (
         file
-        for folder in ("megatron_papo", "tools", "examples", "benchmarks")
+        for folder in ("megatron_papo", "tools", "benchmarks", "examples")
         for file in (root / folder).rglob("*.py")
     ):
         text = path.read_text()
