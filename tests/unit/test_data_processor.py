@@ -261,7 +261,7 @@ HOSTILE = {
 
 
 def test_a_template_takes_neither_time_nor_memory(monkeypatch):
-    monkeypatch.setattr("megatron_papo.data.chat_template._LIMIT_S", 0.2)
+    monkeypatch.setattr("megatron_papo.data.chat_template.LIMIT_S", 0.2)
     cases = "".join(f"{{% elif messages[0].content == '{kind}' %}}{text}" for kind, (text, _) in HOSTILE.items())
     template = ChatTemplate(f"{{% if messages[0].content == 'good' %}}{cases}{{% endif %}}fine")
 
