@@ -34,7 +34,7 @@ from benchmarks.rows import Row
 from megatron_papo.conversion.plan import Settings, plan_target
 from megatron_papo.conversion.spans import num_values
 from megatron_papo.conversion.stores import Files, view
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.shape import ModelShape
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"

@@ -31,8 +31,8 @@ from benchmarks.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, write_model
 from benchmarks.published import published_config
 from megatron_papo.distributed.accelerator import device
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.parameter_map import Index, fill_shard
-from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+from megatron_papo.model.parameter_map import Index, fill_shard, parameter_table
+from megatron_papo.model.qwen2_5_vl.parameters import module_name
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import held_parameters
 

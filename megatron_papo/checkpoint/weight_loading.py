@@ -17,7 +17,7 @@ def check_weights(shape: ModelShape, folder: Path | str) -> None:
     """Raises ValueError for a Hugging Face folder whose tensors are not of `shape`, by their headers: a config.json
     that lies is found out before memory is taken by it."""
     if not names_checkpoint(folder):
-        find_weights(Path(folder)).check(shape)
+        find_weights(Path(folder), shape).check(shape)
 
 
 def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:

@@ -16,8 +16,7 @@ from megatron_papo.conversion.spans import chunks, spans, width
 from megatron_papo.conversion.stores import Files, Store, read_rows
 from megatron_papo.conversion.workers import Workers
 from megatron_papo.distributed.exchange import larger
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 _BITS = {2: torch.int16, 4: torch.int32}

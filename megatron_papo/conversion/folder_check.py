@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.conversion.stores import Files, view
 from megatron_papo.conversion.workers import Workers
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.huggingface_folder import find_weights
 from megatron_papo.weights.safetensors_header import Stored
 
@@ -30,7 +31,7 @@ def _look(folders: list[Path]) -> int:
 
 
 def _look_at(folder: Path) -> int:
-    weights = find_weights(folder)
+    weights = find_weights(folder, ModelShape.from_folder(folder))
     with Files(folder) as files:
         for name, stored in weights.tensors.items():
             try:

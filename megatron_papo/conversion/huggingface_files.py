@@ -28,7 +28,7 @@ class HuggingFaceFiles:
     @classmethod
     def read(cls, folder: Path, shape: ModelShape) -> HuggingFaceFiles:
         """From the headers. Raises ValueError, a line a fault, naming file and tensor."""
-        weights = find_weights(folder)
+        weights = find_weights(folder, shape)
         weights.check(shape)
         weights.check_head(shape)
         return cls(folder, weights.tensors)

@@ -21,8 +21,7 @@ from megatron_papo.conversion.checkpoint_plan import plan_boxes
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.conversion.spans import num_values
 from megatron_papo.conversion.stores import Store
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]

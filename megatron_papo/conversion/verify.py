@@ -24,8 +24,7 @@ from megatron_papo.conversion.progress_bar import ByteProgress
 from megatron_papo.conversion.stores import Store
 from megatron_papo.conversion.stream import Outcome, ParameterCopy, Stream, Wants, exact
 from megatron_papo.conversion.workers import Workers
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 

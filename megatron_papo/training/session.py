@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 # Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
@@ -34,6 +35,7 @@ from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.files.small_files import print_warning
 from megatron_papo.generation import Generator
 from megatron_papo.generation.remote.run_key import offered_key
+from megatron_papo.model.family import family_of
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.clock import StageClock
@@ -244,8 +246,7 @@ def pack_rows(
         joint=joint,
         cost=_group_cost(run),
         least_rows=_SLOTS_PER_STAGE * run.layout.pipeline_size if run.layout.pipeline_size > 1 else 1,
-        image_token_id=run.shape.image_token_id,
-        merge_size=run.shape.vision.spatial_merge_size,
+        positions=partial(family_of(run.shape).positions.prompt_positions, shape=run.shape),
         banned_ids=run.banned_ids,
     )
 

@@ -397,7 +397,8 @@ def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
 
     from benchmarks.published import NUM_PARAMETERS
     from megatron_papo.generation.weight_check import expected_shapes
-    from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+    from megatron_papo.model.parameter_map import parameter_table
+    from megatron_papo.model.qwen2_5_vl.parameters import module_name
     from megatron_papo.model.shape import ModelShape
 
     folder = write_3b(tmp_path / "model")
