@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from megatron_papo.algorithm.losses import kl_k3
+from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset
@@ -25,10 +25,11 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
+from megatron_papo.training.batching import pack_rows
+from megatron_papo.training.console import name_bad_rows, name_missing_pictures, print_scores
 from megatron_papo.training.engine_rank import serve, serves
-from megatron_papo.training.recorder import name_bad_rows, name_missing_pictures, print_scores
-from megatron_papo.training.rollouts import generate, hand_over
-from megatron_papo.training.session import Run, open_run, pack_rows, reward_groups
+from megatron_papo.training.rollouts import generate, hand_over, reward_groups
+from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64

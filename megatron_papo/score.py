@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.algorithm.losses import kl_k3
+from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.masking import Masks
@@ -24,8 +24,9 @@ from megatron_papo.files.small_files import write_whole
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import score_views
 from megatron_papo.packing import supervised_group
-from megatron_papo.training.recorder import say
-from megatron_papo.training.session import Run, open_run, pack_rows
+from megatron_papo.training.batching import pack_rows
+from megatron_papo.training.console import say
+from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group
 
 _ROWS_AT_ONCE = 64

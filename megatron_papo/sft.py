@@ -25,10 +25,12 @@ from megatron_papo.optimization.pipeline import update_policy
 from megatron_papo.packing import supervised_group
 from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
+from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped
 from megatron_papo.training.origin import origin_of
-from megatron_papo.training.recorder import Recorder, name_bad_rows, name_missing_pictures, name_skipped
-from megatron_papo.training.session import Run, open_run, pack_update
+from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
 

@@ -16,18 +16,17 @@ from typing import Any
 
 from megatron_papo.algorithm.advantages import with_advantages
 from megatron_papo.algorithm.collapse_guard import CollapseGuard
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset
-from megatron_papo.data.draw import Draw, draw_prompts
-from megatron_papo.data.masking import Masks
+from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.prefetch import Prefetch
-from megatron_papo.data.processor import load_processor
 from megatron_papo.distributed.exchange import sum_metrics
 from megatron_papo.evaluate import NothingEvaluated, evaluate, open_heldout
-from megatron_papo.generation import Generator, Sampling, build_generator
+from megatron_papo.generation import Generator, build_generator
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
@@ -38,14 +37,18 @@ from megatron_papo.parity import Certifier
 from megatron_papo.rewards import Rewarder
 from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
+from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped, warn
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
-from megatron_papo.training.recorder import Recorder, name_bad_rows, name_missing_pictures, name_skipped, warn
-from megatron_papo.training.rollouts import generate, hand_over
-from megatron_papo.training.session import Run, open_run, pack_update, reward_groups, starting_reference
+from megatron_papo.training.prompts import prefetch_prompts, sampling_of, training_rows
+from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.rollouts import generate, hand_over, reward_groups
+from megatron_papo.training.session import Run, open_run
+from megatron_papo.training.starting_weights import starting_reference
 from megatron_papo.types import Batch, Group, Metrics
 
 
@@ -153,14 +156,17 @@ def open_training(run: Run) -> Iterator[Training]:
     config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set up"):
-            dataset = _training_rows(run)
+            dataset = training_rows(run)
             name_missing_pictures(run, dataset, perception=config.reads_masked_view)
             origin = origin_of(run, dataset)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             # the reference is the policy as it starts: taken before any checkpoint is resumed
-            reference = starting_reference(run) if config.loss.reference_coef > 0 else None
+            reference = None
+            if config.loss.reference_coef > 0:
+                first = config.checkpoint.reference
+                reference = starting_reference(run.policy, run.shape, first, run.layout)
             wrapped = wrap_policy(run.policy, config)
             optimizer = build_optimizer(wrapped, config, config.train.steps * config.train.updates_per_step)
         yield Training(
@@ -186,47 +192,12 @@ def open_training(run: Run) -> Iterator[Training]:
         )
 
 
-def _training_rows(run: Run) -> PromptDataset:
-    """With a processor of its own where a thread reads it: the tokenizer of the run is in use at the same time, by the
-    generator and by evaluation, and does not bear two threads."""
-    config = run.config
-    processor = load_processor(run.processor.folder, config.data) if config.data.prefetch else run.processor
-    return PromptDataset(config.data, "train", processor)
-
-
-def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:
-    """The draws of a run, with masked views where its loss reads them."""
-    config, train = run.config, run.config.train
-    draw = partial(
-        draw_prompts,
-        dataset,
-        num_prompts=train.prompts_per_round,
-        updates_per_step=train.updates_per_step if train.prompts_per_round == train.prompts_per_step else 1,
-        data_rank=run.layout.data_rank,
-        data_size=run.layout.data_size,
-        masks=Masks(config.perception.mask, config.run.seed) if config.reads_masked_view else None,
-    )
-    return Prefetch(draw, num_steps=train.steps, ahead=config.data.prefetch)
-
-
 def draw_prompts_of(training: Training, step: int) -> Draw:
     """The next prompts, masked views included where the loss reads them."""
     draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
     name_bad_rows(training.run, training.bad_rows, "train")
     return draw
-
-
-def sampling_of(config: Config) -> Sampling:
-    generation = config.generation
-    return Sampling(
-        group_size=config.train.group_size,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        max_response_tokens=generation.max_response_tokens,
-        seed=config.run.seed,
-    )
 
 
 def _head(run: Run) -> HeadRequest:

@@ -27,16 +27,17 @@ from megatron_papo.train import (
     open_training,
     reason_to_stop,
     restore,
-    sampling_of,
     state_of,
 )
 from megatron_papo.training.checkpoints import Checkpoints
+from megatron_papo.training.console import warn
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
-from megatron_papo.training.recorder import Recorder, warn
-from megatron_papo.training.rollouts import collect, hand_over
-from megatron_papo.training.session import open_run, reward_groups
+from megatron_papo.training.prompts import sampling_of
+from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.rollouts import collect, hand_over, reward_groups
+from megatron_papo.training.session import open_run
 from megatron_papo.types import Group, Metrics
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_papo.algorithm.estimators import MAX_LOG_RATIO
+from megatron_papo.algorithm.sequences import response_means
 from megatron_papo.config import LossConfig
 from megatron_papo.types import MicroBatch
-
-_MOST = 20.0
-"""Bound of a log-ratio before exp."""
 
 
 @torch.no_grad()
@@ -28,7 +27,7 @@ def correction_weights(trainer_R: Tensor, row: MicroBatch, loss: LossConfig) -> 
     """
     if loss.correction == "none":
         return None
-    ratio_R = _log_ratio(trainer_R, row, loss.correction_level).clamp(-_MOST, _MOST).exp()
+    ratio_R = _log_ratio(trainer_R, row, loss.correction_level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if loss.correction == "truncated":
         return ratio_R.clamp(max=loss.correction_cap)
     inside_R = (ratio_R >= loss.correction_floor) & (ratio_R <= loss.correction_cap)
@@ -36,12 +35,8 @@ def correction_weights(trainer_R: Tensor, row: MicroBatch, loss: LossConfig) -> 
 
 
 def _log_ratio(trainer_R: Tensor, row: MicroBatch, level: str) -> Tensor:
-    """log(old / rollout) of each token, or for each token the mean over its response. A response lies whole in one
-    micro-batch, so neither depends on how a batch is split."""
+    """[R] log(old / rollout) of each token, or for each token the mean over its response."""
     gap_R = trainer_R - row.rollout_logprobs_R
     if level == "token":
         return gap_R
-    index_R, read_R = row.rollout_index_R, row.loss_mask_R.to(gap_R.dtype)
-    sums_R = torch.zeros_like(gap_R).index_add(0, index_R, gap_R * read_R)  # no more responses than tokens
-    counts_R = torch.zeros_like(gap_R).index_add(0, index_R, read_R)
-    return (sums_R / counts_R.clamp(min=1))[index_R]
+    return response_means(gap_R, row.rollout_index_R, row.loss_mask_R)

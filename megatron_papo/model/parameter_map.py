@@ -12,8 +12,9 @@ on the rank count (vocabulary, FFN width) is zero, at the end of each part, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -146,12 +147,36 @@ def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
 
+class ParametersModule(Protocol):
+    """A family's module `parameters`: the two-way table between Hugging Face tensors and Megatron parameters."""
+
+    EMBEDDING: str
+    """Name of the word embedding in published files."""
+    HEAD: str
+    """Name of the output matrix in published files."""
+
+    def entries(self, shape: ModelShape) -> Iterable[ParameterEntry]:
+        """An entry for every parameter, in the model's order, with the names of published files. Where embeddings are
+        tied, the output layer has no entry."""
+
+    def published_name(self, name: str) -> str:
+        """A Hugging Face name as in published files, from any form in which a file may have it."""
+
+    def module_name(self, name: str) -> str:
+        """A Hugging Face name as in the state of transformers' model, from any form."""
+
+
+def parameter_names(shape: ModelShape) -> ParametersModule:
+    """The names of Hugging Face tensors in the family of a model of `shape`."""
+    return cast(ParametersModule, family_of(shape).module("parameters"))
+
+
 def parameter_table(shape: ModelShape) -> dict[str, ParameterEntry]:
     """Every parameter of the model by Megatron name, in the model's order.
 
     Tied embeddings: the output layer is the word embedding once more, and has no entry of its own.
     """
-    return {entry.name: entry for entry in family_of(shape).parameters.entries(shape)}
+    return {entry.name: entry for entry in parameter_names(shape).entries(shape)}
 
 
 _TABLE_NAMES = {

@@ -18,16 +18,15 @@ from torch import Tensor
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.distributed.layout import layout
 from megatron_papo.logprobs import check_targets, vocab_parallel_head
-from megatron_papo.model.family import VisionTower, family_of
 from megatron_papo.model.fp8.hardware import check_hardware
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.layers import choose_spec
-from megatron_papo.model.patch_embedding import pixels_beside
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
 from megatron_papo.model.transformer_config import language_config
+from megatron_papo.model.vision_tower import VisionTower, build_tower, pixels_beside
 from megatron_papo.types import HeadOutputs, MicroBatch
 
 
@@ -153,7 +152,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     start_overlap(config, language.config)
     vision = None
     if here.is_first_stage:
-        vision = family_of(shape).vision.build_tower(config, shape, spec, fp8)
+        vision = build_tower(config, shape, spec, fp8)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(

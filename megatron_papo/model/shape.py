@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
 from megatron_papo.files.json_keys import Keys, read_json, shown
@@ -141,11 +141,19 @@ class ModelShape:
             raise root.fault("quantization_config", "quantised weights are not what this package trains")
         if tree.get("transformers_weights"):
             raise root.fault("transformers_weights", "weights under a name of their own are not what is read")
-        shape = family_named(model_type).shape.read_shape(root)
+        reader: ShapeModule = family_named(model_type).module("shape")
+        shape = reader.read_shape(root)
         if shape.vision.out_hidden_size != shape.language.hidden_size:
             width = shape.language.hidden_size
             raise root.fault("vision_config.out_hidden_size", f"is not the language model's width {width}")
         return shape
+
+
+class ShapeModule(Protocol):
+    """A family's module `shape`. It imports no torch."""
+
+    def read_shape(self, root: Keys) -> ModelShape:
+        """The shape that the parsed config.json `root` describes. Raises ValueError naming the key at fault."""
 
 
 def padded(width: int, tensor: int) -> int:

@@ -61,6 +61,7 @@ def _check(group: Group, banned_ids: tuple[int, ...], joint: bool) -> None:
     assert len(group.advantages) == len(group.rollouts), f"prompt {prompt.id} has no advantages yet"
     for rollout in group.rollouts:
         assert len(rollout.rollout_logprobs) == len(rollout.response_ids), "one rollout log-prob a response token"
+        assert len(rollout.loss_mask) == len(rollout.response_ids), "one entry of `sampled` a response token"
         if not rollout.response_ids:
             raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} has an empty response")
         if found := sorted(banned.intersection(rollout.response_ids)):
@@ -79,6 +80,7 @@ def _row(pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, position
     weights = [rollout_weights(group, index, loss, totals) for group, index in rollouts]
     lengths = [len(group.rollouts[index].response_ids) for group, index in rollouts]
     words = [word for group, index in rollouts for word in group.rollouts[index].response_ids]
+    loss_mask_R = torch.tensor([read for group, index in rollouts for read in group.rollouts[index].loss_mask])
     logprobs = [value for group, index in rollouts for value in group.rollouts[index].rollout_logprobs]
     return MicroBatch(
         token_ids_T=torch.cat(parts.tokens),
@@ -87,10 +89,10 @@ def _row(pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, position
         target_ids_R=torch.tensor(words),
         logit_index_R=torch.cat(parts.logit_index),
         rollout_index_R=torch.arange(len(rollouts)).repeat_interleave(torch.tensor(lengths)),
-        loss_mask_R=torch.ones(sum(lengths), dtype=torch.bool),
+        loss_mask_R=loss_mask_R,
         has_image_R=_spread([float(group.prompt.has_image) for group, _ in rollouts], lengths).bool(),
-        weights_R=_spread([weight for weight, _ in weights], lengths),
-        perception_weights_R=_spread([weight for _, weight in weights], lengths),
+        weights_R=_spread([weight for weight, _ in weights], lengths) * loss_mask_R,
+        perception_weights_R=_spread([weight for _, weight in weights], lengths) * loss_mask_R,
         advantages_R=_spread([group.advantages[index] for group, index in rollouts], lengths),
         rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32),
         sequences=tuple((group.prompt.id, group.rollouts[index].index) for group, index in rollouts),

@@ -31,7 +31,7 @@ from megatron_papo.parity.reading import Precision, Reading
 from megatron_papo.parity.trainer_side import read_trainer, trainer_precision
 from megatron_papo.parity.transformers_side import HuggingFace, model_of, precision_that_fits, read_model
 from megatron_papo.runtime.failures import RunStopped
-from megatron_papo.training.recorder import say, warn
+from megatron_papo.training.console import say, warn
 from megatron_papo.training.rollouts import recover, remind
 from megatron_papo.training.session import Run, model_folder
 from megatron_papo.types import Metrics, Prompt

@@ -11,8 +11,8 @@ from megatron_papo.config import Config
 from megatron_papo.generation import build_generator
 from megatron_papo.parity.certifier import Certifier
 from megatron_papo.runtime.failures import RunStopped
+from megatron_papo.training.console import say
 from megatron_papo.training.engine_rank import serve, serves
-from megatron_papo.training.recorder import say
 from megatron_papo.training.rollouts import hand_over
 from megatron_papo.training.session import open_run
 

@@ -33,7 +33,8 @@ from megatron_papo.parity.reading import (
     patches_of,
     places_of,
 )
-from megatron_papo.training.session import Run, pack_rows
+from megatron_papo.training.batching import pack_rows
+from megatron_papo.training.session import Run
 from megatron_papo.types import MicroBatch, Prompt
 
 

@@ -55,6 +55,7 @@ def to_state(pending: PendingRollouts, data_group: ProcessGroup) -> dict[str, An
         versions=np.array([rollout.policy_version for rollout in rollouts], np.int64),
         ids=np.array([token for rollout in rollouts for token in rollout.response_ids], np.int32),
         logprobs=np.array([value for rollout in rollouts for value in rollout.rollout_logprobs], np.float64),
+        sampled=np.array([read for rollout in rollouts for read in rollout.loss_mask], bool),
     )
     return {"step": pending.step, "rollouts": base64.b64encode(buffer.getvalue()).decode()}
 
@@ -82,7 +83,10 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     try:
         packed = np.load(io.BytesIO(base64.b64decode(state["rollouts"])), allow_pickle=False)
         arrays = {name: packed[name] for name in _ARRAYS}
-        fitting = len(arrays["ids"]) == len(arrays["logprobs"]) == int(arrays["lengths"].sum())
+        # a checkpoint written before there were turns does not say which tokens were sampled: all of them
+        arrays["sampled"] = packed["sampled"] if "sampled" in packed else np.ones(len(arrays["ids"]), bool)
+        num_tokens = int(arrays["lengths"].sum())
+        fitting = all(len(arrays[name]) == num_tokens for name in ("ids", "logprobs", "sampled"))
     except (KeyError, TypeError, ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
         raise ValueError(f"not rollouts: {error}") from None
     if not fitting:
@@ -91,11 +95,19 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rollouts(arrays: Any, group_size: int, decode: Callable[[tuple[int, ...]], str]) -> Iterator[Rollout]:
-    ids, logprobs, start = arrays["ids"].tolist(), arrays["logprobs"].tolist(), 0
-    facts = zip(arrays["lengths"].tolist(), arrays["stopped"].tolist(), arrays["versions"].tolist())
+    tokens = [arrays[name].tolist() for name in ("ids", "logprobs", "sampled")]
+    facts, start = zip(*(arrays[name].tolist() for name in ("lengths", "stopped", "versions"))), 0
     for number, (length, stopped, version) in enumerate(facts):
-        own, values = tuple(ids[start : start + length]), tuple(logprobs[start : start + length])
-        yield Rollout(number % group_size, own, values, decode(own), "stop" if stopped else "length", version)
+        ids, logprobs, sampled = (tuple(values[start : start + length]) for values in tokens)
+        yield Rollout(
+            index=number % group_size,
+            response_ids=ids,
+            rollout_logprobs=logprobs,
+            text=decode(ids),
+            finish_reason="stop" if stopped else "length",
+            policy_version=version,
+            sampled=None if all(sampled) else sampled,
+        )
         start += length
 
 

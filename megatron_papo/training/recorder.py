@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from megatron_papo.config import dump_config
 from megatron_papo.costs.flops import peak_tflops
 from megatron_papo.costs.hardware import gpu_of
-from megatron_papo.data.bad_rows import BadRows
-from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.distributed.accelerator import device_name, parameter_dtype
 from megatron_papo.distributed.exchange import gather_objects, sum_metrics
 from megatron_papo.distributed.layout import Layout
 from megatron_papo.generation.engine_images import pictures
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
-from megatron_papo.optimization.gradient_guard import UpdateGuard
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.measured_run import planned, planned_values
-from megatron_papo.text.untrusted import as_text
+from megatron_papo.training.console import warn
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Metrics
 
 _STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
 """Those of a step: what tokens per second are counted over."""
-_SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "response_tokens")
 
 
 class Recorder:
@@ -158,51 +150,3 @@ def _sample(run: Run, group: Group) -> SampleRow:
         reward=group.rewards[0] if group.rewards else 0.0,
         reward_parts={name: values[0] for name, values in group.reward_parts.items()},
     )
-
-
-def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
-    """A line for every row that any rank has just left out, and how many there are by now; all ranks call it."""
-    shares = gather_objects(([str(bad) for bad in bad_rows.take_new()], bad_rows.counts), run.layout.data_group)
-    new = sorted({text for texts, _ in shares for text in texts})
-    for text in new:
-        warn(run, f"data.{which}: {text}: left out")
-    if new:
-        counts = sum((Counter(counts) for _, counts in shares), Counter())
-        warn(
-            run,
-            f"data.{which}: left out so far: " + ", ".join(f"{reason} {num}" for reason, num in sorted(counts.items())),
-        )
-
-
-def name_skipped(run: Run, guard: UpdateGuard) -> None:
-    """A line for every update that has just been skipped."""
-    for reason in guard.take_skipped():
-        warn(run, f"an update was skipped: {reason}")
-
-
-def name_missing_pictures(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
-    """A line where rows are read without pictures and nobody has said that this is meant, and where the perception
-    terms, if there are any, will find none to read."""
-    if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
-        so = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
-        warn(run, f"data.{dataset.which}: {why}: {so}")
-
-
-def print_scores(scores: dict[str, float]) -> None:
-    """An evaluation as a table on the console."""
-    table = Table("score", "value")
-    for name in _SCORES:
-        if name in scores:
-            table.add_row(name, f"{scores[name]:.3f}")
-    Console().print(table)
-
-
-def say(run: Run, text: str) -> None:
-    """One line on the console, once for the whole run."""
-    if run.is_writer:
-        print(f"papo: {as_text(text)}", flush=True)
-
-
-def warn(run: Run, text: str) -> None:
-    if run.is_writer:
-        print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)

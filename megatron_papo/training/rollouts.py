@@ -7,12 +7,17 @@ then its reason ends the run. All ranks call together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from megatron_papo.distributed.exchange import gather_objects
+from megatron_papo.distributed.layout import Layout
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.remote.remote_generator import RemoteGenerator
-from megatron_papo.training.recorder import warn
-from megatron_papo.training.session import Run, give_weights
+from megatron_papo.rewards import Rewarder
+from megatron_papo.training.console import warn
+from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Prompt
+from megatron_papo.weights.transfer import hf_tensors
 
 
 def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -39,6 +44,19 @@ def collect(
             generator.submit(prompts, sampling)
 
 
+def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:
+    """The groups with their rewards. The ranks of a model-parallel group, which all hold the same groups, share the
+    work and ask for each reward once, so that a verdict that ran into its time limit is the same for all of them."""
+    size, rank = layout.model_group.size(), layout.model_group.rank()
+    own = [(group.rewards, group.reward_parts) for group in rewarder.reward(groups[rank::size])]
+    shares = gather_objects(own, layout.model_group)
+    return [
+        replace(group, rewards=rewards, reward_parts=parts)
+        for index, group in enumerate(groups)
+        for rewards, parts in [shares[index % size][index // size]]
+    ]
+
+
 def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
     """Gives the generator the policy's weights as they are now."""
     while True:
@@ -46,6 +64,13 @@ def hand_over(run: Run, generator: Generator, policy_version: int) -> None:
             return give_weights(run, generator, policy_version)
         except EngineLost as lost:
             _restart(run, generator, lost)
+
+
+def give_weights(run: Run, generator: Generator, policy_version: int) -> None:
+    """One attempt of `hand_over`; raises EngineLost."""
+    bucket_bytes = run.config.generation.bucket_mib * 2**20
+    tensors = hf_tensors(run.policy, run.shape, module_names=True, bucket_bytes=bucket_bytes)
+    generator.load_weights(tensors, policy_version)
 
 
 def remind(run: Run, generator: Generator) -> None:

@@ -19,8 +19,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_papo.generation.weight_check import expected_shapes, read_config
-from megatron_papo.model.family import family_of
-from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks, parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.weight_files import weight_files
@@ -60,7 +59,7 @@ def _compare_files(folder: Path, files: list[Path]) -> None:
 
 
 def _compare_names(folder: Path, shape: ModelShape) -> None:
-    names = family_of(shape).parameters
+    names = parameter_names(shape)
     ours = {
         names.module_name(source.name): source.shape
         for entry in parameter_table(shape).values()
@@ -73,7 +72,7 @@ def _compare_names(folder: Path, shape: ModelShape) -> None:
 
 
 def _compare_rows(files: list[Path], shape: ModelShape, held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
-    published_name = family_of(shape).parameters.published_name
+    published_name = parameter_names(shape).published_name
     with ExitStack() as stack:
         found: dict[str, tuple[Path, Any, str]] = {}
         for file in files:  # of a name that two files have transformers takes the last

@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_papo.files.json_keys import shown_name
-from megatron_papo.model.family import family_of
-from megatron_papo.model.parameter_map import parameter_table
+from megatron_papo.model.parameter_map import parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import Stored, read_header
 from megatron_papo.weights.weight_files import INDEX_FILE, MAX_SHOWN_FAULTS, WeightFiles, weight_files
@@ -42,7 +41,7 @@ class Weights:
     def check(self, shape: ModelShape) -> None:
         """Raises ValueError with a line for each tensor of the model that is missing, extra or misshapen."""
         expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
-        names = family_of(shape).parameters
+        names = parameter_names(shape)
         if shape.tie_word_embeddings and names.HEAD in self.tensors:
             expected[names.HEAD] = expected[names.EMBEDDING]  # the word embedding once more
         named = {names.published_name(name): self.folder / file for name, file in self.files.index.items()}
@@ -67,7 +66,7 @@ class Weights:
     def check_head(self, shape: ModelShape) -> None:
         """Raises ValueError where tied embeddings come with a head of other values: transformers takes the head then,
         against its own settings, and vLLM either. Reads both, where there are two."""
-        names = family_of(shape).parameters
+        names = parameter_names(shape)
         if not shape.tie_word_embeddings or names.HEAD not in self.tensors:
             return
         with OpenWeights(self) as opened:
@@ -77,9 +76,9 @@ class Weights:
                 wider = torch.promote_types(head.dtype, words.dtype)
                 if not torch.equal(head.to(wider), words.to(wider)):
                     raise ValueError(
-                        f"{self.folder / self.tensors[names.HEAD].file}: {names.HEAD}: differs from the word embedding, to which "
-                        "config.json ties it: tie_word_embeddings=false there trains it as it is (as transformers "
-                        "reads it); a head that is not meant has to leave the file"
+                        f"{self.folder / self.tensors[names.HEAD].file}: {names.HEAD}: differs from the word "
+                        "embedding, to which config.json ties it: tie_word_embeddings=false there trains it as it is "
+                        "(as transformers reads it); a head that is not meant has to leave the file"
                     )
 
 
@@ -119,7 +118,7 @@ def find_weights(folder: Path, shape: ModelShape) -> Weights:
     """What the headers of the files say that transformers reads, under the names of `shape`'s family. Raises
     ValueError, in one line, naming file and tensor."""
     files = weight_files(folder)
-    published_name = family_of(shape).parameters.published_name
+    published_name = parameter_names(shape).published_name
     tensors: dict[str, Stored] = {}
     written: dict[str, str] = {}
     for file in files.files:

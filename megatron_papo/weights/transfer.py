@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.family import family_of
-from megatron_papo.model.parameter_map import fill_shard, parameter_table
+from megatron_papo.model.parameter_map import fill_shard, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.buckets import gather_bucket, make_buckets
 from megatron_papo.weights.held import HeldParameter, held_parameters
@@ -75,7 +74,7 @@ def hf_tensors(
     held = held_parameters(model, shape, here.tensor_size)
     owned = {name for name, part in held.items() if not part.copy}
     owner = {name: stage for stage, names in enumerate(gather_objects(owned, here.pipeline_group)) for name in names}
-    table, names = parameter_table(shape), family_of(shape).parameters
+    table, names = parameter_table(shape), parameter_names(shape)
     if homeless := next((name for name in table if name not in owner), None):
         raise ValueError(f"{homeless}: no pipeline stage holds this parameter")
     done = 0

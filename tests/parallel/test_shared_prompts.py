@@ -91,12 +91,14 @@ def _share(groups: list, layout) -> list:
 
 def _run(config: Config, each_alone: bool) -> dict[str, Any]:
     """Values of every rollout that this rank saw, and the gradients of the whole model."""
-    from megatron_papo.algorithm.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.loss_settings import LossSettings
+    from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.optimization.pipeline import _run_schedule
     from megatron_papo.packing import joint_row, token_totals
-    from megatron_papo.training.session import open_run, pack_rows, pack_update
+    from megatron_papo.training.batching import pack_rows, pack_update
+    from megatron_papo.training.session import open_run
     from megatron_papo.weights.transfer import hf_tensors
 
     with open_run(config) as run:

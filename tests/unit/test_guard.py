@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_papo.algorithm.collapse_guard import CollapseGuard
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import GuardConfig
 from megatron_papo.train import _watch_for_collapse
 from megatron_papo.types import HeadOutputs

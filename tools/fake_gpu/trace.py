@@ -231,7 +231,8 @@ class _Update:
         return self.peaks
 
     def _whole(self, rows: Any) -> None:
-        from megatron_papo.algorithm.losses import LossSettings, papo_loss
+        from megatron_papo.algorithm.loss_settings import LossSettings
+        from megatron_papo.algorithm.losses import papo_loss
         from megatron_papo.model.policy import HeadRequest
         from megatron_papo.optimization.pipeline import score_logprobs, update_policy
 

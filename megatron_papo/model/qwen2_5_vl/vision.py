@@ -26,11 +26,11 @@ from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.layers import block_spec, recompute_in
 from megatron_papo.model.norm import RMSNorm
-from megatron_papo.model.patch_embedding import PatchEmbed
 from megatron_papo.model.qwen2_5_vl.patches import plan_patches
 from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
 from megatron_papo.model.shape import ModelShape, VisionShape
 from megatron_papo.model.transformer_config import vision_config
+from megatron_papo.model.vision_tower import PatchEmbed, VisionTower
 
 
 def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) -> WindowedTower:
@@ -39,7 +39,7 @@ def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) ->
     return WindowedTower(vision_config(config, shape, spec), shape.vision, spec, fp8, config.model.recompute)
 
 
-class WindowedTower(MegatronModule):
+class WindowedTower(VisionTower):
     """Patches in, image tokens out; most layers attend within windows."""
 
     def __init__(
