@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
 from megatron_papo.distributed.rendezvous import world_store
 
 
@@ -72,12 +73,9 @@ def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
     global _layout
     if not dist.is_initialized():
         _start_process_group(parallel.timeout_s, num_engine_ranks)
-    world_size, model_size = dist.get_world_size(), parallel.tensor * parallel.pipeline
-    if world_size % model_size:
-        raise ValueError(
-            f"{world_size} ranks do not divide by parallel.tensor {parallel.tensor} "
-            f"x parallel.pipeline {parallel.pipeline}"
-        )
+    world_size = dist.get_world_size()
+    if fault := fault_of_ranks(parallel, world_size):
+        raise ValueError(fault)
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -93,7 +91,7 @@ def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=world_size // model_size,
+        data_size=data_ranks(parallel, world_size),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),

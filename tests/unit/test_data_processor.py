@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from examples.quickstart.model_folder import CHAT_TEMPLATE, SPECIAL
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
@@ -22,7 +23,7 @@ from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
 from megatron_papo.training.session import check_words
-from tests.support.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -261,7 +262,7 @@ HOSTILE = {
 
 
 def test_a_template_takes_neither_time_nor_memory(monkeypatch):
-    monkeypatch.setattr("megatron_papo.data.chat_template._LIMIT_S", 0.2)
+    monkeypatch.setattr("megatron_papo.data.chat_template.LIMIT_S", 0.2)
     cases = "".join(f"{{% elif messages[0].content == '{kind}' %}}{text}" for kind, (text, _) in HOSTILE.items())
     template = ChatTemplate(f"{{% if messages[0].content == 'good' %}}{cases}{{% endif %}}fine")
 
