@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.distributed.rank_arithmetic import data_ranks
@@ -252,7 +253,5 @@ def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: i
 
 def _engine_weights(config: Config, shape: ModelShape) -> int:
     generation = config.generation
-    dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
     ranks = generation.tensor if generation.engine == "vllm" else 1
-    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
-    return num_parameters(shape) * each // ranks
+    return num_parameters(shape) * engine_weight_bytes(config) // ranks

@@ -40,6 +40,16 @@ class Layout:
     """All ranks that together hold one copy of the model: tensor x pipeline."""
 
     @property
+    def model_size(self) -> int:
+        """Ranks that together hold one copy of the model: tensor x pipeline."""
+        return self.tensor_size * self.pipeline_size
+
+    @property
+    def model_rank(self) -> int:
+        """This rank's place among them, tensor fastest: its rank in `model_group`."""
+        return self.pipeline_rank * self.tensor_size + self.tensor_rank
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline_rank == 0
 
@@ -123,6 +133,19 @@ def world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def tensor_layout(rank: int, size: int) -> Layout:
+    """The layout of a world whose `size` ranks hold one model by tensor parallelism alone, as an engine's ranks do.
+
+    A collective of all ranks of the world, which has been started; Megatron's groups are not made.
+    """
+    world = world_group()
+    alone = [dist.new_group([each]) for each in range(size)][rank]
+    return Layout(
+        rank=rank, world_size=size, tensor_rank=rank, tensor_size=size, pipeline_rank=0, pipeline_size=1, data_rank=0,
+        data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
+    )  # fmt: skip
 
 
 def _start_process_group(timeout_s: float, num_engine_ranks: int) -> None:

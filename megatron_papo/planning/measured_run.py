@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, load_config
+from megatron_papo.config.derived import model_folder_or_none
 from megatron_papo.costs.hardware import Cluster, Gpu, gpu_of
 from megatron_papo.costs.memory import GIB
 from megatron_papo.costs.stages import PLANNED_STAGES
@@ -95,7 +96,7 @@ def calibrated(run: Path, gpu: Gpu) -> Assumptions:
     """Assumptions with factors such that the plan of RUN's steps, on `gpu`s, takes what they took. The first step,
     which warms up, is left out where there are others. Raises ConfigError naming the file at fault."""
     config, records = _read(run)
-    folder = config.model.path or config.model.checkpoint
+    folder = model_folder_or_none(config)
     if folder is None:
         raise ConfigError(f"{run}/config.yaml: names no model")
     shape = ModelShape.from_folder(folder)

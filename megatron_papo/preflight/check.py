@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_papo.config import Config, ConfigError, plain_tree
+from megatron_papo.config.derived import model_folder_or_none
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
 from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
@@ -130,7 +131,7 @@ def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
 
 def shape_of(config: Config) -> ModelShape | None:
     """Of the folder that names the model; None without one. Raises ValueError for one that cannot be read."""
-    folder = config.model.path or config.model.checkpoint
+    folder = model_folder_or_none(config)
     return None if folder is None else ModelShape.from_folder(folder)
 
 
