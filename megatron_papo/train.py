@@ -45,7 +45,7 @@ from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
 from megatron_papo.training.prompts import prefetch_prompts, sampling_of, training_rows
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.rollouts import generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.training.starting_weights import starting_reference
@@ -71,8 +71,11 @@ class Training:
     precision: PrecisionGuard
 
 
-def main(config: Config) -> int:
-    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code."""
+def main(config: Config, planner: StepPlanner | None = None) -> int:
+    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code.
+
+    `planner` predicts the seconds and the memory of every step, for the metrics `planned/...`.
+    """
     if serves(config):
         return serve(config)
     with (
@@ -85,7 +88,7 @@ def main(config: Config) -> int:
         if first_step < config.train.steps:
             training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, first_step, config.train.steps) as recorder:
+        with Recorder(run, first_step, config.train.steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
             for step in range(first_step, config.train.steps):
