@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> int:
     from megatron_papo.config import ConfigError, load_config  # not before --help
     from megatron_papo.costs.hardware import GPUS, Cluster
-    from megatron_papo.model.qwen2_5_vl.published import shape_named
+    from megatron_papo.model.published_shapes import shape_named
     from megatron_papo.planning.assumptions import Assumptions
     from megatron_papo.planning.plan_page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
     from megatron_papo.planning.ranking import plan

@@ -24,7 +24,7 @@ from rich.table import Table
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import GIB, GPU_MEMORY_GIB
-from megatron_papo.model.qwen2_5_vl.published import shape_named
+from megatron_papo.model.published_shapes import shape_named
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import OPTIMIZERS, RECOMPUTE
 from megatron_papo.planning.estimate import RESERVE_BYTES, Estimate

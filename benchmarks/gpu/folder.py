@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from benchmarks.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, write_model
-from benchmarks.published import published_config
 from megatron_papo.distributed.accelerator import device
 from megatron_papo.distributed.layout import layout
 from megatron_papo.model.parameter_map import Index, fill_shard
+from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import held_parameters
@@ -57,7 +57,7 @@ def model_folder(shape: str) -> Iterator[Path]:
 def write_3b(folder: Path) -> Path:
     """Everything but weights; returns `folder`."""
     folder.mkdir(parents=True)
-    config = published_config("3B") | {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
+    config = published_config("Qwen2.5-VL-3B") | {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),

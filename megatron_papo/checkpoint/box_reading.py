@@ -22,10 +22,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_papo.checkpoint.blobs import Part, values_offset
+from megatron_papo.checkpoint.archive import BytesFile, line_of, values_offset
 from megatron_papo.checkpoint.checksums import new_sum
 from megatron_papo.checkpoint.opening import Opened
-from megatron_papo.checkpoint.pickled import line_of
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 _AT_ONCE_BYTES = 2**18
@@ -105,7 +104,7 @@ def _values(opened: Opened, index: MetadataIndex, data: Tensor, path: Path) -> T
     shape = next(tuple(chunk.sizes) for chunk in stored.chunks if chunk.offsets == index.offset)
     view = memoryview(data.numpy())
     try:
-        start = values_offset(Part(len(view), lambda at, size: view[at : at + size]), shape, dtype)
+        start = values_offset(BytesFile(len(view), lambda at, size: view[at : at + size]), shape, dtype)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: {index.fqn}: {error}") from None
     values = data[start : start + torch.Size(shape).numel() * dtype.itemsize]

@@ -28,14 +28,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_papo.checkpoint.archive import COMMON_STATE
 from megatron_papo.checkpoint.checksums import new_sum, write_box_sums
 from megatron_papo.distributed.agreement import RanksFailed, fault_of
 
 Boxes = dict[str, Any]
 """What torch's writer takes: a name of the checkpoint → this rank's boxes of it, or pickled bytes."""
-
-COMMON_STATE = "common_state/shard_0_1"
-"""Megatron's reader wants one; here there is nothing in it."""
 
 
 def own_boxes(tree: Mapping[str, ShardedBase]) -> dict[str, ShardedBase]:

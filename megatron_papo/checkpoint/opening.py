@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_papo.checkpoint.archive import METADATA_FILE, parse_metadata
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE, DIFFERS, read_box_sums, read_checked
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE, parse_metadata
 from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 

@@ -24,8 +24,9 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_papo.checkpoint import optimizer_state
+from megatron_papo.checkpoint.archive import COMMON_STATE
 from megatron_papo.checkpoint.box_reading import check_object, read_boxes
-from megatron_papo.checkpoint.box_writing import COMMON_STATE, Boxes, own_boxes, to_boxes, write_boxes, write_format
+from megatron_papo.checkpoint.box_writing import Boxes, own_boxes, to_boxes
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.random_states import random_states, read_random_states, set_random_states
 from megatron_papo.checkpoint.sharding import sharded_tensors
@@ -91,13 +92,6 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
     boxes = to_boxes(own if staging is None else staging.copy(own))
     plain = json.loads(json.dumps({"cursor": state.cursor, "config": state.config}))  # a copy
     return Snapshot(boxes, {"step": step, **counts, "random_states": True, **plain})
-
-
-def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
-    """Writes the boxes of all ranks into the empty `folder`; collective."""
-    write_boxes(folder, to_boxes(own_boxes(tree)), world_group())
-    if layout().rank == 0:
-        write_format(folder)
 
 
 def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:

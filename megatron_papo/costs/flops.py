@@ -12,13 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_papo.model.shape import ModelShape, VisionShape
+from megatron_papo.model.layer_costs import Grid, costs_of
+from megatron_papo.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron_papo.types import MicroBatch
-
-Grid = tuple[int, int, int]
-"""Patches of an image in time, height and width, before merging."""
 
 
 @dataclass(frozen=True)
@@ -70,47 +68,14 @@ def causal_pairs(length: int, parent_length: int = 0) -> int:
 
 
 def _flops(num_tokens: int, num_pairs: int, num_logits: int, grids: Sequence[Grid], shape: ModelShape) -> Flops:
-    language = shape.language
-    hidden, heads_width = language.hidden_size, language.num_heads * language.head_dim
-    qkv = hidden * (heads_width + 2 * language.num_kv_heads * language.head_dim)
-    layer = qkv + heads_width * hidden + 3 * hidden * language.intermediate_size
+    language, family = shape.language, costs_of(shape)
+    layer = family.language_layer(shape)
     return Flops(
-        language=2 * num_tokens * language.num_layers * layer,
-        attention=4 * num_pairs * language.num_layers * heads_width,
-        vision=vision_linear_flops(grids, shape.vision) + vision_attention_flops(grids, shape.vision),
-        head=2 * num_logits * hidden * language.vocab_size,
+        language=2 * num_tokens * language.num_layers * layer.products,
+        attention=4 * num_pairs * language.num_layers * layer.query_width,
+        vision=family.vision_flops(grids, shape),
+        head=2 * num_logits * language.hidden_size * language.vocab_size,
     )
-
-
-def vision_linear_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
-    """Of the tower's matrices: patch embedding and layers on every patch, the merger on every block of patches."""
-    num_patches = sum(time * height * width for time, height, width in grids)
-    hidden, merged = shape.hidden_size, shape.hidden_size * shape.merge_unit
-    layer = 4 * hidden**2 + 3 * hidden * shape.intermediate_size
-    patch = shape.patch_dim * hidden + shape.num_layers * layer
-    block = merged**2 + merged * shape.out_hidden_size
-    return 2 * (num_patches * patch + num_patches // shape.merge_unit * block)
-
-
-def vision_attention_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
-    """Of the tower's attention, within windows in most layers and over whole frames in a few."""
-    frame_layers = len(set(shape.full_attention_layers) & set(range(shape.num_layers)))
-    frame_pairs = sum(time * (height * width) ** 2 for time, height, width in grids)
-    window_pairs = sum(_window_pairs(grid, shape) for grid in grids)
-    num_pairs = frame_layers * frame_pairs + (shape.num_layers - frame_layers) * window_pairs
-    return 4 * num_pairs * shape.hidden_size
-
-
-def _window_pairs(grid: Grid, shape: VisionShape) -> int:
-    """Pairs of patches in one window, over an image: windows are a lattice, so the sum over them is a product."""
-    time, height, width = grid
-    edge = shape.window_size // shape.patch_size
-
-    def squares(length: int) -> int:
-        whole, rest = divmod(length, edge)
-        return whole * edge**2 + rest**2
-
-    return time * squares(height) * squares(width)
 
 
 class Meter:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_papo.checkpoint.archive import METADATA_FILE
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE
 from megatron_papo.checkpoint.opening import FORMAT_FILE, open_checkpoint
 from megatron_papo.checkpoint.state import TrainState, model_tensors, read_state
 from megatron_papo.checkpoint.state_file import STATE_FILE, read_state_file, write_state_tree

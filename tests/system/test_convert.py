@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import write_folder
-from megatron_papo.conversion import file_units, progress_bar, stores, workers
+from megatron_papo.conversion import journal as journal_module
+from megatron_papo.conversion import rows, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
-from megatron_papo.conversion.progress_bar import memory
+from megatron_papo.conversion.workers import memory
 from tests.parallel.generation_cases import make_folder
 from tests.support import commands
 from tests.support.processes import interpreter
@@ -403,7 +404,7 @@ def _dying(after: int, log: Path, arguments: tuple[str, ...]) -> None:
         count()
         return write(handle, data)
 
-    stores.os.pwrite, stores.os.write = logged, written  # type: ignore[attr-defined]
+    rows.os.pwrite, rows.os.write = logged, written  # type: ignore[attr-defined]
     Path.rename = renamed  # type: ignore[method-assign,assignment]
     os._exit(run(*arguments))
 
@@ -506,13 +507,13 @@ def test_bytes_that_the_disk_lost_in_the_background_end_the_conversion(source, t
     """The kernel tells of them once: the sync at a file's end would succeed."""
     told = []
 
-    def lossy(self: stores.Files, name: str) -> None:
+    def lossy(self: rows.Files, name: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             told.append(name)
             raise OSError(errno.EIO, "Input/output error", name)
 
-    monkeypatch.setattr(file_units, "SYNC_BYTES", 60_000)  # once a file
-    monkeypatch.setattr(stores.Files, "sync", lossy)
+    monkeypatch.setattr(journal_module, "SYNC_BYTES", 60_000)  # once a file
+    monkeypatch.setattr(rows.Files, "sync", lossy)
     assert run("hf-to-megatron", source, tmp_path / "m", *SMALL) == 2
     assert told and "Input/output error" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
@@ -532,14 +533,14 @@ def test_two_conversions_of_one_target_are_refused(source, tmp_path, capsys):
 
 @pytest.fixture
 def rank_one_cannot_read(monkeypatch) -> None:
-    read = stores.Files.read
+    read = rows.Files.read
 
-    def fails(self: stores.Files, name: str, offset: int, into: memoryview, what: str) -> None:
+    def fails(self: rows.Files, name: str, offset: int, into: memoryview, what: str) -> None:
         if os.environ.get("RANK") == "1":
             raise ValueError(f"{self.folder / name}: {what}: Input/output error")
         read(self, name, offset, into, what)
 
-    monkeypatch.setattr(stores.Files, "read", fails)  # the workers are forked
+    monkeypatch.setattr(rows.Files, "read", fails)  # the workers are forked
 
 
 def test_a_worker_that_fails_ends_all_with_its_reason(source, tmp_path, capfd, rank_one_cannot_read):
@@ -557,7 +558,7 @@ def _a_task(rank: int, port: int, arguments: tuple[str, ...]) -> None:
         "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     if rank == 0:
-        progress_bar._UPDATE_S = 0.0
+        workers.UPDATE_S = 0.0
     os._exit(run(*arguments))
 
 

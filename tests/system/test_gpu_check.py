@@ -28,7 +28,7 @@ from benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt
 from benchmarks.gpu.smoke import FAILED_PIECES
 from benchmarks.gpu.stream import Found
 from benchmarks.gpu.update import mfu_rows
-from benchmarks.published import published_config
+from megatron_papo.model.published_shapes import published_config
 from tests.support.commands import run
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +254,7 @@ def test_a_part_that_forks_others_leaves_cuda_to_them(monkeypatch):
 
 def test_what_an_update_needs_is_counted_before_it_is_tried(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(published_config("3B")))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(published_config("Qwen2.5-VL-3B")))
     needed = needed_by_mode(tmp_path, Options("3b"))
     assert set(needed) == set(MODES) and list(needed.values()) == sorted(needed.values(), reverse=True)
     assert needed["none"] > needed["full"] > 50 * GIB
@@ -395,8 +395,8 @@ def test_the_committed_section_has_every_part_and_no_figure_of_a_machine_without
 def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
     from transformers import AutoProcessor, Qwen2_5_VLConfig
 
-    from benchmarks.published import NUM_PARAMETERS
     from megatron_papo.generation.weight_check import expected_shapes
+    from megatron_papo.model.published_shapes import published_models
     from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
     from megatron_papo.model.shape import ModelShape
 
@@ -405,6 +405,6 @@ def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
     expected = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder))
     sources = [source for entry in parameter_table(shape).values() for source in entry.sources]
     assert {module_name(source.name): tuple(source.shape) for source in sources} == expected
-    assert sum(math.prod(size) for size in expected.values()) == NUM_PARAMETERS["3B"]
+    assert sum(math.prod(size) for size in expected.values()) == published_models()["Qwen2.5-VL-3B"]
     assert len(tokenizer) == 151_657 and tokenizer.convert_tokens_to_ids("<|image_pad|>") == shape.image_token_id
     assert len(tokenizer("1234567890").input_ids) == 10, "digits stay apart: a prompt has the length asked for"

@@ -24,13 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.blobs import values_offset
+from megatron_papo.checkpoint.archive import METADATA_FILE, parse_metadata, values_offset
+from megatron_papo.checkpoint.archive.pickle_reading import read_pickle
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE, read_box_sums, sum_of, write_box_sums
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE, parse_metadata
 from megatron_papo.checkpoint.opening import FORMAT_FILE, open_checkpoint
-from megatron_papo.checkpoint.pickled import read_pickle
 from megatron_papo.checkpoint.state_file import STATE_FILE, names_checkpoint, read_state_file, write_state_tree
-from megatron_papo.conversion.checkpoint_plan import state_tree
+from megatron_papo.conversion.checkpoint_files import state_tree
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 SMALL_FILES = (METADATA_FILE, FORMAT_FILE, CHECKSUMS_FILE, STATE_FILE)

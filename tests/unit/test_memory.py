@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,17 @@ from megatron_papo.costs.memory import (
     stage_memory,
 )
 from megatron_papo.logprobs.tiling import CUDA_TILE
+from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.check import faults_of_layout
-from tests.unit.test_shape import PUBLISHED_3B
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def published(name: str) -> dict[str, Any]:
-    """The published config.json of Qwen2.5-VL, 3B, 7B, 32B or 72B, without what no one reads."""
-    tree = copy.deepcopy(PUBLISHED_3B)
-    if name == "3B":
-        return tree
-    hidden, ffn, layers, heads, groups = {
-        "7B": (3584, 18944, 28, 28, 4), "32B": (5120, 27648, 64, 40, 8), "72B": (8192, 29568, 80, 64, 8),
-    }[name]  # fmt: skip
-    tree |= {
-        "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": groups, "tie_word_embeddings": False, "vocab_size": 152064,
-    }  # fmt: skip
-    tree["vision_config"] |= {"out_hidden_size": hidden, "intermediate_size": 3420 if name == "7B" else 3456}
-    return tree
+    """The published config.json of Qwen2.5-VL, 3B, 7B, 32B or 72B."""
+    return published_config(f"Qwen2.5-VL-{name}")
 
 
 def shape_of(name: str) -> ModelShape:
