@@ -46,7 +46,7 @@ from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
-from megatron_papo.training.prompts import prefetch_prompts, sampling_of, training_rows
+from megatron_papo.training.prompt_source import prefetch_prompts, sampling_of, training_rows
 from megatron_papo.training.recorder import Recorder
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run

@@ -35,7 +35,7 @@ from megatron_papo.training.console import warn
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
-from megatron_papo.training.prompts import sampling_of
+from megatron_papo.training.prompt_source import sampling_of
 from megatron_papo.training.recorder import Recorder
 from megatron_papo.training.rollouts import collect, hand_over, reward_groups
 from megatron_papo.training.session import open_run

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_papo.checkpoint import store
-from megatron_papo.checkpoint.state import TrainState, read_state, read_state_file
+from megatron_papo.checkpoint.state import TrainState, read_state
+from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.files import atomic_folder
