@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
+from megatron_papo.config.derived import model_folder
 from megatron_papo.data.bad_rows import BadRows
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
@@ -50,7 +51,7 @@ def main(config: Config) -> int:
             dataset = open_heldout(run)
             scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:
-            model = str(config.model.path or config.model.checkpoint)
+            model = str(model_folder(config))
             append_record(run.folder / "eval.jsonl", {"model": model, **scores})
             print_scores(scores)
     return 0

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
+from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
@@ -92,7 +94,7 @@ def num_parameters(shape: ModelShape) -> int:
 def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[StageMemory, ...]:
     """Of every pipeline stage, on `num_ranks` ranks of the whole run, each with a GPU to itself."""
     parallel = config.parallel
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    data = data_ranks(parallel, num_ranks)
     stays = 1.0 - config.optim.offload_fraction
     stages = []
     pieces_of_stages = stage_parameters(
@@ -263,7 +265,5 @@ def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: i
 
 def _engine_weights(config: Config, shape: ModelShape) -> int:
     generation = config.generation
-    dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
     ranks = generation.tensor if generation.engine == "vllm" else 1
-    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
-    return num_parameters(shape) * each // ranks
+    return num_parameters(shape) * engine_weight_bytes(config) // ranks

@@ -32,7 +32,7 @@ class RolloutRequest:
 class Answer:
     """One rollout made: what travels between ranks."""
 
-    job: RolloutRequest
+    request: RolloutRequest
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
@@ -61,11 +61,9 @@ def generate_in_shares(
     """
     if policy_version is None:
         raise RuntimeError("generate before the first load_weights: the generator has no weights")
-    ranks = layout.tensor_size * layout.pipeline_size
-    place = layout.pipeline_rank * layout.tensor_size + layout.tensor_rank
     # contiguous shares: a group's rollouts mostly stay together, and their prompt is read once
-    answers = answer(list(share_of(make_requests(prompts, sampling), place, ranks)))
-    if ranks > 1:
+    answers = answer(list(share_of(make_requests(prompts, sampling), layout.model_rank, layout.model_size)))
+    if layout.model_size > 1:
         answers = [each for part in gather_objects(answers, layout.model_group) for each in part]
     return groups_of(prompts, sampling, answers, decode, policy_version)
 
@@ -77,14 +75,14 @@ def groups_of(
     decode: Callable[[tuple[int, ...]], str],
     policy_version: int,
 ) -> list[Group]:
-    """The answers to all jobs of a call, in whatever order they came, as groups in the order of `prompts`."""
-    by_place = {(a.job.prompt_index, a.job.index): a for a in answers}
+    """The answers to all requests of a call, in whatever order they came, as groups in the order of `prompts`."""
+    by_place = {(a.request.prompt_index, a.request.index): a for a in answers}
     assert len(by_place) == len(answers) == len(prompts) * sampling.group_size
 
     def rollout(answer: Answer) -> Rollout:
         text = decode(answer.response_ids)
         return Rollout(
-            answer.job.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, policy_version
+            answer.request.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, policy_version
         )
 
     return [

@@ -17,13 +17,14 @@ from typing import Any
 from megatron_papo.checkpoint.state import Restored, TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import plain_tree
+from megatron_papo.config.derived import model_folder
 from megatron_papo.files.small_files import write_whole
 from megatron_papo.optimization.optimizer import Optimizer
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.training.console import say, warn
 from megatron_papo.training.origin import Origin, changed_settings, compare_origins, kept_origin
-from megatron_papo.training.session import Run, model_folder
+from megatron_papo.training.session import Run
 from megatron_papo.weights.publishing import check_side_files
 from megatron_papo.weights.transfer import write_hf
 

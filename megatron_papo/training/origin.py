@@ -16,11 +16,12 @@ from typing import Any
 
 from megatron_papo.checkpoint.weight_fingerprint import fingerprint_of_weights
 from megatron_papo.config import Config, plain_tree
+from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.fingerprint import fingerprint
 from megatron_papo.data.processor import Processor
 from megatron_papo.distributed.agreement import agreed
-from megatron_papo.training.session import Run, model_folder
+from megatron_papo.training.session import Run
 
 Origin = Mapping[str, str]
 """part -> fingerprint; plain JSON."""
@@ -56,7 +57,7 @@ def _read(run: Run, dataset: PromptDataset, columns: tuple[str, ...]) -> Origin:
     found = {**dataset.fingerprints(columns), **_of_processor(run.processor)}
     model = run.config.model
     if model.checkpoint is not None or not model.random_init:
-        found["weights"] = fingerprint_of_weights(Path(model.checkpoint or model_folder(run.config)))
+        found["weights"] = fingerprint_of_weights(weights_folder(run.config))
     return found
 
 

@@ -12,15 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Imported here, in the process that local ranks are forked from: transformers would import them on first use, in every
-# rank anew, which takes longer than a small run's first step.
-import transformers.models.auto.processing_auto
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-import transformers.models.qwen2_vl.image_processing_qwen2_vl
-import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
+import transformers.models.auto.processing_auto  # noqa: F401 (see `FAMILIES` below)
 
 from megatron_papo.checkpoint.weight_loading import check_weights
-from megatron_papo.config import Config, ConfigError
+from megatron_papo.config import Config
+from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.costs.flops import Meter
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.distributed.accelerator import adapt_megatron, has_gpu, seed_all
@@ -29,12 +25,18 @@ from megatron_papo.distributed.layout import Layout, initialize, own_rank, shutd
 from megatron_papo.distributed.megatron_warnings import quieten_megatron
 from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.generation.remote.run_key import offered_key
+from megatron_papo.model.family import FAMILIES, family_named
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.clock import StageClock
 from megatron_papo.runtime.garbage_collector import present_objects_skipped
 from megatron_papo.runtime.heartbeat import Heartbeat
 from megatron_papo.training.starting_weights import load_starting_weights
+
+for _model_type in FAMILIES:
+    # In the process that local ranks are forked from: transformers would import its files of a family on first use, in
+    # every rank anew, which takes longer than a small run's first step.
+    family_named(_model_type).module("transformers_classes")
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
             check_words(processor, shape)
             has_weights = config.model.checkpoint is not None or not config.model.random_init
             if has_weights:
-                check_weights(shape, config.model.checkpoint or folder)
+                check_weights(shape, weights_folder(config))
             policy = build_policy(config, shape)
             if has_weights:
-                load_starting_weights(policy, shape, Path(config.model.checkpoint or folder), layout)
+                load_starting_weights(policy, shape, weights_folder(config), layout)
         with present_objects_skipped():
             yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
 
@@ -134,11 +136,3 @@ def check_words(processor: Processor, shape: ModelShape) -> None:
             "tokenizer"
         )
     _ = processor.form
-
-
-def model_folder(config: Config) -> Path:
-    """Where config.json, tokenizer and processor lie: the Hugging Face folder or the Megatron checkpoint."""
-    folder = config.model.path or config.model.checkpoint
-    if folder is None:
-        raise ConfigError("model.path: names no folder")
-    return folder

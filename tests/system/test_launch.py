@@ -64,7 +64,7 @@ def test_ranks_talk_with_one_thread_each_and_leave_no_empty_files(tmp_path, monk
 def test_ranks_that_have_gpus_are_spawned(tmp_path, monkeypatch):
     """A forked process cannot use a GPU that its parent has asked about."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("megatron_papo.runtime.launch._has_gpu", lambda: True)
+    monkeypatch.setattr("megatron_papo.runtime.launch.has_gpu", lambda: True)
     monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(PYTHON))  # a rank makes a process group
     assert run("sum_ranks", tmp_path, num_ranks=1)[0] == 0
     assert (tmp_path / "sum_0").read_text() == "1.0 1 0 SpawnProcess"

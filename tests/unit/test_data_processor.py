@@ -11,17 +11,19 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from examples.quickstart.model_folder import CHAT_TEMPLATE, SPECIAL
 from megatron_papo.config import DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.conversation import find_form, turns_of
 from megatron_papo.data.processor import ImageTooExtreme
 from megatron_papo.data.template_worker import environment
-from megatron_papo.generation.weight_check import expected_shapes, read_config
+from megatron_papo.generation.reference_model import expected_shapes, read_config
+from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
 from megatron_papo.training.session import check_words
-from tests.support.tiny import CHAT_TEMPLATE, SPECIAL, make_tiny_folder
+from tests.support.tiny import make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -260,7 +262,7 @@ HOSTILE = {
 
 
 def test_a_template_takes_neither_time_nor_memory(monkeypatch):
-    monkeypatch.setattr("megatron_papo.data.chat_template._LIMIT_S", 0.2)
+    monkeypatch.setattr("megatron_papo.data.chat_template.LIMIT_S", 0.2)
     cases = "".join(f"{{% elif messages[0].content == '{kind}' %}}{text}" for kind, (text, _) in HOSTILE.items())
     template = ChatTemplate(f"{{% if messages[0].content == 'good' %}}{cases}{{% endif %}}fine")
 
@@ -437,7 +439,7 @@ def test_no_code_of_a_folder_is_run(folder, tmp_path):
     for section in (tree, tree["text_config"], tree["vision_config"]):
         section |= {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
     (evil / "config.json").write_text(json.dumps(tree))
-    config = read_config(evil)
+    config = read_config(evil, family_named("qwen2_5_vl"))
     parts = (config, config.text_config, config.vision_config)
     assert [part._attn_implementation for part in parts] == ["sdpa"] * 3, "no kernel from the hub"
     expected_shapes(config)

@@ -324,7 +324,7 @@ def test_time_for_which_a_process_was_stopped_does_not_count(monkeypatch):
 
 
 def test_plain_output_shows_a_long_stage_by_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_papo.observe.clock._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("megatron_papo.observe.clock.PLAIN_EVERY_S", 0.0)
     with StageClock(RunConfig(dir=tmp_path), rank=0) as clock, clock.stage("generate", total=8) as progress:
         progress.advance(3)
         progress.advance(2)
