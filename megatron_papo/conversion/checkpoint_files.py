@@ -117,7 +117,7 @@ class BoxSums:
 
     def __init__(self, around: Callable[[Box, int, int], bytes]):
         self._around = around
-        self._begun: dict[tuple[str, int], tuple[int, Any]] = {}
+        self._started: dict[tuple[str, int], tuple[int, Any]] = {}
 
     def add(self, box: Box, offset: int, data: memoryview, num_bytes: int) -> str | None:
         """Adds `data`, which lies at `offset` of the file. Returns the checksum of the box when these were the last of
@@ -128,18 +128,18 @@ class BoxSums:
         assert box.values is not None
         key, end = (box.file, box.offset), box.values + num_bytes
         if offset == box.values:
-            begun = new_sum()
-            begun.update(self._around(box, box.offset, box.values - box.offset))
-            self._begun[key] = offset, begun
-        due, total = self._begun.get(key, (None, None))
+            total = new_sum()
+            total.update(self._around(box, box.offset, box.values - box.offset))
+            self._started[key] = offset, total
+        due, total = self._started.get(key, (None, None))
         if total is None or due != offset:
             return None
         total.update(data)
-        self._begun[key] = offset + len(data), total
+        self._started[key] = offset + len(data), total
         if offset + len(data) < end:
             return None
         total.update(self._around(box, end, box.offset + box.size - end))
-        del self._begun[key]
+        del self._started[key]
         return total.hexdigest()
 
 

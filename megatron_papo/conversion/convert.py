@@ -81,11 +81,11 @@ def convert(
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
     compare_with_library(workers, source)
     lock: list[IO[str]] = []
-    beginning = workers.first(lambda: _prepare(plan, target, partial, lock))
-    for line in [beginning.said, *left_out] if workers.rank == 0 else []:
+    start = workers.first(lambda: _prepare(plan, target, partial, lock))
+    for line in [start.message, *left_out] if workers.rank == 0 else []:
         if line:
             say(line)
-    report = None if beginning.there else _write(plan, target, partial, chunk_bytes, workers)
+    report = None if start.exists else _write(plan, target, partial, chunk_bytes, workers)
     for handle in lock:
         handle.close()
     return report
@@ -105,39 +105,39 @@ def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, 
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """What a conversion begins with: whether the target is `there` already, and a line for the user."""
+class _Start:
+    """How a conversion starts: whether the target `exists` already, and a line for the user."""
 
-    there: bool
-    said: str = ""
+    exists: bool
+    message: str = ""
 
 
-def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
+def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Start:
     """Prepares the folder, on rank 0: looks at what exists, checks the free space, and takes the lock of the folder."""
     if target.exists():
         if (target / MANIFEST_FILE).exists() and read_manifest(target).get("plan") == plan.fingerprint:
-            return _Beginning(True, f"{target}: there already, from the same source with the same settings")
+            return _Start(True, f"{target}: there already, from the same source with the same settings")
         raise ValueError(f"{target}: exists already")
-    journals, said = partial / FOLDER, ""
+    journals, message = partial / FOLDER, ""
     known = journals / PLAN_FILE
     same = known.is_file() and known.read_bytes() == plan.fingerprint.encode()
     if journals.is_dir():
         _lock(journals, partial, lock)
     if os.path.lexists(partial) and not same:
-        said = f"{partial}: was begun from another source or with other settings: starting anew"
+        message = f"{partial}: was begun from another source or with other settings: starting anew"
         for handle in lock:
             handle.close()
         lock.clear()
         make_way(partial)
     elif same:
-        said = f"{partial}: going on with it"
+        message = f"{partial}: going on with it"
     _check_space(plan, partial)
     journals.mkdir(parents=True, exist_ok=True)
     if not lock:
         _lock(journals, partial, lock)
     if not same:
         write_whole(known, plan.fingerprint)
-    return _Beginning(False, said)
+    return _Start(False, message)
 
 
 def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:

@@ -100,9 +100,11 @@ class Journal:
         self._handle = os.open(file, os.O_WRONLY | os.O_APPEND)
 
     def close(self) -> None:
+        """Closes the file."""
         os.close(self._handle)
 
     def append(self, record: JournalEntry) -> None:
+        """Adds a line for a parameter whose bytes were written."""
         with self._lock:
             os.write(self._handle, _line(asdict(record)))
             self.records.append(record)
@@ -216,6 +218,7 @@ class _UnitWriter:
             self._journal.close()
 
     def write(self, entry: ParameterEntry, start: int, stop: int, data: Tensor) -> None:
+        """Writes rows `start : stop` of a parameter."""
         for strip, values in write_rows(self._files, self._plan.target, entry, start, stop, data):
             if strip.box is not None:
                 num_bytes = strip.box.length * strip.box.width * self._plan.target.dtype(entry).itemsize
@@ -229,6 +232,7 @@ class _UnitWriter:
             self._syncing = self._thread.submit(self._sync, len(self._journal.records))
 
     def done(self, outcome: Outcome) -> None:
+        """Notes in the journal that a parameter is written."""
         record = record_of(outcome, self._plan.direction)
         self._journal.append(replace(record, boxes=tuple(self._box_sums)))
         self._box_sums = []

@@ -207,6 +207,7 @@ class _Side:
     files: Files
 
     def rows(self, entry: ParameterEntry, start: int, stop: int) -> Tensor:
+        """Rows `start : stop` of a parameter, as a matrix."""
         dtype = self.store.dtype(entry)
         data = torch.empty((stop - start) * width(entry) * dtype.itemsize, dtype=torch.uint8)
         read_rows(self.files, self.store, entry, start, stop, data)

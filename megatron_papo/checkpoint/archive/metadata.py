@@ -1,6 +1,6 @@
 """`.metadata`, the list of what a checkpoint holds, as torch.distributed.checkpoint writes it: a pickle.
 
-It is read as data (pickle_reading.py) and then made into torch's own `Metadata`, after every value was found to have
+It is read as data (pickle_reading.py) and then made into torch's own `Metadata`, after every value was checked to have
 the right type and to lie within bounds. Fields that this package does not use are left out: the planner's data, and
 where and by which call the file was written.
 """
