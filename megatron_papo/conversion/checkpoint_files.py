@@ -27,10 +27,10 @@ from megatron_papo.checkpoint.archive import (
     values_offset,
     write_metadata,
 )
-from megatron_papo.checkpoint.checksums import Boxes, new_sum, sum_of, write_box_sums
+from megatron_papo.checkpoint.checksums import SumsByFile, new_sum, sum_of, write_box_sums
 from megatron_papo.checkpoint.opening import FORMAT_FILE, Opened, open_checkpoint
 from megatron_papo.checkpoint.state_file import FORMAT
-from megatron_papo.conversion.rows import Box, Files, Strip, width
+from megatron_papo.conversion.stores import Box, Files, Strip, width
 from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.weights.huggingface_folder import raise_faults
 
@@ -224,7 +224,7 @@ def write_small_files(
     common = write_metadata(folder, tensors, common_file)
     (folder / FORMAT_FILE).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     if all(len(sums[name]) == len(store.boxes[name]) for name in table):  # the journal of an older version has none
-        boxes: Boxes = {common_file: [(0, len(common), sum_of(common))]}
+        boxes: SumsByFile = {common_file: [(0, len(common), sum_of(common))]}
         for name in table:
             for box, digest in zip(store.boxes[name], sums[name]):
                 boxes.setdefault(box.file, []).append((box.offset, box.size, digest))

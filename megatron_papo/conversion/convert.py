@@ -30,8 +30,8 @@ from megatron_papo.conversion.journal import (
     remaining_bytes,
 )
 from megatron_papo.conversion.manifest import MANIFEST_FILE, manifest_tree, read_manifest, write_manifest
-from megatron_papo.conversion.plan import ConversionPlan, Direction, Settings, Unit, make_plan
-from megatron_papo.conversion.rows import Store, width
+from megatron_papo.conversion.plan import ConversionPlan, Direction, FileUnit, Settings, make_plan
+from megatron_papo.conversion.stores import Store, width
 from megatron_papo.conversion.stream import CHUNK_BYTES, SHARES
 from megatron_papo.conversion.workers import GB, ByteProgress, Workers, memory
 from megatron_papo.files.atomic_folder import publish
@@ -50,7 +50,7 @@ _LEAST_CHUNK_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion came to."""
 
     num_bytes: int
@@ -65,7 +65,7 @@ class Report:
 def convert(
     direction: Direction, source: Path, target: Path, settings: Settings, memory_bytes: int, workers: Workers,
     files: Path | None = None, say: Callable[[str], None] = print,
-) -> Report | None:  # fmt: skip
+) -> ConversionReport | None:  # fmt: skip
     """Writes `target`; returns None when it exists already, from this source and with these settings.
 
     All workers call it together. Raises ValueError naming file and tensor, and, before anything is written, naming a
@@ -91,7 +91,7 @@ def convert(
     return report
 
 
-def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> Report:
+def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> ConversionReport:
     todo = workers.first(lambda: {unit.file: remaining_bytes(plan, partial, unit) for unit in plan.units})
     kept = 0
     with ByteProgress(workers, plan.direction, plan.num_bytes, plan.num_bytes - sum(todo.values())) as progress:
@@ -101,7 +101,7 @@ def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, 
     workers.first(lambda: _finish(plan, target, partial))
     peaks = workers.gather((memory("VmHWM"), progress.peak_anonymous))
     resident, anonymous = (max(values) for values in zip(*peaks))
-    return Report(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
+    return ConversionReport(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
         raise ValueError(f"{parent}: {needed / GB:.2f} GB are needed there, {free / GB:.2f} GB are free")
 
 
-def _share(units: tuple[Unit, ...], todo: dict[str, int], workers: Workers) -> list[Unit]:
+def _share(units: tuple[FileUnit, ...], todo: dict[str, int], workers: Workers) -> list[FileUnit]:
     """This worker's files. They are shared out from the largest on, each to the worker that has least to do."""
     loads, own = [0] * workers.size, []
     for unit in sorted(units, key=lambda unit: -todo[unit.file]):
