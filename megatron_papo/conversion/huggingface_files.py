@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_papo.checkpoint.state_file import names_checkpoint
-from megatron_papo.conversion.rows import Files, Strip, spans, view, width
+from megatron_papo.conversion.stores import Files, Strip, spans, view, width
 from megatron_papo.conversion.workers import Workers
 from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.shape import ModelShape

@@ -75,8 +75,8 @@ def score_logprobs(
 class _Request(NamedTuple):
     """A row to be scored, and what its log-probs are for."""
 
-    index: int
-    """Place of the row that receives them."""
+    place: int
+    """Index of the row that receives them."""
     row: MicroBatch
     names: tuple[str, ...]
     """Fields of `MicroBatch` that they fill."""
@@ -87,7 +87,7 @@ def _fill(rows: list[MicroBatch], policy: VisionLanguageModel, requests: Sequenc
     outputs = score(policy, [request.row for request in requests], head)
     for request, output in zip(requests, outputs, strict=True):
         values: dict[str, Any] = dict.fromkeys(request.names, output.policy_logprobs_R)
-        rows[request.index] = replace(rows[request.index], **values)
+        rows[request.place] = replace(rows[request.place], **values)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.conversion.rows import Files, read_rows
+from megatron_papo.conversion.stores import Files, read_rows
 from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.qwen2_5_vl.parameters import EMBEDDING, HEAD, module_name
 from megatron_papo.model.shape import ModelShape
