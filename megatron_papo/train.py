@@ -228,11 +228,11 @@ def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
 
 def reason_to_stop(training: Training, metrics: Metrics) -> str:
     """Why the run stops itself after this step, or nothing: the guards' reasons."""
-    collapse = _watch_for_collapse(training, metrics)
+    collapse = watch_for_collapse(training, metrics)
     return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
 
 
-def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
+def watch_for_collapse(training: Training, metrics: Metrics) -> str:
     """Moves the guard on; the reason to stop, or nothing."""
     means = {name: total / count for name, (total, count) in metrics.items() if count}
     training.guard, decision = training.guard.observe(

@@ -94,7 +94,7 @@ def score(
         return []
     policy.eval()
     with policy.fp8.scoring() if fp8 is None else policy.fp8.during(fp8):
-        found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
+        found: list[HeadOutputs] = run_schedule(policy, rows, head, None)
     policy.train()
     return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
 
@@ -125,7 +125,7 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
     """
     optimizer.zero_grad()
     with optimizer.policy.module.fp8.updating():
-        collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
+        collected: list[Metrics] = run_schedule(optimizer.policy, batch, head, micro_loss)
     total: Metrics = {}
     for metrics in collected:
         add_metrics(total, metrics)
@@ -143,7 +143,7 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
         total[name] = merge_metric(name, total.get(name), (float(numerator), float(count)))
 
 
-def _run_schedule(
+def run_schedule(
     model: nn.Module, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
     """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""

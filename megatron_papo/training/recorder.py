@@ -24,7 +24,7 @@ from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Metrics
 
-_STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
+STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
 """Those of a step: what tokens per second are counted over."""
 
 
@@ -94,7 +94,7 @@ class Recorder:
         which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`: of
         the peak in the model's dtype also where products are in FP8, so that both kinds of run compare; `mfu_fp8` is of
         FP8's peak then, a share that no model reaches, for attention and the head are not in FP8."""
-        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
+        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in STAGES)
         tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
         values = {
             "tokens_per_s": totals["tokens"] / seconds,

@@ -21,7 +21,7 @@ from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
-from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
+from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before, markdown_table
 from megatron_papo.runtime.awake_clock import AwakeClock
 from megatron_papo.runtime.failure_notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
 from megatron_papo.runtime.failures import Failure, describe, is_peers_fault, print_failure, the_cause
@@ -138,7 +138,7 @@ def test_a_page_a_table_and_the_screen_show_what_a_model_said_as_text(capsys, tm
     assert not [part for part in ("<img", "</script", "<b>", "\x1b", "\x07", "\u202e") if part in shown]
     assert shown.count(r"\x1b]0;x\x07 \u202etxt") == 3
     assert shown.index("Content-Security-Policy") < shown.index("<style>")
-    (_, _, line) = _markdown([row]).splitlines()
+    (_, _, line) = markdown_table([row]).splitlines()
     assert "<img" not in line and "![" not in line and "](" not in line and "\x1b" not in line
     assert r"\!\[p\]\(http://evil/p\.png\)" in line and r"<br>\# c" in line
     assert line.replace("\\|", "").count("|") == 5

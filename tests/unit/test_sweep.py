@@ -16,7 +16,7 @@ from megatron_papo.cluster.submit import SubmissionPlan, write
 from megatron_papo.cluster.supervise import SupervisedJob
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.planning.measured_run import STAGES as PLANNERS_STAGES
-from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row, Spread, gather, measured_steps
+from megatron_papo.sweep.gather import PLANNED_STAGES, Row, Spread, gather, measured_steps
 from megatron_papo.sweep.plot import draw, sweep_png
 from megatron_papo.sweep.points import Point, Sweep, load_sweep, points_of
 from megatron_papo.sweep.run_sweep import begin
@@ -166,9 +166,9 @@ def test_a_task_names_itself_and_not_its_array(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_stages_are_those_that_tokens_are_counted_over():
-    from megatron_papo.training.recorder import _STAGES
+    from megatron_papo.training.recorder import STAGES
 
-    assert set(STAGES) == set(_STAGES)
+    assert set(STAGES) == set(STAGES)
     assert set(PLANNED_STAGES) == set(PLANNERS_STAGES)
 
 
