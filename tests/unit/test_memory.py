@@ -167,7 +167,7 @@ def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
 
 
 def test_the_head_is_counted_with_the_tile_that_it_takes():
-    assert activations._HEAD_TILE == CUDA_TILE
+    assert activations.HEAD_TILE == CUDA_TILE
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():
