@@ -154,11 +154,12 @@ gpu-check: ## on a GPU: its tests, and every figure that needs one, into docs/be
 	OMP_NUM_THREADS=1 $$python tools/benchmark.py gpu --write $(if $(PART),--part $(PART)) \
 		$(if $(BUDGET),--budget $(BUDGET))
 
-check: $(BASE) ## formatting, lint, types, import order
+check: $(BASE) ## formatting, lint, types, spelling, the rules of the rooms, what pages name
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest tests/unit/test_import_order.py
+	$(VENV)/bin/codespell
+	$(RUN) -m pytest tests/unit/test_import_order.py tests/unit/test_package_form.py tests/unit/test_links.py
 
 clean: ## remove the environment, caches and run folders
 	rm -rf $(VENV) $(SECOND) runs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -29,12 +29,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.published import NUM_PARAMETERS, published_config
 from benchmarks.rows import Row
 from megatron_papo.conversion.plan import Settings, plan_target
-from megatron_papo.conversion.spans import num_values
-from megatron_papo.conversion.stores import Files, view
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.conversion.stores import Files, num_values, view
+from megatron_papo.model.parameter_map import parameter_table
+from megatron_papo.model.published_shapes import published_config, published_models
 from megatron_papo.model.shape import ModelShape
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
@@ -158,7 +157,7 @@ def _line(direction: str, workers: int, points: list[tuple[float, float, float]]
     slope, start = np.polyfit(sizes, seconds, 1)
     other = np.polyfit(sizes, copying, 1)[0]
     worst = float(np.abs(start + slope * sizes - seconds).max() / seconds.max())
-    large = 2 * NUM_PARAMETERS["72B"]
+    large = 2 * published_models()["Qwen2.5-VL-72B"]
     expected, share = float(start + slope * large), float(seconds[-1] * large / sizes[-1])
     what = f"line: {direction}, {workers} worker{'s' * (workers > 1)}"
     return [
@@ -182,13 +181,13 @@ def _forget(folder: Path) -> None:
 
 def _config(size_gb: float | None, quick: bool) -> dict[str, Any]:
     """The 7B model's with as large a share of layers and words as `size_gb` asks for; quick: an eighth as wide."""
-    config = published_config("7B")
+    config = published_config("Qwen2.5-VL-7B")
     if quick:
         config |= {"hidden_size": 512, "intermediate_size": 2368, "num_attention_heads": 4, "num_key_value_heads": 2}
         config["vision_config"] |= {"hidden_size": 160, "intermediate_size": 428, "num_heads": 2}
         config["vision_config"]["out_hidden_size"] = 512
     if size_gb is not None:
-        share = size_gb * GB / (2 * (NUM_PARAMETERS["7B"] // (49 if quick else 1)))
+        share = size_gb * GB / (2 * (published_models()["Qwen2.5-VL-7B"] // (49 if quick else 1)))
         layers = max(1, round(config["num_hidden_layers"] * share))
         depth = max(1, round(config["vision_config"]["depth"] * share))
         config |= {"num_hidden_layers": layers, "vocab_size": max(1, round(1188 * share)) * 128}

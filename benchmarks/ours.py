@@ -16,14 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.models import MAX_PIXELS, MIN_PIXELS
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import Config, load_config
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.optimization.pipeline import score, score_logprobs, update_policy
 from megatron_papo.packing import joint_row
-from megatron_papo.training.session import Run, open_run, pack_update
+from megatron_papo.training.batching import pack_update
+from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Batch, Group, Metrics, MicroBatch
 
 LEARNING_RATE = 1e-6

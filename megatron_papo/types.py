@@ -69,16 +69,29 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
+    """One response to a prompt, as the engine returned it."""
+
     index: int
     """Place within the group."""
     response_ids: tuple[int, ...]
-    """Generated tokens, the end-of-turn token included when it was sampled."""
+    """Tokens of the response, the end-of-turn token included when it was sampled."""
     rollout_logprobs: tuple[float, ...]
-    """Log-probs of response_ids as the engine sampled them: after temperature, bans, top-k and top-p."""
+    """Log-probs of response_ids as the engine sampled them: after temperature, bans, top-k and top-p. 0 for tokens that
+    were not sampled."""
     text: str
     finish_reason: str
     """`stop` or `length`."""
     policy_version: int
+    """Number of the weights that sampled it: how many steps they had been trained for."""
+    sampled: tuple[bool, ...] | None = None
+    """For each of response_ids whether the policy sampled it; None: it sampled all, as in a response of one turn. With
+    several turns the tokens between them (a tool's output) are given: later tokens attend to them, and no loss reads
+    them. `MicroBatch.loss_mask_R` and the token weights are made from this."""
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]:
+        """For each of response_ids whether the loss reads it."""
+        return (True,) * len(self.response_ids) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from benchmarks.gpu.rows import NEEDS_GPU, GpuRow, Options, attempt, compared, n
 from megatron_papo.config import Config
 from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
-from megatron_papo.training.session import Run, give_weights
+from megatron_papo.training.rollouts import give_weights
+from megatron_papo.training.session import Run
 from megatron_papo.weights.transfer import hf_tensors
 
 BUCKETS_MIB = (1, 64, 256)

@@ -236,6 +236,8 @@ class EntropyConfig(Section):
 
 
 class LossConfig(Section):
+    policy_loss: Literal["clipped"] = "clipped"
+    """The policy term: `clipped`, the clipped ratio of PPO and GRPO, with a dual clip."""
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """epsilon below: the ratio is clipped at 1 - this."""
     clip_high: Positive = 0.3

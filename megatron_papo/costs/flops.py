@@ -3,7 +3,7 @@
 Model FLOPs are those of the forward pass's matrix products, a multiply-add counted as two; backward is twice as much.
 Attention is counted as it is structured: causal halves, shared prompts, windows. Left out: what layout and
 implementation add (recomputation, padding of batches and widths), all that is no matrix product, and that frozen parts
-save some of backward. `Meter` adds up a step's rows; `peak_tflops` is what MFU divides by. Imports no torch.
+save some of backward. `Meter` adds up a step's rows. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_papo.model.shape import ModelShape, VisionShape
+from megatron_papo.model.layer_costs import Grid, costs_of
+from megatron_papo.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron_papo.types import MicroBatch
-
-Grid = tuple[int, int, int]
-"""Patches of an image in time, height and width, before merging."""
 
 
 @dataclass(frozen=True)
@@ -70,47 +68,14 @@ def causal_pairs(length: int, parent_length: int = 0) -> int:
 
 
 def _flops(num_tokens: int, num_pairs: int, num_logits: int, grids: Sequence[Grid], shape: ModelShape) -> Flops:
-    language = shape.language
-    hidden, heads_width = language.hidden_size, language.num_heads * language.head_dim
-    qkv = hidden * (heads_width + 2 * language.num_kv_heads * language.head_dim)
-    layer = qkv + heads_width * hidden + 3 * hidden * language.intermediate_size
+    language, family = shape.language, costs_of(shape)
+    layer = family.language_layer(shape)
     return Flops(
-        language=2 * num_tokens * language.num_layers * layer,
-        attention=4 * num_pairs * language.num_layers * heads_width,
-        vision=vision_linear_flops(grids, shape.vision) + vision_attention_flops(grids, shape.vision),
-        head=2 * num_logits * hidden * language.vocab_size,
+        language=2 * num_tokens * language.num_layers * layer.products,
+        attention=4 * num_pairs * language.num_layers * layer.query_width,
+        vision=family.vision_flops(grids, shape),
+        head=2 * num_logits * language.hidden_size * language.vocab_size,
     )
-
-
-def vision_linear_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
-    """Of the tower's matrices: patch embedding and layers on every patch, the merger on every block of patches."""
-    num_patches = sum(time * height * width for time, height, width in grids)
-    hidden, merged = shape.hidden_size, shape.hidden_size * shape.merge_unit
-    layer = 4 * hidden**2 + 3 * hidden * shape.intermediate_size
-    patch = shape.patch_dim * hidden + shape.num_layers * layer
-    block = merged**2 + merged * shape.out_hidden_size
-    return 2 * (num_patches * patch + num_patches // shape.merge_unit * block)
-
-
-def vision_attention_flops(grids: Sequence[Grid], shape: VisionShape) -> int:
-    """Of the tower's attention, within windows in most layers and over whole frames in a few."""
-    frame_layers = len(set(shape.full_attention_layers) & set(range(shape.num_layers)))
-    frame_pairs = sum(time * (height * width) ** 2 for time, height, width in grids)
-    window_pairs = sum(_window_pairs(grid, shape) for grid in grids)
-    num_pairs = frame_layers * frame_pairs + (shape.num_layers - frame_layers) * window_pairs
-    return 4 * num_pairs * shape.hidden_size
-
-
-def _window_pairs(grid: Grid, shape: VisionShape) -> int:
-    """Pairs of patches in one window, over an image: windows are a lattice, so the sum over them is a product."""
-    time, height, width = grid
-    edge = shape.window_size // shape.patch_size
-
-    def squares(length: int) -> int:
-        whole, rest = divmod(length, edge)
-        return whole * edge**2 + rest**2
-
-    return time * squares(height) * squares(width)
 
 
 class Meter:
@@ -150,28 +115,3 @@ class Meter:
 
 def _rows_that_count(rows: Iterable[MicroBatch]) -> list[MicroBatch]:
     return [row for row in rows if row.loss_mask_R.any()]
-
-
-_PEAKS = (
-    ("NVIDIA A100", 312.0, 19.5, None),
-    ("NVIDIA H100 80GB HBM3", 989.5, 67.0, 1979.0),  # SXM
-    ("NVIDIA H100 PCIe", 756.5, 51.0, 1513.0),
-    ("NVIDIA H200 NVL", 835.5, 60.0, 1670.5),
-    ("NVIDIA H200", 989.5, 67.0, 1979.0),
-    ("NVIDIA B200", 2250.0, 75.0, 4500.0),
-)
-"""How a GPU's name begins, and its peak without sparsity in bfloat16 (tensor cores), in float32 (without TF32, as torch
-computes by default) and in FP8 (None: it has none), in TFLOPS. From NVIDIA's data sheets of A100, H100 (SXM and PCIe),
-H200 (SXM and NVL) and HGX B200, which print the bfloat16 of all but A100, and FP8, with sparsity, twice what stands
-here."""
-
-
-def peak_tflops(device_name: str | None, dtype: str) -> float | None:
-    """Of a GPU by the name that CUDA gives it, in `bfloat16`, `float32` or `fp8`; None where it is not known, as of a
-    slice of one (MIG) and of a CPU, and where the GPU has no FP8."""
-    if device_name is None or " MIG " in device_name:
-        return None
-    for beginning, bfloat16, float32, fp8 in _PEAKS:
-        if device_name.startswith(beginning):
-            return {"bfloat16": bfloat16, "float32": float32, "fp8": fp8}[dtype]
-    return None

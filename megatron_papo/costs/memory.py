@@ -9,46 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
-from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
+from megatron_papo.costs.hardware import GPUS
+from megatron_papo.distributed.rank_arithmetic import data_ranks
+from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of
+from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
 GIB = 2**30
-_MIB = 2**20
-
-GPU_MEMORY_GIB = {
-    "A100-40GB": 40960 * _MIB / GIB,
-    "A100": 81920 * _MIB / GIB,
-    "H100": 81559 * _MIB / GIB,
-    "H200": 143771 * _MIB / GIB,
-    "B200": 183359 * _MIB / GIB,
-}
-"""Memory of one GPU as `nvidia-smi` states it, the upper bound of what a process can have (CUDA gives 0.3 to 0.7 GiB
-less: 79.1 of an H100, 178.4 of a B200). A100 of 80 GB and of 40 GB (SXM), H100 SXM of 80 GB, H200 SXM of 141 GB, B200
-of 180 GB. A100 and H100: github.com/modal-labs/modal-client/pull/2797; B200 as CUDA sees it:
-github.com/pytorch/ao/pull/4002; the others are nvidia-smi's lines on HGX machines."""
-
 _CUDA_TAKES = GIB
 """The least that CUDA's context, NCCL and the allocator take of a GPU for themselves."""
-
-Part = Literal["language", "vision", "projector"]
-
-
-@dataclass(frozen=True)
-class ParameterBlock:
-    """A piece of the model that stands on one pipeline stage: its parameters, by how tensor ranks hold them."""
-
-    stage: int
-    part: Part
-    split: int
-    """Parameters shared out over the tensor ranks, padding included."""
-    whole: int
-    """Parameters that every tensor rank holds."""
-
-    def on_a_rank(self, tensor: int) -> int:
-        return self.split // tensor + self.whole
 
 
 @dataclass(frozen=True)
@@ -84,43 +56,46 @@ class StageMemory:
         return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
 
 
-def blocks(
+def stage_parameters(
     shape: ModelShape, layers: tuple[int, ...], width: Callable[[int], int] = lambda width: width
-) -> list[ParameterBlock]:
-    """The model on stages of so many language layers each; `width` pads FFN widths and the vocabulary, as `padded`."""
-    language, last = shape.language, len(layers) - 1
-    matrix = width(language.vocab_size) * language.hidden_size
-    found = [*_vision(shape.vision, width), ParameterBlock(0, "language", matrix, 0)]
-    for stage, num_layers in enumerate(layers):
-        split, whole = _language_layer(language, width)
-        found.append(ParameterBlock(stage, "language", num_layers * split, num_layers * whole))
-    found.append(ParameterBlock(last, "language", 0, language.hidden_size))
-    if not shape.tie_word_embeddings or last > 0:  # a tied matrix lies on the first stage and on the last
-        found.append(ParameterBlock(last, "language", matrix, 0))
-    return found
+) -> list[list[ParameterCount]]:
+    """The pieces of the model on each of the stages, which have so many language layers; `width` pads FFN widths and
+    the vocabulary, as `padded` does."""
+    family, language = costs_of(shape), shape.language
+    layer = family.language_layer(shape)
+    matrix = ParameterCount("language", width(language.vocab_size) * language.hidden_size, 0)
+    stages = [[layer.parameters("language", num_layers, width)] for num_layers in layers]
+    stages[0] += [*family.vision_parameters(shape, width), matrix]
+    stages[-1].append(ParameterCount("language", 0, layer.norm_parameters))
+    if not shape.tie_word_embeddings or len(layers) > 1:  # a tied matrix lies on the first stage and on the last
+        stages[-1].append(matrix)
+    return stages
 
 
 def num_parameters(shape: ModelShape) -> int:
     """Of the whole model without padding, a tied matrix once: what a checkpoint stores."""
-    return sum(block.split + block.whole for block in blocks(shape, (shape.language.num_layers,)))
+    (pieces,) = stage_parameters(shape, (shape.language.num_layers,))
+    return sum(piece.split + piece.whole for piece in pieces)
 
 
 def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[StageMemory, ...]:
     """Of every pipeline stage, on `num_ranks` ranks of the whole run, each with a GPU to itself."""
     parallel = config.parallel
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
-    found = blocks(shape, stage_layers(parallel, shape), lambda width: padded(width, parallel.tensor))
+    data = data_ranks(parallel, num_ranks)
     stays = 1.0 - config.optim.offload_fraction
     stages = []
-    for stage in range(parallel.pipeline):
-        here = [block for block in found if block.stage == stage]
-        held = sum(block.on_a_rank(parallel.tensor) for block in here)
-        trained = sum(block.on_a_rank(parallel.tensor) for block in here if not frozen(block.part, config.model.freeze))
+    pieces_of_stages = stage_parameters(
+        shape, stage_layers(parallel, shape), lambda width: padded(width, parallel.tensor)
+    )
+    for stage, pieces in enumerate(pieces_of_stages):
+        on_rank = [(piece.part, piece.on_a_rank(parallel.tensor)) for piece in pieces]
+        parameters = sum(number for _, number in on_rank)
+        trained = sum(number for part, number in on_rank if not frozen(part, config.model.freeze))
         states = int(trained * state_bytes(config) * stays)
         stages.append(
             StageMemory(
                 stage=stage,
-                weights=held * weight_bytes(config),
+                weights=parameters * weight_bytes(config),
                 gradients=trained * 4,
                 optimizer=states // data if parallel.distributed_optimizer else states,
                 engine=_engine(config, shape),
@@ -152,7 +127,8 @@ def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: 
 
 def gpu_bytes(config: Config) -> int | None:
     """Of one GPU of `cluster.gpu`; None where nothing is known of it."""
-    gib = config.cluster.gpu_memory_gib or GPU_MEMORY_GIB.get(config.cluster.gpu)
+    gpu = GPUS.get(config.cluster.gpu)
+    gib = config.cluster.gpu_memory_gib or (gpu.memory_gib if gpu else None)
     return None if gib is None else int(gib * GIB)
 
 
@@ -160,7 +136,7 @@ def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str
     """A line for every stage that certainly cannot fit, and for an engine whose share does not hold its weights."""
     has = gpu_bytes(config)
     if has is None:
-        known = ", ".join(GPU_MEMORY_GIB)
+        known = ", ".join(GPUS)
         return [f"cluster.gpu: {config.cluster.gpu} is none of {known}; cluster.gpu_memory_gib says what it has"]
     name = f"{config.cluster.gpu} has {has / GIB:.1f}"
     stages, wakes = stage_memory(config, shape, num_ranks), _engine_wakes(config)
@@ -277,23 +253,5 @@ def _waking_faults(config: Config, shape: ModelShape, stage: StageMemory, has: i
 
 def _engine_weights(config: Config, shape: ModelShape) -> int:
     generation = config.generation
-    dtype = config.model.dtype if generation.dtype == "auto" else generation.dtype
     ranks = generation.tensor if generation.engine == "vllm" else 1
-    each = 1 if generation.quantization == "fp8" else 4 if dtype == "float32" else 2
-    return num_parameters(shape) * each // ranks
-
-
-def _language_layer(shape: LanguageShape, width: Callable[[int], int]) -> tuple[int, int]:
-    """Parameters that are split and those that are not; queries, keys and values have biases, nothing else has."""
-    hidden, ffn, heads = shape.hidden_size, width(shape.intermediate_size), shape.num_heads * shape.head_dim
-    qkv = heads + 2 * shape.num_kv_heads * shape.head_dim
-    return qkv * (hidden + 1) + heads * hidden + 3 * ffn * hidden, 2 * hidden
-
-
-def _vision(shape: VisionShape, width: Callable[[int], int]) -> Iterator[ParameterBlock]:
-    hidden, ffn, merged = shape.hidden_size, width(shape.intermediate_size), shape.hidden_size * shape.merge_unit
-    yield ParameterBlock(0, "vision", 0, hidden * shape.patch_dim)
-    split = 3 * hidden * (hidden + 1) + hidden * hidden + 2 * ffn * (hidden + 1) + ffn * hidden
-    yield ParameterBlock(0, "vision", shape.num_layers * split, shape.num_layers * 4 * hidden)
-    split = merged * (merged + 1) + shape.out_hidden_size * merged
-    yield ParameterBlock(0, "projector", split, hidden + shape.out_hidden_size)
+    return num_parameters(shape) * engine_weight_bytes(config) // ranks

@@ -19,7 +19,7 @@ class Totals:
 
     num_sequences: float = 0.0
     num_tokens: float = 0.0
-    """Response tokens."""
+    """Response tokens that a loss reads (`Rollout.loss_mask`)."""
     num_image_sequences: float = 0.0
     """The same two over sequences whose prompt has an image."""
     num_image_tokens: float = 0.0
@@ -36,8 +36,9 @@ def token_totals(groups: Sequence[Group]) -> Totals:
 
 
 def rollout_weights(group: Group, index: int, loss: LossConfig, totals: Totals) -> tuple[float, float]:
-    """The weight of each response token of a rollout in the policy terms, and in the perception terms."""
-    length = len(group.rollouts[index].response_ids)
+    """The weight of each response token of a rollout that a loss reads, in the policy terms and in the perception
+    terms."""
+    length = sum(group.rollouts[index].loss_mask)
     weight = _weight(length, loss, totals.num_sequences, totals.num_tokens)
     if not group.prompt.has_image:
         return weight, 0.0
@@ -45,7 +46,7 @@ def rollout_weights(group: Group, index: int, loss: LossConfig, totals: Totals) 
 
 
 def _group_totals(group: Group) -> Totals:
-    num_sequences, num_tokens = len(group.rollouts), sum(len(rollout.response_ids) for rollout in group.rollouts)
+    num_sequences, num_tokens = len(group.rollouts), sum(sum(rollout.loss_mask) for rollout in group.rollouts)
     image = group.prompt.has_image
     return Totals(num_sequences, num_tokens, num_sequences * image, num_tokens * image)
 

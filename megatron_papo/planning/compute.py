@@ -8,7 +8,8 @@ from megatron_papo.config import Config
 from megatron_papo.costs.activations import RowSize, saved_bytes
 from megatron_papo.costs.flops import Flops
 from megatron_papo.costs.hardware import Cluster
-from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
+from megatron_papo.model.layer_costs import costs_of
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 
@@ -50,7 +51,7 @@ def stage_seconds(
     exchange = _exchange_s(size.tokens * shape.language.hidden_size * 2, config, cluster, assumed)
     vision, vision_exchange = _vision_s(config, shape, cluster, assumed, flops, size, rates)
     head = flops.head / tensor / rates.head
-    recompute = config.model.recompute
+    recompute, family = config.model.recompute, costs_of(shape)
     elementwise = _elementwise_again_s(config, shape, size, rates) if recompute in ("selective", "mlp") else 0.0
     forward, backward = [], []
     for stage, count in enumerate(layers):
@@ -60,8 +61,8 @@ def stage_seconds(
         forward.append(once)
         backward.append(2 * once + gathers + (once if recompute == "full" else count * elementwise))
         if recompute == "mlp":
-            tower = vision * _first_linear_share(shape.vision) if stage == 0 else 0.0
-            backward[-1] += count * product * _first_linear_share(shape.language) + tower + gathers / 2
+            tower = vision * family.vision_layer(shape).first_linear_share if stage == 0 else 0.0
+            backward[-1] += count * product * family.language_layer(shape).first_linear_share + tower + gathers / 2
     slowest = max(range(len(layers)), key=lambda stage: forward[stage])
     return StageSeconds(tuple(forward), tuple(backward), layers[slowest] * exchange, vision + vision_exchange)
 
@@ -113,14 +114,6 @@ def _elementwise_again_s(config: Config, shape: ModelShape, size: RowSize, rates
     return 3 * (whole - kept) / rates.memory
 
 
-def _first_linear_share(shape: LanguageShape | VisionShape) -> float:
-    """Of a layer's products, those of the MLP's first linear."""
-    heads = shape.num_heads * shape.head_dim
-    keys = heads if isinstance(shape, VisionShape) else shape.num_kv_heads * shape.head_dim
-    attention, ffn = 2 * heads + 2 * keys, 3 * shape.intermediate_size
-    return 2 * shape.intermediate_size / (attention + ffn)
-
-
 def _layer_bytes(
     config: Config, shape: ModelShape, size: RowSize, recompute: str = "none", *, fused: bool = True
 ) -> float:
@@ -134,8 +127,8 @@ def _layer_bytes(
 
 def _rates(config: Config, cluster: Cluster, assumed: Assumptions) -> _Rates:
     gpu = cluster.gpu
-    bf16 = gpu.bf16_tflops * 1e12
+    bf16 = gpu.peaks.bfloat16 * 1e12
     products = bf16 * assumed.matmul
-    if config.fp8.enabled and gpu.fp8_tflops:
-        products = gpu.fp8_tflops * 1e12 * assumed.fp8_matmul
+    if config.fp8.enabled and gpu.peaks.fp8:
+        products = gpu.peaks.fp8 * 1e12 * assumed.fp8_matmul
     return _Rates(products, bf16 * assumed.attention, bf16 * assumed.matmul, gpu.memory_gb_s * 1e9 * assumed.memory)

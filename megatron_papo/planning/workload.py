@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from megatron_papo.config import Config
 from megatron_papo.costs.activations import RowSize
-from megatron_papo.costs.flops import Flops, Grid, group_flops
+from megatron_papo.costs.flops import Flops, group_flops
+from megatron_papo.model.layer_costs import Grid
 from megatron_papo.model.shape import ModelShape
 
 SLOTS_PER_STAGE = 2

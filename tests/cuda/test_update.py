@@ -18,7 +18,7 @@ from tools.fake_gpu.trace import FakeGpu
 
 RECOMPUTE = get_args(ModelConfig.model_fields["recompute"].annotation)
 WAITS = {
-    "megatron_papo/algorithm/losses.py:_metrics: read a list": "all that a row's loss reports, in one copy",
+    "megatron_papo/algorithm/loss_metrics.py:to_host: read a list": "all that a row's loss reports, in one copy",
     "megatron_papo/optimization/gradient_norm.py:gradient_norm: read a value": "their norm decides about the step",
 }
 """Where an update of one row may make the host wait for the GPU, once each, and what for."""

@@ -28,7 +28,8 @@ def _kept_by_each(configs: list[Config]) -> list[tuple[int, int]]:
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.model.policy import build_policy
     from megatron_papo.packing import supervised_group
-    from megatron_papo.training.session import open_run, pack_rows
+    from megatron_papo.training.batching import pack_rows
+    from megatron_papo.training.session import open_run
 
     with open_run(configs[0]) as run:
         dataset = PromptDataset(configs[0].data, "train", run.processor)

@@ -58,7 +58,8 @@ def _largest_gap(config: Config) -> tuple[float, int, float]:
     from megatron_papo.generation import build_generator
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.pipeline import score
-    from megatron_papo.training.session import open_run, pack_rows
+    from megatron_papo.training.batching import pack_rows
+    from megatron_papo.training.session import open_run
     from megatron_papo.weights.transfer import hf_tensors
 
     with open_run(config) as run:

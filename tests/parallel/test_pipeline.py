@@ -38,7 +38,7 @@ def _rows(run, places=(0, 1, 2, 3)):
     from megatron_papo.data.dataset import PromptDataset
     from megatron_papo.distributed.exchange import gather_objects
     from megatron_papo.packing import sum_totals, token_totals
-    from megatron_papo.training.session import pack_rows
+    from megatron_papo.training.batching import pack_rows
     from megatron_papo.types import Group, Rollout
 
     dataset = PromptDataset(run.config.data, "train", run.processor)
@@ -155,7 +155,8 @@ def _update(config: Config) -> tuple[dict[str, tuple[float, float]], int]:
     """Metrics of one optimizer step over prompts 0 to 3, two for each of two data-parallel ranks; rows of this rank."""
     from functools import partial
 
-    from megatron_papo.algorithm.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.loss_settings import LossSettings
+    from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import build_optimizer, wrap_policy
     from megatron_papo.optimization.pipeline import update_policy

@@ -80,7 +80,7 @@ def _gaps(trainer: Trainer, groups: list[Group]) -> torch.Tensor:
     """Between the engine's log-probs and those that the trainer's policy has now, of every token."""
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.pipeline import score
-    from megatron_papo.training.session import pack_rows
+    from megatron_papo.training.batching import pack_rows
 
     run = trainer.run
     head = HeadRequest(temperature=SAMPLING["temperature"], banned_ids=run.banned_ids)

@@ -91,12 +91,14 @@ def _share(groups: list, layout) -> list:
 
 def _run(config: Config, each_alone: bool) -> dict[str, Any]:
     """Values of every rollout that this rank saw, and the gradients of the whole model."""
-    from megatron_papo.algorithm.losses import LossSettings, papo_loss
+    from megatron_papo.algorithm.loss_settings import LossSettings
+    from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import wrap_policy
-    from megatron_papo.optimization.pipeline import _run_schedule
+    from megatron_papo.optimization.pipeline import run_schedule
     from megatron_papo.packing import joint_row, token_totals
-    from megatron_papo.training.session import open_run, pack_rows, pack_update
+    from megatron_papo.training.batching import pack_rows, pack_update
+    from megatron_papo.training.session import open_run
     from megatron_papo.weights.transfer import hf_tensors
 
     with open_run(config) as run:
@@ -118,7 +120,7 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
             return loss(outputs, row)
 
         head = HeadRequest(full_entropy=True, full_kl=True, banned_ids=run.banned_ids)
-        _run_schedule(policy, tuple(map(joint_row, rows)), head, micro_loss)
+        run_schedule(policy, tuple(map(joint_row, rows)), head, micro_loss)
         for parameter in run.policy.parameters():
             parameter.data.copy_(parameter.main_grad)
         gradients = {name: tensor.clone() for name, tensor in hf_tensors(run.policy, run.shape)}

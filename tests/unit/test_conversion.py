@@ -11,18 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.published import NUM_PARAMETERS, published_config
-from megatron_papo.checkpoint.blobs import frame, values_offset
+from megatron_papo.checkpoint.archive import frame, values_offset
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.convert import chunk_for
-from megatron_papo.conversion.hashing import Hasher
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, plan_file
 from megatron_papo.conversion.journal import Journal, JournalEntry, read_journal
 from megatron_papo.conversion.plan import Settings, plan_target
-from megatron_papo.conversion.progress_bar import memory
-from megatron_papo.conversion.spans import in_order, num_values, source_spans, spans, width
-from megatron_papo.model.parameter_map import ParameterEntry, fill_shard
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.conversion.stores import in_order, num_values, source_spans, spans, width
+from megatron_papo.conversion.stream import Hasher
+from megatron_papo.conversion.workers import memory
+from megatron_papo.model.parameter_map import ParameterEntry, fill_shard, parameter_table
+from megatron_papo.model.published_shapes import published_config, published_models
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
 from tests.support.tiny import tiny_config
@@ -163,12 +162,13 @@ def test_plans_of_the_published_shapes(size):
     """Parameters counted by transformers' own model, on no memory; every byte has one place, no file is too large."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    config = published_config(size)
+    name = f"Qwen2.5-VL-{size}"
+    config = published_config(name)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     table = parameter_table(ModelShape.from_dict(config))
     count = sum(num_values(entry) for entry in table.values())
-    assert count == sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[size]
+    assert count == sum(parameter.numel() for parameter in model.parameters()) == published_models()[name]
     dtypes = dict.fromkeys(table, torch.bfloat16)
     most = max(2 * num_values(entry) for entry in table.values())
     for direction, names in (

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_papo.algorithm.importance_weights import correction_weights
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import ConfigError, LossConfig, load_config
 from megatron_papo.types import HeadOutputs
 from tests.unit.test_losses import F64, _config, _means, _parts, _row

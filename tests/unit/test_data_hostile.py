@@ -268,7 +268,7 @@ def test_demonstrations_are_texts_of_an_end_without_pictures(processor, tmp_path
 
 
 def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
-    from megatron_papo.training.recorder import name_missing_pictures
+    from megatron_papo.training.console import name_missing_pictures
 
     text = {"problem": "2+2?", "answer": "4"}
     told = {

@@ -1,27 +1,28 @@
-"""The rooms of the package stand in layers: lower never imports upper, siblings never each other, no cycles.
+"""The rules of the rooms: which room may import which, and which library and which name may stand where.
 
-Read from the source with `ast`, imports within functions included, so nothing is imported here. A room is a package
-such as `model/`, or a module at the root of the package. Within a room files import each other freely, without cycles.
+The rooms of the package stand in layers (LAYERS, the one place where the order is written down): lower never imports
+upper, siblings never each other, no cycles. A room is a folder such as `model/`, or a module at the root of the
+package. Within a room files import each other freely, without cycles. Imports within functions count too. Everything
+is read from the source, nothing is imported.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "megatron_papo"
+from tests.support.source_tree import Modules, own_imports, package, reached, read_package
 
 LAYERS = (
     ("__main__",),
     ("cli", "train_ahead", "sweep"),
-    ("train", "sft", "score", "cluster", "conversion"),
+    ("train", "sft", "score", "cluster", "conversion", "planning"),
     ("parity", "evaluate", "preflight"),
     ("training",),
-    ("planning",),
     ("checkpoint", "observe"),
     ("weights",),
     ("generation", "optimization", "costs"),
@@ -34,74 +35,51 @@ LAYERS = (
     ("text",),
 )
 HEIGHT = {room: -depth for depth, layer in enumerate(LAYERS) for room in layer}
+
 PLACES = {
-    "megatron": {"distributed", "model", "optimization", "checkpoint"},
-    "vllm": {"generation"},
+    "megatron": ("distributed", "model", "optimization", "checkpoint"),
+    "vllm": ("generation.vllm", "generation.remote"),
 }
+"""Libraries that are imported in these rooms alone."""
+
+PURE = ("config", "files", "text", "logprobs", "types", "algorithm", "rewards", "data", "packing")
+"""Rooms that know nothing of Megatron-Core, by whatever chain of imports."""
+
+TRAINING = ("train", "train_ahead", "sft", "evaluate", "score", "training")
+APART = ("planning", "cluster", "sweep", "conversion")
+"""Applications of their own: a rank that trains imports none of them."""
+
 HEAVY = {"torch", "megatron", "transformers", "vllm", "datasets", "numpy", "sklearn"}
+BEFORE_RANKS = (
+    "config", "cli", "runtime.launch", "preflight.check", "cluster.submit", "cluster.supervise", "model.shape",
+    "model.family", "costs.flops", "costs.memory", "planning.measured_run",
+)  # fmt: skip
+"""What the command line needs: it refuses a setting before any of HEAVY has been imported."""
+
+REGISTRY = "model.family"
+"""The module that names the folders of the model families, and the only one outside them that does."""
 
 
-def _modules(root: Path) -> dict[str, Path]:
-    """Dotted name within the package → file; a package's own name stands for its `__init__.py`."""
-    found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def _imports(path: Path, at_import_time_only: bool = False) -> Iterator[str]:
-    """Full dotted names; `from a import b` gives a.b, for b may be a module."""
-    pending: list[ast.AST] = [ast.parse(path.read_text(), str(path))]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}: relative imports hide the order"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not (at_import_time_only and (function or for_types)):
-            pending += ast.iter_child_nodes(node)
-
-
-def _own_imports(modules: dict[str, Path], module: str, at_import_time_only: bool = False) -> set[str]:
-    """Modules of the package that `module` imports by name; a name within a module counts as that module."""
-    prefix = "megatron_papo."
-    names = {name[len(prefix) :] for name in _imports(modules[module], at_import_time_only) if name.startswith(prefix)}
-    found = set()
-    for name in names:
-        while name and name not in modules:
-            name = name.rpartition(".")[0]
-        found.add(name)
-    return found - {module, ""}
-
-
-def violations(root: Path) -> list[str]:
-    """One line a fault in the order of imports of the package under `root`."""
-    modules = _modules(root)
-    graph = {module: _own_imports(modules, module) for module in modules if module}
-    found = [f"{module}: has no layer" for module in graph if module.split(".")[0] not in HEIGHT]
-    if found:
-        return found
-    for module, imported in graph.items():
-        room = module.split(".")[0]
-        for name in sorted(imported):
-            other = name.split(".")[0]
-            if room == other:
+def order_of_rooms(modules: Modules) -> list[str]:
+    faults = [f"{name}: has no layer" for name, module in modules.items() if name and module.room not in HEIGHT]
+    if faults:
+        return faults
+    for name, module in modules.items():
+        for other in sorted(own_imports(modules, name, "loading", "later", "never") if name else ()):
+            upper, lower = HEIGHT[other.split(".")[0]], HEIGHT[module.room]
+            if other.split(".")[0] == module.room or upper < lower:
                 continue
-            if HEIGHT[other] > HEIGHT[room]:
-                found.append(f"{module} imports {name}: lower imports upper")
-            elif HEIGHT[other] == HEIGHT[room]:
-                found.append(f"{module} imports {name}: siblings")
-        outside = {name.split(".")[0] for name in _imports(modules[module])}
-        found += [f"{module} imports {name}" for name in PLACES if name in outside and room not in PLACES[name]]
+            faults.append(f"{name} imports {other}: {'lower imports upper' if upper > lower else 'siblings'}")
+    return faults
+
+
+def no_cycles(modules: Modules) -> list[str]:
+    graph = {name: own_imports(modules, name, "loading", "later", "never") for name in modules if name}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        found.append(f"cycle: {_ring(error.args[1])}")
-    return found
+        return [f"cycle: {_ring(error.args[1])}"]
+    return []
 
 
 def _ring(imported_to_importer: list[str]) -> str:
@@ -111,42 +89,65 @@ def _ring(imported_to_importer: list[str]) -> str:
     return " → ".join([*ring[first:], *ring[:first], ring[first]])
 
 
-def heavy_at_start(root: Path, start: str) -> list[str]:
-    """Chains by which importing `start` imports a slow library, packages' `__init__.py` included."""
-    modules = _modules(root)
-    chains = {name: start for name in _with_parents(start)}
-    pending, found = list(chains), []
-    while pending:
-        module = pending.pop()
-        outside = {name.split(".")[0] for name in _imports(modules[module], at_import_time_only=True)}
-        found += [f"{chains[module]} → {name}" for name in sorted(outside & HEAVY)]
-        for name in _own_imports(modules, module, at_import_time_only=True):
-            for reached in _with_parents(name):
-                if reached in modules and reached not in chains:
-                    chains[reached] = f"{chains[module]} → {reached}"
-                    pending.append(reached)
-    return found
+def libraries_in_their_places(modules: Modules) -> list[str]:
+    return [
+        f"{name} imports {library}"
+        for name, module in modules.items()
+        for library, places in PLACES.items()
+        if library in module.outside("loading", "later", "never")
+        and not any(f"{name}.".startswith(f"{place}.") for place in places)
+    ]
 
 
-def _with_parents(module: str) -> list[str]:
-    """The module and the packages around it, the outermost ("") too: importing it runs their `__init__.py`."""
-    parts = module.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+def pure_rooms(modules: Modules) -> list[str]:
+    chains = reached(modules, [name for name in modules if modules[name].room in PURE], "loading", "later")
+    return [f"{chain} → megatron" for name, chain in chains.items() if "megatron" in modules[name].outside("loading")]
 
 
-def test_the_package_keeps_the_order():
-    assert violations(PACKAGE) == []
+def training_alone(modules: Modules) -> list[str]:
+    chains = reached(modules, [name for name in modules if modules[name].room in TRAINING], "loading", "later")
+    return sorted(chain for name, chain in chains.items() if modules[name].room in APART)
 
 
-BEFORE_RANKS = (
-    "config", "cli", "runtime.launch", "preflight.check", "cluster.submit", "cluster.supervise", "model.shape",
-    "costs.flops", "costs.memory",
+def families_by_name(modules: Modules) -> list[str]:
+    """A family's name is the letters that its folder begins with, in whatever case."""
+    faults = []
+    for folder in re.findall(r'"megatron_papo\.model\.(\w+)"', modules[REGISTRY].text):
+        stem = re.match("[a-z]+", folder)
+        assert stem, folder
+        allowed = (REGISTRY, f"model.{folder}")
+        faults += [
+            f"{name} names {stem[0]}, line {line}"
+            for name, module in modules.items()
+            if not any(f"{name}.".startswith(f"{place}.") for place in allowed)
+            for line, text in enumerate(module.text.splitlines(), 1)
+            if stem[0] in text.lower()
+        ]
+    return faults
+
+
+def quick_start(modules: Modules) -> list[str]:
+    """Chains by which importing a module of BEFORE_RANKS imports a slow library, packages' `__init__.py` included."""
+    faults = set()
+    for start in BEFORE_RANKS:
+        for name, chain in (reached(modules, [start], "loading") if start in modules else {}).items():
+            faults |= {f"{chain} → {library}" for library in modules[name].outside("loading") & HEAVY}
+    return sorted(faults)
+
+
+RULES = (
+    order_of_rooms, no_cycles, libraries_in_their_places, pure_rooms, training_alone, families_by_name, quick_start,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("start", BEFORE_RANKS)
-def test_nothing_slow_is_imported_before_a_rank_starts(start: str):
-    assert heavy_at_start(PACKAGE, start) == []
+NOT_YET = (training_alone, families_by_name)
+PENDING = pytest.mark.xfail(reason="the rooms are being rebuilt", strict=False)
+
+
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=PENDING if rule in NOT_YET else ()) for rule in RULES])
+def test_the_package_keeps_the_rules(rule: Callable[[Modules], list[str]]):
+    faults = rule(package())
+    assert not faults, "\n".join(faults)
 
 
 CLEAN = {
@@ -155,24 +156,30 @@ CLEAN = {
     "training.session": "from megatron_papo.config import Config\n",
     "optimization.pipeline": "import megatron.core\nfrom megatron_papo.model.policy import Policy\n",
     "model.__init__": "",
+    "model.family": 'FAMILIES = {"llama4": "megatron_papo.model.llama4"}\n',
+    "model.llama4.layers": "class Llama4Layer:\n    pass\n",
     "model.policy": "from megatron_papo.model.rotary import rotate\nfrom megatron_papo.types import Group\n",
     "model.rotary": "",
     "algorithm.losses": "from megatron_papo.types import Group\n",
     "types": "import torch\n",
     "config": "",
+    "cli": "def late():\n    import torch\n",
+    "planning.scale": "from megatron_papo.config import Config\n",
     "distributed.accelerator": "import megatron.core\n",
     "data.order": "",
     "packing.rows": "",
-    "generation.vllm_engine": "def build():\n    import vllm\n",
+    "generation.vllm.engine": "def build():\n    import vllm\n",
 }
 
 
-def _plant(root: Path, changes: dict[str, str]) -> Path:
+def _planted(root: Path, changes: dict[str, str]) -> list[str]:
+    """What all rules find in a package of CLEAN modules with these changes."""
     for module, text in (CLEAN | changes).items():
         path = root / f"{module.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return root
+    modules = read_package(root)
+    return [fault for rule in RULES for fault in rule(modules)]
 
 
 @pytest.mark.parametrize(
@@ -184,40 +191,43 @@ def _plant(root: Path, changes: dict[str, str]) -> Path:
             ["config imports packing.rows: lower imports upper"],
         ),
         (
-            {"algorithm.losses": "def late():\n    import megatron_papo.model.policy\n"},
-            ["algorithm.losses imports model.policy: lower imports upper"],
+            {"algorithm.losses": "def late():\n    import megatron_papo.packing.rows\n"},
+            ["algorithm.losses imports packing.rows: lower imports upper"],
         ),
         (
             {"algorithm.losses": "from megatron_papo.data.order import rows\n"},
             ["algorithm.losses imports data.order: siblings"],
         ),
-        ({"algorithm.losses": "from megatron.core import mpu\n"}, ["algorithm.losses imports megatron"]),
-        ({"train": "import vllm\n"}, ["train imports vllm"]),
         ({"helpers": ""}, ["helpers: has no layer"]),
         (
             {"training.session": "from megatron_papo.train import main\n"},
-            [
-                "training.session imports train: lower imports upper",
-                "cycle: train → training.session → train",
-            ],
+            ["training.session imports train: lower imports upper", "cycle: train → training.session → train"],
         ),
         (
             {"model.rotary": "import megatron_papo.model.policy\n"},
             ["cycle: model.policy → model.rotary → model.policy"],
         ),
+        (
+            {"algorithm.losses": "from megatron.core import mpu\n"},
+            ["algorithm.losses imports megatron", "algorithm.losses → megatron"],
+        ),
+        (
+            {"packing.rows": "def late():\n    from megatron_papo.distributed import accelerator\n"},
+            ["packing.rows → distributed.accelerator → megatron"],
+        ),
+        ({"train": "import vllm\n"}, ["train imports vllm"]),
+        ({"generation.sampling": "import vllm\n"}, ["generation.sampling imports vllm"]),
+        (
+            {"training.session": "def late():\n    from megatron_papo.planning.scale import best\n"},
+            ["training.session imports planning.scale: lower imports upper", "training.session → planning.scale"],
+        ),
+        ({"packing.rows": "# as a LLaMA has it\n"}, ["packing.rows names llama, line 1"]),
+        (
+            {"cli": "from megatron_papo.model.rotary import rotate\n", "model.__init__": "import torch\n"},
+            ["cli → model → torch", "model.family → torch"],
+        ),
+        ({"__init__": "import numpy\n", "config": ""}, ["cli → numpy", "config → numpy", "model.family → numpy"]),
     ],
 )
-def test_a_planted_fault_is_caught(tmp_path: Path, changes: dict[str, str], faults: list[str]):
-    assert violations(_plant(tmp_path, changes)) == faults
-
-
-def test_a_planted_slow_import_is_caught_with_its_chain(tmp_path: Path):
-    root = _plant(
-        tmp_path,
-        {"cli": "from megatron_papo.model.rotary import rotate\n", "model.__init__": "import torch\n"},
-    )
-    assert heavy_at_start(root, "cli") == ["cli → model → torch"]
-    outermost = _plant(tmp_path, {"__init__": "import numpy\n", "model.__init__": ""})
-    assert heavy_at_start(outermost, "model.rotary") == ["model.rotary → numpy"]
-    quiet = {"cli": "def late():\n    import torch\n", "model.__init__": ""}
-    assert heavy_at_start(_plant(tmp_path, quiet), "cli") == []
+def test_a_planted_fault_is_named(tmp_path: Path, changes: dict[str, str], faults: list[str]):
+    assert _planted(tmp_path, changes) == faults

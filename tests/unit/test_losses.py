@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_papo.algorithm.losses import (
-    LossSettings,
-    kl_k3,
-    papo_loss,
-    perception_coef,
-    policy_term,
-    sft_loss,
-    top_tokens,
-)
+from megatron_papo.algorithm.estimators import kl_k3
+from megatron_papo.algorithm.loss_settings import LossSettings, perception_coef
+from megatron_papo.algorithm.losses import papo_loss, sft_loss
+from megatron_papo.algorithm.policy_losses import clipped
+from megatron_papo.algorithm.sequences import top_tokens
 from megatron_papo.config import Config, LossConfig
 from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.types import HeadOutputs, MicroBatch, Segment
@@ -70,15 +66,15 @@ def test_policy_term_by_hand():
     # low .2, high .3, dual clip 3:
     # A=1: max(-1.5, -1.3); max(-.5, -.8).  A=-1: max(.5, .8); max(4, 1.3) cut to 3.  A=-2: max(4, 2.6) below 6.  -.5
     loss = LossConfig()
-    terms = policy_term(ratios.log(), torch.zeros(6, dtype=torch.float64), advantages, loss)
+    terms = clipped(ratios.log(), torch.zeros(6, dtype=torch.float64), advantages, _row(), loss)
     torch.testing.assert_close(terms, F64([-1.3, -0.5, 0.8, 3.0, 4.0, -0.5]))
-    unbounded = policy_term(ratios.log(), torch.zeros(6), advantages, loss.model_copy(update={"dual_clip": None}))
+    unbounded = clipped(ratios.log(), torch.zeros(6), advantages, _row(), loss.model_copy(update={"dual_clip": None}))
     assert unbounded[3].item() == pytest.approx(4.0)
 
 
 def test_ratio_is_bounded_before_exp():
     loss = LossConfig(dual_clip=None)
-    found = policy_term(F64([50.0, -50.0, inf]), torch.zeros(3), F64([-1.0, 1.0, -1.0]), loss)
+    found = clipped(F64([50.0, -50.0, inf]), torch.zeros(3), F64([-1.0, 1.0, -1.0]), _row(), loss)
     assert found.tolist() == pytest.approx([exp(20), -exp(-20), exp(20)])
 
 
@@ -108,7 +104,7 @@ def _wide_row(advantages: list[float], old: Tensor) -> MicroBatch:
 
 def test_policy_term_gradient_is_minus_advantage_on_policy_and_zero_where_clipped():
     policy = F64([0.0, log(1.5), log(0.5), log(4.0)], requires_grad=True)
-    policy_term(policy, torch.zeros(4), F64([0.7, 1.0, -1.0, -1.0]), LossConfig()).sum().backward()
+    clipped(policy, torch.zeros(4), F64([0.7, 1.0, -1.0, -1.0]), _row(), LossConfig()).sum().backward()
     assert policy.grad.tolist() == pytest.approx([-0.7, 0.0, 0.0, 0.0])
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import Config
 from megatron_papo.types import HeadOutputs, MicroBatch, Segment
 

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_papo.algorithm.advantages import with_advantages
-from megatron_papo.algorithm.losses import LossSettings, papo_loss, sft_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss, sft_loss
 from megatron_papo.config import Config, LossConfig
 from megatron_papo.distributed.exchange import merge_metric
+from megatron_papo.model.qwen2_5_vl.positions import mrope_positions
 from megatron_papo.packing import (
     Totals,
     balance,
     empty_like,
     joint_row,
     masked_row,
-    mrope_positions,
     pack,
     sum_totals,
     supervised_group,
@@ -79,10 +80,9 @@ def _pack(
         loss=LossConfig(**loss),
         totals=totals or token_totals(groups),
         joint=joint,
-        image_token_id=IMAGE,
-        merge_size=MERGE,
+        positions=partial(mrope_positions, image_token_id=IMAGE, merge_size=MERGE),
         cost=_tokens,
-        banned_ids=(START, END, VIDEO),
+        banned_ids=(IMAGE, START, END, VIDEO),
         least_rows=least_rows,
     )
 
@@ -201,6 +201,17 @@ def test_weights_are_shares_of_the_mean(loss: dict, weights: list[float], percep
     (row,) = _pack(_two_groups(), **loss)
     assert row.weights_R.tolist() == pytest.approx(weights)
     assert row.perception_weights_R.tolist() == pytest.approx([*perception, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("averaging", ["token", "sequence"])
+def test_tokens_that_were_given_are_in_the_row_and_in_no_mean(averaging: str):
+    group = _group(_prompt("a", (1, 4, 4), 1), (11, 12, 13), (14, 15))
+    turns = replace(group.rollouts[0], sampled=(True, False, True))
+    group = replace(group, rollouts=(turns, *group.rollouts[1:]))
+    (row,) = _pack([group], averaging=averaging)
+    assert row.target_ids_R.tolist() == [11, 12, 13, 14, 15]
+    assert row.loss_mask_R.tolist() == [True, False, True, True, True]
+    assert row.weights_R.tolist() == row.perception_weights_R.tolist() == [0.25, 0.0, 0.25, 0.25, 0.25]
 
 
 def test_totals_of_ranks_add_up_and_reach_the_weights():

@@ -1,9 +1,10 @@
-"""Parts of separate engines that need no engine: the bridge over real gloo, the store of who is where, the rollouts a
-checkpoint keeps, and what is refused before ranks start."""
+"""Parts of separate engines that need no engine: the weight broadcast over real gloo, the store of their addresses, the
+rollouts that a checkpoint keeps, and what is refused before ranks start."""
 
 from __future__ import annotations
 
 import base64
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,14 +36,14 @@ def store() -> dist.Store:
     return dist.HashStore()
 
 
-def _bridges(store: dist.Store, size: int) -> list[WeightBroadcast]:
+def _broadcasts(store: dist.Store, size: int) -> list[WeightBroadcast]:
     with ThreadPoolExecutor(size) as pool:  # each waits for the others
-        return list(pool.map(lambda rank: WeightBroadcast("bridge", store, rank, size), range(size)))
+        return list(pool.map(lambda rank: WeightBroadcast("weights", store, rank, size), range(size)))
 
 
-def test_weights_cross_the_bridge_in_buckets(store):
+def test_weights_are_broadcast_in_buckets(store):
     named = [(f"w{index}", torch.randn(index + 1, 3, dtype=torch.float64)) for index in range(6)]
-    sender, *receivers = _bridges(store, 3)
+    sender, *receivers = _broadcasts(store, 3)
     told: list[SimpleQueue[BucketMessage | None]] = [SimpleQueue() for _ in receivers]
 
     def receive(broadcast: WeightBroadcast, messages: SimpleQueue[BucketMessage | None]) -> dict[str, torch.Tensor]:
@@ -73,16 +75,16 @@ def _raises_soon(action: Callable[[], Any]) -> float:
     return time.monotonic() - start
 
 
-def test_who_waits_at_a_bridge_whose_other_end_is_gone_stops_waiting(store):
-    _, receiver = _bridges(store, 2)
+def test_a_rank_that_waits_in_an_aborted_broadcast_stops_waiting(store):
+    _, receiver = _broadcasts(store, 2)
     threading.Timer(0.5, receiver.abort).start()
     assert _raises_soon(lambda: list(receiver.receive(BucketMessage(("w",), ((2,),), torch.float32)))) < 5
 
 
-def test_a_broken_bridge_still_draws_every_tensor(store):
-    bridges = _bridges(store, 2)
-    sender = bridges[0]
-    bridges.clear()  # as if the other process had ended
+def test_a_broken_broadcast_still_draws_every_tensor(store):
+    broadcasts = _broadcasts(store, 2)
+    sender = broadcasts[0]
+    broadcasts.clear()  # as if the other process had ended
     drawn = []
 
     def tensors():
@@ -95,7 +97,7 @@ def test_a_broken_bridge_still_draws_every_tensor(store):
     assert drawn == list(range(40))
 
 
-def test_the_first_living_incarnation_is_found(store):
+def test_the_first_living_restart_is_found(store):
     engines = EngineStore(store)
     first, third = Address("h", 1), Address("h", 3)
     engines.announce(0, 0, first)
@@ -122,16 +124,26 @@ def _prompt(place: int) -> Prompt:
 def _group(place: int) -> Group:
     rollouts = tuple(
         Rollout(index, (place, index) * (index + 1), tuple(-0.1 * place - 1e-9 * k for k in range(2 * (index + 1))),
-                f"{(place, index) * (index + 1)}", "stop" if index else "length", 6)
+                f"{(place, index) * (index + 1)}", "stop" if index else "length", 6,
+                sampled=(True, False, True, True) if (place, index) == (6, 1) else None)
         for index in range(2)
     )  # fmt: skip
     return Group(_prompt(place), rollouts)
 
 
-def _flight(places: list[int]) -> PendingRollouts:
+def _pending(places: list[int]) -> PendingRollouts:
     groups = tuple(_group(place) for place in places)
     draw = Draw((tuple(group.prompt for group in groups),), (tuple(places),), DataCursor(9, 0, position=8))
     return PendingRollouts(7, DataCursor(9, 0, position=4), draw, groups)
+
+
+def _without_sampled(state: dict[str, Any]) -> dict[str, Any]:
+    """As a checkpoint was written before responses had turns."""
+    arrays = dict(np.load(io.BytesIO(base64.b64decode(state["rollouts"]))))
+    assert arrays.pop("sampled").sum() < len(arrays["ids"])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return state | {"rollouts": base64.b64encode(buffer.getvalue()).decode()}
 
 
 def _saved(world_size: int) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def _saved(world_size: int) -> dict[str, Any]:
     from megatron_papo.distributed.layout import initialize, shutdown
 
     layout = initialize(ParallelConfig())
-    state = to_state(_flight([4, 5, 6, 7][layout.rank :: world_size]), layout.data_group)
+    state = to_state(_pending([4, 5, 6, 7][layout.rank :: world_size]), layout.data_group)
     shutdown()
     return state
 
@@ -148,15 +160,17 @@ def test_rollouts_under_way_are_kept_exactly_and_for_any_number_of_ranks():
     (alone,), pair = run_ranks(_saved, 1, 1), run_ranks(_saved, 2, 2)
     assert alone == pair[0] == pair[1]
     for places in ([4, 5, 6, 7], [6, 4]):
-        draw, wanted = _flight(places).draw, _flight(places).groups
+        draw, wanted = _pending(places).draw, _pending(places).groups
         found = from_state(alone, 7, draw, 2, str)
         assert wanted is not None and found is not None
         assert [group.rollouts for group in found] == [group.rollouts for group in wanted]
         assert [group.prompt.id for group in found] == [group.prompt.id for group in wanted]
-    draw = _flight([4, 5]).draw
+    draw = _pending([4, 5]).draw
+    older = from_state(_without_sampled(alone), 7, draw, 2, str)
+    assert older is not None and [group.rollouts for group in older] == [_group(4).rollouts, _group(5).rollouts]
     assert from_state(alone, 8, draw, 2, str) is None, "another step's"
     assert from_state(alone, 7, draw, 3, str) is None, "another number of rollouts"
-    assert from_state(alone, 7, _flight([8]).draw, 2, str) is None, "another prompt"
+    assert from_state(alone, 7, _pending([8]).draw, 2, str) is None, "another prompt"
     assert from_state({}, 7, draw, 2, str) is None
     for spoilt in (alone["rollouts"][:-40], "", "?", None, base64.b64encode(b"PK").decode()):
         with pytest.raises(ValueError, match="not rollouts"):

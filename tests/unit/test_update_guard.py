@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_papo.algorithm.losses import LossSettings, papo_loss
+from megatron_papo.algorithm.loss_settings import LossSettings
+from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import OptimConfig
 from megatron_papo.optimization.gradient_guard import UpdateGuard, fault_of
 from megatron_papo.types import HeadOutputs

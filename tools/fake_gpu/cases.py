@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_papo.config import load_config
 from megatron_papo.costs.memory import UpdateBytes, update_bytes
-from megatron_papo.model.qwen2_5_vl.published import published_config
+from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.shape import ModelShape
 from tools.fake_gpu.rows import Work
 from tools.fake_gpu.trace import Case

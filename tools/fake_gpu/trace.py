@@ -231,7 +231,8 @@ class _Update:
         return self.peaks
 
     def _whole(self, rows: Any) -> None:
-        from megatron_papo.algorithm.losses import LossSettings, papo_loss
+        from megatron_papo.algorithm.loss_settings import LossSettings
+        from megatron_papo.algorithm.losses import papo_loss
         from megatron_papo.model.policy import HeadRequest
         from megatron_papo.optimization.pipeline import score_logprobs, update_policy
 
@@ -294,7 +295,7 @@ def _no_kernels() -> Iterator[None]:
 
     swiglu = {"swiglu": half, "bias_swiglu": half, "swiglu_back": alike, "bias_swiglu_back": alike}
     with (
-        patch.multiple(triton_tile, _sums_kernel=_NoKernel(), _gradients_kernel=_NoKernel()),
+        patch.multiple(triton_tile, sums_kernel=_NoKernel(), gradients_kernel=_NoKernel()),
         patch.multiple(fused_bias_swiglu, **swiglu),
     ):
         yield

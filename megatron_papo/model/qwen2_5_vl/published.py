@@ -1,16 +1,12 @@
-"""The shapes of the published Qwen2.5-VL models by name, from their config.json; a folder gives its own.
+"""The published Qwen2.5-VL models: their config.json by name, and how many parameters they have.
 
 Source: config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct on the Hugging Face hub. 3B's tower has an FFN of 3,420,
-as 7B's; 32B's and 72B's of 3,456.
+as 7B's; 32B's and 72B's of 3,456. Leaves out keys that only generation in transformers reads.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from megatron_papo.config import ConfigError
-from megatron_papo.model.shape import ModelShape
 
 _LANGUAGE: dict[str, dict[str, Any]] = {
     "Qwen2.5-VL-3B": {
@@ -31,23 +27,24 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _TOWER_FFN = {"Qwen2.5-VL-3B": 3420, "Qwen2.5-VL-7B": 3420, "Qwen2.5-VL-32B": 3456, "Qwen2.5-VL-72B": 3456}
-NAMES = tuple(_LANGUAGE)
-
-
-def shape_named(name: str) -> ModelShape:
-    """Of a published model, with or without `-Instruct`, or of a Hugging Face folder. Raises ConfigError else."""
-    known = name.removesuffix("-Instruct")
-    if known in _LANGUAGE:
-        return ModelShape.from_dict(published_config(known), source=name)
-    if (Path(name) / "config.json").is_file():
-        return ModelShape.from_folder(name)
-    raise ConfigError(f"--model: {name} is none of {', '.join(NAMES)}, and no folder with a config.json")
+NUM_PARAMETERS = {
+    "Qwen2.5-VL-3B": 3_754_622_976,
+    "Qwen2.5-VL-7B": 8_292_166_656,
+    "Qwen2.5-VL-32B": 33_452_718_336,
+    "Qwen2.5-VL-72B": 73_410_777_344,
+}
+"""By the published name, from the smallest to the largest; a tied matrix counts once."""
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The published config.json without what no one reads."""
+    """The tree of config.json of the model with that published name. Raises KeyError for another."""
     language = _LANGUAGE[name]
-    tree = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, **language}
+    tree = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 128000, "torch_dtype": "bfloat16",
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653, **language,
+    }  # fmt: skip
     tree["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     tree["vision_config"] = {
         "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": _TOWER_FFN[name], "num_heads": 16,
