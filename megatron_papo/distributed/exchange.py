@@ -59,9 +59,9 @@ def share_of_cores() -> int:
 
 def any_rank(value: bool) -> bool:
     """Whether `value` holds on any rank of the world; every rank calls it and hears the same."""
-    found = torch.tensor(int(value), device=_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    largest = torch.tensor(int(value), device=_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return bool(largest.item())
 
 
 def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], group: dist.ProcessGroup) -> list[Any]:

@@ -60,7 +60,7 @@ class Layout:
 
 _layout: Layout | None = None
 _worlds = itertools.count()
-"""Of this process: a second world finds nothing of the first in the store."""
+"""Numbers the worlds of this process, so that a second world reads nothing of the first in the store."""
 
 
 def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
