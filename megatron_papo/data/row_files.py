@@ -18,14 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_papo.files.data_suffixes import BUILDERS
 from megatron_papo.text.untrusted import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-BUILDERS = {
-    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow",
-}  # fmt: skip
 _MAGIC = "*?["
 
 

@@ -3,7 +3,7 @@
 A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
 theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
 one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
-its traceback goes to a file, and the console shows the reason alone. Leaves out how the others hear of it
+its traceback goes to a file, and the console shows the reason alone. Leaves out how the other ranks learn of it
 (failure_notes.py) and what the operating system knows (signals, exit codes): that is for the launcher.
 """
 

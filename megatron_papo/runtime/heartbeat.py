@@ -5,7 +5,7 @@ A thread writes RUN/heartbeats/rank_N.json every `run.heartbeat_s`: host, proces
 looks for the note that a failing rank leaves in RUN/failures. On a note of a stall it writes this rank's stacks; on
 any note it ends this process, which may well wait in a collective for the rank that is gone. Files on the disk that all
 nodes share are what works under srun, torchrun and by hand alike. What lay there when this rank began is another
-attempt's, and so is a note that says so (notes.py).
+attempt's, and so is a note that says so (failure_notes.py).
 """
 
 from __future__ import annotations
