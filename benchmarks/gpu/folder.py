@@ -18,16 +18,11 @@ from string import ascii_lowercase
 from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, write_model
+from benchmarks.models import MAX_PIXELS, MIN_PIXELS, NUM_BYTES, write_model
+from examples.quickstart.model_folder import byte_tokenizer, write_processor
 from megatron_papo.distributed.accelerator import device
 from megatron_papo.distributed.layout import layout
 from megatron_papo.model.parameter_map import Index, fill_shard, parameter_table
@@ -58,35 +53,15 @@ def write_3b(folder: Path) -> Path:
     """Everything but weights; returns `folder`."""
     folder.mkdir(parents=True)
     config = published_config("Qwen2.5-VL-3B") | {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
-    pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(**pixels),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    write_processor(folder, _tokenizer(), min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, words of four letters that nothing is ever joined to, and the special tokens at their published ids."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ("".join(four) for four in product(ascii_lowercase, repeat=4))
-    words = [*letters, *islice(words, _FIRST_SPECIAL - len(letters))]
-    backend = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(_SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(_SPECIAL),
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=32_768,
-    )
+    return byte_tokenizer(islice(words, _FIRST_SPECIAL - NUM_BYTES), special=_SPECIAL, max_length=32_768)
 
 
 def drawn_tensors(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

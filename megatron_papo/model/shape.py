@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
+from megatron_papo.distributed.rank_arithmetic import fault_of_ranks
 from megatron_papo.files.json_keys import Keys, read_json, shown
 from megatron_papo.model.family import FAMILIES, family_named
 
@@ -196,11 +197,8 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
     layers = config.parallel.pipeline_layers
     if layers is not None and sum(layers) != language.num_layers:
         faults.append(f"parallel.pipeline_layers: {layers} sum to {sum(layers)}, the model has {language.num_layers}")
-    if world_size is not None and world_size % (tensor * pipeline):
-        faults.append(
-            f"parallel.tensor: {world_size} ranks do not divide by parallel.tensor {tensor} "
-            f"x parallel.pipeline {pipeline}"
-        )
+    if world_size is not None and (fault := fault_of_ranks(config.parallel, world_size)):
+        faults.append(f"parallel.tensor: {fault}")
     if faults:
         raise ConfigError("\n".join(faults))
 

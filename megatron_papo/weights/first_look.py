@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megatron_papo.generation.weight_check import expected_shapes, read_config
+from megatron_papo.generation.reference_model import expected_shapes, read_config
+from megatron_papo.model.family import family_of
 from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import HeldParameter
@@ -65,7 +66,7 @@ def _compare_names(folder: Path, shape: ModelShape) -> None:
         for entry in parameter_table(shape).values()
         for source in entry.sources
     }
-    theirs = expected_shapes(read_config(folder))
+    theirs = expected_shapes(read_config(folder, family_of(shape)))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(f"{folder}: {name}: {ours.get(name)} here, {theirs.get(name)} in transformers' model")
