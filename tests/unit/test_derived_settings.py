@@ -14,7 +14,7 @@ from megatron_papo.config.derived import (
     model_folder_or_none,
     weights_folder,
 )
-from megatron_papo.generation.vllm.versions import classes_in_vllm
+from megatron_papo.generation.vllm.family_module import vllm_module
 from megatron_papo.model.family import Family, family_named
 
 
@@ -45,8 +45,6 @@ def test_the_engine_has_the_trainers_dtype_unless_it_has_its_own(settings, dtype
 
 
 def test_a_family_that_vllm_is_not_known_to_have_is_one_line():
-    assert classes_in_vllm(family_named("qwen2_5_vl")).CACHED_METHODS
-    with pytest.raises(
-        ValueError, match=r"nothing is known of vLLM's implementation of other"
-    ):
-        classes_in_vllm(Family("other", "tests.unit"))
+    assert vllm_module(family_named("qwen2_5_vl")).CACHED_METHODS
+    with pytest.raises(ValueError, match=r"nothing is known of vLLM's implementation of other"):
+        vllm_module(Family("other", "tests.unit"))
