@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_papo.config import Config
 from megatron_papo.costs.activations import held_bytes
@@ -173,7 +174,7 @@ def _seconds(
     apart = candidate.tensor * candidate.data  # ranks of two stages
     states = size.tokens * shape.language.hidden_size * 2 / candidate.tensor
     send = along_s(states, candidate.pipeline, cluster, assumed, apart)
-    schedule, bubble = forward_backward_s(each.forward, each.backward, rows.num, send)
+    schedule, bubble = _pipeline_s(each.forward, each.backward, rows.num, send)
     schedule *= 1 + assumed.row_spread
     # views of a joint row are halves of it; scoring reads rows of one view
     reduce, step = _after_backward_s(candidate, config, cluster, assumed, counted)
@@ -189,6 +190,11 @@ def _seconds(
         "update/optimizer": work.updates * step,
     }
     return seconds, bubble
+
+
+_pipeline_s = lru_cache(maxsize=256)(forward_backward_s)
+"""Candidates that differ in optimizer or engine alone have the same schedule, and its simulation is what a plan waits
+for."""
 
 
 def _after_backward_s(
