@@ -21,8 +21,8 @@ from megatron_papo.costs.memory import (
     stage_memory,
 )
 from megatron_papo.logprobs.tiling import CUDA_TILE
+from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.published_shapes import published_config
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.layout_faults import faults_of_layout
 
@@ -167,7 +167,7 @@ def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
 
 
 def test_the_head_is_counted_with_the_tile_that_it_takes():
-    assert activations._HEAD_TILE == CUDA_TILE
+    assert activations.HEAD_TILE == CUDA_TILE
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():
