@@ -29,7 +29,7 @@ from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
 from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped
 from megatron_papo.training.origin import origin_of
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -72,9 +72,9 @@ class Demonstrations(PromptDataset):
         return BadRow(row, "response too long", f"{how_long}, {limit}")
 
 
-def main(config: Config) -> int:
+def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Trains up to `sft.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the exit
-    code; raises RunStopped where too many updates in a row are skipped."""
+    code; raises RunStopped where too many updates in a row are skipped. `planner` is as in `train.main`."""
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
@@ -89,7 +89,7 @@ def main(config: Config) -> int:
             cursor = cursor.load_state_dict(state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, checkpoints.next_step, config.sft.steps) as recorder:
+        with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)

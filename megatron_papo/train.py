@@ -47,7 +47,7 @@ from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
 from megatron_papo.training.prompt_source import prefetch_prompts, sampling_of, training_rows
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.training.starting_weights import starting_reference
@@ -82,9 +82,12 @@ class Training:
     precision: PrecisionGuard
 
 
-def main(config: Config) -> int:
+def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Trains up to `train.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the
-    exit code; raises RunStopped where a guard ends the run."""
+    exit code; raises RunStopped where a guard ends the run.
+
+    `planner` predicts the seconds and the memory of every step, for the metrics `planned/...`.
+    """
     if serves(config):
         return serve(config)
     with (
@@ -97,7 +100,7 @@ def main(config: Config) -> int:
         if first_step < config.train.steps:
             training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, first_step, config.train.steps) as recorder:
+        with Recorder(run, first_step, config.train.steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
             for step in range(first_step, config.train.steps):

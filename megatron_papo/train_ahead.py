@@ -36,13 +36,13 @@ from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
 from megatron_papo.training.prompt_source import sampling_of
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.rollouts import collect, hand_over, reward_groups
 from megatron_papo.training.session import open_run
 from megatron_papo.types import Group, Metrics
 
 
-def main(config: Config) -> int:
+def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Does what `train.main` does, one step ahead."""
     if serves(config):
         return serve(config)
@@ -55,7 +55,7 @@ def main(config: Config) -> int:
     ):
         pending, first_step = _resume(training, checkpoints), checkpoints.next_step
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, first_step, num_steps) as recorder:
+        with Recorder(run, first_step, num_steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
             if pending is None and first_step < num_steps:
