@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         from megatron_papo.planning.measured_run import step_planner
 
         args = (config, step_planner)
-    module = {"eval": "evaluate", "certify": "parity.certify"}.get(options.verb, options.verb)
+    module = {"eval": "evaluate", "certify": "parity.run_certify"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
     work = Work(f"megatron_papo.{module}:main", args, config.run.dir)

@@ -239,11 +239,11 @@ def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
 
 def reason_to_stop(training: Training, metrics: Metrics) -> str:
     """The reason of the first guard that ends the run after this step; empty while it may go on."""
-    collapse = _watch_for_collapse(training, metrics)
+    collapse = watch_for_collapse(training, metrics)
     return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
 
 
-def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
+def watch_for_collapse(training: Training, metrics: Metrics) -> str:
     """Shows the step's means to the guard against collapse; its reason to stop, or an empty text."""
     training.guard, decision = training.guard.observe_step(metrics)
     if decision.action == "lower":

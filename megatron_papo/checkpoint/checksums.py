@@ -25,7 +25,7 @@ HASH = "xxh3_64"
 MOST_BYTES = 2**30
 """The most bytes that a small file may have; checksums.json of a million boxes has 200 MB."""
 
-Boxes = dict[str, list[tuple[int, int, str]]]
+SumsByFile = dict[str, list[tuple[int, int, str]]]
 """Offset, length and sum of each box, by the name of its file."""
 
 
@@ -39,7 +39,7 @@ def sum_of(data: Any) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def write_box_sums(folder: Path, boxes: Boxes) -> None:
+def write_box_sums(folder: Path, boxes: SumsByFile) -> None:
     """Writes checksums.json into `folder`."""
     tree = {"hash": HASH, "boxes": {file: sorted(several) for file, several in sorted(boxes.items())}}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(tree, separators=(",", ":")) + "\n")

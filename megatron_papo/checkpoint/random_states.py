@@ -20,8 +20,8 @@ def random_states() -> ShardedObject:
     states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    here = layout()
-    return ShardedObject("rng", states, (here.world_size,), (here.rank,))
+    own = layout()
+    return ShardedObject("rng", states, (own.world_size,), (own.rank,))
 
 
 def read_random_states(opened: Opened) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from megatron_papo.weights.held import HeldParameter
 
 
 def sharded_tensors(
-    key: str, held: HeldParameter, data: Tensor, here: Layout, flat_start: int | None = None
+    key: str, held: HeldParameter, data: Tensor, layout: Layout, flat_start: int | None = None
 ) -> list[ShardedTensor]:
     """`data` as boxes of the stored tensor `key`. The boxes are views of `data`, so that loading fills it in place.
 
@@ -32,11 +32,11 @@ def sharded_tensors(
         boxes = iter([(tuple(slice(0, size) for size in shape), data)])
     else:
         boxes = _boxes(shape, flat_start, data)
-    replica = (int(held.copy), here.tensor_rank if entry.axis is None else 0, here.data_rank * (flat_start is None))
+    replica = (int(held.copy), layout.tensor_rank if entry.axis is None else 0, layout.data_rank * (flat_start is None))
     axis = entry.axis or 0
     tensors = []
     for box, values in boxes:
-        for piece in pieces(entry, shape, here.tensor_rank):
+        for piece in pieces(entry, shape, layout.tensor_rank):
             start = max(box[axis].start, piece.local)
             length = min(box[axis].stop, piece.local + piece.length) - start
             if length <= 0:

@@ -51,11 +51,6 @@ class Staging:
             torch.cuda.current_stream().synchronize()
         return copied
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of the last copy, without the gaps between tensors."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def _allocate(self, places: list[Place]) -> None:
         self._buffers, self._memory = {}, None  # freed before more is allocated
         sizes = [torch.Size(shape).numel() * dtype.itemsize for _, _, shape, dtype in places]

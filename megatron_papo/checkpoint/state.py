@@ -199,5 +199,5 @@ def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 
 def _layout_sizes() -> dict[str, int]:
-    here = layout()
-    return {"tensor": here.tensor_size, "pipeline": here.pipeline_size, "data": here.data_size}
+    own = layout()
+    return {"tensor": own.tensor_size, "pipeline": own.pipeline_size, "data": own.data_size}

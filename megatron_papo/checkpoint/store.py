@@ -30,7 +30,6 @@ from megatron_papo.checkpoint.state import (
     Restored,
     Snapshot,
     TrainState,
-    read_state,
     snapshot,
     write_state_file,
 )
@@ -121,10 +120,6 @@ class CheckpointStore:
         if self._failure is not None:
             raise self._failure
 
-    def load(self, path: Path | str, state: TrainState) -> Restored:
-        """Fills `state` from the checkpoint at `path`, whatever layout wrote it. Raises what `read_state` raises."""
-        return read_state(path, state)
-
     def resume(self, state: TrainState, check: Check = lambda folder, saved: None) -> tuple[Path, Restored] | None:
         """Fills `state` from the newest whole checkpoint and returns its folder; None when there is none.
 
@@ -141,13 +136,8 @@ class CheckpointStore:
         newest = agreed(lambda: self._survey().newest())
         return newest and newest[0]
 
-    def best(self) -> Path | None:
-        """The checkpoint of the highest metric among those kept; the newest of equals."""
-        best = agreed(lambda: self._survey().best())
-        return best and best[0]
-
     def best_metric(self) -> float | None:
-        """The metric of the `best` checkpoint, the same on every rank."""
+        """The highest metric among the checkpoints that were kept, the same on every rank; None when none has one."""
         best = agreed(lambda: self._survey().best())
         return best and best[1]["metric"]
 

@@ -6,7 +6,7 @@ hashed, and are written. No model is built, no Megatron is imported, no GPU is n
     run_conversion      what the command line tool calls
     convert             a whole conversion, from the plan to the published folder
     plan                what is written where, in files that one worker writes each
-    rows                the rows of a parameter, and where they lie in files: a store
+    stores              the rows of a parameter, and where a store has them in files
     huggingface_files   the store of a Hugging Face folder
     checkpoint_files    the store of a checkpoint; it consists of boxes, stored slices of parameters
     stream              rows through buffers: read, cast, hashed, written

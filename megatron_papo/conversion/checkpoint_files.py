@@ -27,10 +27,10 @@ from megatron_papo.checkpoint.archive import (
     values_offset,
     write_metadata,
 )
-from megatron_papo.checkpoint.checksums import Boxes, new_sum, sum_of, write_box_sums
+from megatron_papo.checkpoint.checksums import SumsByFile, new_sum, sum_of, write_box_sums
 from megatron_papo.checkpoint.opening import FORMAT_FILE, Opened, open_checkpoint
 from megatron_papo.checkpoint.state_file import FORMAT
-from megatron_papo.conversion.rows import Box, Files, Strip, width
+from megatron_papo.conversion.stores import Box, Files, Strip, width
 from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.weights.huggingface_folder import raise_faults
 
@@ -117,7 +117,7 @@ class BoxSums:
 
     def __init__(self, around: Callable[[Box, int, int], bytes]):
         self._around = around
-        self._begun: dict[tuple[str, int], tuple[int, Any]] = {}
+        self._started: dict[tuple[str, int], tuple[int, Any]] = {}
 
     def add(self, box: Box, offset: int, data: memoryview, num_bytes: int) -> str | None:
         """Adds `data`, which lies at `offset` of the file. Returns the checksum of the box when these were the last of
@@ -128,18 +128,18 @@ class BoxSums:
         assert box.values is not None
         key, end = (box.file, box.offset), box.values + num_bytes
         if offset == box.values:
-            begun = new_sum()
-            begun.update(self._around(box, box.offset, box.values - box.offset))
-            self._begun[key] = offset, begun
-        due, total = self._begun.get(key, (None, None))
+            total = new_sum()
+            total.update(self._around(box, box.offset, box.values - box.offset))
+            self._started[key] = offset, total
+        due, total = self._started.get(key, (None, None))
         if total is None or due != offset:
             return None
         total.update(data)
-        self._begun[key] = offset + len(data), total
+        self._started[key] = offset + len(data), total
         if offset + len(data) < end:
             return None
         total.update(self._around(box, end, box.offset + box.size - end))
-        del self._begun[key]
+        del self._started[key]
         return total.hexdigest()
 
 
@@ -224,7 +224,7 @@ def write_small_files(
     common = write_metadata(folder, tensors, common_file)
     (folder / FORMAT_FILE).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     if all(len(sums[name]) == len(store.boxes[name]) for name in table):  # the journal of an older version has none
-        boxes: Boxes = {common_file: [(0, len(common), sum_of(common))]}
+        boxes: SumsByFile = {common_file: [(0, len(common), sum_of(common))]}
         for name in table:
             for box, digest in zip(store.boxes[name], sums[name]):
                 boxes.setdefault(box.file, []).append((box.offset, box.size, digest))

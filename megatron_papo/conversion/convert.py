@@ -30,8 +30,8 @@ from megatron_papo.conversion.journal import (
     remaining_bytes,
 )
 from megatron_papo.conversion.manifest import MANIFEST_FILE, manifest_tree, read_manifest, write_manifest
-from megatron_papo.conversion.plan import ConversionPlan, Direction, Settings, Unit, make_plan
-from megatron_papo.conversion.rows import Store, width
+from megatron_papo.conversion.plan import ConversionPlan, Direction, FileUnit, Settings, make_plan
+from megatron_papo.conversion.stores import Store, width
 from megatron_papo.conversion.stream import CHUNK_BYTES, SHARES
 from megatron_papo.conversion.workers import GB, ByteProgress, Workers, memory
 from megatron_papo.files.atomic_folder import publish
@@ -50,7 +50,7 @@ _LEAST_CHUNK_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion came to."""
 
     num_bytes: int
@@ -65,7 +65,7 @@ class Report:
 def convert(
     direction: Direction, source: Path, target: Path, settings: Settings, memory_bytes: int, workers: Workers,
     files: Path | None = None, say: Callable[[str], None] = print,
-) -> Report | None:  # fmt: skip
+) -> ConversionReport | None:  # fmt: skip
     """Writes `target`; returns None when it exists already, from this source and with these settings.
 
     All workers call it together. Raises ValueError naming file and tensor, and, before anything is written, naming a
@@ -81,17 +81,17 @@ def convert(
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
     compare_with_library(workers, source)
     lock: list[IO[str]] = []
-    beginning = workers.first(lambda: _prepare(plan, target, partial, lock))
-    for line in [beginning.said, *left_out] if workers.rank == 0 else []:
+    start = workers.first(lambda: _prepare(plan, target, partial, lock))
+    for line in [start.message, *left_out] if workers.rank == 0 else []:
         if line:
             say(line)
-    report = None if beginning.there else _write(plan, target, partial, chunk_bytes, workers)
+    report = None if start.exists else _write(plan, target, partial, chunk_bytes, workers)
     for handle in lock:
         handle.close()
     return report
 
 
-def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> Report:
+def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> ConversionReport:
     todo = workers.first(lambda: {unit.file: remaining_bytes(plan, partial, unit) for unit in plan.units})
     kept = 0
     with ByteProgress(workers, plan.direction, plan.num_bytes, plan.num_bytes - sum(todo.values())) as progress:
@@ -101,43 +101,43 @@ def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, 
     workers.first(lambda: _finish(plan, target, partial))
     peaks = workers.gather((memory("VmHWM"), progress.peak_anonymous))
     resident, anonymous = (max(values) for values in zip(*peaks))
-    return Report(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
+    return ConversionReport(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """What a conversion begins with: whether the target is `there` already, and a line for the user."""
+class _Start:
+    """How a conversion starts: whether the target `exists` already, and a line for the user."""
 
-    there: bool
-    said: str = ""
+    exists: bool
+    message: str = ""
 
 
-def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
+def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Start:
     """Prepares the folder, on rank 0: looks at what exists, checks the free space, and takes the lock of the folder."""
     if target.exists():
         if (target / MANIFEST_FILE).exists() and read_manifest(target).get("plan") == plan.fingerprint:
-            return _Beginning(True, f"{target}: there already, from the same source with the same settings")
+            return _Start(True, f"{target}: there already, from the same source with the same settings")
         raise ValueError(f"{target}: exists already")
-    journals, said = partial / FOLDER, ""
+    journals, message = partial / FOLDER, ""
     known = journals / PLAN_FILE
     same = known.is_file() and known.read_bytes() == plan.fingerprint.encode()
     if journals.is_dir():
         _lock(journals, partial, lock)
     if os.path.lexists(partial) and not same:
-        said = f"{partial}: was begun from another source or with other settings: starting anew"
+        message = f"{partial}: was begun from another source or with other settings: starting anew"
         for handle in lock:
             handle.close()
         lock.clear()
         make_way(partial)
     elif same:
-        said = f"{partial}: going on with it"
+        message = f"{partial}: going on with it"
     _check_space(plan, partial)
     journals.mkdir(parents=True, exist_ok=True)
     if not lock:
         _lock(journals, partial, lock)
     if not same:
         write_whole(known, plan.fingerprint)
-    return _Beginning(False, said)
+    return _Start(False, message)
 
 
 def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:
@@ -162,7 +162,7 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
         raise ValueError(f"{parent}: {needed / GB:.2f} GB are needed there, {free / GB:.2f} GB are free")
 
 
-def _share(units: tuple[Unit, ...], todo: dict[str, int], workers: Workers) -> list[Unit]:
+def _share(units: tuple[FileUnit, ...], todo: dict[str, int], workers: Workers) -> list[FileUnit]:
     """This worker's files. They are shared out from the largest on, each to the worker that has least to do."""
     loads, own = [0] * workers.size, []
     for unit in sorted(units, key=lambda unit: -todo[unit.file]):

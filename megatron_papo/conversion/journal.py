@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_papo.conversion.checkpoint_files import BoxSums
-from megatron_papo.conversion.plan import ConversionPlan, Direction, Unit
-from megatron_papo.conversion.rows import Files, parameter_bytes, write_rows
+from megatron_papo.conversion.plan import ConversionPlan, Direction, FileUnit
+from megatron_papo.conversion.stores import Files, parameter_bytes, write_rows
 from megatron_papo.conversion.stream import Forms, Outcome, ParameterCopy, Stream, Wants
 from megatron_papo.files.small_files import parse_record
 from megatron_papo.model.parameter_map import ParameterEntry
@@ -100,9 +100,11 @@ class Journal:
         self._handle = os.open(file, os.O_WRONLY | os.O_APPEND)
 
     def close(self) -> None:
+        """Closes the file."""
         os.close(self._handle)
 
     def append(self, record: JournalEntry) -> None:
+        """Adds a line for a parameter whose bytes were written."""
         with self._lock:
             os.write(self._handle, _line(asdict(record)))
             self.records.append(record)
@@ -118,19 +120,19 @@ def _line(tree: dict[str, object]) -> bytes:
     return json.dumps(tree, separators=(",", ":")).encode() + b"\n"
 
 
-def journal_file(partial: Path, unit: Unit) -> Path:
+def journal_file(partial: Path, unit: FileUnit) -> Path:
     """Where the journal of a file of the target lies."""
     return partial / FOLDER / f"{unit.file}.jsonl"
 
 
-def remaining_bytes(plan: ConversionPlan, partial: Path, unit: Unit) -> int:
+def remaining_bytes(plan: ConversionPlan, partial: Path, unit: FileUnit) -> int:
     """The size of the parameters that are not in the journal."""
     done = {record.name for record in read_journal(journal_file(partial, unit)).records}
     return sum(parameter_bytes(plan.target, entry) for entry in unit.entries if entry.name not in done)
 
 
 def convert_unit(
-    plan: ConversionPlan, partial: Path, unit: Unit, chunk_bytes: int, moved: Callable[[int], None]
+    plan: ConversionPlan, partial: Path, unit: FileUnit, chunk_bytes: int, moved: Callable[[int], None]
 ) -> int:
     """Writes what is not yet in the file. Returns the number of parameters that were in it already and are right."""
     kept = _kept(plan, partial, unit, chunk_bytes)
@@ -165,7 +167,7 @@ def form(forms: Forms, huggingface: bool) -> tuple[str, ...]:
     return forms.sources if huggingface else forms.parameter
 
 
-def _kept(plan: ConversionPlan, partial: Path, unit: Unit, chunk_bytes: int) -> list[JournalEntry]:
+def _kept(plan: ConversionPlan, partial: Path, unit: FileUnit, chunk_bytes: int) -> list[JournalEntry]:
     """The records whose bytes are in the file: those forced to disk, and those whose hashes, computed anew, agree."""
     written: Written = read_journal(journal_file(partial, unit))
     known = {entry.name: entry for entry in unit.entries}
@@ -189,7 +191,7 @@ def _kept(plan: ConversionPlan, partial: Path, unit: Unit, chunk_bytes: int) -> 
 class _UnitWriter:
     """Writes rows and lines of the journal, and forces both to disk every `SYNC_BYTES`, on a thread of its own."""
 
-    def __init__(self, plan: ConversionPlan, partial: Path, unit: Unit, files: Files, kept: list[JournalEntry]):
+    def __init__(self, plan: ConversionPlan, partial: Path, unit: FileUnit, files: Files, kept: list[JournalEntry]):
         self._plan, self._files, self._file = plan, files, unit.file
         self._journal_file, self._size = journal_file(partial, unit), unit.num_bytes
         self._kept, self._unsynced = kept, 0
@@ -216,6 +218,7 @@ class _UnitWriter:
             self._journal.close()
 
     def write(self, entry: ParameterEntry, start: int, stop: int, data: Tensor) -> None:
+        """Writes rows `start : stop` of a parameter."""
         for strip, values in write_rows(self._files, self._plan.target, entry, start, stop, data):
             if strip.box is not None:
                 num_bytes = strip.box.length * strip.box.width * self._plan.target.dtype(entry).itemsize
@@ -229,6 +232,7 @@ class _UnitWriter:
             self._syncing = self._thread.submit(self._sync, len(self._journal.records))
 
     def done(self, outcome: Outcome) -> None:
+        """Notes in the journal that a parameter is written."""
         record = record_of(outcome, self._plan.direction)
         self._journal.append(replace(record, boxes=tuple(self._box_sums)))
         self._box_sums = []

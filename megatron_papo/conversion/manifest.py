@@ -18,7 +18,7 @@ import torch
 
 from megatron_papo.conversion.journal import JournalEntry
 from megatron_papo.conversion.plan import ConversionPlan
-from megatron_papo.conversion.rows import num_values
+from megatron_papo.conversion.stores import num_values
 from megatron_papo.conversion.stream import HASH, exact
 from megatron_papo.files.json_keys import read_json
 from megatron_papo.model.parameter_map import ParameterEntry

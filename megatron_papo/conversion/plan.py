@@ -17,9 +17,8 @@ import torch
 from megatron_papo.checkpoint.state_file import names_checkpoint, read_state_file
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles, plan_boxes
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
-from megatron_papo.conversion.rows import Box, Store, num_values, parameter_bytes
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.conversion.stores import Box, Store, num_values, parameter_bytes
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]
@@ -40,8 +39,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One file of the target."""
+class FileUnit:
+    """A unit of work: one file of the target, which one worker writes."""
 
     file: str
     entries: tuple[ParameterEntry, ...]
@@ -61,7 +60,7 @@ class ConversionPlan:
     source: Store
     target: Store
     """The store in the folder that is being written; its tensors are there when that is done."""
-    units: tuple[Unit, ...]
+    units: tuple[FileUnit, ...]
     fingerprint: str
     """A hash of all that the target depends on, including the times at which the files of the source were written."""
 
@@ -111,17 +110,17 @@ def make_plan(
 def plan_target(
     direction: Direction, folder: Path, table: Mapping[str, ParameterEntry], dtypes: Mapping[str, torch.dtype],
     settings: Settings,
-) -> tuple[Store, tuple[Unit, ...]]:  # fmt: skip
+) -> tuple[Store, tuple[FileUnit, ...]]:  # fmt: skip
     """The files of the target, and the store that says where everything lies in them. Needs no weights."""
     groups = _groups(table, dtypes, settings.file_bytes)
-    units: list[Unit] = []
+    units: list[FileUnit] = []
     if direction == "hf-to-megatron":
         boxes: dict[str, list[Box]] = {}
         for number, entries in enumerate(groups):
             file = f"__{number}_0.distcp"
             planned, around, size = plan_boxes(file, entries, dtypes, settings.box_bytes)
             boxes |= planned
-            units.append(Unit(file, tuple(entries), size, tuple(around)))
+            units.append(FileUnit(file, tuple(entries), size, tuple(around)))
         return CheckpointFiles(folder, dtypes, boxes), tuple(units)
     tensors: dict[str, Stored] = {}
     for number, entries in enumerate(groups):
@@ -129,7 +128,7 @@ def plan_target(
         places, header = plan_file(file, entries, dtypes)
         tensors |= places
         size = len(header) + sum(part.num_bytes for part in places.values())
-        units.append(Unit(file, tuple(entries), size, ((0, header),)))
+        units.append(FileUnit(file, tuple(entries), size, ((0, header),)))
     return HuggingFaceFiles(folder, tensors), tuple(units)
 
 
@@ -149,7 +148,7 @@ def _groups(
     return groups
 
 
-def _fingerprint(direction: Direction, source: Store, files: Path, units: tuple[Unit, ...]) -> str:
+def _fingerprint(direction: Direction, source: Store, files: Path, units: tuple[FileUnit, ...]) -> str:
     if isinstance(source, HuggingFaceFiles):
         places: Any = {name: asdict(stored) for name, stored in source.tensors.items()}
         names = {stored.file for stored in source.tensors.values()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_papo.conversion.rows import (
+from megatron_papo.conversion.stores import (
     Files,
     Span,
     Store,

@@ -22,12 +22,11 @@ from megatron_papo.conversion.huggingface_files import compare_with_library
 from megatron_papo.conversion.journal import form, record_of, source_wants
 from megatron_papo.conversion.manifest import MANIFEST_FILE, dtype_name, names, read_manifest
 from megatron_papo.conversion.plan import Direction, open_store
-from megatron_papo.conversion.rows import Files, Store, chunks, parameter_bytes, read_rows, spans, width
+from megatron_papo.conversion.stores import Files, Store, chunks, parameter_bytes, read_rows, spans, width
 from megatron_papo.conversion.stream import BITS, Forms, Outcome, ParameterCopy, Stream, Wants, exact
 from megatron_papo.conversion.workers import ByteProgress, Workers
 from megatron_papo.distributed.exchange import larger
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 
@@ -207,6 +206,7 @@ class _Side:
     files: Files
 
     def rows(self, entry: ParameterEntry, start: int, stop: int) -> Tensor:
+        """Rows `start : stop` of a parameter, as a matrix."""
         dtype = self.store.dtype(entry)
         data = torch.empty((stop - start) * width(entry) * dtype.itemsize, dtype=torch.uint8)
         read_rows(self.files, self.store, entry, start, stop, data)

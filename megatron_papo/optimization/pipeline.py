@@ -75,8 +75,8 @@ def score_logprobs(
 class _Request(NamedTuple):
     """A row to be scored, and what its log-probs are for."""
 
-    index: int
-    """Place of the row that receives them."""
+    place: int
+    """Index of the row that receives them."""
     row: MicroBatch
     names: tuple[str, ...]
     """Fields of `MicroBatch` that they fill."""
@@ -87,7 +87,7 @@ def _fill(rows: list[MicroBatch], policy: VisionLanguageModel, requests: Sequenc
     outputs = score(policy, [request.row for request in requests], head)
     for request, output in zip(requests, outputs, strict=True):
         values: dict[str, Any] = dict.fromkeys(request.names, output.policy_logprobs_R)
-        rows[request.index] = replace(rows[request.index], **values)
+        rows[request.place] = replace(rows[request.place], **values)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def score(
         return []
     policy.eval()
     with policy.fp8.scoring() if fp8 is None else policy.fp8.during(fp8):
-        outputs: list[HeadOutputs] = _run_schedule(policy, rows, head, None)  # empty but on the last stage
+        outputs: list[HeadOutputs] = run_schedule(policy, rows, head, None)  # empty but on the last stage
     policy.train()
     return [_from_last_stage(outputs[index] if outputs else None, row, head) for index, row in enumerate(rows)]
 
@@ -136,7 +136,7 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
     """
     optimizer.zero_grad()
     with optimizer.policy.module.fp8.updating():
-        collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
+        collected: list[Metrics] = run_schedule(optimizer.policy, batch, head, micro_loss)
     total: Metrics = {}
     for metrics in collected:
         add_metrics(total, metrics)
@@ -154,7 +154,7 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
         total[name] = merge_metric(name, total.get(name), (float(numerator), float(count)))
 
 
-def _run_schedule(
+def run_schedule(
     model: nn.Module, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
     """Runs the rows through the pipeline. Returns one result for each row on the last stage, its HeadOutputs when

@@ -9,7 +9,7 @@ from types import TracebackType
 from PIL import Image
 
 from megatron_papo.config import Config, dump_config
-from megatron_papo.costs.flops import peak_tflops
+from megatron_papo.costs.hardware import peak_tflops
 from megatron_papo.costs.stages import STEP_STAGES
 from megatron_papo.distributed.accelerator import device_name, parameter_dtype
 from megatron_papo.distributed.exchange import gather_objects, sum_metrics

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import write_folder
 from megatron_papo.conversion import journal as journal_module
-from megatron_papo.conversion import rows, workers
+from megatron_papo.conversion import stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
 from megatron_papo.conversion.workers import memory
@@ -404,7 +404,7 @@ def _dying(after: int, log: Path, arguments: tuple[str, ...]) -> None:
         count()
         return write(handle, data)
 
-    rows.os.pwrite, rows.os.write = logged, written  # type: ignore[attr-defined]
+    stores.os.pwrite, stores.os.write = logged, written  # type: ignore[attr-defined]
     Path.rename = renamed  # type: ignore[method-assign,assignment]
     os._exit(run(*arguments))
 
@@ -507,13 +507,13 @@ def test_bytes_that_the_disk_lost_in_the_background_end_the_conversion(source, t
     """The kernel tells of them once: the sync at a file's end would succeed."""
     told = []
 
-    def lossy(self: rows.Files, name: str) -> None:
+    def lossy(self: stores.Files, name: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             told.append(name)
             raise OSError(errno.EIO, "Input/output error", name)
 
     monkeypatch.setattr(journal_module, "SYNC_BYTES", 60_000)  # once a file
-    monkeypatch.setattr(rows.Files, "sync", lossy)
+    monkeypatch.setattr(stores.Files, "sync", lossy)
     assert run("hf-to-megatron", source, tmp_path / "m", *SMALL) == 2
     assert told and "Input/output error" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
@@ -533,14 +533,14 @@ def test_two_conversions_of_one_target_are_refused(source, tmp_path, capsys):
 
 @pytest.fixture
 def rank_one_cannot_read(monkeypatch) -> None:
-    read = rows.Files.read
+    read = stores.Files.read
 
-    def fails(self: rows.Files, name: str, offset: int, into: memoryview, what: str) -> None:
+    def fails(self: stores.Files, name: str, offset: int, into: memoryview, what: str) -> None:
         if os.environ.get("RANK") == "1":
             raise ValueError(f"{self.folder / name}: {what}: Input/output error")
         read(self, name, offset, into, what)
 
-    monkeypatch.setattr(rows.Files, "read", fails)  # the workers are forked
+    monkeypatch.setattr(stores.Files, "read", fails)  # the workers are forked
 
 
 def test_a_worker_that_fails_ends_all_with_its_reason(source, tmp_path, capfd, rank_one_cannot_read):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_papo.config import Fp8Config
-from megatron_papo.model.fp8.counters import Counters, _count
+from megatron_papo.model.fp8.counters import Counters, count_inputs
 from megatron_papo.training.precision_guard import GapSums, PrecisionGuard
 
 CONFIG = Fp8Config(recipe="tensorwise", gap_every=3, gap_limit=0.05)
@@ -69,5 +69,5 @@ def test_a_nan_among_a_layers_inputs_is_counted_whichever_pass_has_it(broken):
     for number in range(3):
         values = torch.full((4, 8), float(number + 1))
         values[number, 2] = math.nan if number == broken else 1.0
-        _count(torch.nn.Linear(8, 8), (values,), counters=counters, recipe="tensorwise", places=(None, None))
+        count_inputs(torch.nn.Linear(8, 8), (values,), counters=counters, recipe="tensorwise", places=(None, None))
     assert math.isnan(counters.amax)

@@ -1,6 +1,6 @@
 """`.metadata`, the list of what a checkpoint holds, as torch.distributed.checkpoint writes it: a pickle.
 
-It is read as data (pickle_reading.py) and then made into torch's own `Metadata`, after every value was found to have
+It is read as data (pickle_reading.py) and then made into torch's own `Metadata`, after every value was checked to have
 the right type and to lie within bounds. Fields that this package does not use are left out: the planner's data, and
 where and by which call the file was written.
 """
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.archive.pickle_reading import Record, line_of, read_pickle
+from megatron_papo.checkpoint.archive.pickle_reading import PickledObject, line_of, read_pickle
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 METADATA_FILE = ".metadata"
@@ -149,8 +149,8 @@ def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     return where, _StorageInfo(file, _count(place["offset"]), _count(place["length"]))
 
 
-def _record(value: Any, name: str) -> Record:
-    if not isinstance(value, Record) or type(value).__name__ != name:
+def _record(value: Any, name: str) -> PickledObject:
+    if not isinstance(value, PickledObject) or type(value).__name__ != name:
         raise TypeError(f"{type(value).__name__} instead of {name}")
     return value
 

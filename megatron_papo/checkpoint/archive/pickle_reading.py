@@ -1,9 +1,9 @@
 """Pickles read as data: nothing that a file names is imported or called.
 
-An object in a pickle becomes a `Record`, if its class is one of those that the caller lists by their exact names; any
-other class is refused. So a hostile file can give no more than numbers, texts and containers of them. The unpickler is
-the slower one, written in Python: the one in C allocates as much memory as a few bytes of a file tell it to. What the
-data mean is left to the caller.
+An object in a pickle becomes a `PickledObject`, if its class is one of those that the caller lists by their exact
+names; any other class is refused. So a hostile file can give no more than numbers, texts and containers of them. The
+unpickler is the slower one, written in Python: the one in C allocates as much memory as a few bytes of a file tell it
+to. What the data mean is left to the caller.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _MOST_REASON = 200
 """Characters of a reason that are shown."""
 
 
-class Record:
+class PickledObject:
     """An object of a pickle: the arguments its class was called with, and the state it was given."""
 
     arguments: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *arguments: Any) -> Record:
+    def __new__(cls, *arguments: Any) -> PickledObject:
         record = object.__new__(cls)
         record.arguments, record.state = arguments, None
         return record
@@ -41,7 +41,7 @@ class Record:
 
 
 def read_pickle(data: bytes, classes: frozenset[Name], constants: Mapping[Name, Any], storages: bool = False) -> Any:
-    """The data of a pickle, in which every object of `classes` is a `Record` whose type has the class's name.
+    """The data of a pickle, in which every object of `classes` is a `PickledObject` whose type has the class's name.
 
     `constants` says what other names stand for. With `storages`, a tensor may refer to its storage; the reference
     becomes the tuple that says where the storage is. Raises ValueError for anything else, and for what is no pickle.
@@ -62,7 +62,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, data: bytes, classes: frozenset[Name], constants: Mapping[Name, Any], storages: bool):
         super().__init__(io.BytesIO(data))
         # new types for each reading: a pickle can set attributes of a class that it names
-        self._known = {**constants, **{name: type(name[1], (Record,), {}) for name in classes}}
+        self._known = {**constants, **{name: type(name[1], (PickledObject,), {}) for name in classes}}
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:

@@ -99,7 +99,7 @@ def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype
 
 @functools.lru_cache(maxsize=1024)
 def _described(pickled: bytes) -> Any:
-    """The description of a tensor as a `Record`. Tensors of one shape have the same bytes here, hence the cache."""
+    """The description of a tensor; cached, for tensors of one shape are described by the same bytes."""
     return read_pickle(pickled, _CLASSES, _STORAGES, storages=True)
 
 

@@ -47,13 +47,13 @@ def counted(policy: VisionLanguageModel, num_tokens: int) -> Iterator[Counters]:
             if column and not policy.config.sequence_parallel and layout().tensor_rank:
                 continue  # it reads what the first tensor rank reads
             places = policy.language.num_padding, num_tokens if name.startswith("language") else None
-            hook = partial(_count, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
+            hook = partial(count_inputs, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
             stack.callback(linear.register_forward_pre_hook(hook).remove)
         yield counters
 
 
 @torch.no_grad()
-def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recipe: str, places: Any) -> None:
+def count_inputs(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recipe: str, places: Any) -> None:
     values_TC = _as_rounded(linear, inputs[0]).flatten(0, -2)
     num_padding, num_tokens = places
     if num_tokens is not None:
@@ -75,7 +75,12 @@ def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recip
 def _as_rounded(linear: Any, values: Tensor) -> Tensor:
     """Transformer Engine's linears with a norm in front round what the norm gives."""
     weight = linear._parameters.get("layer_norm_weight")
-    return values if weight is None else F.rms_norm(values, values.shape[-1:], weight, linear.eps)
+    if weight is None:
+        return values
+    bias = linear._parameters.get("layer_norm_bias")
+    if bias is not None:
+        return F.layer_norm(values, values.shape[-1:], weight, bias, linear.eps)
+    return F.rms_norm(values, values.shape[-1:], weight, linear.eps)
 
 
 def _delayed_scale(linear: nn.Module) -> Tensor:

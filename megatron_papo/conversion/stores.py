@@ -120,7 +120,9 @@ class Store(Protocol):
 
     folder: Path
 
-    def dtype(self, entry: ParameterEntry) -> torch.dtype: ...
+    def dtype(self, entry: ParameterEntry) -> torch.dtype:
+        """The dtype of a parameter, which all of its tensors have."""
+        ...
 
     def strips(self, entry: ParameterEntry, start: int, stop: int) -> Iterator[Strip]:
         """Where rows `start : stop` of the parameter lie."""
