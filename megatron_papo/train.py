@@ -41,7 +41,7 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped, warn
+from megatron_papo.training.console import warn, warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
@@ -161,7 +161,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
-    name_skipped(run, training.optimizer.guard)
+    warn_of_skipped_updates(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 
 
@@ -172,7 +172,7 @@ def open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = training_rows(run)
-            name_missing_pictures(run, dataset, perception=config.reads_masked_view)
+            warn_of_missing_images(run, dataset, perception=config.reads_masked_view)
             origin = origin_of(run, dataset)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
@@ -206,7 +206,7 @@ def draw_prompts_of(training: Training, step: int) -> Draw:
     """The next prompts of this rank, with their masked views where the loss reads them; moves the cursor on."""
     draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
-    name_bad_rows(training.run, training.bad_rows, "train")
+    warn_of_bad_rows(training.run, training.bad_rows, "train")
     return draw
 
 
