@@ -88,7 +88,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
-        run.clock.take()  # what came before is no step's time
+        run.clock.take()  # the time until now belongs to no step
         with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):

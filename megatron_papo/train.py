@@ -62,7 +62,7 @@ class Training:
     """The policy on this rank, and what else every verb holds."""
     optimizer: Optimizer
     reference: ReferencePolicy | None
-    """The policy as it started; None where `loss.reference_coef` is 0."""
+    """The frozen policy that the reference KL compares with; None where `loss.reference_coef` is 0."""
     generator: Generator
     """The engine that samples rollouts."""
     certifier: Certifier
@@ -99,7 +99,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         first_step = _resume(training, checkpoints)
         if first_step < config.train.steps:
             training.certifier.start_or_stop(first_step)
-        run.clock.take()  # what came before is no step's time
+        run.clock.take()  # the time until now belongs to no step
         with Recorder(run, first_step, config.train.steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
