@@ -17,11 +17,10 @@ from pathlib import Path
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks, model_ranks_in_words
+from megatron_papo.files.data_suffixes import BUILDERS
 from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.shape import ModelShape, padded
 
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
-"""Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
 OLDEST_VLLM = (0, 26)
 """With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them. What differs
 from there to 0.32 stands in `generation/vllm/versions.py`."""
@@ -196,7 +195,7 @@ def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
     if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
-    return Path(name).suffix in DATA_SUFFIXES or not _HUB_NAME.fullmatch(name)
+    return Path(name).suffix in BUILDERS or not _HUB_NAME.fullmatch(name)
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
