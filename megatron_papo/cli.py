@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
+from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
 from megatron_papo.preflight.inputs import (
     fault_of_folder,
     fault_of_run_dir,
@@ -87,8 +88,14 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     from megatron_papo.runtime.launch import Work, launch
     from megatron_papo.runtime.run_lock import RunHeld
 
-    args = (config, options.data, options.out) if options.verb == "score" else (config,)
-    module = {"eval": "evaluate", "certify": "parity.certify"}.get(options.verb, options.verb)
+    args: tuple[Any, ...] = (config,)
+    if options.verb == "score":
+        args = (config, options.data, options.out)
+    elif options.verb in ("train", "sft"):
+        from megatron_papo.planning.measured_run import step_planner
+
+        args = (config, step_planner)
+    module = {"eval": "evaluate", "certify": "parity.run_certify"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
     work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
@@ -192,14 +199,11 @@ def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
         if asked is not None and asked != world_size:
             raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
         return world_size
-    needed, engines = config.parallel.tensor * config.parallel.pipeline, num_engine_ranks(verb, config)
+    needed, engines = model_ranks(config.parallel), num_engine_ranks(verb, config)
     if engines:  # how many are too few is for faults_of_ranks to say
         return needed + engines if asked is None else asked
-    if asked is not None and (asked < 1 or asked % needed):
-        raise ConfigError(
-            f"--ranks: {asked} is no multiple of parallel.tensor={config.parallel.tensor} "
-            f"x parallel.pipeline={config.parallel.pipeline}"
-        )
+    if asked is not None and fault_of_ranks(config.parallel, asked):
+        raise ConfigError(f"--ranks: {asked} is no multiple of {model_ranks_in_words(config.parallel)}")
     return asked or needed
 
 

@@ -47,7 +47,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
         Call(_START, "WeightTransferConfig", ("vllm.config.weight_transfer:WeightTransferConfig",)),
         Call(_START, "shutdown", ("vllm.v1.engine.core_client:InprocClient.shutdown",)),
         Call("generation/vllm/vllm_requests.py", "SamplingParams", ("vllm.sampling_params:SamplingParams",)),
-        Call("parity/vllm_inspection.py", "apply_model", (f"{_LLM}.apply_model",)),
+        Call("generation/vllm/probe.py", "apply_model", (f"{_LLM}.apply_model",)),
         *(
             Call(_ENGINE, name, (f"{_LLM}.{name}",))
             for name in ("enqueue", "start_weight_update", "update_weights", "finish_weight_update")
@@ -97,7 +97,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
     ),
     "megatron": (
         Call(
-            "model/qwen2_5_vl/transformer_config.py",
+            "model/transformer_config.py",
             "TransformerConfig",
             ("megatron.core.transformer.transformer_config:TransformerConfig",),
         ),

@@ -13,7 +13,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from benchmarks.gpu.folder import drawn_tensors
 from benchmarks.plain_papo import PlainPapo
 from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
-from megatron_papo.generation.weight_check import read_config
+from megatron_papo.generation.reference_model import read_config
+from megatron_papo.model.family import family_of
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Group
 
@@ -38,7 +39,7 @@ SIZES = {"3b": (Size(4), Size(2), Size(1), Size(2, checkpointing=True)), "tiny":
 def open_plain(folder: Path, size: Size) -> PlainPapo:
     """Its attention the fastest that is installed; Adam in the dtype of the weights."""
     shape, dtype = ModelShape.from_folder(folder / "model"), parameter_dtype("auto")
-    config = read_config(folder / "model")
+    config = read_config(folder / "model", family_of(shape))
     with torch.device(device()):
         make = Qwen2_5_VLForConditionalGeneration._from_config
         model = make(config, dtype=dtype, attn_implementation=_attention())

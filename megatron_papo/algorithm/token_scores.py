@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -37,8 +38,9 @@ class TokenScores:
 
     def detached(self) -> TokenScores:
         """The same values as constants."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenScores(**{name: value if value is None else value.detach() for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        constants: dict[str, Any] = {name: value.detach() for name, value in values.items() if value is not None}
+        return TokenScores(**constants)
 
 
 def token_scores(outputs: HeadOutputs, row: MicroBatch, settings: LossSettings) -> TokenScores:

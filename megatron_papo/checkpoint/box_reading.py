@@ -1,8 +1,9 @@
-"""Boxes of a checkpoint into tensors: which part of which box goes where is Megatron's load planner's to say.
+"""Reads boxes of a checkpoint into tensors; Megatron's load planner says which part of which box goes where.
 
-Each box is read once, whole, its checksum taken of the bytes that were read, and its values copied from where they lie
-in them: nothing is unpickled but the random number states, and these as tensors alone. Megatron's own reader unpickles
-whatever a file holds. It is the opposite of writing.py; leaves out what the names mean.
+Each box is read once, as a whole. Its checksum is computed of the bytes that were read, and its values are copied from
+where they lie among these bytes. Nothing is unpickled except the random number states, and these as tensors alone,
+whereas Megatron's own reader unpickles whatever a file holds. This is the opposite of box_writing.py. What the names of
+tensors mean is left to state.py.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_papo.checkpoint.blobs import Part, values_offset
+from megatron_papo.checkpoint.archive import BytesFile, line_of, values_offset
 from megatron_papo.checkpoint.checksums import new_sum
 from megatron_papo.checkpoint.opening import Opened
-from megatron_papo.checkpoint.pickled import line_of
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 _AT_ONCE_BYTES = 2**18
-"""So much is read and then summed: while it is in the caches."""
+"""Bytes that are read and then added to the checksum, while they are in the caches."""
 _MOST_OBJECT_BYTES = 2**20
-"""Of what is no tensor: random number states take some kilobytes."""
+"""The largest object that is read; random number states take some kilobytes."""
 
 
 @torch.no_grad()
 def read_boxes(opened: Opened, tree: Mapping[str, ShardedTensor]) -> None:
-    """Fills the tensors of `tree`, all of them stored, in place. Raises DamagedCheckpoint; some are filled then."""
+    """Fills the tensors of `tree` in place; every one of them has to be stored.
+
+    Raises DamagedCheckpoint, after which some of the tensors may have been filled.
+    """
     by_key: dict[str, list[ShardedBase]] = {}
     for part in tree.values():
         by_key.setdefault(part.key, []).append(part)
@@ -53,7 +56,7 @@ def read_boxes(opened: Opened, tree: Mapping[str, ShardedTensor]) -> None:
 
 
 def read_object(opened: Opened, name: ShardedObject) -> Any:
-    """Tensors in plain containers. Raises DamagedCheckpoint for anything else."""
+    """The stored object `name`: tensors in plain containers. Raises DamagedCheckpoint for anything else."""
     index = MetadataIndex(name.unique_key)
     place = opened.metadata.storage_data.get(index)
     if place is None or not isinstance(opened.metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
@@ -63,7 +66,7 @@ def read_object(opened: Opened, name: ShardedObject) -> Any:
         raise DamagedCheckpoint(f"{path}: {index.fqn}: {place.length} bytes, more than it can need")
     with path.open("rb") as file:
         data = _checked(opened, index.fqn, file, place).numpy().tobytes()
-    if not data.startswith(b"PK"):  # torch's older format gives a file as much memory as it asks for
+    if not data.startswith(b"PK"):  # torch's older format allocates as much memory as a file demands
         raise DamagedCheckpoint(f"{path}: {index.fqn}: not what torch.save writes")
     try:
         (tree,) = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -73,7 +76,7 @@ def read_object(opened: Opened, name: ShardedObject) -> Any:
 
 
 def check_object(opened: Opened, name: str) -> None:
-    """One that nobody reads: whether it is as it was written, where that is known."""
+    """Compares an object that nobody needs with its checksum, if it has one. Raises DamagedCheckpoint."""
     place = opened.metadata.storage_data.get(MetadataIndex(name))
     if place is not None and opened.box_sums is not None:
         with (opened.folder / place.relative_path).open("rb") as file:
@@ -81,7 +84,7 @@ def check_object(opened: Opened, name: str) -> None:
 
 
 def _boxes(opened: Opened, indices: Mapping[MetadataIndex, Any]) -> Iterator[tuple[MetadataIndex, Tensor]]:
-    """Each box that `indices` name, in the order in which they lie in the files."""
+    """Yields each box that `indices` name, as a tensor, in the order in which the boxes lie in the files."""
     places = opened.metadata.storage_data
     if lacking := next((index for index in indices if index not in places), None):
         raise DamagedCheckpoint(f"{opened.folder}: {lacking.fqn}: no box at {tuple(lacking.offset or ())}")
@@ -98,14 +101,14 @@ def _boxes(opened: Opened, indices: Mapping[MetadataIndex, Any]) -> Iterator[tup
 
 
 def _values(opened: Opened, index: MetadataIndex, data: Tensor, path: Path) -> Tensor:
-    """The box as a tensor over `data`, the bytes it is stored as."""
+    """The values of a box, as a tensor over `data`, the bytes that the box is stored as."""
     stored = opened.metadata.state_dict_metadata[index.fqn]
     assert isinstance(stored, TensorStorageMetadata)
     dtype = stored.properties.dtype
     shape = next(tuple(chunk.sizes) for chunk in stored.chunks if chunk.offsets == index.offset)
     view = memoryview(data.numpy())
     try:
-        start = values_offset(Part(len(view), lambda at, size: view[at : at + size]), shape, dtype)
+        start = values_offset(BytesFile(len(view), lambda at, size: view[at : at + size]), shape, dtype)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: {index.fqn}: {error}") from None
     values = data[start : start + torch.Size(shape).numel() * dtype.itemsize]
@@ -115,7 +118,7 @@ def _values(opened: Opened, index: MetadataIndex, data: Tensor, path: Path) -> T
 
 
 def _checked(opened: Opened, name: str, file: BinaryIO | io.FileIO, place: _StorageInfo) -> Tensor:
-    """The bytes of a box, which are as its checksum says."""
+    """The bytes of a box, compared with its checksum. Raises DamagedCheckpoint naming file and tensor."""
     path, end = opened.folder / place.relative_path, file.seek(0, io.SEEK_END)
     if end < place.offset + place.length:
         raise DamagedCheckpoint(

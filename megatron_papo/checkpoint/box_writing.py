@@ -1,8 +1,9 @@
-"""Boxes of tensors to files: Megatron's checkpoint format through torch's own writer, within this process.
+"""Writes boxes of tensors to files: Megatron's checkpoint format by torch's own writer, within this process.
 
-Megatron's own strategy starts a manager process for its asynchronous writers, which imports the main module again, and
-needs psutil; what it asks of all ranks goes through the group of the training, which a background thread must not use.
-torch checks that the boxes of all ranks cover every tensor exactly once. Each box's checksum is taken on its way.
+Megatron's own strategy is not used. It starts a manager process for its asynchronous writers, which imports the main
+module again, and needs psutil; and its ranks communicate through the group of the training, which a background thread
+must not use. torch checks that the boxes of all ranks cover every tensor exactly once. The checksum of each box is
+computed as it is written.
 """
 
 from __future__ import annotations
@@ -28,23 +29,21 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_papo.checkpoint.archive import COMMON_STATE
 from megatron_papo.checkpoint.checksums import new_sum, write_box_sums
 from megatron_papo.distributed.agreement import RanksFailed, fault_of
 
 Boxes = dict[str, Any]
-"""What torch's writer takes: a name of the checkpoint → this rank's boxes of it, or pickled bytes."""
-
-COMMON_STATE = "common_state/shard_0_1"
-"""Megatron's reader wants one; here there is nothing in it."""
+"""The input of torch's writer: for each name in the checkpoint, this rank's boxes of the tensor, or pickled bytes."""
 
 
 def own_boxes(tree: Mapping[str, ShardedBase]) -> dict[str, ShardedBase]:
-    """Those that this rank writes; the others repeat what another rank writes."""
+    """The parts of `tree` that this rank writes; the other parts repeat what another rank writes."""
     return {name: part for name, part in tree.items() if is_main_replica(part.replica_id)}
 
 
 def to_boxes(own: Mapping[str, ShardedBase]) -> Boxes:
-    """Objects are pickled here; tensors are referred to."""
+    """The input of torch's writer. Objects are pickled now; tensors are referred to, not copied."""
     common = ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())
     assert common.unique_key == COMMON_STATE
     by_key: dict[str, list[ShardedBase]] = {}
@@ -55,7 +54,10 @@ def to_boxes(own: Mapping[str, ShardedBase]) -> Boxes:
 
 @torch.no_grad()
 def write_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
-    """Writes the boxes of all ranks of `group` into the empty `folder`, forced to disk. Raises `RanksFailed`."""
+    """Writes the boxes of all ranks of `group` into the empty `folder` and forces them to disk.
+
+    All ranks of the group call it together. Raises RanksFailed on each of them when any could not write.
+    """
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         torch.distributed.checkpoint.save(
@@ -66,12 +68,15 @@ def write_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
 
 
 def write_format(folder: Path) -> None:
-    """The file by which Megatron-Core knows the format; one rank writes it."""
+    """Writes the file by which Megatron-Core recognizes the format; one rank calls this."""
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 class _BoxWriter(torch.distributed.checkpoint.FileSystemWriter):
-    """Checksums of the boxes travel to the coordinator beside their places, and lie in checksums.json there."""
+    """torch's writer, which in addition sends the checksum of each box to the coordinator, beside the box's place.
+
+    The coordinator writes them to checksums.json.
+    """
 
     def __init__(self, folder: Path):
         # nothing is copied ahead: what is written is in host memory already
@@ -102,18 +107,22 @@ class _BoxWriter(torch.distributed.checkpoint.FileSystemWriter):
 
 @dataclass(frozen=True)
 class _Summed:
+    """The place of a box and its checksum."""
+
     place: _StorageInfo
     digest: str
 
 
 class _Disk(FileSystem):
+    """torch's access to files, which in addition collects the checksums of what is written."""
+
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], tuple[int, str]] = {}
-        """(file, offset) -> length and checksum of what was written from there to a flush."""
+        """By file and offset: length and checksum of the bytes from there to the next flush."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
-        """Raises the file's first error, with its name, when the block is over."""
+        """A file to write; at the end of the `with` block its first error is raised, with its name."""
         stream = _Stream(Path(path), mode)
         try:
             yield stream
@@ -123,22 +132,26 @@ class _Disk(FileSystem):
             stream.close()
         if stream.error is not None:
             raise stream.error
-        self.sums |= {(Path(path).name, offset): found for offset, found in stream.sums.items()}
+        self.sums |= {(Path(path).name, offset): box for offset, box in stream.sums.items()}
 
 
 class _Stream(io.RawIOBase):
-    """A file that takes everything and keeps its first error: torch's serializer, written in C++, hides an error of
-    its file behind one of its own, and may end the process on the way."""
+    """A file whose methods do not fail: it stores its first error instead.
+
+    torch's serializer, which is written in C++, hides an error of its file behind one of its own, and may end the
+    process.
+    """
 
     def __init__(self, path: Path, mode: str):
         self.error: OSError | None = None
         self.sums: dict[int, tuple[int, str]] = {}
-        """Where each box begins -> its length and checksum. A flush ends one."""
+        """By the offset at which a box begins: its length and checksum. A flush ends a box."""
         self._path, self._position = path, 0
         self._box_start, self._sum = 0, new_sum()
         self._file = path.open(mode)
 
     def note(self, error: OSError) -> None:
+        """Stores the error, with the file's name, unless there was one before."""
         self.error = self.error or OSError(error.errno, error.strerror, str(self._path))
 
     def writable(self) -> bool:
@@ -173,6 +186,6 @@ class _Stream(io.RawIOBase):
 
     def close(self) -> None:
         self.flush()
-        with suppress(OSError):  # noted above, and raised again with what is still in its buffer
+        with suppress(OSError):  # noted above; closing raises it again for what is still in the buffer
             self._file.close()
         super().close()

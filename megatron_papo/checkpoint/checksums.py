@@ -1,11 +1,11 @@
-"""Checksums of a checkpoint: against disks that give back other bytes than they took, not against enemies.
+"""Checksums of a checkpoint: against disks that return other bytes than were written, not against attackers.
 
 checksums.json has the sum of every box, by the file that the box lies in:
 
     {"hash": "xxh3_64", "boxes": {"__0_0.distcp": [[offset, length, sum], ...]}}
 
-state.json has those of the other files, that of checksums.json among them, and its own (state_file.py). So a byte that
-changed anywhere contradicts a sum. Boxes are checked as they are read; small files are read here.
+state.json has the sums of the other files, checksums.json among them, and its own (state_file.py). So a byte that
+changed anywhere contradicts a sum. Boxes are checked by whoever reads them; small files are read and checked here.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ from megatron_papo.distributed.agreement import DamagedCheckpoint
 CHECKSUMS_FILE = "checksums.json"
 HASH = "xxh3_64"
 MOST_BYTES = 2**30
-"""Of a small file; a checkpoint of a million boxes has 200 MB of them."""
+"""The most bytes that a small file may have; checksums.json of a million boxes has 200 MB."""
 
-Boxes = dict[str, list[tuple[int, int, str]]]
-"""By file: offset, length and sum of each box."""
+SumsByFile = dict[str, list[tuple[int, int, str]]]
+"""Offset, length and sum of each box, by the name of its file."""
 
 
 def new_sum() -> Any:
-    """An object with `update` and `hexdigest`."""
+    """The sum of no bytes: an object with `update(bytes)` and `hexdigest()`."""
     return xxhash.xxh3_64()
 
 
 def sum_of(data: Any) -> str:
+    """The sum of all of `data`, in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def write_box_sums(folder: Path, boxes: Boxes) -> None:
+def write_box_sums(folder: Path, boxes: SumsByFile) -> None:
+    """Writes checksums.json into `folder`."""
     tree = {"hash": HASH, "boxes": {file: sorted(several) for file, several in sorted(boxes.items())}}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(tree, separators=(",", ":")) + "\n")
 
 
 def file_sums(folder: Path, but: Iterable[str]) -> dict[str, str]:
-    """Of the small files of `folder`: all that hold no boxes, but those named."""
+    """The sums of the small files of `folder` by name: of all files that hold no boxes, except those in `but`."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".distcp"]
     return {file.name: sum_of(file.read_bytes()) for file in files if file.name not in but}
 
 
 def read_small(file: Path) -> bytes:
-    """Raises DamagedCheckpoint for what is no file of a size that fits, OSError for what cannot be read."""
+    """The bytes of a small file. Raises DamagedCheckpoint for what is no file or too large, OSError for what cannot be
+    read."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise DamagedCheckpoint(f"{file}: is no file")
     with file.open("rb") as opened:
@@ -61,9 +64,10 @@ def read_small(file: Path) -> bytes:
 
 
 def read_checked(folder: Path, name: str, sums: Mapping[str, str] | None) -> bytes:
-    """A small file, whose sum is among `sums`. Raises DamagedCheckpoint when it has another one, and when it is gone.
+    """The bytes of a small file, compared with its sum in `sums`.
 
-    `sums` is None for a checkpoint of an older version, which has none.
+    `sums` is None for a checkpoint of an older version, which has none. Raises DamagedCheckpoint when the sums differ,
+    and when the file is missing.
     """
     file = folder / name
     try:
@@ -79,7 +83,7 @@ DIFFERS = "not what was written: its checksum differs"
 
 
 def read_box_sums(folder: Path, sums: Mapping[str, str]) -> dict[tuple[str, int], tuple[int, str]]:
-    """(file, offset) -> length and sum of each box. Raises DamagedCheckpoint naming the file."""
+    """Length and sum of each box, by file and offset. Raises DamagedCheckpoint naming the file."""
     data = read_checked(folder, CHECKSUMS_FILE, sums)
     try:
         tree = json.loads(data)

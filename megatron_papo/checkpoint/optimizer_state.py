@@ -1,7 +1,7 @@
 """The state of Megatron's optimizers, parameter by parameter: moments, fp32 master copy, step.
 
-The same for the fp32 optimizer, the mixed-precision one and the distributed one, so a checkpoint of any of them loads
-into any other. Learning rates and weight decay are not state: the schedule sets them at each step. Megatron's own
+It has one form for the fp32 optimizer, the mixed-precision one and the distributed one, so a checkpoint of any of them
+loads into any other. Learning rates and weight decay are not state: the schedule sets them at each step. Megatron's own
 `optimizer.sharded_state_dict` is not used: with torch's Adam the distributed optimizer's fails to load, and the
 parameter groups that it stores are those of the first stage only.
 """
@@ -27,36 +27,38 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slot:
-    """What the optimizer of this rank keeps for one parameter, or for a flat range of one."""
+    """What this rank's optimizer stores for one parameter, or for a flat range of one."""
 
     name: str
     held: HeldParameter
     main: Tensor
-    """What the optimizer updates: the parameter itself, or its fp32 master copy."""
+    """The tensor that the optimizer updates: the parameter itself, or its fp32 master copy."""
     state: dict[str, Tensor]
     flat_start: int | None
-    """Of the distributed optimizer: where in the flattened parameter `main` begins."""
+    """Where in the flattened parameter `main` begins, for the distributed optimizer; else None."""
 
     @property
     def has_master(self) -> bool:
+        """Whether `main` is a copy of the parameter in another dtype."""
         return self.main.dtype != self.held.tensor.dtype
 
 
 def slots(optimizer: MegatronOptimizer, held: Mapping[str, HeldParameter]) -> list[Slot]:
-    """Every slot of this rank; their states are empty before the first step."""
+    """All slots of this rank; their states are empty before the first step."""
     names = {id(part.tensor): name for name, part in held.items()}
-    found = []
+    result = []
     for inner in _inner(optimizer):
         for parameter, updated, flat_start in _mains(inner):
             name, state = names[id(parameter)], inner.optimizer.state[updated]
-            # the precision-aware and the offloading Adam keep the master copy as state of the weight itself
+            # the precision-aware and the offloading Adam store the master copy as state of the weight itself
             main = state.get("master_param", updated)
-            found.append(Slot(name, held[name], main, state, flat_start))
-    return found
+            result.append(Slot(name, held[name], main, state, flat_start))
+    return result
 
 
 def step_count(optimizer: MegatronOptimizer) -> int:
-    """Updates that the optimizer has made, as Adam's bias correction counts them; 0 on a rank without parameters."""
+    """The number of updates that the optimizer has made, as Adam's bias correction counts them; 0 on a rank without
+    parameters."""
     counts = [0]
     for adam in (adam for inner in _inner(optimizer) for adam in _adams(inner)):
         steps = [state["step"] for state in adam.state.values() if "step" in state]
@@ -67,7 +69,8 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 
 def clear(optimizer: MegatronOptimizer) -> None:
-    """As before the first update; master copies stay as they are, but those that are state of the weights."""
+    """Brings the optimizer back to before its first update. Master copies keep their values, except those that are
+    state of the weights."""
     for inner in _inner(optimizer):
         for adam in (inner.optimizer, *_adams(inner)):
             adam.state.clear()
@@ -92,19 +95,21 @@ def allocate(optimizer: MegatronOptimizer, step: int) -> None:
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Those of the chain that update parameters; without any Megatron makes a stub."""
+    """The optimizers of the chain that update parameters; for a rank without parameters Megatron makes a stub."""
     return [inner for inner in members(optimizer) if inner.optimizer is not None]
 
 
 def _adams(inner: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """What counts steps: the Adam itself, or those that an offloading one is made of, one on the GPU and many on the
-    host. Before each step these get the offloading one's groups, so that a count there would come back every time."""
+    """The optimizers that count steps: the Adam itself, or those that an offloading Adam is made of, one on the GPU and
+    many on the host. Before each step these receive the groups of the offloading Adam, so a count in its groups would
+    come back every time."""
     adam = inner.optimizer
     return adam.sub_optimizers if isinstance(adam, HybridDeviceOptimizer) else [adam]
 
 
 def _step_in_place(adam: HybridDeviceOptimizer) -> None:
-    """An update that makes the states and moves no weight: padding has to stay zero, and no checkpoint holds it."""
+    """An update at a learning rate of 0: it creates the states and moves no weight. Padding has to stay zero, and no
+    checkpoint has it."""
     rates = [group["lr"] for group in adam.param_groups]
     for group in adam.param_groups:
         group["lr"] = 0.0
@@ -114,16 +119,16 @@ def _step_in_place(adam: HybridDeviceOptimizer) -> None:
 
 
 def _initialize(adam: Any) -> None:
-    """What Megatron-Core 0.19.2 does for Transformer Engine's FusedAdam, whose method takes a second argument since
-    2.1: whether the master copy is stored as the bits that bfloat16 leaves out."""
+    """Creates the states of Transformer Engine's FusedAdam as Megatron-Core 0.19.2 does. Since 2.1 its method takes a
+    second argument: whether the master copy is stored as the bits that bfloat16 leaves out."""
     for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
         if not adam.state[parameter]:
             adam.initialize_state(parameter, adam.store_param_remainders and parameter.dtype == torch.bfloat16)
 
 
 def _count_from(adam: torch.optim.Optimizer, step: int) -> None:
-    """The next update is number `step` + 1. Torch's Adam counts in every state, on the host or, with its fused kernel,
-    beside the moments; the fused Adams of others count in the group."""
+    """Sets the count such that the next update is number `step` + 1. Torch's Adam counts in every state, on the host
+    or, with its fused kernel, beside the moments; the fused Adams of other libraries count in the group."""
     for group in adam.param_groups:
         if not isinstance(adam, torch.optim.Adam):
             group["step"] = step
@@ -134,7 +139,8 @@ def _count_from(adam: torch.optim.Optimizer, step: int) -> None:
 
 
 def _mains(inner: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, int | None]]:
-    """(model parameter, what the optimizer updates for it, flat start of that)."""
+    """Yields each model parameter, the tensor that the optimizer updates for it, and where in the flattened parameter
+    that tensor begins (None: it is whole)."""
     if isinstance(inner, DistributedOptimizer):
         groups = inner.optimizer.param_groups
         for buffer in inner.gbuf_ranges:

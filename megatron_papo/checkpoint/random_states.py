@@ -1,4 +1,4 @@
-"""The states of this rank's random number generators, as an object of a checkpoint: tensors of bytes."""
+"""The states of this rank's random number generators, as an object in a checkpoint that consists of uint8 tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megatron_papo.distributed.layout import layout
 
 
 def random_states() -> ShardedObject:
-    """As they are now."""
+    """The states as they are now."""
     states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    here = layout()
-    return ShardedObject("rng", states, (here.world_size,), (here.rank,))
+    own = layout()
+    return ShardedObject("rng", states, (own.world_size,), (own.rank,))
 
 
 def read_random_states(opened: Opened) -> Mapping[str, Any]:
-    """Those of this rank. Raises DamagedCheckpoint for what its generators would not take."""
+    """The stored states of this rank. Raises DamagedCheckpoint for what its generators would not accept."""
     own = random_states()
     states = read_object(opened, own)
     try:
@@ -41,6 +41,7 @@ def read_random_states(opened: Opened) -> Mapping[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
+    """Sets this rank's random number generators to `states`."""
     torch.set_rng_state(states["torch"])
     get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():

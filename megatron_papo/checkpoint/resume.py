@@ -1,8 +1,8 @@
-"""Where a run goes on: at its newest checkpoint, or at the newest that is whole where that one is damaged.
+"""Resumes a run from its newest checkpoint or, where that one is damaged, from the newest that is whole.
 
-A damaged checkpoint is told of, with the file and the reason, and set aside under a name that nobody takes for a
-checkpoint's; it is never deleted. Where none is whole nothing is renamed and the run ends: it would else begin anew,
-and in time remove what may yet be repaired.
+The user is warned of a damaged checkpoint, with file and reason. It is renamed, so that nobody takes it for a
+checkpoint, and never deleted. If no checkpoint is whole, nothing is renamed and the run ends: otherwise it would begin
+anew, and in time remove what may still be repaired.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_papo.checkpoint.state import Restored, TrainState, read_state
-from megatron_papo.checkpoint.survey import Found, survey
+from megatron_papo.checkpoint.survey import Listed, survey
 from megatron_papo.distributed.agreement import DamagedCheckpoint, agreed
 from megatron_papo.files.small_files import set_aside
 
 Check = Callable[[Path, dict[str, Any]], None]
-"""Of a checkpoint and its state file: raises ValueError for one that this run may not go on from."""
+"""Called with the folder of a checkpoint and its state.json; raises ValueError if this run may not resume from it."""
 
 
 @dataclass(frozen=True)
 class Resumed:
+    """The checkpoint that a run was resumed from."""
+
     folder: Path
     restored: Restored
     passed_over: set[Path] = field(default_factory=set)
-    """Newer ones, damaged, that could not be renamed; known on rank 0."""
+    """Newer checkpoints that are damaged and could not be renamed; filled on rank 0 alone."""
 
 
 def resume_newest(folder: Path, state: TrainState, check: Check, warn: Callable[[str], None]) -> Resumed | None:
-    """Fills `state` from the newest checkpoint under `folder` that is whole, whatever layout wrote it; None when there
-    is no checkpoint. Collective.
+    """Fills `state` from the newest whole checkpoint under `folder`, whatever layout wrote it; all ranks call it
+    together. Returns None when there is no checkpoint.
 
-    Raises ValueError on every rank alike: as `check` and `read_state`, for a checkpoint of another version, and naming
-    every checkpoint and its fault when all are damaged.
+    Raises ValueError, on every rank alike: what `check` and `read_state` raise; for a checkpoint of another version;
+    and, naming every checkpoint and its fault, when all are damaged.
     """
     damaged: dict[Path, str] = {}
     while True:
@@ -61,16 +63,16 @@ def resume_newest(folder: Path, state: TrainState, check: Check, warn: Callable[
     return None
 
 
-def _newest(folder: Path, but: Container[Path]) -> tuple[Found | None, dict[Path, str]]:
-    """The newest whole one that is not in `but`, and those whose state files are damaged."""
-    found = survey(folder)
-    if found.foreign:
-        raise ValueError(found.foreign[0])
-    return found.newest(but), found.damaged
+def _newest(folder: Path, but: Container[Path]) -> tuple[Listed | None, dict[Path, str]]:
+    """The newest whole checkpoint that is not in `but`, and those whose state files are damaged."""
+    listed = survey(folder)
+    if listed.foreign:
+        raise ValueError(listed.foreign[0])
+    return listed.newest(but), listed.damaged
 
 
 def _out_of_the_way(damaged: Mapping[Path, str], chosen: Path, warn: Callable[[str], None]) -> set[Path]:
-    """Renames them; those that could not be."""
+    """Renames the damaged checkpoints and warns of each; returns those that could not be renamed."""
     left = set()
     for path, reason in damaged.items():
         try:

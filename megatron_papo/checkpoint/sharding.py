@@ -1,9 +1,9 @@
 """A rank's tensors as Megatron-Core `ShardedTensor`s: which box of which stored tensor each of them is.
 
-What is stored is the whole parameter of the name table: as one tensor rank would hold it, without padding, under its
-Megatron name. So a checkpoint does not depend on the layout that wrote it. Megatron's own modules would describe the
-padded shards instead, and the distributed optimizer would gather its state on every data-parallel rank first; here
-each rank stores the boxes that it holds, be they a shard or a flat range of one.
+What is stored is the whole parameter of the table of parameters: as a single tensor-parallel rank would hold it,
+without padding, under its Megatron name. So a checkpoint does not depend on the layout that wrote it. Megatron's own
+modules would describe the padded shards instead, and the distributed optimizer would first gather its state on every
+data-parallel rank; here each rank stores the boxes that it holds, which are a shard or a flat range of one.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megatron_papo.weights.held import HeldParameter
 
 
 def sharded_tensors(
-    key: str, held: HeldParameter, data: Tensor, here: Layout, flat_start: int | None = None
+    key: str, held: HeldParameter, data: Tensor, layout: Layout, flat_start: int | None = None
 ) -> list[ShardedTensor]:
-    """`data` as boxes of the stored tensor `key`, views of `data`, so that loading fills it in place.
+    """`data` as boxes of the stored tensor `key`. The boxes are views of `data`, so that loading fills it in place.
 
-    `data` is a tensor like the parameter (its optimizer state, say) or, with `flat_start`, the values of the flattened
-    parameter from there on, as the distributed optimizer splits it over the data-parallel ranks; then no rank repeats
-    another's values. Padding is in no box.
+    `data` has the shape of the parameter (the parameter itself or its optimizer state). With `flat_start` it is instead
+    the values of the flattened parameter from there on, as the distributed optimizer splits it over the data-parallel
+    ranks; then no rank repeats another's values. Padding is in no box.
     """
     entry, shape = held.entry, tuple(held.tensor.shape)
     if flat_start is None:
         boxes = iter([(tuple(slice(0, size) for size in shape), data)])
     else:
         boxes = _boxes(shape, flat_start, data)
-    replica = (int(held.copy), here.tensor_rank if entry.axis is None else 0, here.data_rank * (flat_start is None))
+    replica = (int(held.copy), layout.tensor_rank if entry.axis is None else 0, layout.data_rank * (flat_start is None))
     axis = entry.axis or 0
-    found = []
+    tensors = []
     for box, values in boxes:
-        for piece in pieces(entry, shape, here.tensor_rank):
+        for piece in pieces(entry, shape, layout.tensor_rank):
             start = max(box[axis].start, piece.local)
             length = min(box[axis].stop, piece.local + piece.length) - start
             if length <= 0:
@@ -44,14 +44,17 @@ def sharded_tensors(
             offset = [part.start for part in box]
             offset[axis] = start - piece.local + piece.start
             view = values.narrow(axis, start - box[axis].start, length)
-            found.append(
+            tensors.append(
                 ShardedTensor(key, view, view.dtype, tuple(view.shape), entry.shape, tuple(offset), None, replica)
             )
-    return found
+    return tensors
 
 
 def _boxes(shape: tuple[int, ...], start: int, flat: Tensor) -> Iterator[tuple[Index, Tensor]]:
-    """A flat range of a tensor as at most three boxes: the end of a row, whole rows, the beginning of a row."""
+    """Cuts a flat range of a tensor into at most three boxes: the end of a row, whole rows, the beginning of a row.
+
+    Yields each box as its index in the tensor and its values.
+    """
     stop = start + flat.numel()
     if len(shape) == 1:
         yield (slice(start, stop),), flat

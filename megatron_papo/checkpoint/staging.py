@@ -1,9 +1,10 @@
-"""Host memory that a checkpoint is copied to before it is written, so that training may go on meanwhile.
+"""Host memory that a checkpoint is copied to before it is written, so that training may continue meanwhile.
 
-As large as what this rank writes: its weights (one data-parallel rank's share of them is all of its shard) and its
-optimizer state, once more. In fp32 that is 12 bytes a parameter of this rank, with bf16 weights and fp32 masters 14. It
-is one piece, which stays from save to save: the first save pays for its pages. Where there is a GPU it is pinned, as it
-is: what torch's own `pin_memory` gives for a tensor is as large as the next power of two.
+It is as large as what this rank writes: its weights and its optimizer state. The weights count on one data-parallel
+rank alone, which writes its whole shard. In fp32 that is 12 bytes a parameter of this rank, with bf16 weights and fp32
+masters 14. It is a single piece of memory, which is kept from save to save, so that only the first save pays for its
+pages. Where there is a GPU these pages are pinned in place: torch's own `pin_memory` rounds the size of a tensor up to
+the next power of two.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from torch import Tensor
 from megatron_papo.distributed.accelerator import has_gpu
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
-"""Name, offset, shape and dtype of a box."""
+"""The name, offset, shape and dtype of a box."""
 _ALIGNMENT = 64
-"""Bytes; of every tensor's beginning."""
+"""Every tensor begins at a multiple of so many bytes."""
 
 
 class Staging:
+    """Memory for a copy of the boxes that this rank writes; each copy overwrites the last one."""
+
     def __init__(self) -> None:
         self._memory: HostMemory | None = None
         self._buffers: dict[Place, Tensor] = {}
 
     @torch.no_grad()
     def copy(self, tree: Mapping[str, ShardedBase]) -> dict[str, ShardedBase]:
-        """The same tree, its tensors as they are now, in memory of this object; the last copy is overwritten.
-
-        Returns when every value has arrived.
-        """
+        """A copy of `tree` whose tensors, with their values of now, lie in this memory. Returns when all values are
+        copied."""
         places = {name: _place(part) for name, part in tree.items() if isinstance(part, ShardedTensor)}
         if set(places.values()) != self._buffers.keys():
             self._allocate(list(dict.fromkeys(places.values())))
@@ -50,12 +51,8 @@ class Staging:
             torch.cuda.current_stream().synchronize()
         return copied
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def _allocate(self, places: list[Place]) -> None:
-        self._buffers, self._memory = {}, None  # gone before there is more
+        self._buffers, self._memory = {}, None  # freed before more is allocated
         sizes = [torch.Size(shape).numel() * dtype.itemsize for _, _, shape, dtype in places]
         starts = [0]
         for size in sizes:
@@ -66,7 +63,7 @@ class Staging:
 
 
 class HostMemory:
-    """Pages of the host; where there is a GPU it copies to them by itself, and the host meanwhile goes on."""
+    """Pages of the host's memory. Where there is a GPU they are pinned: it copies to them while the host works on."""
 
     def __init__(self, num_bytes: int):
         # shared with processes that are forked: private pages would be copied on the next write, away from the GPU's
@@ -78,7 +75,7 @@ class HostMemory:
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def tensor(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Over the bytes from `start` on; keeps the pages for as long as it lives, not their being pinned."""
+        """A tensor over the bytes from `start` on. It keeps the pages alive, but does not keep them pinned."""
         if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._pages, dtype=dtype, count=shape.numel(), offset=start).view(shape)

@@ -1,13 +1,13 @@
-"""What a checkpoint folder holds, in the format of megatron.core.dist_checkpointing (writing.py, reading.py).
+"""What a checkpoint folder holds, in the format of megatron.core.dist_checkpointing (box_writing.py, box_reading.py).
 
     .metadata, *.distcp, metadata.json   tensors: weights, Adam's moments, fp32 master copies, random number states
-    checksums.json                       of every box of a tensor (checksums.py)
+    checksums.json                       the checksum of every box of a tensor (checksums.py)
     state.json                           step, metric, data cursor, settings, the layout that wrote it; other checksums
     config.json, tokenizer...            the Hugging Face folder's files beside its weights
 
 Tensors are stored whole and unpadded under their Megatron names (sharding.py): any layout loads what any other wrote.
-Random number states belong to ranks, so they come back on the same layout only. Saving is in two parts: `snapshot`
-takes the state of this moment, and what it returns is written later, by whoever wants to (store.py).
+Random number states belong to ranks, so they are restored on the same layout only. Saving has two parts: `snapshot`
+takes the state of this moment, and store.py writes what it returns, possibly later.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_papo.checkpoint import optimizer_state
+from megatron_papo.checkpoint.archive import COMMON_STATE
 from megatron_papo.checkpoint.box_reading import check_object, read_boxes
-from megatron_papo.checkpoint.box_writing import COMMON_STATE, Boxes, own_boxes, to_boxes, write_boxes, write_format
+from megatron_papo.checkpoint.box_writing import Boxes, own_boxes, to_boxes
 from megatron_papo.checkpoint.opening import Opened, open_checkpoint
 from megatron_papo.checkpoint.random_states import random_states, read_random_states, set_random_states
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state_file import FORMAT, write_state_tree
-from megatron_papo.checkpoint.state_file import is_checkpoint as is_checkpoint
-from megatron_papo.checkpoint.state_file import read_state_file as read_state_file
 from megatron_papo.distributed.agreement import agree
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout, world_group
@@ -46,12 +45,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint saves and restores. `cursor` and `config` are plain JSON trees."""
+    """What a checkpoint saves and restores. `cursor` (the place in the data) and `config` are plain JSON trees."""
 
     model: nn.Module
     shape: ModelShape
     optimizer: Optimizer | None = None
-    """None: weights alone."""
+    """None where only weights are saved and restored."""
     cursor: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -72,12 +71,14 @@ class Snapshot:
 
     boxes: Boxes
     facts: dict[str, Any]
-    """For state.json; what the store knows is yet to come."""
+    """The content of state.json, to which the store adds what it alone knows."""
 
 
 def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
-    """The state as it is now, copied to `staging`; without it the boxes are the state's own tensors, for who writes
-    them before anything changes. Collective over all ranks."""
+    """The state as it is now, copied to `staging`. All ranks call it together.
+
+    Without `staging` the boxes are the state's own tensors, which have to be written before any of them changes.
+    """
     held = held_parameters(state.model, state.shape, layout().tensor_size)
     tree = {**model_tensors(held), "rng": random_states()}
     counts = {"optimizer_step": 0, "schedule_steps": 0}
@@ -93,24 +94,17 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
     return Snapshot(boxes, {"step": step, **counts, "random_states": True, **plain})
 
 
-def write_tensors(folder: Path, tree: dict[str, Any]) -> None:
-    """Writes the boxes of all ranks into the empty `folder`; collective."""
-    write_boxes(folder, to_boxes(own_boxes(tree)), world_group())
-    if layout().rank == 0:
-        write_format(folder)
-
-
 def write_state_file(folder: Path, *, step: int, **rest: Any) -> None:
-    """The last file of a checkpoint: it has checksums of the others."""
+    """Writes state.json, the last file of a checkpoint, which has the checksums of the others."""
     write_state_tree(folder, {"format": FORMAT, "step": step, "layout": _layout_sizes(), **rest})
 
 
 def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None] = _log.warning) -> Restored:
-    """Fills model, optimizer and schedule of `state` from a checkpoint of any layout; collective over all ranks.
+    """Fills model, optimizer and schedule of `state` from a checkpoint of any layout. All ranks call it together.
 
-    Without an optimizer in `state` the weights alone are read. An optimizer is as fresh as before its first update when
-    the checkpoint has no updates in it. `warn` is told, on rank 0, of what is no reason to refuse the checkpoint;
-    by default that is a line on the console.
+    Without an optimizer in `state`, only the weights are read. If the checkpoint has no updates in it, the optimizer is
+    left as before its first update. `warn` is called, on rank 0, with faults that are no reason to refuse the
+    checkpoint; by default it logs them.
 
     Raises, on every rank alike, DamagedCheckpoint for what cannot be read or is not what was written, after which
     tensors of `state` may have any values, and another checkpoint can be read into it; ValueError naming tensors that
@@ -121,7 +115,7 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
     held = held_parameters(state.model, state.shape, layout().tensor_size)
     tree = model_tensors(held)
     if state.optimizer is not None:
-        optimizer_state.clear(state.optimizer.megatron)  # of a checkpoint that was damaged
+        optimizer_state.clear(state.optimizer.megatron)  # a damaged checkpoint may have filled a part of it
         if saved["optimizer_step"]:
             optimizer_state.allocate(state.optimizer.megatron, saved["optimizer_step"])
             tree |= _optimizer_tensors(state.optimizer, held, stored)
@@ -139,8 +133,10 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
 
 
 def _read(opened: Opened, tree: dict[str, ShardedTensor], resumed: bool) -> Mapping[str, Any] | None:
-    """Fills the tensors of `tree`; padding, which is in no checkpoint, keeps the zeros it was built with. Returns this
-    rank's random number states when it resumes with them."""
+    """Fills the tensors of `tree`. Padding, which is in no checkpoint, stays the zeros it was built with.
+
+    Returns this rank's random number states if they are to be restored (`resumed`), else None.
+    """
     read_boxes(opened, tree)
     if layout().rank == 0:
         check_object(opened, COMMON_STATE)
@@ -148,13 +144,13 @@ def _read(opened: Opened, tree: dict[str, ShardedTensor], resumed: bool) -> Mapp
 
 
 def _stored(opened: Opened) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor in a checkpoint."""
+    """The shape of every tensor in a checkpoint, by name."""
     described = opened.metadata.state_dict_metadata.items()
     return {name: tuple(each.size) for name, each in described if isinstance(each, TensorStorageMetadata)}
 
 
 def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError on every rank when what any rank wants is not stored, or in another shape."""
+    """Raises ValueError, on every rank, when a tensor that any rank needs is not stored or has another shape."""
     faults = set()
     for part in tree.values():
         if part.key not in stored:
@@ -167,19 +163,22 @@ def check_stored(folder: Path | str, tree: Mapping[str, Any], stored: Mapping[st
 
 
 def model_tensors(held: Mapping[str, HeldParameter]) -> dict[str, ShardedTensor]:
-    """The weights as boxes of stored tensors; the tree's own keys say nothing."""
-    found: dict[str, ShardedTensor] = {}
+    """The weights as boxes of stored tensors. The keys of the result are unique and have no other meaning."""
+    boxes: dict[str, ShardedTensor] = {}
     for name, part in held.items():
         for box in sharded_tensors(part.entry.name, part, part.tensor.detach(), layout()):
-            found[f"model.{name}.{len(found)}"] = box
-    return found
+            boxes[f"model.{name}.{len(boxes)}"] = box
+    return boxes
 
 
 def _optimizer_tensors(
     optimizer: Optimizer, held: Mapping[str, HeldParameter], stored: Mapping[str, tuple[int, ...]] | None
 ) -> dict[str, ShardedTensor]:
-    """Moments and master copies; with `stored`, a master copy that is not there is read from the weights."""
-    found: dict[str, ShardedTensor] = {}
+    """The moments and master copies as boxes of stored tensors, keyed as in `model_tensors`.
+
+    With `stored`, the tensors of a checkpoint that is to be read, a master copy that it lacks is read from its weights.
+    """
+    boxes: dict[str, ShardedTensor] = {}
     for slot in optimizer_state.slots(optimizer.megatron, held):
         weight = slot.held.entry.name
         tensors = {f"optimizer.state.{moment}.{weight}": slot.state[moment] for moment in optimizer_state.MOMENTS}
@@ -188,17 +187,17 @@ def _optimizer_tensors(
             tensors[weight if stored is not None and master not in stored else master] = slot.main.detach()
         for key, tensor in tensors.items():
             for box in sharded_tensors(key, slot.held, tensor, layout(), slot.flat_start):
-                found[f"optimizer.{len(found)}"] = box
-    return found
+                boxes[f"optimizer.{len(boxes)}"] = box
+    return boxes
 
 
 def _restore_schedule(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if not saved["optimizer_step"]:
         optimizer.megatron.reload_model_params()  # master copies were made from the weights before loading
     optimizer.schedule.num_steps = saved["schedule_steps"]
-    optimizer.schedule.step(increment=0)  # rates of these settings at that step
+    optimizer.schedule.step(increment=0)  # sets the learning rates that the settings give for that step
 
 
 def _layout_sizes() -> dict[str, int]:
-    here = layout()
-    return {"tensor": here.tensor_size, "pipeline": here.pipeline_size, "data": here.data_size}
+    own = layout()
+    return {"tensor": own.tensor_size, "pipeline": own.pipeline_size, "data": own.data_size}

@@ -1,7 +1,7 @@
-"""state.json, which says what a checkpoint folder is: known without importing Megatron-Core.
+"""state.json, which says what a checkpoint folder is; reading it needs no Megatron-Core.
 
-It is written last and vouches for the folder: `checksums` are those of the other small files (checksums.py), `xxh3`,
-its last key, that of the rest of itself. A state.json of an older version has neither.
+It is written last and stands for the whole folder: `checksums` are those of the other small files (checksums.py), and
+`xxh3`, its last key, is the checksum of the rest of itself. A state.json of an older version has neither.
 """
 
 from __future__ import annotations
@@ -25,24 +25,29 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def is_checkpoint(folder: Path | str) -> bool:
-    """Whether a folder of checkpoints, of a run say, has one there."""
+    """Whether `folder`, in which only checkpoints are expected (that of a run, say), is a checkpoint."""
     return (Path(folder) / STATE_FILE).is_file()
 
 
 def names_checkpoint(folder: Path | str) -> bool:
-    """Of a folder that may be of either kind: whether its weights are a checkpoint's. One in which transformers finds
-    weights is a Hugging Face folder, whatever else lies in it."""
+    """Whether the weights of `folder`, a checkpoint or a Hugging Face folder, are those of a checkpoint.
+
+    A folder in which transformers finds weights is a Hugging Face folder, whatever else lies in it.
+    """
     return is_checkpoint(folder) and not holds_weights(folder)
 
 
 def write_state_tree(folder: Path, tree: Mapping[str, Any]) -> None:
-    """With checksums of all that is in `folder` by now."""
+    """Writes state.json, with the checksums of all small files that are in `folder` by now."""
     (folder / STATE_FILE).write_bytes(_render({**tree, "checksums": file_sums(folder, but=(STATE_FILE,))}))
 
 
 def read_state_file(folder: Path | str) -> dict[str, Any]:
-    """The parsed state.json, every value of its type. Raises ValueError naming the file when it is missing or of
-    another format, DamagedCheckpoint when it is not as it was written."""
+    """The content of state.json, in which every value has its type.
+
+    Raises ValueError naming the file when it is missing or of another format, DamagedCheckpoint when it is not as it
+    was written.
+    """
     file = Path(folder) / STATE_FILE
     try:
         data = read_small(file)
@@ -66,7 +71,7 @@ def read_state_file(folder: Path | str) -> dict[str, Any]:
 
 
 def _render(tree: Mapping[str, Any]) -> bytes:
-    """With its own sum behind; reading and writing give the same bytes."""
+    """The bytes of the file, its own checksum last. Parsing and rendering them gives the same bytes again."""
     own = sum_of(json.dumps(tree, indent=2).encode())
     return (json.dumps({**tree, _OWN_SUM: own}, indent=2) + "\n").encode()
 

@@ -1,15 +1,16 @@
-"""The checkpoints of a run: a folder a step, the last few and the best kept; whole or not there at all.
+"""The checkpoints of a run: one folder for each saved step, of which the last few and the best are kept.
 
-A save is a snapshot, taken while training waits, and the writing of it, which may be left to a thread: files of every
-rank, then rank 0 publishes them. What the ranks have to tell each other meanwhile goes through a group of its own, on
-the CPU, so it never meets the collectives of training. At most one checkpoint is being written.
+A save is a snapshot, taken while training waits, and the writing of it, which a thread may do: every rank writes its
+files, then rank 0 publishes the folder. Meanwhile the ranks communicate through a group of their own, on the CPU, which
+never meets the collectives of training. At most one checkpoint is being written.
 
-A disk's fault on any rank (full, over quota, broken, forbidden) costs that checkpoint: every rank learns of it, what
-was written of it is removed, and older ones stay. A process killed at any moment leaves the last good checkpoint: a
-folder is written under another name, forced to disk, then renamed (atomic.py). What a killed process left behind is
-cleared at the next save. Only folders of a run's own names with its own state.json are ever chosen or removed. A run
-that finds its newest checkpoint damaged goes on from the newest that is whole (`resume`).
-Leaves out a time limit: who waits for a write has one (runtime/watchdog.py).
+If a disk fails on any rank (full, over quota, broken, forbidden), that checkpoint is lost: every rank learns of it,
+what was written of it is removed, and older ones stay. A checkpoint is whole or does not exist: its folder is written
+under another name, forced to disk, then renamed (files/atomic_folder.py), so a process that is killed at any moment
+leaves the last good one. What a killed process left behind is removed at the next save. Only folders that have the
+names of a run's checkpoints and its own state.json are ever chosen or removed. A run whose newest checkpoint is damaged
+resumes from the newest that is whole (`resume`). There is no time limit here: whoever waits for a write has one
+(runtime/watchdog.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from megatron_papo.checkpoint.state import (
     Restored,
     Snapshot,
     TrainState,
-    read_state,
     snapshot,
     write_state_file,
 )
@@ -51,11 +51,11 @@ class SaveFailed(ValueError):
 
 
 class CheckpointStore:
-    """Checkpoints under `folder`, all ranks calling together.
+    """The checkpoints under `folder`; all ranks call its methods together.
 
-    `keep_last` newest ones stay and, with `keep_best`, the one of the highest metric. Files of the Hugging Face folder
-    `source` (config, tokenizer, processor) go into each, so that it can be used alone. `warn` is told at once
-    of a checkpoint that failed, and of what else goes wrong, by the thread that writes.
+    The `keep_last` newest ones are kept and, with `keep_best`, the one of the highest metric. Files of the Hugging Face
+    folder `source` (config, tokenizer, processor) are copied into each, so that it can be used by itself. The thread
+    that writes calls `warn` at once with a checkpoint that failed, and with whatever else goes wrong.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CheckpointStore:
         self.keep_best = keep_best
         self.source = None if source is None else Path(source)
         self.num_failed = 0
-        """Checkpoints that could not be written."""
+        """The number of checkpoints that could not be written."""
         self._warn = warn
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
@@ -79,11 +79,11 @@ class CheckpointStore:
         self._failure: SaveFailed | None = None
         self._is_tight = False
         self._passed_over: set[Path] = set()
-        """Damaged ones that could not be renamed."""
+        """Damaged checkpoints that could not be renamed."""
         self._told: set[str] = set()
 
     def save(self, step: int, state: TrainState, metric: float | None = None) -> Path:
-        """Writes `state` as `step_<step>` and returns that folder, which exists on return. `metric`: higher is better.
+        """Writes `state` as `step_<step>` and returns that folder, which exists by then. A higher `metric` is better.
 
         An older checkpoint of the same step is replaced. Raises SaveFailed on every rank.
         """
@@ -92,9 +92,9 @@ class CheckpointStore:
         return self._final(step)
 
     def start(self, step: int, state: TrainState, metric: float | None = None, background: bool = True) -> None:
-        """As `save`, but a failure is kept for `finish`. In the background: returns once it has a copy of `state`.
+        """Saves as `save` does, but leaves it to `finish` to raise a failure. Waits for the checkpoint before.
 
-        Waits for the checkpoint before.
+        With `background` it returns once it has a copy of `state`, which a thread then writes.
         """
         self.wait()
         if self._group is None:
@@ -111,7 +111,7 @@ class CheckpointStore:
         return self._writer.busy
 
     def wait(self) -> None:
-        """Until nothing is being written; whether it succeeded is `finish`'s to say."""
+        """Returns when nothing is being written; `finish` says whether that succeeded."""
         self._writer.wait()
 
     def finish(self) -> None:
@@ -120,12 +120,11 @@ class CheckpointStore:
         if self._failure is not None:
             raise self._failure
 
-    def load(self, path: Path | str, state: TrainState) -> Restored:
-        """Fills `state` from the checkpoint at `path`, whatever layout wrote it. Raises ValueError as `read_state`."""
-        return read_state(path, state)
-
     def resume(self, state: TrainState, check: Check = lambda folder, saved: None) -> tuple[Path, Restored] | None:
-        """Fills `state` from the newest checkpoint that is whole; None when there is none. See `resume.py`."""
+        """Fills `state` from the newest whole checkpoint and returns its folder; None when there is none.
+
+        What happens to damaged checkpoints stands in resume.py.
+        """
         resumed = resume_newest(self.folder, state, check, self._warn)
         if resumed is None:
             return None
@@ -133,22 +132,17 @@ class CheckpointStore:
         return resumed.folder, resumed.restored
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, by its state file; the same on every rank; None when there is none."""
-        found = agreed(lambda: self._survey().newest())
-        return found and found[0]
-
-    def best(self) -> Path | None:
-        """The checkpoint of the highest metric among those kept; the newest of equals."""
-        found = agreed(lambda: self._survey().best())
-        return found and found[0]
+        """The newest checkpoint whose state file is whole, the same on every rank; None when there is none."""
+        newest = agreed(lambda: self._survey().newest())
+        return newest and newest[0]
 
     def best_metric(self) -> float | None:
-        """Its metric; the same on every rank."""
-        found = agreed(lambda: self._survey().best())
-        return found and found[1]["metric"]
+        """The highest metric among the checkpoints that were kept, the same on every rank; None when none has one."""
+        best = agreed(lambda: self._survey().best())
+        return best and best[1]["metric"]
 
     def _attempt(self, step: int, taken: Snapshot, metric: float | None) -> None:
-        """Writes and publishes; `_failure` says what a disk is to blame for. Raises what no disk is."""
+        """Writes and publishes. A disk's fault is stored as `_failure`; any other error is raised."""
         self._failure = None
         try:
             self._write(step, taken, metric)
@@ -179,7 +173,7 @@ class CheckpointStore:
         partial.mkdir()
 
     def _publish(self, partial: Path, final: Path, taken: Snapshot, metric: float | None) -> None:
-        """What every rank has written becomes a checkpoint, and older ones make room."""
+        """Makes what every rank has written a checkpoint, and removes older ones."""
         write_format(partial)
         if self.source is not None:
             copy_side_files(self.source, partial)
@@ -193,7 +187,7 @@ class CheckpointStore:
             self._warn_once(f"the room for the next checkpoint is not known: {fault_of(0, error).reason}")
 
     def _look_ahead(self, last: Path) -> None:
-        """Says, once, that the next checkpoint will not fit: the room is the file system's, quotas may be tighter."""
+        """Warns once if the next checkpoint will not fit the free space of the file system; a quota may be tighter."""
         size = sum(file.stat().st_size for file in last.iterdir())
         free = shutil.disk_usage(last).free
         if free < size and not self._is_tight:
@@ -204,7 +198,7 @@ class CheckpointStore:
         return self.folder / f"step_{step:08d}"
 
     def _remains(self) -> str:
-        """What there is to resume from, as rank 0 sees it; ranks call it together."""
+        """A sentence on what there is to resume from, as rank 0 sees it; all ranks call it together."""
         assert self._group is not None
         steps = []
         if layout().rank == 0:
@@ -217,12 +211,13 @@ class CheckpointStore:
         return survey(self.folder, self._passed_over)
 
     def _retire(self) -> None:
-        """Links are somebody's own: they are neither counted nor removed."""
-        found = [each for each in self._survey().whole if not each[0].is_symlink()]
-        keep = {path for path, _ in found[-self.keep_last :]}
-        if self.keep_best and (best := best_of(found)) is not None:
+        """Removes the checkpoints that are not kept. Links belong to somebody else: they are neither counted nor
+        removed."""
+        whole = [listed for listed in self._survey().whole if not listed[0].is_symlink()]
+        keep = {path for path, _ in whole[-self.keep_last :]}
+        if self.keep_best and (best := best_of(whole)) is not None:
             keep.add(best[0])
-        for path, _ in found:
+        for path, _ in whole:
             if path not in keep:
                 try:
                     remove(path, self._warn)

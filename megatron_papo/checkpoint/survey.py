@@ -1,7 +1,7 @@
-"""What lies in the folder of a run's checkpoints, by names and state files: which are whole, and in which order.
+"""Which checkpoints the folder of a run has, by names and state files: which are whole, and in which order.
 
-A checkpoint is a folder of exactly the name that a run writes, with a state file of ours: anything else is somebody's
-own. Leaves out the tensors: whether they are whole shows when they are read.
+A checkpoint is a folder of exactly the name that a run writes, with a state.json of this package; anything else belongs
+to somebody else. Tensors are not read: whether they are whole shows when they are loaded.
 """
 
 from __future__ import annotations
@@ -17,53 +17,60 @@ from megatron_papo.checkpoint.state_file import is_checkpoint, read_state_file
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 from megatron_papo.files.small_files import STEP_NAME
 
-Found = tuple[Path, dict[str, Any]]
-"""A checkpoint and its state file."""
+Listed = tuple[Path, dict[str, Any]]
+"""The folder of a checkpoint, and the content of its state.json."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    whole: list[Found] = field(default_factory=list)
-    """In the order in which they were written."""
+    """The checkpoints of a folder, as far as their state files tell."""
+
+    whole: list[Listed] = field(default_factory=list)
+    """The checkpoints with an intact state.json, in the order in which they were written."""
     damaged: dict[Path, str] = field(default_factory=dict)
-    """Each with the reason."""
+    """The damaged checkpoints, each with the reason."""
     foreign: list[str] = field(default_factory=list)
-    """Reasons of those that another version has written."""
+    """A reason for each checkpoint that another version has written."""
 
-    def newest(self, but: Container[Path] = ()) -> Found | None:
-        return next((found for found in reversed(self.whole) if found[0] not in but), None)
+    def newest(self, but: Container[Path] = ()) -> Listed | None:
+        """The newest whole checkpoint that is not in `but`."""
+        return next((listed for listed in reversed(self.whole) if listed[0] not in but), None)
 
-    def best(self) -> Found | None:
-        """Of the highest metric, the newest of equals."""
+    def best(self) -> Listed | None:
+        """The whole checkpoint of the highest metric, the newest of equals."""
         return best_of(self.whole)
 
 
 def survey(folder: Path, but: Container[Path] = ()) -> Survey:
-    """Of all checkpoints under `folder` that are not in `but`."""
-    found = Survey()
+    """Lists all checkpoints under `folder` that are not in `but`."""
+    result = Survey()
     for path in _folders(folder):
         if path in but:
             continue
         try:
-            found.whole.append((path, read_state_file(path)))
+            result.whole.append((path, read_state_file(path)))
         except DamagedCheckpoint as error:
-            found.damaged[path] = str(error)
+            result.damaged[path] = str(error)
         except ValueError as error:
             if is_checkpoint(path):
-                found.foreign.append(str(error))
+                result.foreign.append(str(error))
             elif any(path.glob("*.distcp")):  # published with a state file, which is lost
-                found.damaged[path] = str(error)
-    found.whole.sort(key=lambda each: each[1]["serial"])
-    return found
+                result.damaged[path] = str(error)
+    result.whole.sort(key=lambda listed: listed[1]["serial"])
+    return result
 
 
-def best_of(found: list[Found]) -> Found | None:
-    rated = [each for each in found if each[1].get("metric") is not None]
-    return max(rated, key=lambda each: (each[1]["metric"], each[1]["serial"]), default=None)
+def best_of(checkpoints: list[Listed]) -> Listed | None:
+    """The checkpoint of the highest metric, the newest of equals; None when none has a metric."""
+    rated = [listed for listed in checkpoints if listed[1].get("metric") is not None]
+    return max(rated, key=lambda listed: (listed[1]["metric"], listed[1]["serial"]), default=None)
 
 
 def next_serial(folder: Path) -> int:
-    """Steps do not order checkpoints when a run starts afresh in an old folder; this does."""
+    """The number of the next checkpoint: one more than the highest in `folder`.
+
+    It orders checkpoints, since steps do not when a run starts anew in an old folder.
+    """
     serials = []
     for path in _folders(folder):
         with suppress(ValueError):
@@ -72,7 +79,8 @@ def next_serial(folder: Path) -> int:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """One that a process was killed while replacing is `NAME.old`, and its name is free."""
+    """The folders with the name of a checkpoint. If a process was killed while it replaced one, that is `NAME.old` and
+    nothing has its name."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.name.removesuffix(".old")
         waiting = name != path.name and not os.path.lexists(path.with_name(name))

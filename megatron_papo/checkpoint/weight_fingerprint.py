@@ -1,7 +1,8 @@
-"""Which weights a folder holds, as a few letters: the same for a copy of it, in however many files.
+"""A fingerprint of the weights in a folder: a short text, the same for a copy of them in any number of files.
 
-Of a Hugging Face folder the names and shapes of all tensors and the first row of 64 of them; of a checkpoint its state
-file, which vouches for the rest. So weights that were changed in a few places may pass as the same.
+For a Hugging Face folder it is computed of the names and shapes of all tensors and the first row of 64 of them; for a
+checkpoint of its state.json, which has checksums of the rest. So weights that were changed in a few places may pass as
+the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _TENSORS = 64
 
 
 def fingerprint_of_weights(folder: Path) -> str:
-    """Raises ValueError for a folder without weights, OSError."""
+    """The fingerprint of the weights in `folder`. Raises ValueError for a folder without weights, OSError for one that
+    cannot be read."""
     if names_checkpoint(folder):
         return fingerprint([(folder / STATE_FILE).read_bytes()])
     shapes: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Weights alone, from whichever folder a user names: a Hugging Face one or a checkpoint."""
+"""Loads weights, without an optimizer, from the folder that a user names: a Hugging Face folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_papo.weights.transfer import Progress, read_hf
 
 
 def check_weights(shape: ModelShape, folder: Path | str) -> None:
-    """Raises ValueError for a Hugging Face folder whose tensors are not of `shape`, by their headers: a config.json
-    that lies is found out before memory is taken by it."""
+    """Raises ValueError for a Hugging Face folder whose tensors, by their headers, do not have the `shape`. So a wrong
+    config.json is noticed before memory is allocated by it. A checkpoint is not checked here."""
     if not names_checkpoint(folder):
-        find_weights(Path(folder)).check(shape)
+        find_weights(Path(folder), shape).check(shape)
 
 
 def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:
     """Fills this rank's shards from `folder`. Raises ValueError, on every rank, for what does not fit.
 
-    `progress` is told of Hugging Face tensors only; a checkpoint is read in one go.
+    `progress` is called for Hugging Face tensors only; a checkpoint is read in one step.
     """
     if names_checkpoint(folder):
         read_state(folder, TrainState(model, shape))

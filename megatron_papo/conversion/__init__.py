@@ -1,14 +1,17 @@
-"""Hugging Face folder <-> checkpoint, tensor by tensor: planned from headers, streamed through a bounded memory.
+"""Converts Hugging Face folders to checkpoints and back, tensor by tensor in bounded memory, and proves the result.
 
-    spans       which rows of which Hugging Face tensor are which rows of a parameter
-    stores      where rows lie in files; huggingface_files and checkpoint_files (checkpoint_plan) know the
-                two formats, box_sums the checksum of a box that streams by
-    plan        what is written where, in files that one worker writes each
-    stream      rows through a few buffers: read, cast, hashed (hashing), written
-    journal     what is written already, so that an interrupted conversion goes on
-    manifest    a hash of every tensor, source and target; verify proves them, compare compares two folders
-    crew        the workers among themselves; progress is what they show
-    convert     the conversion itself; command is what the tool calls
+What goes where is planned from headers; then the rows of every parameter pass through a few buffers, are cast and
+hashed, and are written. No model is built, no Megatron is imported, no GPU is needed. In the order of reading:
 
-No model is built, no Megatron is imported, no GPU is needed.
+    run_conversion      what the command line tool calls
+    convert             a whole conversion, from the plan to the published folder
+    plan                what is written where, in files that one worker writes each
+    stores              the rows of a parameter, and where a store has them in files
+    huggingface_files   the store of a Hugging Face folder
+    checkpoint_files    the store of a checkpoint; it consists of boxes, stored slices of parameters
+    stream              rows through buffers: read, cast, hashed, written
+    journal             writing one file, with a record by which an interrupted conversion continues
+    manifest            manifest.json, a hash of every tensor in source and target
+    verify              proves a folder by its manifest, or compares two folders
+    workers             the workers among themselves, and their progress
 """

@@ -1,15 +1,16 @@
 """The tensors of a checkpoint: where each box of a parameter lies, read from `.metadata` or planned.
 
 The format is torch.distributed.checkpoint's, as Megatron-Core's `torch_dist` strategy reads it: `.metadata` says which
-boxes there are, `*.distcp` hold them one after the other. A checkpoint of a run may have cut a parameter into boxes by
-rows or by columns; a planned one (checkpoint_plan.py) by rows alone.
+boxes there are, and `*.distcp` files hold them one after the other. A checkpoint that a run wrote may have cut a
+parameter into boxes by rows or by columns. A planned one is cut by rows alone, so that whoever loads the checkpoint
+never holds more than one box beside its own weights.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,33 +18,44 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_papo.checkpoint.blobs import Part, values_offset
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE
-from megatron_papo.checkpoint.opening import Opened, open_checkpoint
-from megatron_papo.conversion.box_sums import Box, BoxSums
-from megatron_papo.conversion.stores import Files, Strip
+from megatron_papo.checkpoint.archive import (
+    METADATA_FILE,
+    BytesFile,
+    StoredBox,
+    StoredTensor,
+    frame,
+    values_offset,
+    write_metadata,
+)
+from megatron_papo.checkpoint.checksums import SumsByFile, new_sum, sum_of, write_box_sums
+from megatron_papo.checkpoint.opening import FORMAT_FILE, Opened, open_checkpoint
+from megatron_papo.checkpoint.state_file import FORMAT
+from megatron_papo.conversion.stores import Box, Files, Strip, width
 from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.weights.huggingface_folder import raise_faults
 
 _OTHER_KEYS = ("optimizer.", "rng/", "common_state/")
-"""What a checkpoint holds beside parameters."""
+"""How the names begin of what a checkpoint holds beside parameters."""
 
 
 class CheckpointFiles:
-    """The parameters of a checkpoint by Megatron name."""
+    """A store of the parameters of a checkpoint, by Megatron name."""
 
     def __init__(
         self, folder: Path, dtypes: Mapping[str, torch.dtype], boxes: Mapping[str, list[Box]],
         opened: Opened | None = None,
     ):  # fmt: skip
-        """`opened`: has the checksums that boxes are to have; None: they are not checked."""
+        """`opened` has the checksums that boxes are compared with; with None they are not checked."""
         self.folder, self._dtypes, self.boxes, self._opened = folder, dtypes, dict(boxes), opened
         self._sums: dict[Files, BoxSums] = {}
 
     @classmethod
     def read(cls, folder: Path, table: Mapping[str, ParameterEntry], checked: bool = True) -> CheckpointFiles:
-        """From `.metadata`. Raises ValueError, a line a fault, naming file and tensor; DamagedCheckpoint for what is
-        not as it was written, with `checked` also while boxes are read."""
+        """The store that `.metadata` describes.
+
+        Raises ValueError, a line a fault, naming file and tensor, and DamagedCheckpoint for what is not as it was
+        written; with `checked`, also while boxes are read.
+        """
         opened = open_checkpoint(folder)
         file, metadata = folder / METADATA_FILE, opened.metadata
         stored = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
@@ -73,9 +85,9 @@ class CheckpointFiles:
         if files not in self._sums:
             self._sums[files] = BoxSums(lambda box, offset, size: files.some(box.file, offset, size))
         num_bytes = box.length * box.width * self._dtypes[entry.name].itemsize
-        found = self._sums[files].add(box, strip.offset, data, num_bytes)
-        if found is not None:
-            self._opened.check_box(entry.name, box.file, box.offset, box.size, found)
+        digest = self._sums[files].add(box, strip.offset, data, num_bytes)
+        if digest is not None:
+            self._opened.check_box(entry.name, box.file, box.offset, box.size, digest)
 
     def _located(self, entry: ParameterEntry) -> list[Box]:
         boxes = self.boxes[entry.name]
@@ -88,7 +100,7 @@ class CheckpointFiles:
         shape = (box.length,) if len(entry.shape) == 1 else (box.length, box.width)
         try:
             with open(path, "rb") as file:
-                part = Part(box.size, lambda at, size: os.pread(file.fileno(), size, box.offset + at))
+                part = BytesFile(box.size, lambda at, size: os.pread(file.fileno(), size, box.offset + at))
                 values = box.offset + values_offset(part, shape, self._dtypes[entry.name])
         except OSError as error:
             raise ValueError(f"{path}: {entry.name}: {error.strerror}") from None
@@ -97,10 +109,44 @@ class CheckpointFiles:
         return replace(box, values=values)
 
 
+class BoxSums:
+    """Checksums of boxes whose values stream by, a part at a time and in order: of those read and those written.
+
+    `around(box, offset, size)` gives bytes of the file that are not values, before or behind them.
+    """
+
+    def __init__(self, around: Callable[[Box, int, int], bytes]):
+        self._around = around
+        self._started: dict[tuple[str, int], tuple[int, Any]] = {}
+
+    def add(self, box: Box, offset: int, data: memoryview, num_bytes: int) -> str | None:
+        """Adds `data`, which lies at `offset` of the file. Returns the checksum of the box when these were the last of
+        its `num_bytes` of values, else None.
+
+        Values that do not follow the ones before, because they are read once more for another purpose, do not count.
+        """
+        assert box.values is not None
+        key, end = (box.file, box.offset), box.values + num_bytes
+        if offset == box.values:
+            total = new_sum()
+            total.update(self._around(box, box.offset, box.values - box.offset))
+            self._started[key] = offset, total
+        due, total = self._started.get(key, (None, None))
+        if total is None or due != offset:
+            return None
+        total.update(data)
+        self._started[key] = offset + len(data), total
+        if offset + len(data) < end:
+            return None
+        total.update(self._around(box, end, box.offset + box.size - end))
+        del self._started[key]
+        return total.hexdigest()
+
+
 def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mapping[str, ParameterEntry]) -> None:
     faults = [f"{file}: {name} {entry.shape}: missing" for name, entry in table.items() if name not in stored]
-    for name, found in stored.items():
-        shape = tuple(found.size)
+    for name, tensor in stored.items():
+        shape = tuple(tensor.size)
         if name in table:
             if shape != table[name].shape:
                 faults.append(f"{file}: {name}: expected shape {table[name].shape}, found {shape}")
@@ -110,20 +156,20 @@ def _check(file: Path, stored: Mapping[str, TensorStorageMetadata], table: Mappi
 
 
 def _boxes(file: Path, name: str, stored: TensorStorageMetadata, places: Mapping[MetadataIndex, Any]) -> list[Box]:
-    found = []
+    boxes = []
     for chunk in stored.chunks:
         place = places.get(MetadataIndex(name, chunk.offsets))
         if place is None:
             raise ValueError(f"{file}: {name}: no box at {tuple(chunk.offsets)}")
         (row, *column), (length, *columns) = chunk.offsets, chunk.sizes
-        found.append(
+        boxes.append(
             Box(place.relative_path, place.offset, place.length, row, length, sum(column), math.prod(columns), None)
         )
-    return sorted(found, key=lambda box: (box.row, box.column))
+    return sorted(boxes, key=lambda box: (box.row, box.column))
 
 
 def _cut_short(folder: Path, boxes: Mapping[str, list[Box]]) -> list[str]:
-    """A line for each file that is not there or ends within a box, naming the first one that it lacks."""
+    """A line for each file that is missing or ends within a box, naming the first box that it lacks."""
     sizes: dict[str, int] = {}
     faults: dict[str, str] = {}
     for name, several in boxes.items():
@@ -137,3 +183,63 @@ def _cut_short(folder: Path, boxes: Mapping[str, list[Box]]) -> list[str]:
                 end = f"its box ends at byte {box.offset + box.size}, the file at {sizes[box.file]}"
                 faults.setdefault(box.file, f"{file}: {name}: truncated: {end}")
     return list(faults.values())
+
+
+def plan_boxes(
+    name: str, entries: list[ParameterEntry], dtypes: Mapping[str, torch.dtype], box_bytes: int
+) -> tuple[dict[str, list[Box]], list[tuple[int, bytes]], int]:
+    """Plans the boxes of `entries` in one file, one after the other. A box is whole rows, of at most `box_bytes` but at
+    least one row.
+
+    Returns the boxes by parameter, the bytes around their values as (offset, bytes), and the size of the file.
+    """
+    boxes: dict[str, list[Box]] = {}
+    around, at = [], 0
+    for entry in entries:
+        dtype, columns = dtypes[entry.name], width(entry)
+        rows = max(1, box_bytes // (columns * dtype.itemsize))
+        for row in range(0, entry.shape[0], rows):
+            length = min(rows, entry.shape[0] - row)
+            parts = frame((length, *entry.shape[1:]), dtype)
+            values, num_bytes = at + len(parts.before), length * columns * dtype.itemsize
+            size = len(parts.before) + num_bytes + len(parts.behind)
+            around += [(at, parts.before), (values + num_bytes, parts.behind)]
+            boxes.setdefault(entry.name, []).append(Box(name, at, size, row, length, 0, columns, values))
+            at += size
+    return boxes, around, at
+
+
+def write_small_files(
+    folder: Path, store: CheckpointFiles, table: Mapping[str, ParameterEntry], common_file: str,
+    sums: Mapping[str, Sequence[str]],
+) -> None:  # fmt: skip
+    """Writes what makes boxes a checkpoint, except state.json: `.metadata`, the empty common state, metadata.json, and
+    the checksums of the boxes if `sums`, by parameter, has all of them."""
+    tensors = {
+        name: StoredTensor(
+            store.dtype(entry), torch.Size(entry.shape), [_stored_box(entry, box) for box in store.boxes[name]]
+        )
+        for name, entry in table.items()
+    }
+    common = write_metadata(folder, tensors, common_file)
+    (folder / FORMAT_FILE).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    if all(len(sums[name]) == len(store.boxes[name]) for name in table):  # the journal of an older version has none
+        boxes: SumsByFile = {common_file: [(0, len(common), sum_of(common))]}
+        for name in table:
+            for box, digest in zip(store.boxes[name], sums[name]):
+                boxes.setdefault(box.file, []).append((box.offset, box.size, digest))
+        write_box_sums(folder, boxes)
+
+
+def _stored_box(entry: ParameterEntry, box: Box) -> StoredBox:
+    rank = len(entry.shape)
+    offsets, sizes = torch.Size((box.row, box.column)[:rank]), torch.Size((box.length, box.width)[:rank])
+    return StoredBox(offsets, sizes, box.file, box.offset, box.size)
+
+
+def state_tree() -> dict[str, Any]:
+    """The state.json of weights alone, as a run of one rank would save them before its first step."""
+    return {
+        "format": FORMAT, "step": 0, "layout": {"tensor": 1, "pipeline": 1, "data": 1}, "optimizer_step": 0,
+        "schedule_steps": 0, "random_states": False, "cursor": {}, "config": {}, "serial": 0,
+    }  # fmt: skip

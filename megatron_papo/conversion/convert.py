@@ -1,8 +1,8 @@
 """A whole conversion: planned, distributed over the workers, resumed, finished, published.
 
-The target is written as `NAME.tmp` with journals in it. Killed at any moment, the same command goes on from there with
-any number of workers, as long as source and settings are the same; else it starts anew. Once every file is whole, the
-manifest is written, the journals go, and the folder gets its name.
+The target is written as `NAME.tmp`, with journals in it. If the conversion is killed at any moment, the same command
+continues it, with any number of workers, as long as source and settings are the same; else it starts anew. Once every
+file is whole, the manifest is written, the journals are removed, and the folder gets its name.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from typing import IO
 import torch
 
 from megatron_papo.checkpoint.state_file import write_state_tree
-from megatron_papo.conversion.checkpoint_files import CheckpointFiles
-from megatron_papo.conversion.checkpoint_plan import state_tree, write_metadata
-from megatron_papo.conversion.file_units import convert_unit, journal_file, remaining_bytes
-from megatron_papo.conversion.folder_check import look
-from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.conversion.journal import FOLDER, JournalEntry, read_journal
+from megatron_papo.conversion.checkpoint_files import CheckpointFiles, state_tree, write_small_files
+from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, compare_with_library
+from megatron_papo.conversion.journal import (
+    FOLDER,
+    JournalEntry,
+    convert_unit,
+    journal_file,
+    read_journal,
+    remaining_bytes,
+)
 from megatron_papo.conversion.manifest import MANIFEST_FILE, manifest_tree, read_manifest, write_manifest
-from megatron_papo.conversion.plan import ConversionPlan, Direction, Settings, Unit, make_plan
-from megatron_papo.conversion.progress_bar import GB, ByteProgress, memory
-from megatron_papo.conversion.spans import width
-from megatron_papo.conversion.stores import Store
+from megatron_papo.conversion.plan import ConversionPlan, Direction, FileUnit, Settings, make_plan
+from megatron_papo.conversion.stores import Store, width
 from megatron_papo.conversion.stream import CHUNK_BYTES, SHARES
-from megatron_papo.conversion.workers import Workers
+from megatron_papo.conversion.workers import GB, ByteProgress, Workers, memory
 from megatron_papo.files.atomic_folder import publish
 from megatron_papo.files.small_files import make_way, print_warning, write_whole
 from megatron_papo.model.parameter_map import ParameterEntry
@@ -39,34 +41,35 @@ from megatron_papo.weights.publishing import check_side_files, copy_side_files, 
 from megatron_papo.weights.weight_files import weight_files
 
 PLAN_FILE = "plan"
-"""Within the journals' folder: the fingerprint of what they belong to."""
+"""A file in the folder of the journals: the fingerprint of the plan that they belong to."""
 _SLACK_BYTES = 64 * 2**20
-"""Beside the tensors' files: journals, manifest, tokenizer."""
+"""Disk space beside the files of tensors: journals, manifest, tokenizer."""
 _SPARE_BYTES = 48 * 2**20
-"""Of the memory: what the libraries take while they work."""
+"""Memory that the libraries take while they work."""
 _LEAST_CHUNK_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion came to."""
 
     num_bytes: int
     num_kept: int
-    """Parameters that an earlier, interrupted conversion had written."""
+    """The number of parameters that an earlier, interrupted conversion had written."""
     peak_bytes: int
     """The largest resident set of any worker, libraries included."""
     peak_anonymous_bytes: int
-    """The part of it that no file backs, as often as it was looked at."""
+    """The largest part of it that no file backs, as often as it was measured."""
 
 
 def convert(
     direction: Direction, source: Path, target: Path, settings: Settings, memory_bytes: int, workers: Workers,
     files: Path | None = None, say: Callable[[str], None] = print,
-) -> Report | None:  # fmt: skip
-    """Writes `target`; None when it is there already, from this source and with these settings. Collective.
+) -> ConversionReport | None:  # fmt: skip
+    """Writes `target`; returns None when it exists already, from this source and with these settings.
 
-    Raises ValueError naming file and tensor, and before anything is written the folder that lacks space.
+    All workers call it together. Raises ValueError naming file and tensor, and, before anything is written, naming a
+    folder that lacks space.
     """
     partial = target.with_name(f"{target.name}.tmp")
     plan = make_plan(direction, source, partial, settings, files)
@@ -76,63 +79,65 @@ def convert(
     if direction == "hf-to-megatron" and (note := weight_files(source).note()):
         left_out.insert(0, note)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
-    look(workers, source)
+    compare_with_library(workers, source)
     lock: list[IO[str]] = []
-    what = workers.first(lambda: _prepare(plan, target, partial, lock))
-    for told in [what.said, *left_out] if workers.rank == 0 else []:
-        if told:
-            say(told)
-    report = None if what.there else _write(plan, target, partial, chunk_bytes, workers)
-    for held in lock:
-        held.close()
+    start = workers.first(lambda: _prepare(plan, target, partial, lock))
+    for line in [start.message, *left_out] if workers.rank == 0 else []:
+        if line:
+            say(line)
+    report = None if start.exists else _write(plan, target, partial, chunk_bytes, workers)
+    for handle in lock:
+        handle.close()
     return report
 
 
-def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> Report:
+def _write(plan: ConversionPlan, target: Path, partial: Path, chunk_bytes: int, workers: Workers) -> ConversionReport:
     todo = workers.first(lambda: {unit.file: remaining_bytes(plan, partial, unit) for unit in plan.units})
     kept = 0
     with ByteProgress(workers, plan.direction, plan.num_bytes, plan.num_bytes - sum(todo.values())) as progress:
         for unit in _share(plan.units, todo, workers):
             kept += convert_unit(plan, partial, unit, chunk_bytes, progress.moved)
-        workers.wait_for_all(progress.look)
+        workers.wait_for_all(progress.update)
     workers.first(lambda: _finish(plan, target, partial))
     peaks = workers.gather((memory("VmHWM"), progress.peak_anonymous))
     resident, anonymous = (max(values) for values in zip(*peaks))
-    return Report(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
+    return ConversionReport(plan.num_bytes, sum(workers.gather(kept)), resident, anonymous)
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    there: bool
-    said: str = ""
+class _Start:
+    """How a conversion starts: whether the target `exists` already, and a line for the user."""
+
+    exists: bool
+    message: str = ""
 
 
-def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Beginning:
-    """On rank 0: what is there already, whether the disk is large enough, an empty folder or one to go on with."""
+def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[str]]) -> _Start:
+    """Prepares the folder, on rank 0: looks at what exists, checks the free space, and takes the lock of the folder."""
     if target.exists():
         if (target / MANIFEST_FILE).exists() and read_manifest(target).get("plan") == plan.fingerprint:
-            return _Beginning(True, f"{target}: there already, from the same source with the same settings")
+            return _Start(True, f"{target}: there already, from the same source with the same settings")
         raise ValueError(f"{target}: exists already")
-    journals, said = partial / FOLDER, ""
+    journals, message = partial / FOLDER, ""
     known = journals / PLAN_FILE
     same = known.is_file() and known.read_bytes() == plan.fingerprint.encode()
     if journals.is_dir():
         _lock(journals, partial, lock)
     if os.path.lexists(partial) and not same:
-        said = f"{partial}: was begun from another source or with other settings: starting anew"
-        for held in lock:
-            held.close()
+        message = f"{partial}: was begun from another source or with other settings: starting anew"
+        for handle in lock:
+            handle.close()
         lock.clear()
         make_way(partial)
     elif same:
-        said = f"{partial}: going on with it"
+        message = f"{partial}: going on with it"
     _check_space(plan, partial)
     journals.mkdir(parents=True, exist_ok=True)
     if not lock:
         _lock(journals, partial, lock)
     if not same:
         write_whole(known, plan.fingerprint)
-    return _Beginning(False, said)
+    return _Start(False, message)
 
 
 def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:
@@ -148,8 +153,8 @@ def _lock(journals: Path, partial: Path, lock: list[IO[str]]) -> None:
 
 def _check_space(plan: ConversionPlan, partial: Path) -> None:
     parent = next(folder for folder in (partial, *partial.absolute().parents) if folder.exists())
-    there = [partial / unit.file for unit in plan.units]
-    written = sum(file.stat().st_blocks * 512 for file in there if file.exists())
+    files = [partial / unit.file for unit in plan.units]
+    written = sum(file.stat().st_blocks * 512 for file in files if file.exists())
     needed = max(0, plan.file_bytes - written) + _SLACK_BYTES
     state = os.statvfs(parent)
     free = state.f_bavail * state.f_frsize
@@ -157,8 +162,8 @@ def _check_space(plan: ConversionPlan, partial: Path) -> None:
         raise ValueError(f"{parent}: {needed / GB:.2f} GB are needed there, {free / GB:.2f} GB are free")
 
 
-def _share(units: tuple[Unit, ...], todo: dict[str, int], workers: Workers) -> list[Unit]:
-    """This worker's files: the largest first, each to the worker that has least to do."""
+def _share(units: tuple[FileUnit, ...], todo: dict[str, int], workers: Workers) -> list[FileUnit]:
+    """This worker's files. They are shared out from the largest on, each to the worker that has least to do."""
     loads, own = [0] * workers.size, []
     for unit in sorted(units, key=lambda unit: -todo[unit.file]):
         rank = loads.index(min(loads))
@@ -169,7 +174,7 @@ def _share(units: tuple[Unit, ...], todo: dict[str, int], workers: Workers) -> l
 
 
 def _finish(plan: ConversionPlan, target: Path, partial: Path) -> None:
-    """On rank 0, when every file is whole."""
+    """Completes and publishes the target, on rank 0, when every file is whole."""
     records: dict[str, JournalEntry] = {}
     for unit in plan.units:
         records |= {record.name: record for record in read_journal(journal_file(partial, unit)).records}
@@ -178,7 +183,7 @@ def _finish(plan: ConversionPlan, target: Path, partial: Path) -> None:
     copy_side_files(plan.files, partial)
     if isinstance(plan.target, CheckpointFiles):
         sums = {name: record.boxes for name, record in records.items()}
-        write_metadata(partial, plan.target, plan.table, f"__{len(plan.units)}_0.distcp", sums)
+        write_small_files(partial, plan.target, plan.table, f"__{len(plan.units)}_0.distcp", sums)
     else:
         assert isinstance(plan.target, HuggingFaceFiles)
         set_dtype(partial / "config.json", _main_dtype(plan))
@@ -200,12 +205,15 @@ def _finish(plan: ConversionPlan, target: Path, partial: Path) -> None:
 
 
 def _main_dtype(plan: ConversionPlan) -> torch.dtype:
-    """Of the largest tensor: transformers loads all in one."""
+    """The dtype of the largest tensor, since transformers loads all tensors in one dtype."""
     return plan.target.dtype(max(plan.table.values(), key=lambda entry: entry.shape[0] * width(entry)))
 
 
 def chunk_for(memory_bytes: int, table: dict[str, ParameterEntry], *stores: Store) -> int:
-    """Bytes of a buffer, so that all of them fit in what the libraries have left of `memory_bytes`."""
+    """The size of a buffer in bytes, such that all buffers fit in what the libraries leave of `memory_bytes`.
+
+    Raises ValueError when they do not fit.
+    """
     row = max(width(entry) * store.dtype(entry).itemsize for entry in table.values() for store in stores)
     least = max(row, _LEAST_CHUNK_BYTES)
     taken = memory("VmRSS") + _SPARE_BYTES

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from megatron_papo.conversion.hashing import HASH
 from megatron_papo.conversion.journal import JournalEntry
 from megatron_papo.conversion.plan import ConversionPlan
-from megatron_papo.conversion.spans import num_values
-from megatron_papo.conversion.stream import exact
+from megatron_papo.conversion.stores import num_values
+from megatron_papo.conversion.stream import HASH, exact
 from megatron_papo.files.json_keys import read_json
 from megatron_papo.model.parameter_map import ParameterEntry
 
@@ -29,11 +28,12 @@ FORMAT = 1
 
 
 def names(entry: ParameterEntry, huggingface: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of a parameter's tensors in either form."""
+    """The name and shape of each tensor of a parameter: its Hugging Face tensors, or the one of a checkpoint."""
     return [(source.name, source.shape) for source in entry.sources] if huggingface else [(entry.name, entry.shape)]
 
 
 def manifest_tree(plan: ConversionPlan, records: Mapping[str, JournalEntry]) -> dict[str, Any]:
+    """The content of manifest.json, from the journal entries of all parameters by Megatron name."""
     from_hf = plan.direction == "hf-to-megatron"
     source: dict[str, Any] = {}
     target: dict[str, Any] = {}
@@ -59,11 +59,12 @@ def manifest_tree(plan: ConversionPlan, records: Mapping[str, JournalEntry]) -> 
 
 
 def write_manifest(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Writes manifest.json into `folder`."""
     (folder / MANIFEST_FILE).write_text(json.dumps(tree, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file when it is missing, broken or of another format."""
+    """The content of manifest.json. Raises ValueError naming the file if it is missing, broken or of another format."""
     file = folder / MANIFEST_FILE
     tree = read_json(file)
     known = ("hf-to-megatron", "megatron-to-hf")
@@ -73,4 +74,5 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name that torch gives a dtype, without `torch.`."""
     return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""What a conversion will do, known before the first byte: from headers alone, the same on every worker.
+"""What a conversion will do, planned before the first byte is written: from headers alone, the same on every worker.
 
-The target is cut into files that one worker writes each; how it is cut does not depend on the number of workers.
+The target is cut into files, each of which one worker writes. How it is cut does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -15,73 +15,70 @@ from typing import Any, Literal
 import torch
 
 from megatron_papo.checkpoint.state_file import names_checkpoint, read_state_file
-from megatron_papo.conversion.box_sums import Box
-from megatron_papo.conversion.checkpoint_files import CheckpointFiles
-from megatron_papo.conversion.checkpoint_plan import plan_boxes
+from megatron_papo.conversion.checkpoint_files import CheckpointFiles, plan_boxes
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
-from megatron_papo.conversion.spans import num_values
-from megatron_papo.conversion.stores import Store
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.conversion.stores import Box, Store, num_values, parameter_bytes
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]
 VERSION = 1
-"""Of the planned layout; another one does not go on with a conversion that this one began."""
+"""The version of the planned layout; another version does not continue a conversion that this one began."""
 
 
 @dataclass(frozen=True)
 class Settings:
+    """What the user chooses about the target."""
+
     dtype: torch.dtype | None = None
-    """Of the target; None: that of the source, parameter by parameter."""
+    """The dtype of the target; None takes that of the source, parameter by parameter."""
     file_bytes: int = 2 * 10**9
-    """A file holds at most this much, but one parameter at least."""
+    """The most bytes of values in one file, which holds at least one parameter."""
     box_bytes: int = 128 * 2**20
-    """The same of a box of a checkpoint, but one row at least."""
+    """The most bytes of values in one box of a checkpoint, which holds at least one row."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One file of the target."""
+class FileUnit:
+    """A unit of work: one file of the target, which one worker writes."""
 
     file: str
     entries: tuple[ParameterEntry, ...]
     num_bytes: int
     around: tuple[tuple[int, bytes], ...]
-    """(offset, bytes) of what is not a tensor's values."""
+    """The bytes of the file that are not values of a tensor, as (offset, bytes)."""
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
+    """A whole conversion, planned."""
+
     direction: Direction
     files: Path
-    """Where config, tokenizer and processor come from."""
+    """The folder that config, tokenizer and processor are copied from."""
     table: dict[str, ParameterEntry]
     source: Store
     target: Store
-    """In the folder that is written; it lies there once that is done."""
-    units: tuple[Unit, ...]
+    """The store in the folder that is being written; its tensors are there when that is done."""
+    units: tuple[FileUnit, ...]
     fingerprint: str
-    """Changes with whatever would change the target, the time at which a source file was written included."""
+    """A hash of all that the target depends on, including the times at which the files of the source were written."""
 
     @property
     def num_bytes(self) -> int:
-        """Of the target's tensors."""
+        """The size of the tensors of the target."""
         return sum(parameter_bytes(self.target, entry) for entry in self.table.values())
 
     @property
     def file_bytes(self) -> int:
+        """The size of the files of the target that hold tensors."""
         return sum(unit.num_bytes for unit in self.units)
-
-
-def parameter_bytes(store: Store, entry: ParameterEntry) -> int:
-    return num_values(entry) * store.dtype(entry).itemsize
 
 
 def open_store(folder: Path, shape: ModelShape, checked: bool = True) -> Store:
     """The weights in a folder of either kind. Raises ValueError, a line a fault, for what does not fit `shape`.
 
-    `checked`: boxes of a checkpoint have to be as their checksums say.
+    With `checked`, boxes of a checkpoint are compared with their checksums as they are read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -93,9 +90,10 @@ def open_store(folder: Path, shape: ModelShape, checked: bool = True) -> Store:
 def make_plan(
     direction: Direction, source: Path, partial: Path, settings: Settings, files: Path | None
 ) -> ConversionPlan:
-    """Raises ValueError naming file and tensor for a source that cannot be converted."""
+    """Plans the conversion of `source` into the folder `partial`; `files` is the folder of config and tokenizer, by
+    default the source. Raises ValueError naming file and tensor for a source that cannot be converted."""
     if direction == "megatron-to-hf":
-        read_state_file(source)  # names a folder that is no checkpoint
+        read_state_file(source)  # refuses a folder that is no checkpoint, by name
     files = files or source
     shape = ModelShape.from_folder(files)
     table = parameter_table(shape)
@@ -112,17 +110,17 @@ def make_plan(
 def plan_target(
     direction: Direction, folder: Path, table: Mapping[str, ParameterEntry], dtypes: Mapping[str, torch.dtype],
     settings: Settings,
-) -> tuple[Store, tuple[Unit, ...]]:  # fmt: skip
-    """The files of the target and where everything lies in them; needs no weights."""
+) -> tuple[Store, tuple[FileUnit, ...]]:  # fmt: skip
+    """The files of the target, and the store that says where everything lies in them. Needs no weights."""
     groups = _groups(table, dtypes, settings.file_bytes)
-    units: list[Unit] = []
+    units: list[FileUnit] = []
     if direction == "hf-to-megatron":
         boxes: dict[str, list[Box]] = {}
         for number, entries in enumerate(groups):
             file = f"__{number}_0.distcp"
-            found, around, size = plan_boxes(file, entries, dtypes, settings.box_bytes)
-            boxes |= found
-            units.append(Unit(file, tuple(entries), size, tuple(around)))
+            planned, around, size = plan_boxes(file, entries, dtypes, settings.box_bytes)
+            boxes |= planned
+            units.append(FileUnit(file, tuple(entries), size, tuple(around)))
         return CheckpointFiles(folder, dtypes, boxes), tuple(units)
     tensors: dict[str, Stored] = {}
     for number, entries in enumerate(groups):
@@ -130,27 +128,27 @@ def plan_target(
         places, header = plan_file(file, entries, dtypes)
         tensors |= places
         size = len(header) + sum(part.num_bytes for part in places.values())
-        units.append(Unit(file, tuple(entries), size, ((0, header),)))
+        units.append(FileUnit(file, tuple(entries), size, ((0, header),)))
     return HuggingFaceFiles(folder, tensors), tuple(units)
 
 
 def _groups(
     table: Mapping[str, ParameterEntry], dtypes: Mapping[str, torch.dtype], most: int
 ) -> list[list[ParameterEntry]]:
-    """Parameters in the table's order, as many to a file as fit."""
+    """Parameters in the order of the table, grouped so that each file takes as many as fit."""
     groups: list[list[ParameterEntry]] = [[]]
-    held = 0
+    group_bytes = 0
     for name, entry in table.items():
         size = num_values(entry) * dtypes[name].itemsize
-        if groups[-1] and held + size > most:
+        if groups[-1] and group_bytes + size > most:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(entry)
-        held += size
+        group_bytes += size
     return groups
 
 
-def _fingerprint(direction: Direction, source: Store, files: Path, units: tuple[Unit, ...]) -> str:
+def _fingerprint(direction: Direction, source: Store, files: Path, units: tuple[FileUnit, ...]) -> str:
     if isinstance(source, HuggingFaceFiles):
         places: Any = {name: asdict(stored) for name, stored in source.tensors.items()}
         names = {stored.file for stored in source.tensors.values()}

@@ -1,4 +1,4 @@
-"""What the conversion tool does on each worker, once its arguments are known."""
+"""What tools/convert_checkpoint.py does on each worker once its arguments are parsed, and what it prints."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from rich.filesize import decimal
 
 from megatron_papo.config import ConfigError
 from megatron_papo.conversion.convert import convert
-from megatron_papo.conversion.differences import compare
 from megatron_papo.conversion.plan import Direction, Settings
-from megatron_papo.conversion.verify import verify
+from megatron_papo.conversion.verify import compare, verify
 from megatron_papo.conversion.workers import Workers, reason_of
 from megatron_papo.text.untrusted import LINES, as_text
 
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """The tool's arguments."""
+    """The arguments of the tool."""
 
     verb: Literal["hf-to-megatron", "megatron-to-hf", "verify"]
     first: Path
-    """Source, or the folder to verify."""
+    """The source, or the folder to verify."""
     second: Path | None
-    """Target, or the folder to compare with."""
+    """The target, or the folder to compare with."""
     memory_bytes: int
     dtype: str | None = None
     file_bytes: int = Settings.file_bytes
     files: Path | None = None
-    """Where the side files come from; for `verify` the source of the conversion."""
+    """The folder that config, tokenizer and processor come from; for `verify` the source of the conversion."""
 
 
 def work(request: ConversionRequest, status_file: Path) -> None:
-    """On a rank that a launcher started. Rank 0 leaves the exit status in `status_file`."""
+    """Performs `request` on a rank that a launcher started. Rank 0 writes the exit status to `status_file`."""
     torch.set_num_threads(1)
     with Workers() as workers:
         try:
@@ -49,14 +48,17 @@ def work(request: ConversionRequest, status_file: Path) -> None:
 
 
 def perform(request: ConversionRequest, workers: Workers) -> int:
-    """0 done, or the same; 1 different. Raises ValueError for what cannot be read or written. Collective."""
+    """The exit status: 0 when the conversion is done or the weights are the same, 1 when they differ.
+
+    All workers call it together. Raises ValueError for what cannot be read or written.
+    """
     if request.verb != "verify":
         return _convert(request.verb, request, workers)
     if request.second is None:
         return _verify(request, workers)
-    found = compare(request.first, request.second, request.memory_bytes, workers)
-    _say(workers, "\n".join(found) if found else "the same, bit for bit")
-    return 1 if found else 0
+    differences = compare(request.first, request.second, request.memory_bytes, workers)
+    _say(workers, "\n".join(differences) if differences else "the same, bit for bit")
+    return 1 if differences else 0
 
 
 def _convert(direction: Direction, request: ConversionRequest, workers: Workers) -> int:

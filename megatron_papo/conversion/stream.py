@@ -1,11 +1,15 @@
-"""Rows of many parameters through a few buffers: a thread reads ahead, this one casts and hashes, a thread writes.
+"""Rows of many parameters through a few buffers: one thread reads ahead, this one casts and hashes, one writes.
 
-Memory is the buffers, whatever the size of a tensor: SHARES chunks at most. Reading, hashing and writing release the
-interpreter's lock, so the three run at once.
+The memory taken is that of the buffers, whatever the size of a tensor: `SHARES` chunks at most. Reading, hashing and
+writing release the interpreter's lock, so the three run at once. Hashes are of a parameter in both of its forms, the
+one parameter and the Hugging Face tensors that it is made of, and come from one walk over the parameter's rows. Where
+that walk meets the rows of a tensor in another order than the tensor's own (queries, keys and values of the vision
+tower, which a parameter holds per head), the tensor is read once more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,21 +19,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_papo.conversion.hashing import Forms, Hasher
-from megatron_papo.conversion.spans import Span, chunks, width
-from megatron_papo.conversion.stores import Files, Store, read_rows, view
+from megatron_papo.conversion.stores import (
+    Files,
+    Span,
+    Store,
+    chunks,
+    in_order,
+    read_rows,
+    source_spans,
+    spans,
+    view,
+    width,
+)
 from megatron_papo.model.parameter_map import ParameterEntry
 
+HASH = "sha256"
 CHUNK_BYTES = 2 * 2**20
-"""Of a buffer: large enough for the disk, small enough to be hashed and written while it is in the caches."""
+"""The size of a buffer: large enough for the disk, small enough to be hashed and written while it is in the caches."""
 _SLOTS = 8
 _READ_AHEAD = 3
 SHARES = 2 * _SLOTS + 6
-"""Chunks that are held at most: a slot's two buffers; pieces of rows, and what counting and reading again need."""
-_BITS = {2: torch.int16, 4: torch.int32}
+"""The most chunks in memory: two buffers a slot; parts of rows, and what counting and reading again need."""
+BITS = {2: torch.int16, 4: torch.int32}
+"""The integer type whose values are the bit patterns of floats of so many bytes."""
 
 Write = Callable[[ParameterEntry, int, int, Tensor], None]
-"""(parameter, first row, row behind the last, their bytes)."""
+"""Called with a parameter, the first row, the row behind the last, and the bytes of these rows."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class ParameterCopy:
 
 @dataclass(frozen=True)
 class Wants:
-    """Which forms are hashed, as read and as cast."""
+    """Which forms of a parameter are hashed, as read and as cast."""
 
     read_parameter: bool = True
     read_sources: bool = True
@@ -52,16 +67,69 @@ class Wants:
 
 
 @dataclass(frozen=True)
+class Forms:
+    """Hexadecimal hashes of the values of one parameter, in both of its forms."""
+
+    parameter: tuple[str, ...]
+    """One hash; none where it was not wanted."""
+    sources: tuple[str, ...]
+    """One hash a Hugging Face tensor, in the order of `entry.sources`; none where they were not wanted."""
+
+
+@dataclass(frozen=True)
 class Outcome:
+    """What one parameter came to: its hashes, and how many values the cast rounded."""
+
     entry: ParameterEntry
     read: Forms
     cast: Forms
-    """Equal to `read` where nothing was cast."""
+    """The same as `read` where nothing was cast."""
     changed: int
-    """Values that the cast rounded."""
+    """The number of values that the cast rounded."""
+
+
+class Hasher:
+    """Hashes one parameter in one dtype as its rows stream by."""
+
+    def __init__(self, entry: ParameterEntry, itemsize: int, parameter: bool = True, sources: bool = True):
+        self._entry, self._row_bytes = entry, width(entry) * itemsize
+        self._wants_parameter, self._wants_sources = parameter, sources
+        self._same = len(entry.runs) == 1
+        self._ordered = in_order(entry)
+        self._whole = hashlib.new(HASH)
+        self._parts = [hashlib.new(HASH) for _ in entry.sources]
+
+    def updates(self, start: int, stop: int, data: memoryview) -> list[Callable[[], None]]:
+        """What has to be called, on any threads, to add rows `start : stop`; rows come in order and each once."""
+        calls: list[Callable[[], None]] = []
+        if self._wants_parameter or self._same:
+            calls.append(lambda: self._whole.update(data))
+        if self._wants_sources and self._ordered and not self._same:
+            calls.append(lambda: self._update_parts(start, stop, data))
+        return calls
+
+    def _update_parts(self, start: int, stop: int, data: memoryview) -> None:
+        for span in spans(self._entry, start, stop):
+            first = (span.row - start) * self._row_bytes
+            self._parts[span.source].update(data[first : first + span.length * self._row_bytes])
+
+    def finish(self, read: Callable[[Span], memoryview], most_bytes: int) -> Forms:
+        """The hashes. `read` gives rows of the parameter again, at most `most_bytes` at once but at least one row."""
+        if self._wants_sources and not self._ordered:
+            step = max(1, most_bytes // self._row_bytes)
+            for source, tensor in enumerate(self._entry.sources):
+                for span in source_spans(self._entry, source, 0, tensor.shape[0]):
+                    for done in range(0, span.length, step):
+                        part = Span(source, span.start + done, span.row + done, min(step, span.length - done))
+                        self._parts[source].update(read(part))
+        whole = (self._whole.hexdigest(),)
+        parts = whole if self._same else tuple(part.hexdigest() for part in self._parts)
+        return Forms(whole if self._wants_parameter else (), parts if self._wants_sources else ())
 
 
 class _Slot:
+    """A buffer of one chunk, and a second one where the chunk is cast."""
+
     def __init__(self, num_bytes: int):
         self.raw = torch.empty(num_bytes, dtype=torch.uint8)
         self.cast: Tensor | None = None
@@ -70,8 +138,9 @@ class _Slot:
 class Stream:
     """One run over parameters of `store`.
 
-    `write` and then, of each parameter, `done` are called on one other thread, in order; `moved` is told of bytes
-    that went through, in the dtype they were cast to. An error of any thread is raised by `run`.
+    `write` is called with the rows of a parameter and then `done` with its outcome, in order and on one other thread.
+    `moved` is given the number of bytes that went through, counted in the dtype they were cast to. `run` raises the
+    error of any thread.
     """
 
     def __init__(
@@ -85,6 +154,7 @@ class Stream:
         self._written: deque[Future[None]] = deque()
 
     def run(self, jobs: Sequence[ParameterCopy]) -> None:
+        """Reads the parameters of `jobs` in this order; returns when all of them are hashed and written."""
         for _ in range(_SLOTS):
             self._free.put(_Slot(self._chunk_bytes))
         reader, writer, self._hashers = (ThreadPoolExecutor(1) for _ in range(3))
@@ -153,7 +223,7 @@ class Stream:
             self._cast_hash = Hasher(job.entry, job.other.itemsize, wants.cast_parameter, wants.cast_sources)
 
     def _hash(self, start: int, stop: int, raw: Tensor, data: Tensor) -> None:
-        """Two forms are two hashes of the same bytes: half of them on another thread."""
+        """Two forms mean two hashes of the same bytes; every second one is computed on another thread."""
         calls = self._read_hash.updates(start, stop, view(raw))
         if self._cast_hash is not self._read_hash:
             calls += self._cast_hash.updates(start, stop, view(data))
@@ -164,7 +234,7 @@ class Stream:
             future.result()
 
     def _cast(self, job: ParameterCopy, raw: Tensor, slot: _Slot) -> Tensor:
-        """To the nearest value, of two equally near ones the even one; the values that it changed are counted."""
+        """Casts to the nearest value, ties to even, and counts the values that changed."""
         if slot.cast is None:
             slot.cast = torch.empty(self._chunk_bytes, dtype=torch.uint8)
         values = raw.view(job.dtype)
@@ -172,7 +242,7 @@ class Stream:
         data.view(job.other).copy_(values)
         if not exact(job.dtype, job.other):
             back = data.view(job.other).to(job.dtype)
-            bits = _BITS[job.dtype.itemsize]
+            bits = BITS[job.dtype.itemsize]
             self._changed += int((back.view(bits) != values.view(bits)).sum())
         return data
 
@@ -200,5 +270,5 @@ class Stream:
 
 
 def exact(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a cast keeps every value, so that casting back gives the same bits."""
+    """Whether a cast from `dtype` to `other` keeps every value, so that casting back gives the same bits."""
     return dtype == other or other == torch.float32

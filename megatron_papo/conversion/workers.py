@@ -1,6 +1,8 @@
-"""The workers of one conversion among themselves: one alone, or ranks that a launcher started.
+"""The workers of one conversion among themselves, and the progress that the first of them shows.
 
-They move no tensors between them, only what each has done. Needs no Megatron: a gloo group and its key-value store.
+A worker works by itself, or is one of the ranks that a launcher started. Workers exchange no tensors, only what each
+has done. No Megatron is needed: they use a gloo group and its key-value store. Progress is a bar on a terminal, and
+elsewhere a line every few seconds.
 """
 
 from __future__ import annotations
@@ -9,28 +11,37 @@ import datetime
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
 
 from megatron_papo.distributed.rendezvous import world_store
 
 _TIMEOUT = datetime.timedelta(days=7)
-"""Workers wait for the slowest; one that is gone is noticed at once."""
+"""Workers wait for the slowest for as long as this; a worker that died is noticed at once."""
 _POLL_S = 0.2
+UPDATE_S = 0.2
+"""Seconds between two updates of what all workers have done."""
+_LINE_S = 5.0
+GB = 1e9
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 def reason_of(error: ValueError | OSError) -> str:
-    """In a line: of an OSError its file and what the system says."""
+    """The error in one line; for an OSError its file and what the system says."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 class Workers:
-    """This worker among `size`. Use it as a context."""
+    """This worker, number `rank` of `size`. Used in a `with` block, at whose end it waits for the others."""
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -52,35 +63,38 @@ class Workers:
             dist.barrier()
             dist.destroy_process_group()
 
-    def gather(self, value: Found) -> list[Found]:
-        """Every worker's value, by rank, for all."""
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all workers, by rank, on every worker."""
         if self._store is None:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, work: Callable[[], Found]) -> Found:
-        """What rank 0 makes of `work`, for all; a ValueError or OSError of it is everyone's."""
-        found: tuple[Any, str | None] = (None, None)
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns on rank 0, on every worker; its ValueError or OSError is a ValueError on every worker."""
+        outcome: tuple[Any, str | None] = (None, None)
         if self.rank == 0:
             try:
-                found = (work(), None)
+                outcome = (work(), None)
             except (ValueError, OSError) as error:
-                found = (None, reason_of(error))
-        value, fault = self.gather(found)[0]
+                outcome = (None, reason_of(error))
+        value, fault = self.gather(outcome)[0]
         if fault is not None:
             raise ValueError(fault)
         return value
 
     def fail(self, reason: str) -> None:
-        """Lets the others end with this worker's reason, at their next `advance`."""
+        """Ends the other workers, with this worker's reason, at their next `advance`."""
         if self._store is not None:
             self._store.set("reason", reason)
             self._store.add("failed", 1)
 
     def advance(self, num_bytes: int) -> int:
-        """Counts bytes that this worker has done; those of all. Raises ValueError once a worker has failed."""
+        """Adds to the bytes that this worker has done; returns those of all workers.
+
+        Raises ValueError once a worker has failed.
+        """
         if self._store is not None:
             if self._store.add("failed", 0):
                 raise ValueError(self._store.get("reason").decode())
@@ -89,7 +103,7 @@ class Workers:
         return self._bytes
 
     def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
-        """Until every worker is here."""
+        """Returns when every worker has called this; calls `meanwhile` several times a second until then."""
         if self._store is None:
             return
         arrival = dist.barrier(async_op=True)
@@ -98,3 +112,68 @@ class Workers:
             meanwhile()
             time.sleep(_POLL_S)
         arrival.wait()
+
+
+class ByteProgress:
+    """The bytes that all workers together have done of `total`; rank 0 shows them.
+
+    `moved` may be called as often as one likes.
+    """
+
+    def __init__(self, workers: Workers, what: str, total: int, done: int = 0):
+        self._workers, self._what, self._total, self._before = workers, what, total, done
+        self._uncounted, self._console = 0, Console()
+        self._began = self._printed = self._updated = time.monotonic()
+        self.peak_anonymous = 0
+        """The most bytes of this process that no file backs, as often as it was measured."""
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> ByteProgress:
+        if self._workers.rank == 0 and self._console.is_terminal:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = RichProgress(TextColumn("{task.description}"), *columns, console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=self._total, completed=self._before)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.update(last=True)
+        if self._bar is not None:
+            self._bar.stop()
+
+    def moved(self, num_bytes: int) -> None:
+        """Counts bytes that this worker has done. Raises ValueError once a worker has failed."""
+        self._uncounted += num_bytes
+        if time.monotonic() - self._updated >= UPDATE_S:
+            self.update()
+
+    def update(self, last: bool = False) -> None:
+        """Exchanges what was done with the other workers, and shows it. Raises ValueError once a worker has failed."""
+        self._updated = time.monotonic()
+        self.peak_anonymous = max(self.peak_anonymous, memory("RssAnon"))
+        done = self._workers.advance(self._uncounted)
+        self._uncounted = 0
+        if self._workers.rank:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._before + done)
+        elif last or self._updated - self._printed >= _LINE_S:
+            self._printed = self._updated
+            self._console.print(self._line(done), highlight=False)
+
+    def _line(self, done: int) -> str:
+        speed = done / max(self._updated - self._began, 1e-6)
+        so_far = self._before + done
+        left = f", {(self._total - so_far) / speed:.0f} s left" if speed and so_far < self._total else ""
+        return f"{self._what}: {decimal(so_far)} of {decimal(self._total)}, {decimal(int(speed))}/s{left}"
+
+
+def memory(key: str) -> int:
+    """Bytes of this process by a key of /proc/self/status: VmRSS, VmHWM (the highest VmRSS so far), RssAnon.
+
+    0 where the system has no such file.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
 from megatron_papo.distributed.rendezvous import world_store
 
 
@@ -37,6 +38,16 @@ class Layout:
     data_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     """All ranks that together hold one copy of the model: tensor x pipeline."""
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that together hold one copy of the model: tensor x pipeline."""
+        return self.tensor_size * self.pipeline_size
+
+    @property
+    def model_rank(self) -> int:
+        """This rank's place among them, tensor fastest: its rank in `model_group`."""
+        return self.pipeline_rank * self.tensor_size + self.tensor_rank
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,12 +73,9 @@ def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
     global _layout
     if not dist.is_initialized():
         _start_process_group(parallel.timeout_s, num_engine_ranks)
-    world_size, model_size = dist.get_world_size(), parallel.tensor * parallel.pipeline
-    if world_size % model_size:
-        raise ValueError(
-            f"{world_size} ranks do not divide by parallel.tensor {parallel.tensor} "
-            f"x parallel.pipeline {parallel.pipeline}"
-        )
+    world_size = dist.get_world_size()
+    if fault := fault_of_ranks(parallel, world_size):
+        raise ValueError(fault)
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -83,7 +91,7 @@ def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=world_size // model_size,
+        data_size=data_ranks(parallel, world_size),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
@@ -125,6 +133,19 @@ def world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def tensor_layout(rank: int, size: int) -> Layout:
+    """The layout of a world whose `size` ranks hold one model by tensor parallelism alone, as an engine's ranks do.
+
+    A collective of all ranks of the world, which has been started; Megatron's groups are not made.
+    """
+    world = world_group()
+    alone = [dist.new_group([each]) for each in range(size)][rank]
+    return Layout(
+        rank=rank, world_size=size, tensor_rank=rank, tensor_size=size, pipeline_rank=0, pipeline_size=1, data_rank=0,
+        data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
+    )  # fmt: skip
 
 
 def _start_process_group(timeout_s: float, num_engine_ranks: int) -> None:

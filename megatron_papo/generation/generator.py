@@ -1,5 +1,5 @@
-"""What every engine offers the training loop: `generate` and `load_weights`. One file an engine, nothing shared by
-inheritance; the choice between them is `build_generator`'s.
+"""What every engine offers: the `Generator` protocol. One folder an engine, nothing shared by inheritance;
+`build_generator` chooses between them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_papo.generation.readings import Probe
 from megatron_papo.types import Group, Metrics, Prompt
 
 Report = Callable[[int, int], None]
-"""Called while generating, with the rollouts done so far and the total, of this rank."""
+"""Called while generating, with this rank's rollouts done so far and their total."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call of `generate` draws; that every visit of a prompt draws anew is the prompt's part."""
+    """How one call of `generate` draws tokens. A prompt's number of visits makes each visit draw anew."""
 
     group_size: int
     temperature: float
@@ -48,10 +49,11 @@ class Generator(Protocol):
     """An engine on every rank. The ranks of a model-parallel group call each method together."""
 
     policy_version: int | None
-    """Of the weights it has; None before the first hand-over, after a restart, and while they are forgotten."""
+    """Version of the weights in the engine; None before the first hand-over, after a restart, and while the engine has
+    forgotten its weights."""
     forgotten_version: int | None
-    """Of the weights that it had as it fell asleep and has no more: they have to be handed over again. None while it
-    has weights and where it never had any."""
+    """Version of the weights that the engine forgot as it fell asleep: they have to be handed over again. None while
+    it has weights, and where it never had any."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.
@@ -65,10 +67,19 @@ class Generator(Protocol):
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """Takes over a whole model, one full tensor at a time.
 
-        Names are those of the parameters of transformers' Qwen2_5_VLForConditionalGeneration
-        (`model.language_model...`, `model.visual...`), not of the published files; a tied head is left out.
-        Every rank consumes the iterator to its end and in order: drawing from it may be a collective. Raises
-        ValueError naming tensors that are missing, unknown or misshapen.
+        Names are those of the parameters in transformers' model of the family (`MODEL_CLASS` of its
+        `transformers_classes`), not those of the published files; a tied head is left out. Every rank consumes the
+        iterator to its end and in order: drawing from it may be a collective. Raises ValueError naming tensors that
+        are missing, unknown or misshapen.
+        """
+        ...
+
+    def probe(self, prompt: Prompt, sampling: Sampling) -> Probe:
+        """Answers `prompt` once, by itself, and shows what the engine computed meanwhile, as far as it can be seen.
+
+        The answer is the first rollout that `generate` would give; nothing that the engine keeps of other prompts is
+        used, and nothing of this one is kept. All ranks call it together, the ranks of one engine with the same
+        prompt. An engine in other processes shows the log-probs alone. Raises EngineLost as `generate` does.
         """
         ...
 
@@ -77,7 +88,7 @@ class Generator(Protocol):
         ...
 
     def take_metrics(self) -> Metrics:
-        """What this rank's engine measured since it was last asked, to be summed over ranks."""
+        """What this rank's engine measured since the last call, to be summed over ranks."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Divides the rollouts of a model-parallel group over its ranks, and puts the results together again.
+"""Divides the rollouts of a model-parallel group over its ranks, and joins the results.
 
-The ranks of a tensor- and pipeline-parallel group see the same prompts. Rather than generating everything on each, a
-rank generates a share and the group exchanges the results.
+The ranks of a tensor- and pipeline-parallel group have the same prompts. Instead of generating everything on each rank,
+every rank generates a share and the group exchanges the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RolloutRequest:
     """One rollout to make."""
 
     prompt_index: int
-    """Place of the prompt in the call."""
+    """Place of the prompt in the call's list of prompts."""
     index: int
     """Place of the rollout in its group."""
     seed: int
@@ -30,16 +30,16 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """One rollout made: what travels between ranks."""
+    """One finished rollout, as it travels between ranks."""
 
-    job: RolloutRequest
+    request: RolloutRequest
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
 
 
 def make_requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutRequest]:
-    """All rollouts of the call, group after group."""
+    """The requests for all rollouts of a call, group after group."""
     return [
         RolloutRequest(place, index, rollout_seed(sampling.seed, prompt.visit, prompt.id, index))
         for place, prompt in enumerate(prompts)
@@ -55,17 +55,16 @@ def generate_in_shares(
     decode: Callable[[tuple[int, ...]], str],
     policy_version: int | None,
 ) -> list[Group]:
-    """Groups in the order of `prompts`, the same on every rank of the model-parallel group.
+    """Groups in the order of `prompts`, the same on every rank of the model-parallel group, which call together.
 
-    Raises RuntimeError while there is no `policy_version`: the engine has no weights yet.
+    `answer` generates this rank's share; `decode` turns token ids into text. Raises RuntimeError while there is no
+    `policy_version`: the engine has no weights yet.
     """
     if policy_version is None:
         raise RuntimeError("generate before the first load_weights: the generator has no weights")
-    ranks = layout.tensor_size * layout.pipeline_size
-    place = layout.pipeline_rank * layout.tensor_size + layout.tensor_rank
     # contiguous shares: a group's rollouts mostly stay together, and their prompt is read once
-    answers = answer(list(share_of(make_requests(prompts, sampling), place, ranks)))
-    if ranks > 1:
+    answers = answer(list(share_of(make_requests(prompts, sampling), layout.model_rank, layout.model_size)))
+    if layout.model_size > 1:
         answers = [each for part in gather_objects(answers, layout.model_group) for each in part]
     return groups_of(prompts, sampling, answers, decode, policy_version)
 
@@ -77,14 +76,14 @@ def groups_of(
     decode: Callable[[tuple[int, ...]], str],
     policy_version: int,
 ) -> list[Group]:
-    """The answers to all jobs of a call, in whatever order they came, as groups in the order of `prompts`."""
-    by_place = {(a.job.prompt_index, a.job.index): a for a in answers}
+    """The answers to all requests of a call, in whatever order they came, as groups in the order of `prompts`."""
+    by_place = {(a.request.prompt_index, a.request.index): a for a in answers}
     assert len(by_place) == len(answers) == len(prompts) * sampling.group_size
 
     def rollout(answer: Answer) -> Rollout:
         text = decode(answer.response_ids)
         return Rollout(
-            answer.job.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, policy_version
+            answer.request.index, answer.response_ids, answer.logprobs, text, answer.finish_reason, policy_version
         )
 
     return [

@@ -1,5 +1,6 @@
-"""The parity certificate: what Hugging Face transformers, Megatron in this layout and the engine make of the same
-prompts, part by part from token ids to log-probs; the first part that departs is named.
+"""The parity certificate: Hugging Face transformers, Megatron in this layout and the engine on the same prompts.
+
+They are compared part by part, from token ids to log-probs; the first part that departs is named.
 """
 
 from megatron_papo.parity.certifier import Certifier

@@ -1,4 +1,4 @@
-"""What was found on all ranks, as one value: the verdict, a summary in lines, and the whole as JSON."""
+"""A certificate: the findings of all ranks with their verdict, a summary in lines, and everything as JSON."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, PAIRS, TRAINER, Case, Finding, first_departure, kind_of
-from megatron_papo.parity.reading import KINDS, LOGPROBS, Precision
+from megatron_papo.generation.readings import Precision
+from megatron_papo.model.observed import KINDS, LOGPROBS, kind_of
+from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, PAIRS, TRAINER, Case, Finding, first_departure
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Who was compared, and how each computes."""
+    """Who was compared, and how each party computes."""
 
     precisions: Mapping[str, Precision]
+    """Party -> what it computes in."""
     engine: str
     layout: Mapping[str, Any]
     huggingface_weights: str
-    """Where transformers had them from: `model.path`, or the trainer's."""
+    """Where transformers had its weights from: `model.path`, or the trainer's."""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Party -> why it was not asked."""
+    """Party -> why it was left out."""
 
     def with_huggingface(self, precision: Precision) -> Sides:
+        """The same, where Hugging Face computes in `precision`."""
         return replace(self, precisions={**self.precisions, HUGGINGFACE: precision})
 
     def without_huggingface(self, reason: str) -> Sides:
+        """The same, where Hugging Face is left out for `reason`."""
         return replace(self, missing={**self.missing, HUGGINGFACE: reason})
 
 
@@ -37,19 +41,22 @@ class Tokens:
     prompt_id: str
     tokens: Sequence[str]
     logprobs: Mapping[str, Sequence[float]]
-    """By party, nats."""
+    """Party -> log-prob of each token, in nats."""
 
 
 @dataclass(frozen=True)
 class Certificate:
+    """The comparison of all parties after `step` optimizer steps."""
+
     step: int
     at_start: bool
+    """Whether it was made before the run's first step."""
     findings: Sequence[Finding]
-    """Of each part, pair of parties and unit the worst of any rank, in the order in which a model computes them."""
+    """The worst of any rank for each part, pair of parties and unit, in the order in which a model computes parts."""
     not_looked_at: Mapping[str, Mapping[str, str]]
     """Kind of part -> party -> why."""
     responses: Sequence[Tokens]
-    """Of the writer's engine."""
+    """The responses of the engine of the rank that writes."""
     sides: Sides
 
     @classmethod
@@ -63,7 +70,7 @@ class Certificate:
         responses: Sequence[Sequence[str]],
         sides: Sides,
     ) -> Certificate:
-        """From the findings of all ranks, each rank's in one order, and this rank's cases."""
+        """From the findings of all ranks, each rank's in the same order, and this rank's cases."""
         worst: dict[tuple[str, str, str, str], Finding] = {}
         for finding in findings:
             key = finding.part, finding.party, finding.other, finding.unit
@@ -79,26 +86,27 @@ class Certificate:
 
     @property
     def departure(self) -> Finding | None:
-        """The first part that departs; None when all is well."""
+        """The first part that departs; None when all parties agree."""
         return first_departure(self.findings)
 
     @property
     def verdict(self) -> str:
-        """One line."""
-        found = self.departure
-        if found is None:
+        """Whether all parties agree, or which part departs first; one line."""
+        departure = self.departure
+        if departure is None:
             parties, parts = self.parties, {finding.part for finding in self.findings}
             return f"certificate: {', '.join(parties[:-1])} and {parties[-1]} agree on {len(parts)} parts"
-        of_ranks = self.sides.layout.get("ranks", 1)
-        return f"certificate: {found.line()}" + (f", rank {found.rank}" if of_ranks > 1 else "")
+        several = self.sides.layout.get("ranks", 1) > 1
+        return f"certificate: {departure.line()}" + (f", rank {departure.rank}" if several else "")
 
     @property
     def parties(self) -> list[str]:
+        """The parties that were compared."""
         compared = {name for finding in self.findings for name in (finding.party, finding.other)}
         return [party for party in (HUGGINGFACE, TRAINER, ENGINE) if party in compared]
 
     def logprobs_gap(self) -> dict[str, float]:
-        """Between engine and trainer, nats: `mean` a token, and `max`."""
+        """The difference between engine and trainer in nats: its `mean` over tokens, and its `max`."""
         return {
             "mean" if finding.unit.endswith("average") else "max": finding.difference
             for finding in self.findings
@@ -106,7 +114,7 @@ class Certificate:
         }
 
     def summary(self) -> list[str]:
-        """A line a kind of part: its worst, measured in its limits, or why it was not looked at."""
+        """One line for each kind of part: the finding that is closest to its limit, or why it was not looked at."""
         lines = []
         for kind in KINDS:
             own = [finding for finding in self.findings if kind_of(finding.part) == kind]
@@ -118,6 +126,7 @@ class Certificate:
         return lines
 
     def as_json(self) -> dict[str, Any]:
+        """Everything, in values that JSON has."""
         tree = {
             "step": self.step,
             "at_start": self.at_start,
@@ -132,15 +141,15 @@ class Certificate:
 
 
 def _not_looked_at(cases: Sequence[Case], sides: Sides) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     for case in cases:
         for party, reading in case.readings.items():
             for kind, why in reading.missing.items():
-                found.setdefault(kind, {})[party] = why
+                reasons.setdefault(kind, {})[party] = why
     for party, why in sides.missing.items():
         for kind in KINDS:
-            found.setdefault(kind, {})[party] = why
-    return {kind: found[kind] for kind in KINDS if kind in found}
+            reasons.setdefault(kind, {})[party] = why
+    return {kind: reasons[kind] for kind in KINDS if kind in reasons}
 
 
 def _share(finding: Finding) -> float:
@@ -148,7 +157,7 @@ def _share(finding: Finding) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """With text for what JSON has no numbers for."""
+    """The value with text in place of numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""RUN/certificate: of every certificate its JSON, step_N.json, and the page beside it.
+"""RUN/certificate: the JSON of every certificate, step_N.json, and its page, step_N.html.
 
-That of a run's start stays, and every one that failed; of the others the last two.
+The certificates of a run's starts are kept, and all that failed; of the others, the last two.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from megatron_papo.files.small_files import STEP_NAME, read_object, write_whole
 from megatron_papo.parity.certificate import Certificate
 from megatron_papo.parity.certificate_page import certificate_page
 
-_KEPT = 2
+_NUM_KEPT = 2
 
 
-class Folder:
+class CertificateFolder:
     """RUN/certificate."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
@@ -24,10 +24,11 @@ class Folder:
         self._unreadable: set[Path] = set()
 
     def page_of(self, step: int) -> Path:
+        """Where the page of the certificate after `step` steps lies."""
         return self.path / f"step_{step:08d}.html"
 
     def write(self, certificate: Certificate) -> None:
-        """Both files, each whole or not at all, and away with the oldest. A full disk costs the files, not the run."""
+        """Writes both files, each whole or not at all, and removes old ones. A full disk is a warning."""
         page = self.page_of(certificate.step)
         text = json.dumps(certificate.as_json(), indent=1, allow_nan=False)
         try:
@@ -39,8 +40,8 @@ class Folder:
             self._warn(f"{error.strerror}: {error.filename}: the certificate of step {certificate.step} is not written")
 
     def _remove_old(self) -> None:
-        """Those that passed. One that cannot be read may have failed, so it stays, and is told of."""
-        plain = []
+        """Removes the oldest that passed. One that cannot be read may have failed: it stays, with one warning."""
+        removable = []
         for path in sorted(self.path.glob("step_*.json")):
             if not STEP_NAME.fullmatch(path.stem) or path in self._unreadable:
                 continue
@@ -51,7 +52,7 @@ class Folder:
                 self._warn(f"{error}: a certificate that is damaged; it is left as it is")
                 continue
             if tree.get("passed") is True and tree.get("at_start") is False:
-                plain.append(path)
-        for path in plain[:-_KEPT]:
+                removable.append(path)
+        for path in removable[:-_NUM_KEPT]:
             path.unlink()
             path.with_suffix(".html").unlink(missing_ok=True)

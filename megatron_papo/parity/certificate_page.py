@@ -1,7 +1,7 @@
-"""A certificate as a page: what was compared between whom, how far apart it was, and where; whole in itself.
+"""A certificate as one HTML file: what was compared between whom, how far apart it was, and where.
 
-One row a part and pair of parties, then the log-probs of the responses, token by token, of all parties side by side.
-Text is escaped.
+It has one row for each part and pair of parties, then the log-probs of the responses, token by token, of all parties
+side by side. Text is escaped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Readings against each other: one finding a part and pair of parties, the worst over the prompts. Pure torch.
+"""Compares readings: one finding for each part and pair of parties, the worst over the prompts. Pure torch.
 
 Token ids and position ids are counted where they differ. Pixels and angles: the largest difference. Image features and
 hidden states: of every token the root mean square of the difference over that of the values, their mean and the
@@ -15,17 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_papo.generation.readings import Precision, Reading
+from megatron_papo.model.observed import ANGLES, KINDS, LOGPROBS, PIXELS, POSITION_IDS, TOKEN_IDS, kind_of, number_of
 from megatron_papo.parity.limits import Limits, coarser
-from megatron_papo.parity.reading import ANGLES, KINDS, LOGPROBS, PIXELS, POSITION_IDS, TOKEN_IDS, Precision, Reading
 
 HUGGINGFACE, TRAINER, ENGINE = "Hugging Face", "trainer", "engine"
 PAIRS = ((TRAINER, HUGGINGFACE), (ENGINE, HUGGINGFACE), (ENGINE, TRAINER))
-"""(who is suspected, whom it is held against), in the order in which they are named."""
+"""(the party under suspicion, the party it is compared with), in the order in which they are named."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt as the parties read it."""
+    """What each party computed for one prompt."""
 
     prompt_id: str
     readings: Mapping[str, Reading]
@@ -34,6 +35,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
+    """How far two parties are apart on one part."""
+
     part: str
     party: str
     other: str
@@ -41,16 +44,18 @@ class Finding:
     unit: str
     limit: float
     prompt_id: str = ""
-    """Where the difference is largest."""
+    """The prompt in which the difference is largest."""
     place: int = -1
-    """And which token, patch or response token there, of those that were kept."""
+    """The token, patch or response token in it where the difference is largest, counted among the kept ones."""
     rank: int = 0
 
     @property
     def passed(self) -> bool:
+        """Whether the difference is within the limit."""
         return self.difference <= self.limit  # false for NaN
 
     def line(self) -> str:
+        """The finding in one line."""
         size, limit = f"{self.difference:.2g}{self.unit}", f"limit {self.limit:g}"
         if self.passed:
             return f"{self.part}: {self.party} and {self.other} are {size} apart ({limit})"
@@ -58,8 +63,8 @@ class Finding:
 
 
 def compare(cases: Sequence[Case], precisions: Mapping[str, Precision], limits: Limits, rank: int) -> list[Finding]:
-    """In the order in which a model computes the parts; a part is compared where both parties have it."""
-    found = []
+    """Findings in the order in which a model computes the parts; a part is compared where both parties have it."""
+    findings = []
     for part in sorted({name for case in cases for each in case.readings.values() for name in each.parts}, key=_order):
         for party, other in PAIRS:
             sides = [
@@ -70,12 +75,14 @@ def compare(cases: Sequence[Case], precisions: Mapping[str, Precision], limits: 
             if sides:
                 precision = coarser(precisions[party], precisions[other])
                 for unit, limit, differences in _measure(part, sides, precision, limits):
-                    found.append(Finding(part, party, other, differences[0], unit, limit, *differences[1:], rank=rank))
-    return found
+                    findings.append(
+                        Finding(part, party, other, differences[0], unit, limit, *differences[1:], rank=rank)
+                    )
+    return findings
 
 
 def first_departure(findings: Sequence[Finding]) -> Finding | None:
-    """Of the first part that departs anywhere, the first pair's; of several ranks the worst."""
+    """The finding of the first part that departs and of the first pair that does; the worst of several ranks."""
     failed = [finding for finding in findings if not finding.passed]
     return min(failed, key=_first, default=None)
 
@@ -86,13 +93,7 @@ def _first(finding: Finding) -> tuple[tuple[int, int], int, float]:
 
 
 def _order(part: str) -> tuple[int, int]:
-    kind = kind_of(part)
-    number = part.removeprefix(kind).strip()
-    return KINDS.index(kind), int(number or 0)
-
-
-def kind_of(part: str) -> str:
-    return next(kind for kind in KINDS if part.startswith(kind))
+    return KINDS.index(kind_of(part)), number_of(part)
 
 
 Side = tuple[str, Tensor, Tensor]
@@ -100,13 +101,13 @@ Side = tuple[str, Tensor, Tensor]
 Worst = tuple[float, str, int]
 """(difference, prompt, place)."""
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""Of two parties' values: a number a token."""
+"""From two parties' values to one number a token."""
 
 
 def _measure(
     part: str, sides: Sequence[Side], precision: Precision, limits: Limits
 ) -> Iterator[tuple[str, float, Worst]]:
-    """(unit, limit, the worst) of each measure of the part."""
+    """(unit, limit, worst difference) for each measure of the part."""
     misshapen = next((prompt_id for prompt_id, one, other in sides if one.shape != other.shape), None)
     if misshapen is not None:
         yield " (of another length)", 0.0, (math.inf, misshapen, -1)
@@ -133,7 +134,7 @@ def _mean_and_largest(
 
 
 def _counted(sides: Sequence[Side]) -> Worst:
-    """Places that differ over all prompts, and the first."""
+    """How many places differ over all prompts, and the first of them."""
     total, where = 0, ("", -1)
     for prompt_id, one, other in sides:
         differs_T = (one != other).flatten(1).any(1) if one.dim() > 1 else one != other
@@ -155,6 +156,6 @@ def _largest(sides: Sequence[Side], measure: Measure) -> Worst:
 
 
 def _relative(one_TH: Tensor, other_TH: Tensor) -> Tensor:
-    """[T], per token; a token of zeros counts as it is."""
+    """[T] root mean square of a token's difference over that of its values; 1 stands for that of a token of zeros."""
     size_T = other_TH.pow(2).mean(-1).sqrt()
     return (one_TH - other_TH).pow(2).mean(-1).sqrt() / torch.where(size_T > 0, size_T, 1.0)

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from megatron_papo.distributed.accelerator import parameter_dtype
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.model.policy import HeadRequest
-from megatron_papo.optimization.pipeline import score
-from megatron_papo.packing import supervised_group
-from megatron_papo.parity.reading import (
+from megatron_papo.generation.readings import (
+    ActivationRecorder,
+    Places,
+    Precision,
+    Reading,
+    patches_of,
+    places_of,
+)
+from megatron_papo.model.observed import (
     ANGLES,
     FEATURES,
     LANGUAGE_LAYER,
@@ -26,34 +31,34 @@ from megatron_papo.parity.reading import (
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
-    ActivationRecorder,
-    Places,
-    Precision,
-    Reading,
-    patches_of,
-    places_of,
 )
+from megatron_papo.model.policy import HeadRequest
+from megatron_papo.optimization.pipeline import score
+from megatron_papo.packing import supervised_group
 from megatron_papo.training.batching import pack_rows
 from megatron_papo.training.session import Run
 from megatron_papo.types import MicroBatch, Prompt
 
 
 def trainer_precision(run: Run) -> Precision:
-    """Of the passes that score; a run that has left FP8 is held to what it computes in now."""
+    """What the passes that score compute in; for a run that has left FP8, what it computes in now."""
     if run.policy.fp8.allowed and run.config.fp8.score:
         return "fp8"
     return "bfloat16" if parameter_dtype(run.config.model.dtype) == torch.bfloat16 else "float32"
 
 
 def read_trainer(run: Run, prompt: Prompt, response_ids: tuple[int, ...]) -> Reading:
-    """All ranks of a model-parallel group call it with the same prompt and response, and get the same."""
+    """What the trainer computes for the prompt and the response to it.
+
+    All ranks of a model-parallel group call it with the same prompt and response, and get the same.
+    """
     (row,) = pack_rows(run, [supervised_group(prompt, response_ids)])
     with ActivationRecorder() as recorder:
         _record(recorder, run, prompt, row)
         (outputs,) = score(run.policy, [row], HeadRequest(banned_ids=run.banned_ids))
     pieces = gather_objects(recorder.parts(), run.layout.model_group)
     parts = {name: torch.cat([piece[name] for piece in pieces if name in piece]) for name in _names(pieces)}
-    parts |= _of_row(row) | {LOGPROBS: outputs.policy_logprobs_R.cpu()}
+    parts |= _inputs_of(row) | {LOGPROBS: outputs.policy_logprobs_R.cpu()}
     return Reading(parts)
 
 
@@ -61,14 +66,14 @@ def _names(pieces: list[dict[str, Tensor]]) -> set[str]:
     return {name for piece in pieces for name in piece}
 
 
-def _of_row(row: MicroBatch) -> dict[str, Tensor]:
+def _inputs_of(row: MicroBatch) -> dict[str, Tensor]:
     last = row.num_tokens - 1
     parts = {TOKEN_IDS: row.token_ids_T[:last], POSITION_IDS: row.position_ids_3T.T[:last]}
     return parts | ({PIXELS: torch.cat(row.pixel_values)} if row.pixel_values else {})
 
 
 def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBatch) -> None:
-    """Puts this rank's hooks: on what it alone holds, and of what all tensor ranks hold on the first of them."""
+    """Attaches this rank's hooks: to its own shards, and on the first tensor rank to what all tensor ranks compute."""
     policy, layout = run.policy, run.layout
     if layout.tensor_rank == 0 and layout.is_first_stage:
         assert policy.vision is not None
@@ -78,12 +83,12 @@ def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBa
     if layout.tensor_rank == 0 or run.config.parallel.sequence:
         if policy.vision is not None:
             for layer in policy.vision.decoder.layers:
-                _tape_layer(recorder, layer, VISION_LAYER, patches_of(prompt), run)
+                _record_layer(recorder, layer, VISION_LAYER, patches_of(prompt), run)
         for layer in policy.language.decoder.layers:
-            _tape_layer(recorder, layer, LANGUAGE_LAYER, places_of(prompt, row.num_tokens), run)
+            _record_layer(recorder, layer, LANGUAGE_LAYER, places_of(prompt, row.num_tokens), run)
 
 
-def _tape_layer(recorder: ActivationRecorder, layer: Any, kind: str, places: Places, run: Run) -> None:
+def _record_layer(recorder: ActivationRecorder, layer: Any, kind: str, places: Places, run: Run) -> None:
     name = f"{kind} {layer.layer_number - 1}"  # Megatron counts from 1, over all stages
 
     def note(args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
@@ -94,7 +99,7 @@ def _tape_layer(recorder: ActivationRecorder, layer: Any, kind: str, places: Pla
 
 
 def _first_place(num_own: int, run: Run) -> int:
-    """In the row, of this rank's shard."""
+    """Where this rank's shard of the row begins."""
     return run.layout.tensor_rank * num_own if run.config.parallel.sequence else 0
 
 

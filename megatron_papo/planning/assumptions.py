@@ -67,3 +67,8 @@ class Assumptions:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def factor_of(stage: str) -> str:
+    """The name of the assumption that a planned stage's seconds are multiplied with: `handover_factor`."""
+    return f"{stage.replace(' ', '')}_factor"

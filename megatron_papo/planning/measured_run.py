@@ -8,23 +8,24 @@ run: the median over its steps of measured over planned, stage by stage.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, load_config
-from megatron_papo.costs.hardware import Cluster, Gpu
+from megatron_papo.config.derived import model_folder_or_none
+from megatron_papo.costs.hardware import Cluster, Gpu, gpu_of
 from megatron_papo.costs.memory import GIB
+from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.files.small_files import read_records
 from megatron_papo.model.shape import ModelShape, stage_layers
-from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.assumptions import Assumptions, factor_of
 from megatron_papo.planning.candidates import Candidate
 from megatron_papo.planning.estimate import Estimate, estimate_applied
 from megatron_papo.planning.workload import Workload
 
-STAGES = {"update": "update", "score": "score", "generate": "generate", "hand over": "handover"}
-"""Of a step that are planned, and how their factors are called."""
 _LENGTHS = ("prompt_tokens", "image_tokens", "response_tokens")
 
 
@@ -34,11 +35,16 @@ def planned(
     """Of the step that `record` tells of, by the names of its metrics: the mean tokens of prompts, images and responses
     (`_LENGTHS`), and what dynamic sampling drew."""
     parallel = config.parallel
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
     layers = stage_layers(parallel, shape)
     config = config.model_copy(update={"parallel": parallel.model_copy(update={"pipeline_layers": list(layers)})})
     candidate = Candidate(
-        parallel.tensor, parallel.pipeline, data, layers, config.model.recompute, "as set", config.generation.tensor
+        parallel.tensor,
+        parallel.pipeline,
+        data_ranks(parallel, num_ranks),
+        layers,
+        config.model.recompute,
+        "as set",
+        config.generation.tensor,
     )
     nodes = max(1, config.cluster.nodes)
     cluster = Cluster(gpu, nodes, max(1, num_ranks // nodes))
@@ -64,28 +70,44 @@ def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> W
     )
 
 
-def planned_values(found: Estimate) -> dict[str, float]:
-    """As metrics: seconds by stage, and the peak of the fullest GPU."""
-    values = {f"planned/time/{stage}": found.seconds[stage] for stage in STAGES}
-    return values | {"planned/memory_gib": found.fullest.peak / GIB, "planned/mfu": found.mfu}
+def step_planner(
+    config: Config, shape: ModelShape, device_name: str | None, num_ranks: int
+) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """The function that turns the metrics of a measured step of this run into the metrics `planned/...` beside them:
+    seconds by stage, the peak of the fullest GPU and the updates' MFU. It returns none for a kind of GPU that the table
+    of GPUs lacks, and for a step without responses.
+
+    `device_name`: as CUDA names the GPU, None without one. Raises ValueError for a bad file `observe.calibration`.
+    """
+    assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
+    gpu = gpu_of(device_name)
+
+    def plan(record: Mapping[str, float]) -> dict[str, float]:
+        if gpu is None or not record.get("response_tokens"):
+            return {}
+        step = planned(config, shape, gpu, num_ranks, assumed, record)
+        values = {f"planned/time/{stage}": step.seconds[stage] for stage in PLANNED_STAGES}
+        return values | {"planned/memory_gib": step.fullest.peak / GIB, "planned/mfu": step.mfu}
+
+    return plan
 
 
 def calibrated(run: Path, gpu: Gpu) -> Assumptions:
     """Assumptions with factors such that the plan of RUN's steps, on `gpu`s, takes what they took. The first step,
     which warms up, is left out where there are others. Raises ConfigError naming the file at fault."""
     config, records = _read(run)
-    folder = config.model.path or config.model.checkpoint
+    folder = model_folder_or_none(config)
     if folder is None:
         raise ConfigError(f"{run}/config.yaml: names no model")
     shape = ModelShape.from_folder(folder)
-    ratios: dict[str, list[float]] = {name: [] for name in STAGES.values()}
+    ratios: dict[str, list[float]] = {stage: [] for stage in PLANNED_STAGES}
     for record in records[1:] or records:
-        found = planned(config, shape, gpu, int(record["ranks"]), Assumptions(), record)
-        for stage, name in STAGES.items():
-            measured, plan = float(record.get(f"time/{stage}", 0.0)), found.seconds[stage]
+        step = planned(config, shape, gpu, int(record["ranks"]), Assumptions(), record)
+        for stage in PLANNED_STAGES:
+            measured, plan = float(record.get(f"time/{stage}", 0.0)), step.seconds[stage]
             if measured > 0 and plan > 0:
-                ratios[name].append(measured / plan)
-    factors = {f"{name}_factor": statistics.median(found) for name, found in ratios.items() if found}
+                ratios[stage].append(measured / plan)
+    factors = {factor_of(stage): statistics.median(values) for stage, values in ratios.items() if values}
     return replace(Assumptions(), **factors)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.costs.memory import GIB
+from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
 from megatron_papo.planning.estimate import Estimate
@@ -17,10 +18,9 @@ from megatron_papo.planning.ranking import LayoutPlan
 from megatron_papo.planning.scale import ScalePoint
 from megatron_papo.text.untrusted import as_text
 
-_SECONDS = ("generate", "score", "update", "hand over")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "engine", "kv")
 HEADERS = (
-    "layout", "stages", "recompute", "optimizer", "engine", *(f"{name} s" for name in _SECONDS), "step s",
+    "layout", "stages", "recompute", "optimizer", "engine", *(f"{name} s" for name in PLANNED_STAGES), "step s",
     "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY), "peak GiB",
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ def cells(found: Estimate) -> list[str]:
         candidate.recompute,
         candidate.optimizer,
         f"TP{candidate.engine_tensor}",
-        *(f"{found.seconds[name]:.1f}" for name in _SECONDS),
+        *(f"{found.seconds[name]:.1f}" for name in PLANNED_STAGES),
         f"{found.step_s:.1f}",
         f"{found.tokens_per_s:,.0f}",
         f"{found.mfu:.2f}",
@@ -102,8 +102,8 @@ def print_published(assumed: Assumptions) -> None:
 
 
 SCALE_HEADERS = (
-    "GPUs", "prompts a step", "layout", "step s", *(f"{name} s" for name in _SECONDS), "tokens/s/GPU", "of the first",
-    "MFU", "bubble", "what breaks first",
+    "GPUs", "prompts a step", "layout", "step s", *(f"{name} s" for name in PLANNED_STAGES), "tokens/s/GPU",
+    "of the first", "MFU", "bubble", "what breaks first",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def scale_cells(point: ScalePoint) -> list[str]:
         f"{point.prompts:,}",
         f"{best.candidate.name}, {best.candidate.recompute}",
         f"{best.step_s:.1f}",
-        *(f"{best.seconds[name]:.1f}" for name in _SECONDS),
+        *(f"{best.seconds[name]:.1f}" for name in PLANNED_STAGES),
         f"{best.tokens_per_s:,.0f}",
         f"{point.efficiency:.2f}",
         f"{best.mfu:.2f}",

@@ -15,6 +15,7 @@ from megatron_papo.config import load_config
 from megatron_papo.costs.activations import RowSize
 from megatron_papo.costs.flops import Flops, causal_pairs
 from megatron_papo.costs.hardware import GPUS, Cluster
+from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.published_shapes import published_models, shape_named
 from megatron_papo.model.shape import LanguageShape, ModelShape
 from megatron_papo.planning.assumptions import Assumptions
@@ -59,7 +60,7 @@ same batch, here of 989.5 TFLOP/s; its layout is not, and is taken as TP 8, PP 1
 def predicted_tflops(run: PublishedRun, assumed: Assumptions) -> float:
     """Of one GPU, model FLOPs over the whole step."""
     words = ["model.dtype=bfloat16", f"fp8.recipe={'tensorwise' if run.fp8 else 'off'}"]
-    data = run.gpus // (run.tensor * run.pipeline)
+    data = data_ranks(run, run.gpus)
     layers = (run.layers // run.pipeline,) * run.pipeline
     config = Candidate(run.tensor, run.pipeline, data, layers, "none", "fp32 moments", 1).applied(
         load_config(None, words)
@@ -102,10 +103,12 @@ def _shape(run: PublishedRun) -> ModelShape:
         num_heads=run.heads,
         num_kv_heads=run.kv_heads,
         vocab_size=run.vocabulary,
-        rms_norm_eps=1e-6,
+        head_dim=run.hidden // run.heads,
+        norm_eps=1e-6,
         rope_theta=1e6,
         mrope_section=(16, 24, 24),
         initializer_range=0.02,
+        qkv_bias=True,
     )
     any_model = shape_named(next(iter(published_models())))
     return replace(any_model, language=language)  # its tower sees no image

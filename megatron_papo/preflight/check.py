@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_papo.config import Config, ConfigError, plain_tree
+from megatron_papo.config.derived import model_folder_or_none
+from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
+from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
 from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
 from megatron_papo.preflight.inputs import (
     fault_of_run_dir,
@@ -29,8 +32,6 @@ from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
-
-_HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,8 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
     """What `num_ranks` ranks of the whole run cannot do with a model of `shape`: heads, layers, prompts, memory."""
     trainer = num_ranks - num_engine_ranks(verb, config)
     faults = faults_of_ranks(verb, config, num_ranks)
-    if trainer < 1 or trainer % (config.parallel.tensor * config.parallel.pipeline):
-        return faults or [
-            f"parallel: {num_ranks} ranks do not divide by parallel.tensor {config.parallel.tensor} "
-            f"x parallel.pipeline {config.parallel.pipeline}"
-        ]
+    if fault_of_ranks(config.parallel, trainer):
+        return faults or [f"parallel: {fault_of_ranks(config.parallel, num_ranks)}"]
     if shape is None:
         return faults
     faults += faults_of_engine(config, shape) if verb in ("train", "certify", "eval") else []
@@ -97,7 +95,7 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
 def _fp8_of_gpus(config: Config) -> Iterator[str]:
     """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
     recipe, gpu = config.fp8.recipe, config.cluster.gpu
-    known = {"A100-40GB": (), "A100": (), "H100": _HOPPER_RECIPES, "H200": _HOPPER_RECIPES}.get(gpu)
+    known = GPUS[gpu].fp8_recipes if gpu in GPUS else None
     if config.fp8.enabled and known is not None and recipe not in known:
         yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
 
@@ -117,7 +115,7 @@ def warnings_of_layout(config: Config, shape: ModelShape | None, num_ranks: int)
 def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
     """Ranks and layout; of a run on GPUs the fullest stage and the size of a checkpoint."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    data = num_ranks // (tensor * pipeline)
+    data = data_ranks(config.parallel, num_ranks)
     text = f"{num_ranks} rank{'s' * (num_ranks > 1)} (tensor {tensor} x pipeline {pipeline} x data {data})"
     if shape is None:
         return text
@@ -133,7 +131,7 @@ def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
 
 def shape_of(config: Config) -> ModelShape | None:
     """Of the folder that names the model; None without one. Raises ValueError for one that cannot be read."""
-    folder = config.model.path or config.model.checkpoint
+    folder = model_folder_or_none(config)
     return None if folder is None else ModelShape.from_folder(folder)
 
 

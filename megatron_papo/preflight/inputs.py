@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from megatron_papo.config import Config
+from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks, model_ranks_in_words
 from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.shape import ModelShape, padded
 
@@ -46,37 +47,37 @@ def num_engine_ranks(verb: str, config: Config) -> int:
 def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
     """One line a fault, beginning with the key's path: what `num_ranks` ranks of the whole run cannot share."""
     parallel, train, generation = config.parallel, config.train, config.generation
-    model_size, num_engines = parallel.tensor * parallel.pipeline, num_engine_ranks(verb, config)
+    num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
-    if num_engines and (trainer < 1 or trainer % model_size):
+    if num_engines and fault_of_ranks(parallel, trainer):
         return [
             f"generation.engines: {num_ranks} ranks less {generation.engines} engines of "
             f"generation.tensor={generation.tensor} leave {max(trainer, 0)}, which is no multiple of "
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+            f"{model_ranks_in_words(parallel)}"
         ]
-    data_ranks = trainer // model_size
+    num_data = data_ranks(parallel, trainer)
     ranks = (
-        f"fewer than the {data_ranks} data-parallel ranks "
+        f"fewer than the {num_data} data-parallel ranks "
         f"({trainer} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
     )
     faults = []
     prompts = train.prompts_per_step // train.updates_per_step
-    if verb == "train" and prompts < data_ranks:
+    if verb == "train" and prompts < num_data:
         faults.append(
             f"train.prompts_per_step: {train.prompts_per_step} with train.updates_per_step={train.updates_per_step} "
             f"leaves an update {prompts} prompts, {ranks}"
         )
-    if verb == "train" and train.prompts_per_round < data_ranks:
+    if verb == "train" and train.prompts_per_round < num_data:
         faults.append(f"train.dynamic_sampling.prompts_per_round: {train.prompts_per_round} prompts are {ranks}")
-    if verb == "sft" and config.sft.batch_size < data_ranks:
+    if verb == "sft" and config.sft.batch_size < num_data:
         faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
     colocated = verb in ("train", "certify", "eval") and generation.engine == "vllm" and not num_engines
     if colocated and num_ranks % generation.tensor:
         faults.append(f"generation.tensor: {generation.tensor} does not divide the {num_ranks} ranks")
-    if num_engines and data_ranks < generation.engines:
+    if num_engines and num_data < generation.engines:
         faults.append(
-            f"generation.engines: {generation.engines} engines for {data_ranks} data-parallel ranks: "
-            f"each of these asks one engine, so {generation.engines - data_ranks} would be idle"
+            f"generation.engines: {generation.engines} engines for {num_data} data-parallel ranks: "
+            f"each of these asks one engine, so {generation.engines - num_data} would be idle"
         )
     return faults
 

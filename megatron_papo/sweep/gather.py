@@ -16,14 +16,14 @@ from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.costs.memory import GIB
+from megatron_papo.costs.stages import PLANNED_STAGES, STEP_STAGES
+from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.files.small_files import read_records
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import State
 
-PLANNED_STAGES = ("generate", "score", "update", "hand over")
-"""Of a step, those that the planner knows."""
-STAGES = (*PLANNED_STAGES, "draw", "reward", "advantage", "pack")
-"""What a step's seconds are the sum of, and tokens are counted over."""
+STAGES = (*PLANNED_STAGES, *(stage for stage in STEP_STAGES if stage not in PLANNED_STAGES))
+"""All stages of a step in the order of the table, those that are planned first."""
 Record = Mapping[str, float]
 
 
@@ -82,8 +82,7 @@ def _row(point: Point, state: State, config: Config | None, records: Sequence[Re
     if config is not None:
         parallel = config.parallel
         trainer = int(records[0]["ranks"]) if records else point.ranks  # separate engines have ranks too
-        data = trainer // (parallel.tensor * parallel.pipeline)
-        layout = f"{parallel.tensor}x{parallel.pipeline}x{data}"
+        layout = f"{parallel.tensor}x{parallel.pipeline}x{data_ranks(parallel, trainer)}"
         row = replace(row, layout=layout, prompts=config.train.prompts_per_step)
     return replace(row, num_steps=len(records), figures=figures_of(records, factors))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
+from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.sweep.gather import STAGES, Row
 from megatron_papo.sweep.points import Sweep
 
 _INK, _SOFT, _LINE, _PLAN = "#1f2430", "#6b7280", "#2468b4", "#d07a1c"

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.files.small_files import write_whole
-from megatron_papo.sweep.gather import PLANNED_STAGES, STAGES, Row
+from megatron_papo.sweep.gather import STAGES, Row
 from megatron_papo.sweep.points import Sweep
 from megatron_papo.text.untrusted import as_text
 

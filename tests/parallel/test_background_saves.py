@@ -245,8 +245,8 @@ def test_what_a_checkpoint_pins_is_as_large_as_what_it_copies(monkeypatch):
         copied = memory.copy(_tree(9, value))
         assert all(bool((part.data == value).all()) for part in copied.values())
         assert copied["a"].data.untyped_storage().nbytes() == copied["a"].data.nbytes  # is written without its like
-    assert runtime.calls == ["pin"] and memory.num_bytes == 9 * 1025 * 4 + 3 * 2
-    assert 0 <= sum(runtime.pinned.values()) - memory.num_bytes < 2 * 64
+    assert runtime.calls == ["pin"]
+    assert 0 <= sum(runtime.pinned.values()) - (9 * 1025 * 4 + 3 * 2) < 2 * 64
     memory.copy(_tree(5, 3.0))
     assert runtime.calls == ["pin", "unpin", "pin"] and len(runtime.pinned) == 1
     del memory, copied

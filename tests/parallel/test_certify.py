@@ -153,44 +153,32 @@ def test_a_healthy_run_in_bfloat16_keeps_its_limits_and_is_no_further_off_than_r
             assert each["difference"] <= 2**-9
 
 
-def test_what_fails_on_one_rank_is_raised_on_all():
-    assert run_ranks(_failing_on_the_second, 2) == ["certificate: rank 1: OSError: no room"] * 2
-
-
-def _failing_on_the_second() -> str:
-    from megatron_papo.config import ParallelConfig
-    from megatron_papo.distributed.accelerator import adapt_megatron
-    from megatron_papo.distributed.layout import initialize, shutdown
-    from megatron_papo.parity.certifier import _together
-
-    adapt_megatron()
-    layout = initialize(ParallelConfig())
-
-    def work() -> int:
-        if layout.rank == 1:
-            raise OSError("no room")
-        return 3
-
-    try:
-        _together(work)
-    except ValueError as error:
-        return str(error)
-    finally:
-        shutdown()
-    return "went on"
-
-
 class _Elsewhere:
-    """A real engine of which, as of one in other processes, only the answers are seen."""
+    """A real engine of which, as of one in other processes, only the answers are seen; it can be made to fail."""
 
     def __init__(self, engine: Any):
         self.generate, self.policy_version, self.forgotten_version = engine.generate, engine.policy_version, None
+        self.fails = False
+
+    def probe(self, prompt: Any, sampling: Any) -> Any:
+        from megatron_papo.generation.remote.remote_generator import RemoteGenerator
+
+        probe = RemoteGenerator.probe(self, prompt, sampling)  # type: ignore[arg-type]
+        if self.fails:
+            raise OSError("no room")
+        return probe
 
 
-def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
+def test_of_an_engine_elsewhere_the_log_probs_are_compared_and_what_fails_on_one_rank_is_raised_on_all(
+    inputs, tmp_path
+):
     config = tiny_run(inputs, tmp_path, parallel__tensor=2)
     first, second = run_ranks(_of_an_engine_elsewhere, 2, config)
-    assert first == second == "certificate: Hugging Face, trainer and engine agree on 12 parts"
+    assert first == second
+    assert first == (
+        "certificate: Hugging Face, trainer and engine agree on 12 parts",
+        "certificate: rank 1: no room",
+    )
     tree = _written(tmp_path, 0)
     compared = {each["part"] for each in tree["findings"] if each["party"] == "engine"}
     assert compared == {"log-probs"}
@@ -198,7 +186,8 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared(inputs, tmp_path):
     assert tree["not_looked_at"]["pixel values"] == {"engine": "the engine runs in other processes"}
 
 
-def _of_an_engine_elsewhere(config: Config) -> str:
+def _of_an_engine_elsewhere(config: Config) -> tuple[str, str]:
+    """The verdict of a healthy engine, and what is raised where the second rank's fails."""
     from megatron_papo.generation import build_generator
     from megatron_papo.parity import Certifier
     from megatron_papo.training.rollouts import hand_over
@@ -208,4 +197,9 @@ def _of_an_engine_elsewhere(config: Config) -> str:
         generator = build_generator(config, run.processor, run.layout)
         hand_over(run, generator, policy_version=0)
         engine: Any = _Elsewhere(generator)
-        return Certifier(run, engine).at_start(0, weights_moved=False).verdict
+        certifier = Certifier(run, engine)
+        verdict = certifier.at_start(0, weights_moved=False).verdict
+        engine.fails = run.layout.rank == 1
+        with pytest.raises(ValueError) as failed:
+            certifier.at_start(0, weights_moved=False)
+    return verdict, str(failed.value)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_papo.checkpoint.archive import METADATA_FILE
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE
 from megatron_papo.checkpoint.opening import FORMAT_FILE, open_checkpoint
 from megatron_papo.checkpoint.state import TrainState, model_tensors, read_state
 from megatron_papo.checkpoint.state_file import STATE_FILE, read_state_file, write_state_tree
@@ -29,7 +29,7 @@ from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.plan import Settings, make_plan, open_store
 from megatron_papo.distributed.agreement import DamagedCheckpoint
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import parameter_table
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
 from tests.support.ranks import run_ranks
 
@@ -205,7 +205,7 @@ def _with_object(prefix: str) -> Callable[[Path, _Payload], None]:
 HOSTILE: dict[str, Callable[[Path, _Payload], None]] = {
     "metadata": _with_metadata, "rng": _with_object("rng/"), "common_state": _with_object("common_state/"),
 }  # fmt: skip
-NEVER_READ = {"rng": ("read_state", "the store"), "common_state": ()}
+NEVER_READ = {"rng": ("read_state",), "common_state": ()}
 """By whom these objects are read at all: the others load the rest, which is whole."""
 
 
@@ -214,7 +214,6 @@ def _hostile(folder: Path, newest: Path, run: TrainState) -> dict[tuple[str, str
     table = parameter_table(run.shape)
     readers: dict[str, Callable[[Path], Any]] = {
         "read_state": lambda path: read_state(path, run),
-        "the store": lambda path: CheckpointStore(path.parent).load(path, run),
         "load_weights": lambda path: load_weights(run.model, run.shape, path),  # eval, score, serve, certify
         "open_checkpoint": open_checkpoint,
         "CheckpointFiles": lambda path: CheckpointFiles.read(path, table),

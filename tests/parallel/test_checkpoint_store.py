@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_papo.checkpoint import store
-from megatron_papo.checkpoint.state import TrainState, read_state, read_state_file
+from megatron_papo.checkpoint.state import TrainState, read_state
+from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.files import atomic_folder
@@ -140,14 +141,14 @@ def _many(source: str, folder: str) -> dict[str, Any]:
     for step, metric in enumerate((0.1, 0.7, 0.3, None, 0.2), start=1):
         checkpoints.save(step, run, metric)
     names = sorted(path.name for path in checkpoints.folder.iterdir())
-    best, latest = checkpoints.best(), checkpoints.latest()
-    assert best is not None and latest is not None
+    best, latest = checkpoints.best_metric(), checkpoints.latest()
+    assert latest is not None
     checkpoints.save(1, run, 0.9)  # a fresh run in an old folder: the newest is the one written last
     again = checkpoints.latest()
     assert again is not None
     load_weights(run.model, run.shape, again)
     return {
-        "names": names, "best": best.name, "latest": latest.name, "again": again.name,
+        "names": names, "best": best, "latest": latest.name, "again": again.name,
         "weights": weights(run), "shape": ModelShape.from_folder(again) == run.shape,
     }  # fmt: skip
 
@@ -155,7 +156,7 @@ def _many(source: str, folder: str) -> dict[str, Any]:
 def test_the_last_and_the_best_are_kept(source, tmp_path):
     (found,) = run_ranks(_many, 1, str(source), str(tmp_path))
     assert found["names"] == ["step_00000002", "step_00000004", "step_00000005"]
-    assert (found["best"], found["latest"], found["again"]) == ("step_00000002", "step_00000005", "step_00000001")
+    assert (found["best"], found["latest"], found["again"]) == (0.7, "step_00000005", "step_00000001")
     assert found["shape"], "a checkpoint holds the model's config"
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {
         f.name for f in (tmp_path / "step_00000001").iterdir()

@@ -83,6 +83,7 @@ def _generator(engine: _Engine, keeps_weights: bool = True) -> Any:
 
     generator = VllmGenerator.__new__(VllmGenerator)
     generator.llm, generator.shm_name = engine, "of_no_engine"  # type: ignore[assignment]
+    generator.in_vllm = SimpleNamespace(CACHED_METHODS=())
     generator.sleeper = Sleeper(engine, True, keeps_weights)  # type: ignore[arg-type]
     generator.policy_version, generator.forgotten_version = 7, None
     generator._start = lambda: engine.driver.told.append("start")  # type: ignore[method-assign]

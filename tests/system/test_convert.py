@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import write_folder
-from megatron_papo.conversion import file_units, progress_bar, stores, workers
+from megatron_papo.conversion import journal as journal_module
+from megatron_papo.conversion import stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
-from megatron_papo.conversion.progress_bar import memory
+from megatron_papo.conversion.workers import memory
 from tests.parallel.generation_cases import make_folder
 from tests.support import commands
 from tests.support.processes import interpreter
@@ -511,7 +512,7 @@ def test_bytes_that_the_disk_lost_in_the_background_end_the_conversion(source, t
             told.append(name)
             raise OSError(errno.EIO, "Input/output error", name)
 
-    monkeypatch.setattr(file_units, "SYNC_BYTES", 60_000)  # once a file
+    monkeypatch.setattr(journal_module, "SYNC_BYTES", 60_000)  # once a file
     monkeypatch.setattr(stores.Files, "sync", lossy)
     assert run("hf-to-megatron", source, tmp_path / "m", *SMALL) == 2
     assert told and "Input/output error" in capsys.readouterr().err
@@ -557,7 +558,7 @@ def _a_task(rank: int, port: int, arguments: tuple[str, ...]) -> None:
         "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     if rank == 0:
-        progress_bar._UPDATE_S = 0.0
+        workers.UPDATE_S = 0.0
     os._exit(run(*arguments))
 
 

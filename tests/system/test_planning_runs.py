@@ -11,9 +11,10 @@ import pytest
 
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.hardware import CPU
+from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.planning.assumptions import Assumptions
-from megatron_papo.planning.measured_run import STAGES, planned
+from megatron_papo.planning.assumptions import Assumptions, factor_of
+from megatron_papo.planning.measured_run import planned
 from tests.support.commands import run
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import make_inputs, tiny_run
@@ -22,10 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def _train(*configs: Config) -> None:
+    from megatron_papo.planning.measured_run import step_planner
     from megatron_papo.train import main
 
     for config in configs:
-        main(config)
+        main(config, step_planner)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def _tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_every_step_has_its_plan_beside_it(run_dir):
     for record in _records(run_dir):
         assert record["ranks"] == 1 and record["prompt_tokens"] > record["image_tokens"] > 0
-        for stage in STAGES:
+        for stage in PLANNED_STAGES:
             assert record[f"planned/time/{stage}"] > 0 and record[f"time/{stage}"] > 0
         assert record["planned/memory_gib"] > 0
 
@@ -59,8 +61,8 @@ def test_fitted_to_a_run_the_plan_takes_what_the_run_took(run_dir, tmp_path):
     done = _tool(*words, "--calibrate", run_dir, "--calibration", out, "model.dtype=float32")
     assert done.returncode == 0, done.stderr
     fitted, shape = Assumptions.load(out), ModelShape.from_folder(config.model.path)
-    for stage, name in STAGES.items():
-        assert getattr(fitted, f"{name}_factor") != 1
+    for stage in PLANNED_STAGES:
+        assert getattr(fitted, factor_of(stage)) != 1
         ratios = [
             record[f"time/{stage}"] / planned(config, shape, CPU, 1, fitted, record).seconds[stage]
             for record in _records(run_dir)[1:]

@@ -16,9 +16,9 @@ from megatron_papo.costs.flops import (
     Meter,
     causal_pairs,
     group_flops,
-    peak_tflops,
     row_flops,
 )
+from megatron_papo.costs.hardware import peak_tflops
 from megatron_papo.model.qwen2_5_vl.costs import vision_attention_flops, vision_linear_flops
 from megatron_papo.model.qwen2_5_vl.patches import plan_image
 from megatron_papo.model.shape import ModelShape

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_papo.config import load_config
+from megatron_papo.generation.readings import MOST_PLACES, ActivationRecorder, Places, Reading
 from megatron_papo.parity.certificate import Certificate, Sides
-from megatron_papo.parity.certificate_files import Folder
+from megatron_papo.parity.certificate_files import CertificateFolder
 from megatron_papo.parity.certificate_page import certificate_page
 from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, TRAINER, Case, Finding, compare, first_departure
 from megatron_papo.parity.limits import Limits, coarser
-from megatron_papo.parity.reading import MOST_PLACES, ActivationRecorder, Places, Reading
 
 FP32 = dict.fromkeys((HUGGINGFACE, TRAINER, ENGINE), "float32")
 
@@ -105,7 +105,7 @@ def test_places_are_spread_over_the_prompt_and_all_of_the_response():
     assert torch.equal(torch.cat(pieces), kept)  # chunks and shards keep the same places as the whole
 
 
-def test_a_tape_puts_chunks_together_and_takes_its_hooks_off():
+def test_a_recorder_joins_chunks_and_removes_its_hooks():
     layer, rows = torch.nn.Identity(), torch.arange(24.0).view(12, 2)
     with ActivationRecorder() as recorder:
         recorder.after(layer, lambda _, __, out: recorder.note("layer", out, Places(4, 6)))
@@ -130,7 +130,7 @@ def certificate(step: int, *, at_start: bool = False, difference: float = 0.0) -
 
 
 def test_the_start_the_failed_and_the_last_two_stay(tmp_path: Path):
-    folder = Folder(tmp_path / "certificate", lambda _: None)
+    folder = CertificateFolder(tmp_path / "certificate", lambda _: None)
     for step in range(7):
         folder.write(certificate(step, at_start=step == 0, difference=math.nan if step == 2 else 0.0))
     kept = [f"step_{step:08d}" for step in (0, 2, 5, 6)]
@@ -145,13 +145,13 @@ def test_the_start_the_failed_and_the_last_two_stay(tmp_path: Path):
 def test_a_disk_that_takes_nothing_costs_the_files_alone(tmp_path: Path):
     (tmp_path / "certificate").write_text("in the way")
     told: list[str] = []
-    Folder(tmp_path / "certificate", told.append).write(certificate(3))
+    CertificateFolder(tmp_path / "certificate", told.append).write(certificate(3))
     assert len(told) == 1 and "the certificate of step 3 is not written" in told[0]
 
 
 def test_a_damaged_certificate_stays_and_is_told_of_once(tmp_path: Path):
     told: list[str] = []
-    folder = Folder(tmp_path / "certificate", told.append)
+    folder = CertificateFolder(tmp_path / "certificate", told.append)
     for step in range(4):
         folder.write(certificate(step))
     spoilt = (b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"passed": true}')

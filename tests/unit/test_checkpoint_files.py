@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.blobs import values_offset
+import megatron_papo.checkpoint.archive
+from megatron_papo.checkpoint.archive import METADATA_FILE, parse_metadata, values_offset
+from megatron_papo.checkpoint.archive.pickle_reading import read_pickle
 from megatron_papo.checkpoint.checksums import CHECKSUMS_FILE, read_box_sums, sum_of, write_box_sums
-from megatron_papo.checkpoint.metadata_file import METADATA_FILE, parse_metadata
 from megatron_papo.checkpoint.opening import FORMAT_FILE, open_checkpoint
-from megatron_papo.checkpoint.pickled import read_pickle
 from megatron_papo.checkpoint.state_file import STATE_FILE, names_checkpoint, read_state_file, write_state_tree
-from megatron_papo.conversion.checkpoint_plan import state_tree
+from megatron_papo.conversion.checkpoint_files import state_tree
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 SMALL_FILES = (METADATA_FILE, FORMAT_FILE, CHECKSUMS_FILE, STATE_FILE)
@@ -57,6 +57,19 @@ def _checkpoint(folder: Path) -> Path:
     write_box_sums(folder, {"__0_0.distcp": [(0, 100, sum_of(bytes(100)))]})
     write_state_tree(folder, {**state_tree(), "metric": 0.1 + 0.2, "cursor": {"a": [1.5e-9, "\u00e9"]}})
     return folder
+
+
+def test_pickles_and_archives_are_read_in_one_place_alone():
+    """Whoever else needs torch's formats imports `checkpoint.archive`; no other module unpickles anything."""
+    inner = re.compile(r"^\s*(import pickle|from pickle import|.*checkpoint\.archive\.)", re.MULTILINE)
+    archive = Path(megatron_papo.checkpoint.archive.__file__).parent
+    package = archive.parents[1]
+    users = {str(file.relative_to(package)) for file in package.rglob("*.py") if inner.search(file.read_text())}
+    assert users == {
+        f"checkpoint/archive/{name}.py" for name in ("__init__", "metadata", "pickle_reading", "stored_tensor")
+    }
+    loads = [file.name for file in package.rglob("*.py") if "torch.load(" in file.read_text()]
+    assert loads == ["box_reading.py"], "tensors in plain containers alone, weights_only"
 
 
 def test_what_torch_lists_is_read_back(tmp_path):

@@ -11,18 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_papo.checkpoint.blobs import frame, values_offset
+from megatron_papo.checkpoint.archive import frame, values_offset
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.convert import chunk_for
-from megatron_papo.conversion.hashing import Hasher
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, plan_file
 from megatron_papo.conversion.journal import Journal, JournalEntry, read_journal
 from megatron_papo.conversion.plan import Settings, plan_target
-from megatron_papo.conversion.progress_bar import memory
-from megatron_papo.conversion.spans import in_order, num_values, source_spans, spans, width
-from megatron_papo.model.parameter_map import ParameterEntry, fill_shard
+from megatron_papo.conversion.stores import in_order, num_values, source_spans, spans, width
+from megatron_papo.conversion.stream import Hasher
+from megatron_papo.conversion.workers import memory
+from megatron_papo.model.parameter_map import ParameterEntry, fill_shard, parameter_table
 from megatron_papo.model.published_shapes import published_config, published_models
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
 from tests.support.tiny import tiny_config

@@ -13,7 +13,6 @@ from megatron_papo.model.fp8.quantize import (
     E5M2,
     e8m0_scale,
     float_scale,
-    power_of_two_scale,
     round_columns,
     round_rows,
     round_tensor,
@@ -71,8 +70,6 @@ def test_scales_by_hand():
     amax = torch.tensor([7.0, 0.0, math.inf, math.nan, 1e-40, 448.0])
     assert float_scale(amax, E4M3).tolist() == [64.0, 1.0, 1.0, 1.0, torch.finfo(torch.float32).max, 1.0]
     assert float_scale(torch.tensor(7.0), E5M2).item() == 8192.0
-    # 448 / 5 = 89.6 goes down to 64
-    assert power_of_two_scale(torch.tensor([5.0, 7.0, 0.0]), E4M3).tolist() == [64.0, 64.0, 1.0]
     # 5 / 448 = 0.0112 lies under 2 ** -6, 7 / 448 is 2 ** -6 and is met, 7.1 / 448 is beyond it
     assert e8m0_scale(torch.tensor([5.0, 7.0, 7.1, 0.0]), E4M3).tolist() == [64.0, 64.0, 32.0, 1.0]
     assert e8m0_scale(torch.tensor(1e-45), E4M3).item() == 2.0**127  # exponents end there
@@ -108,7 +105,6 @@ ROUNDERS = {
 }
 SCALES = {
     "float": (float_scale, lambda amax, most: most / amax),
-    "power of two": (power_of_two_scale, lambda amax, most: 2.0 ** math.floor(math.log2(most / amax))),
     "e8m0": (e8m0_scale, lambda amax, most: 2.0 ** -math.ceil(math.log2(amax / most))),
 }
 

@@ -11,8 +11,9 @@ import yaml
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.costs.hardware import GPUS, Cluster
 from megatron_papo.costs.memory import GIB, num_parameters, stage_memory
+from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.model.published_shapes import published_models, shape_named
-from megatron_papo.planning.assumptions import Assumptions
+from megatron_papo.planning.assumptions import Assumptions, factor_of
 from megatron_papo.planning.candidates import RECOMPUTE, Candidate, stage_layers_by_cost
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.estimate import estimate
@@ -227,6 +228,7 @@ def test_the_tool_prints_writes_and_refuses(tmp_path):
 
 
 def test_assumptions_are_read_and_checked(tmp_path):
+    assert all(hasattr(Assumptions(), factor_of(stage)) for stage in PLANNED_STAGES)
     Assumptions(matmul=0.5).save(tmp_path / "a.json")
     assert Assumptions.load(tmp_path / "a.json") == Assumptions(matmul=0.5)
     (tmp_path / "b.json").write_text('{"matmull": 1}')

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.reference_model import expected_shapes
 from megatron_papo.generation.requests import make_requests
 from megatron_papo.generation.sampling import draw, rollout_seed, sampled_logprobs, uniforms
 from megatron_papo.generation.vllm.start import check_bans, remove_leftovers
-from megatron_papo.generation.vllm.vllm_requests import _compact
-from megatron_papo.generation.weight_check import checked, expected_shapes
+from megatron_papo.generation.vllm.vllm_requests import compact_ids
+from megatron_papo.generation.weight_check import checked
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import ModelInputs, Prompt
 from tests.support.tiny import tiny_config
@@ -124,8 +125,8 @@ def test_compact_prompt_keeps_one_token_a_picture_even_where_runs_touch():
     shape = ModelShape.from_dict(tiny_config().to_dict())
     image, ids = shape.image_token_id, [5, *[shape.image_token_id] * 6, 7, 7]
     grids = torch.tensor([[1, 4, 4], [1, 2, 4]])  # 4 and 2 tokens, next to each other
-    assert _compact(torch.tensor(ids), grids, shape) == [5, image, image, 7, 7]
-    assert _compact(torch.tensor([5, 7]), None, shape) == [5, 7]
+    assert compact_ids(torch.tensor(ids), grids, shape) == [5, image, image, 7, 7]
+    assert compact_ids(torch.tensor([5, 7]), None, shape) == [5, 7]
 
 
 def test_hand_over_names_every_fault_after_the_last_tensor():

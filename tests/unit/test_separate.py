@@ -1,5 +1,5 @@
-"""Parts of separate engines that need no engine: the bridge over real gloo, the store of who is where, the rollouts a
-checkpoint keeps, and what is refused before ranks start."""
+"""Parts of separate engines that need no engine: the weight broadcast over real gloo, the store of their addresses, the
+rollouts that a checkpoint keeps, and what is refused before ranks start."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def store() -> dist.Store:
     return dist.HashStore()
 
 
-def _bridges(store: dist.Store, size: int) -> list[WeightBroadcast]:
+def _broadcasts(store: dist.Store, size: int) -> list[WeightBroadcast]:
     with ThreadPoolExecutor(size) as pool:  # each waits for the others
-        return list(pool.map(lambda rank: WeightBroadcast("bridge", store, rank, size), range(size)))
+        return list(pool.map(lambda rank: WeightBroadcast("weights", store, rank, size), range(size)))
 
 
-def test_weights_cross_the_bridge_in_buckets(store):
+def test_weights_are_broadcast_in_buckets(store):
     named = [(f"w{index}", torch.randn(index + 1, 3, dtype=torch.float64)) for index in range(6)]
-    sender, *receivers = _bridges(store, 3)
+    sender, *receivers = _broadcasts(store, 3)
     told: list[SimpleQueue[BucketMessage | None]] = [SimpleQueue() for _ in receivers]
 
     def receive(broadcast: WeightBroadcast, messages: SimpleQueue[BucketMessage | None]) -> dict[str, torch.Tensor]:
@@ -75,16 +75,16 @@ def _raises_soon(action: Callable[[], Any]) -> float:
     return time.monotonic() - start
 
 
-def test_who_waits_at_a_bridge_whose_other_end_is_gone_stops_waiting(store):
-    _, receiver = _bridges(store, 2)
+def test_a_rank_that_waits_in_an_aborted_broadcast_stops_waiting(store):
+    _, receiver = _broadcasts(store, 2)
     threading.Timer(0.5, receiver.abort).start()
     assert _raises_soon(lambda: list(receiver.receive(BucketMessage(("w",), ((2,),), torch.float32)))) < 5
 
 
-def test_a_broken_bridge_still_draws_every_tensor(store):
-    bridges = _bridges(store, 2)
-    sender = bridges[0]
-    bridges.clear()  # as if the other process had ended
+def test_a_broken_broadcast_still_draws_every_tensor(store):
+    broadcasts = _broadcasts(store, 2)
+    sender = broadcasts[0]
+    broadcasts.clear()  # as if the other process had ended
     drawn = []
 
     def tensors():
@@ -97,7 +97,7 @@ def test_a_broken_bridge_still_draws_every_tensor(store):
     assert drawn == list(range(40))
 
 
-def test_the_first_living_incarnation_is_found(store):
+def test_the_first_living_restart_is_found(store):
     engines = EngineStore(store)
     first, third = Address("h", 1), Address("h", 3)
     engines.announce(0, 0, first)

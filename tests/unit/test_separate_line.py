@@ -43,7 +43,7 @@ from megatron_papo.generation.remote.messages import (
 )
 from megatron_papo.generation.remote.run_key import fingerprint, make_key, offered_key, read_key
 from megatron_papo.generation.requests import Answer, RolloutRequest
-from megatron_papo.generation.vllm.vllm_requests import VllmRequest
+from megatron_papo.generation.vllm.vllm_requests import VllmPrompt
 
 KEY = b"k" * 32
 
@@ -53,19 +53,20 @@ def _picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=numpy.uint8), mode="RGB")
 
 
-JOBS = (RolloutRequest(0, 0, 2**63 - 1), RolloutRequest(0, 1, 0), RolloutRequest(7, 0, 1))
+REQUESTS = (RolloutRequest(0, 0, 2**63 - 1), RolloutRequest(0, 1, 0), RolloutRequest(7, 0, 1))
 SAMPLING = Sampling(
     group_size=2, temperature=0.1 + 0.2, top_p=1.0, top_k=0, max_response_tokens=6, seed=2**40, masked=True
 )
-REQUESTS = {
-    0: VllmRequest([5, 151_655, 7], [5, 151_655, 151_655, 7], [_picture(56, 28), _picture(28, 84)]),
-    7: VllmRequest([1, 2], [1, 2], []),
+PROMPTS = {
+    0: VllmPrompt([5, 151_655, 7], [5, 151_655, 151_655, 7], [_picture(56, 28), _picture(28, 84)]),
+    7: VllmPrompt([1, 2], [1, 2], []),
 }
+ANSWERS = (Answer(REQUESTS[0], (3, 4), (-1e-300, -0.1), "stop"), Answer(REQUESTS[1], (), (), "length"))
 MESSAGES = [
-    Generate(4, JOBS, REQUESTS, SAMPLING),
+    Generate(4, REQUESTS, PROMPTS, SAMPLING),
     GenerationProgress(4, 1, 3),
-    Answers(4, (Answer(JOBS[0], (3, 4), (-1e-300, -0.1), "stop"), Answer(JOBS[1], (), (), "length")), 2, 0.1, (0, 1e9)),
-    Load(2**31, "bridge_0_1"),
+    Answers(4, ANSWERS, 2, 0.1, (0, 1e9)),
+    Load(2**31, "weights_0_1"),
     *(BucketMessage(("a", "b"), ((2, 3), ()), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     Loaded(),
     Loaded("w: misshapen"),
@@ -93,9 +94,9 @@ def test_a_message_arrives_as_it_was_sent(message: Message):
 
 
 def test_vllm_gets_the_prompts_it_always_got():
-    assert REQUESTS[7].prompt() == {"prompt_token_ids": [1, 2]}
-    prompt = REQUESTS[0].prompt()
-    assert prompt == {"prompt_token_ids": [5, 151_655, 7], "multi_modal_data": {"image": REQUESTS[0].pictures}}
+    assert PROMPTS[7].as_input() == {"prompt_token_ids": [1, 2]}
+    prompt = PROMPTS[0].as_input()
+    assert prompt == {"prompt_token_ids": [5, 151_655, 7], "multi_modal_data": {"image": PROMPTS[0].pictures}}
 
 
 class _Runs:
@@ -126,10 +127,10 @@ NO_PICTURE = {"compact_ids": [], "full_ids": [], "pictures": [[9, 9, b"x"]]}
         (msgspec.msgpack.encode(["Stop"]), "Expected `object`, got `array`"),
         (_with(Stop(), now=True), "unknown field `now`"),
         (_with(MESSAGES[0], sampling={}), "missing required field `group_size`"),
-        (_with(MESSAGES[0], jobs=[[1, 2, "3"]]), "Expected `object`, got `array`"),
+        (_with(MESSAGES[0], requests=[[1, 2, "3"]]), "Expected `object`, got `array`"),
         (_with(MESSAGES[4], dtype="Tensor"), "unknown dtype"),
         (_with(MESSAGES[4], dtype=[]), "unhashable"),
-        (_with(MESSAGES[0], requests={0: NO_PICTURE}), "1 bytes are no picture of 9 x 9"),
+        (_with(MESSAGES[0], prompts={0: NO_PICTURE}), "1 bytes are no picture of 9 x 9"),
         (b"\x91" * 100_000, "no message"),
     ],
 )  # fmt: skip
@@ -145,15 +146,15 @@ def admitted() -> SimpleQueue[Connection]:
 
 
 @pytest.fixture
-def door(admitted) -> ConnectionListener:
+def listener(admitted) -> ConnectionListener:
     return ConnectionListener("127.0.0.1", KEY, admitted.put)
 
 
-def test_a_line_reads_while_nobody_asks_and_says_when_it_ends(door, admitted):
+def test_a_line_reads_while_nobody_asks_and_says_when_it_ends(listener, admitted):
     mine: Inbox = SimpleQueue()
     theirs: Inbox = SimpleQueue()
     ended = threading.Event()
-    near = Channel(connect(door.host, door.port, KEY), mine)
+    near = Channel(connect(listener.host, listener.port, KEY), mine)
     far = Channel(admitted.get(timeout=10), theirs, ended.set)
     large = Loaded("x" * 2**24)  # more than the sockets hold: sending it would wait if nobody read
     near.send(large)
@@ -164,8 +165,8 @@ def test_a_line_reads_while_nobody_asks_and_says_when_it_ends(door, admitted):
     far.send(Bye())  # into the void
 
 
-def test_a_pickle_runs_nothing_and_ends_the_line(door, admitted, tmp_path, capfd):
-    stranger = connect(door.host, door.port, KEY)  # who even knows the key
+def test_a_pickle_runs_nothing_and_ends_the_line(listener, admitted, tmp_path, capfd):
+    stranger = connect(listener.host, listener.port, KEY)  # who even knows the key
     inbox: Inbox = SimpleQueue()
     line = Channel(admitted.get(timeout=10), inbox)
     stranger.send_bytes(pickle.dumps(_Runs(tmp_path / "ran")))
@@ -174,15 +175,15 @@ def test_a_pickle_runs_nothing_and_ends_the_line(door, admitted, tmp_path, capfd
     assert "papo: warning: what came over a line ends it: no message: " in capfd.readouterr().err
 
 
-def test_a_message_that_says_it_is_endless_ends_the_line(door, admitted):
-    stranger = connect(door.host, door.port, KEY)
+def test_a_message_that_says_it_is_endless_ends_the_line(listener, admitted):
+    stranger = connect(listener.host, listener.port, KEY)
     inbox: Inbox = SimpleQueue()
     line = Channel(admitted.get(timeout=10), inbox)
     os.write(stranger.fileno(), struct.pack("!iQ", -1, 2**60))
     assert inbox.get(timeout=10) == (line, None)
 
 
-def _comers(door: ConnectionListener) -> Iterator[bytes]:
+def _strangers(listener: ConnectionListener) -> Iterator[bytes]:
     """What strangers say who do not know the key."""
     yield b""
     yield b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n"
@@ -198,16 +199,16 @@ def _hears_the_end(end: socket.socket) -> None:
             pass
 
 
-def test_strangers_hold_nobody_up_and_fill_no_log(door, admitted, monkeypatch, capfd):
-    monkeypatch.setattr(handshake, "_MOST_COMERS", 20)
+def test_strangers_hold_nobody_up_and_fill_no_log(listener, admitted, monkeypatch, capfd):
+    monkeypatch.setattr(handshake, "_MOST_PENDING", 20)
     monkeypatch.setattr(handshake, "_LIMIT_S", 1000.0)
     strangers = []
-    for said in [*_comers(door), *[b""] * 40]:
-        strangers.append(socket.create_connection((door.host, door.port)))
+    for said in [*_strangers(listener), *[b""] * 40]:
+        strangers.append(socket.create_connection((listener.host, listener.port)))
         strangers[-1].sendall(said)
     with pytest.raises(AuthenticationError):
-        connect(door.host, door.port, b"another key")
-    rank = connect(door.host, door.port, KEY)
+        connect(listener.host, listener.port, b"another key")
+    rank = connect(listener.host, listener.port, KEY)
     rank.send_bytes(b"in")
     assert admitted.get(timeout=10).recv_bytes(2) == b"in" and admitted.empty()
     for stranger in strangers[:20]:  # those had to go, or said what is no answer
@@ -216,9 +217,9 @@ def test_strangers_hold_nobody_up_and_fill_no_log(door, admitted, monkeypatch, c
     assert len(told) == 1 and told[0].startswith("papo: warning: a connection from 127.0.0.1 to this engine's port ")
 
 
-def test_a_silent_stranger_has_to_go_after_a_while(door, monkeypatch):
+def test_a_silent_stranger_has_to_go_after_a_while(listener, monkeypatch):
     monkeypatch.setattr(handshake, "_LIMIT_S", 0.2)
-    with socket.create_connection((door.host, door.port)) as stranger:
+    with socket.create_connection((listener.host, listener.port)) as stranger:
         stranger.sendall(b"\0")  # slow rather than silent
         _hears_the_end(stranger)
     with (
@@ -228,13 +229,13 @@ def test_a_silent_stranger_has_to_go_after_a_while(door, monkeypatch):
         connect(*silent.getsockname(), KEY)
 
 
-def test_an_engines_challenge_cannot_be_passed_on_to_a_rank(door, admitted):
+def test_an_engines_challenge_cannot_be_passed_on_to_a_rank(listener, admitted):
     """By whoever puts his own address in the store: the rank takes him for an engine and would answer for him."""
     with socket.create_server(("127.0.0.1", 0)) as relay:
 
         def pass_on() -> None:
             rank, _ = relay.accept()
-            with rank, socket.create_connection((door.host, door.port)) as engine:
+            with rank, socket.create_connection((listener.host, listener.port)) as engine:
                 for source, target in [(engine, rank), (rank, engine)] * 3:
                     target.sendall(source.recv(2**10))
 

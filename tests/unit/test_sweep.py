@@ -13,10 +13,10 @@ from megatron_papo.cluster.attempts import Attempt, write_attempt
 from megatron_papo.cluster.render import array_script
 from megatron_papo.cluster.slurm import QueuedJob
 from megatron_papo.cluster.submit import SubmissionPlan, write
-from megatron_papo.cluster.supervise import SupervisedJob
+from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.config import ConfigError, load_config
-from megatron_papo.planning.measured_run import STAGES as PLANNERS_STAGES
-from megatron_papo.sweep.gather import PLANNED_STAGES, Row, Spread, gather, measured_steps
+from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.sweep.gather import Row, Spread, gather, measured_steps
 from megatron_papo.sweep.plot import draw, sweep_png
 from megatron_papo.sweep.points import Point, Sweep, load_sweep, points_of
 from megatron_papo.sweep.run_sweep import begin
@@ -163,13 +163,6 @@ def test_a_task_names_itself_and_not_its_array(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert SupervisedJob.here().id == "12_3"
-
-
-def test_the_stages_are_those_that_tokens_are_counted_over():
-    from megatron_papo.training.recorder import STAGES
-
-    assert set(STAGES) == set(STAGES)
-    assert set(PLANNED_STAGES) == set(PLANNERS_STAGES)
 
 
 def record(step: int, ranks: int, tokens_per_s: float, update_s: float, generate_s: float) -> dict[str, float]:

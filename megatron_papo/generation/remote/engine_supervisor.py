@@ -1,9 +1,9 @@
-"""A rank of a separate engine: starts the engine proper in a process of its own, watches it, and starts it again.
+"""The supervisor on a rank of a separate engine: it starts the engine in a child process, and again whenever it dies.
 
-This process does little that can fail, so what kills an engine (out of memory, an exception in vLLM, a signal) is
-seen here, said in the store, and followed by the engine's next restart; the trainer then hands its weights over
-and asks again (separate.py). Who may restart how often is the trainer's to say. An engine that dies before it could
-be asked for the first time would die again: that ends the run with its reason.
+The supervisor does little that can fail. What kills an engine (out of memory, an exception in vLLM, a signal) is seen
+here and noted in the store, and the engine is restarted; the trainer then hands its weights over and repeats its call
+(remote_generator.py). How many restarts a run allows is the trainer's decision. An engine that dies before it has
+announced itself would die again: that ends the run with its reason.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from multiprocessing.context import SpawnProcess
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.rendezvous import world_store
-from megatron_papo.generation.remote.engine_process import EngineEnding, EngineRank, run_engine
-from megatron_papo.generation.remote.engine_store import EngineStore
+from megatron_papo.generation.remote.engine_process import EngineEnding, run_engine
+from megatron_papo.generation.remote.engine_store import EngineRank, EngineStore
 from megatron_papo.runtime.process import save_requests_held
 
 _POLL_S = 0.25
 _END_S = 10.0
-"""From the trainer's goodbye to the end of the engine; one that is still starting does not hear it."""
+"""Seconds that an engine may take to end once the trainer has stopped it; one that is still starting gets none, since
+it does not read messages yet."""
 
 
 def keep_engine(config: Config, place: int) -> None:
-    """The whole life of the engine rank at `place` among all of them; returns when the trainer has said goodbye.
+    """Runs the engine rank at `place` among all engine ranks; returns once the trainer has stopped the engines.
 
-    Raises ValueError or RuntimeError with the reason of an engine that cannot start.
+    Raises ValueError or RuntimeError, with its reason, for an engine that cannot start.
     """
     engine, rank = divmod(place, config.generation.tensor)
     store = EngineStore(world_store(config.parallel.timeout_s))
@@ -39,7 +40,7 @@ def keep_engine(config: Config, place: int) -> None:
         with _Child(config, engine_rank) as child:
             reason = _watch(child, store)
         if reason is None:
-            with suppress(RuntimeError):  # of a store that has not waited for us
+            with suppress(RuntimeError):  # the store is gone already
                 store.note_end()
             return
         started = store.address(engine, restart) is not None
@@ -50,7 +51,7 @@ def keep_engine(config: Config, place: int) -> None:
 
 @dataclass
 class _Child:
-    """The engine proper of one restart."""
+    """The process of one restart of the engine. Use it as a context."""
 
     config: Config
     engine_rank: EngineRank
@@ -58,24 +59,24 @@ class _Child:
 
     def __enter__(self) -> _Child:
         context = multiprocessing.get_context("spawn")  # CUDA and vLLM do not survive a fork
-        self._hears, says = context.Pipe(duplex=False)
-        self.process = context.Process(target=run_engine, args=(self.config, self.engine_rank, says))
-        with save_requests_held():  # until it expects them
+        self._receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=run_engine, args=(self.config, self.engine_rank, sender))
+        with save_requests_held():  # until the child handles that signal
             self.process.start()
-        says.close()
+        sender.close()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.join()
-        self._hears.close()
+        self._receiver.close()
 
     def reason(self) -> str | None:
-        """Why it ended; None when it ended well."""
+        """Why the process ended; None when it ended well. Waits for its end."""
         self.process.join()
         if self.process.exitcode == 0:
             return None
-        self.ending = _last_words(self._hears)
+        self.ending = _received(self._receiver)
         if self.ending is not None:
             return self.ending.text
         code = self.process.exitcode or 0
@@ -83,17 +84,20 @@ class _Child:
 
 
 def _watch(child: _Child, store: EngineStore) -> str | None:
-    """Until the engine has ended, on this rank or another of it; the reason, None for the trainer's goodbye."""
+    """Waits until the engine has ended, on this rank or on another of its ranks.
+
+    Returns the reason; None where the trainer stopped it.
+    """
     process: SpawnProcess = child.process
     while not wait([process.sentinel], timeout=_POLL_S):
         try:
-            elsewhere, stopping = store.death(child.engine_rank.engine, child.engine_rank.restart), store.stopping
+            death, stopping = store.death(child.engine_rank.engine, child.engine_rank.restart), store.stopping
         except RuntimeError:  # the store is gone, and the trainer with it
             if wait([process.sentinel], timeout=_END_S) and child.reason() is None:
                 return None
             raise
-        if elsewhere is not None:
-            return elsewhere
+        if death is not None:
+            return death
         if stopping:
             started = store.address(child.engine_rank.engine, child.engine_rank.restart) is not None
             wait([process.sentinel], timeout=_END_S if started else 0)
@@ -102,9 +106,10 @@ def _watch(child: _Child, store: EngineStore) -> str | None:
     return None if reason is not None and store.stopping else reason
 
 
-def _last_words(hears: Connection) -> EngineEnding | None:
+def _received(receiver: Connection) -> EngineEnding | None:
+    """What the child sent before its end; None where it sent nothing."""
     try:
-        return EngineEnding(**json.loads(hears.recv_bytes())) if hears.poll() else None
+        return EngineEnding(**json.loads(receiver.recv_bytes())) if receiver.poll() else None
     except EOFError:
         return None
 

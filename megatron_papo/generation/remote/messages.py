@@ -1,6 +1,6 @@
-"""What the trainer's ranks and separate engines say to each other, and how it travels: typed values as msgpack.
+"""The messages between the trainer's ranks and separate engines: typed values, encoded as msgpack.
 
-Reading makes these types and no others, so that whatever bytes come in run no code. Floats, ids and pixels are exact.
+Decoding makes these types and no others, so that no bytes that come in can run code. Floats, ids and pixels are exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_papo.generation.generator import Sampling
 from megatron_papo.generation.requests import Answer, RolloutRequest
-from megatron_papo.generation.vllm.vllm_requests import VllmRequest
+from megatron_papo.generation.vllm.vllm_requests import VllmPrompt
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -22,21 +22,22 @@ _LONGEST_REASON = 200
 
 
 class _Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Named by its type."""
+    """A message; on the wire it carries the name of its type."""
 
 
 class Generate(_Message, frozen=True):
-    """To the engine: rollouts to make. A later call is another number."""
+    """To the engine: rollouts to make."""
 
     call: int
-    jobs: tuple[RolloutRequest, ...]
-    requests: dict[int, VllmRequest]
-    """By the jobs' prompt_index."""
+    """Number of the call; every call has another."""
+    requests: tuple[RolloutRequest, ...]
+    prompts: dict[int, VllmPrompt]
+    """`prompt_index` of the requests -> the prompt."""
     sampling: Sampling
 
 
 class GenerationProgress(_Message, frozen=True):
-    """From the engine, now and then."""
+    """From the engine, about twice a second: how many rollouts of a call are done."""
 
     call: int
     done: int
@@ -44,26 +45,26 @@ class GenerationProgress(_Message, frozen=True):
 
 
 class Answers(_Message, frozen=True):
-    """From the engine: all of a call."""
+    """From the engine: all rollouts of a call."""
 
     call: int
     answers: tuple[Answer, ...]
     policy_version: int
     seconds: float
-    """From the call's arrival to its last answer."""
+    """Seconds from the call's arrival to its last answer."""
     prefix_cached: tuple[float, float]
-    """Prompt tokens that were read before, of all."""
+    """(prompt tokens whose keys and values were cached, all prompt tokens)."""
 
 
 class Load(_Message, frozen=True):
-    """To the engine, from rank 0 alone: weights follow over the bridge of this name, as `BucketMessage`s say."""
+    """To the engine, from rank 0 alone: weights follow by the broadcast of this name, one `BucketMessage` a bucket."""
 
     policy_version: int
     broadcast: str
 
 
 class BucketMessage(_Message, frozen=True):
-    """To the engine: what the next broadcast over the bridge holds, laid end to end."""
+    """To the engine: the tensors that the next broadcast holds, one after the other."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -71,28 +72,29 @@ class BucketMessage(_Message, frozen=True):
 
 
 class Loaded(_Message, frozen=True):
-    """To the engine, after the last bucket; and its answer, with what was wrong with the weights."""
+    """To the engine, after the last bucket; and back from it, with what was wrong with the weights."""
 
     fault: str | None = None
 
 
 class Bye(_Message, frozen=True):
-    """To the engine: this rank hangs up and nothing is wrong."""
+    """To the engine: this rank closes its channel, and nothing is wrong."""
 
 
 class Stop(_Message, frozen=True):
-    """To the engine, from rank 0 alone: nobody will ask any more."""
+    """To the engine, from rank 0 alone: no more calls will come."""
 
 
 Message = Generate | GenerationProgress | Answers | Load | BucketMessage | Loaded | Bye | Stop
 
 
 def encode(message: Message) -> bytes:
+    """The message as bytes."""
     return _ENCODER.encode(message)
 
 
 def decode(data: bytes) -> Message:
-    """Raises ValueError for anything but one whole message."""
+    """The message in `data`. Raises ValueError for anything but one whole message."""
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -107,7 +109,7 @@ def _plain(value: Any) -> Any:
 
 
 def _made(kind: type, plain: Any) -> Any:
-    """msgspec makes one line of a ValueError, with the place in the message."""
+    """A dtype or a picture. Raises ValueError, of which msgspec makes one line with the place in the message."""
     if kind is torch.dtype:
         if plain not in _DTYPES:
             raise ValueError("unknown dtype")

@@ -1,33 +1,30 @@
-"""Generation with vLLM on ranks of its own: the trainer's side. `serve.py` and `serve_engine.py` are the other.
+"""Generation with vLLM on ranks of its own: the trainer's side. An engine's side begins in engine_supervisor.py.
 
-The leader of each model-parallel group asks one engine (data rank d the engine d mod E) for the rollouts of its
+The leader of each model-parallel group calls one engine (data rank d the engine d mod E) for the rollouts of its
 group and shares the answers; rank 0 sends weights to all engines at once. Between `submit` and `collect` the trainer
-may do as it likes. Where an engine dies, every rank of the trainer hears of it at the same point, by EngineLost.
+may do as it likes. Where an engine dies, every rank of the trainer raises EngineLost at the same point.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_papo.config import Config
+from megatron_papo.config.derived import engine_dtype
 from megatron_papo.distributed import accelerator
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import Layout, world_group
 from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.generation.generator import EngineLost, Report, Sampling
-from megatron_papo.generation.remote.channel import Channel, Inbox
+from megatron_papo.generation.readings import Probe, probe_of
+from megatron_papo.generation.remote.engine_client import REASON_S, EngineClient
 from megatron_papo.generation.remote.engine_store import EngineStore
-from megatron_papo.generation.remote.handshake import connect
 from megatron_papo.generation.remote.messages import (
     Answers,
     Bye,
@@ -42,39 +39,51 @@ from megatron_papo.generation.remote.run_key import KEY_WAIT_S, read_key
 from megatron_papo.generation.remote.weight_broadcast import BroadcastBroken, WeightBroadcast
 from megatron_papo.generation.requests import groups_of, make_requests
 from megatron_papo.generation.vllm.start import check_settings
-from megatron_papo.generation.vllm.vllm_requests import Requests
+from megatron_papo.generation.vllm.vllm_requests import VllmFormat
+from megatron_papo.model.observed import KINDS, LOGPROBS
 from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
     from megatron_papo.data.processor import Processor
 
-_REASON_S = 5.0
-"""From the end of a line to what the engine's own rank says of it."""
 _END_S = 20.0
+"""Seconds that the engines may take to end once they are stopped."""
+
+
+@dataclass(frozen=True)
+class _PendingCall:
+    """What `submit` has sent to an engine and `collect` will return."""
+
+    number: int
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
 
 
 class RemoteGenerator:
-    """See `Generator`. One call may be under way: `generate` is `submit` and `collect`."""
+    """The `Generator` of separate engines. One call may be under way: `generate` is `submit` and `collect`."""
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         check_settings(config)
         self.policy_version: int | None = None
         self.forgotten_version: int | None = None  # engines on GPUs of their own do not sleep
-        self.requests = Requests.of(config, processor)
         self._config, self._layout, self._report = config, layout, report
+        self._format = VllmFormat.of(config, processor)
         self._world_store = world_store(config.parallel.timeout_s)
         self._store = EngineStore(self._world_store)
-        engines, leads = config.generation.engines, layout.tensor_rank == layout.pipeline_rank == 0
-        self._own = layout.data_rank % engines if leads else None
-        """The engine this rank asks."""
-        self._talks_to = list(range(engines)) if layout.rank == 0 else [] if self._own is None else [self._own]
-        if self._talks_to:
+        num_engines = config.generation.engines
+        self._own_engine = layout.data_rank % num_engines if layout.model_rank == 0 else None
+        """The engine that this rank calls; None where it leads no model-parallel group."""
+        own = [] if self._own_engine is None else [self._own_engine]
+        self._engines = list(range(num_engines)) if layout.rank == 0 else own
+        """The engines that this rank connects to: rank 0 to all of them."""
+        if self._engines:
             self._key = read_key(config.run.dir, self._store.key_fingerprint(), KEY_WAIT_S)
-        self._links: dict[int, _Link] = {}
-        self._incarnations = dict.fromkeys(self._talks_to, 0)
-        self._bridge: WeightBroadcast | None = None
-        self._calls = itertools.count()
-        self._asked: _Asked | None = None
+        self._clients: dict[int, EngineClient] = {}
+        self._restarts = dict.fromkeys(self._engines, 0)
+        """The restart of each engine that this rank is connected to, or waits for."""
+        self._broadcast: WeightBroadcast | None = None
+        self._call_numbers = itertools.count()
+        self._pending: _PendingCall | None = None
         self._metrics: Metrics = {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -82,37 +91,43 @@ class RemoteGenerator:
         return self.collect()
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Asks for rollouts and does not wait. The ranks of a model-parallel group call together."""
+        """Sends a call for rollouts and does not wait. The ranks of a model-parallel group call together."""
         if self.policy_version is None:
             raise RuntimeError("generate before the first load_weights: the generator has no weights")
-        assert self._asked is None, "collect comes first"
-        self.requests.check(prompts, sampling)
-        self._asked = _Asked(next(self._calls), tuple(prompts), sampling)
-        if self._own is not None and prompts:
-            jobs = tuple(make_requests(prompts, sampling))
-            requests = {place: self.requests.request(prompt, sampling) for place, prompt in enumerate(prompts)}
-            self._links[self._own].line.send(Generate(self._asked.call, jobs, requests, sampling))
+        assert self._pending is None, "collect comes first"
+        self._format.check(prompts, sampling)
+        self._pending = _PendingCall(next(self._call_numbers), tuple(prompts), sampling)
+        if self._own_engine is not None and prompts:
+            requests = tuple(make_requests(prompts, sampling))
+            by_place = {place: self._format.prompt(prompt, sampling) for place, prompt in enumerate(prompts)}
+            self._clients[self._own_engine].send(Generate(self._pending.number, requests, by_place, sampling))
 
     def collect(self) -> list[Group]:
-        """The rollouts of the last `submit`, waited for. All ranks of the trainer call together.
+        """Waits for the rollouts of the last `submit`. All ranks of the trainer call together.
 
-        Raises EngineLost, on all of them, when any engine has died; what it was asked for is forgotten.
+        Raises EngineLost, on all of them, when any engine has died; the call is forgotten then.
         """
-        asked, self._asked = self._asked, None
-        assert asked is not None, "submit comes first"
-        answers = self._hear(asked)
+        call, self._pending = self._pending, None
+        assert call is not None, "submit comes first"
+        answers = self._wait_for_answers(call)
         self._raise_where_lost("while it made rollouts")
         assert answers is not None
         self._metrics = {"engine/seconds": (answers.seconds, 1.0), "engine/prefix_cached": answers.prefix_cached}
-        decode = self.requests.processor.decode
-        return groups_of(asked.prompts, asked.sampling, answers.answers, decode, answers.policy_version)
+        decode = self._format.processor.decode
+        return groups_of(call.prompts, call.sampling, answers.answers, decode, answers.policy_version)
 
-    def _hear(self, asked: _Asked) -> Answers | None:
-        """The answers on every rank of the model-parallel group; None when the engine is gone.
+    def probe(self, prompt: Prompt, sampling: Sampling) -> Probe:
+        (group,) = self.generate([prompt], sampling)
+        rollout = group.rollouts[0]
+        missing = dict.fromkeys((kind for kind in KINDS if kind != LOGPROBS), "the engine runs in other processes")
+        return probe_of(prompt, rollout.response_ids, rollout.rollout_logprobs, {}, missing)
 
-        Progress goes to all of them as well, or their watchdogs would take the wait for a stall.
+    def _wait_for_answers(self, call: _PendingCall) -> Answers | None:
+        """The answers, on every rank of the model-parallel group; None when the engine is gone.
+
+        Progress is shared with all of them too, or their watchdogs would take the wait for a stall.
         """
-        messages = self._said(asked) if self._own is not None else itertools.repeat(None)
+        messages = self._messages_of(call) if self._own_engine is not None else itertools.repeat(None)
         for message in messages:
             box = [message]
             if self._layout.model_group.size() > 1:
@@ -123,14 +138,14 @@ class RemoteGenerator:
                 self._report(box[0].done, box[0].total)
         raise AssertionError("the last message is no progress")
 
-    def _said(self, asked: _Asked) -> Iterator[GenerationProgress | Answers | None]:
-        """What the engine says of the call, to the leader: its last is the answers, or None."""
-        assert self._own is not None and self.policy_version is not None
-        if not asked.prompts:
-            yield Answers(asked.call, (), self.policy_version, 0.0, (0.0, 0.0))
+    def _messages_of(self, call: _PendingCall) -> Iterator[GenerationProgress | Answers | None]:
+        """What the engine sends of the call, on the leader: the last is the answers, or None when it is gone."""
+        assert self._own_engine is not None and self.policy_version is not None
+        if not call.prompts:
+            yield Answers(call.number, (), self.policy_version, 0.0, (0.0, 0.0))
             return
-        for message in self._links[self._own].messages():
-            if isinstance(message, GenerationProgress | Answers) and message.call == asked.call:
+        for message in self._clients[self._own_engine].messages():
+            if isinstance(message, GenerationProgress | Answers) and message.call == call.number:
                 yield message
                 if isinstance(message, Answers):
                     return
@@ -138,7 +153,7 @@ class RemoteGenerator:
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """See `Generator`. Raises EngineLost, on all ranks alike, when an engine died of it or before."""
-        assert self._asked is None, "weights are handed over when all rollouts have been collected"
+        assert self._pending is None, "weights are handed over when all rollouts have been collected"
         self.policy_version = None
         self._connect()
         self._raise_where_lost("before the weights were handed over")
@@ -155,65 +170,63 @@ class RemoteGenerator:
         self.policy_version = policy_version
 
     def _send(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> str | None:
-        """To all engines, from rank 0; what they say is wrong with the weights."""
-        links, generation = list(self._links.values()), self._config.generation
-        dtype = accelerator.parameter_dtype(
-            self._config.model.dtype if generation.dtype == "auto" else generation.dtype
-        )
-        name = "bridge_" + "_".join(str(self._incarnations[engine]) for engine in self._talks_to)
+        """Sends the weights to all engines, from rank 0; returns what they say is wrong with them."""
+        clients = list(self._clients.values())
+        dtype = accelerator.parameter_dtype(engine_dtype(self._config))
+        name = "weights_" + "_".join(str(self._restarts[engine]) for engine in self._engines)
 
-        def tell(message: Message) -> None:
-            for link in links:
-                link.line.send(message)
+        def send_to_all(message: Message) -> None:
+            for client in clients:
+                client.send(message)
 
-        tell(Load(policy_version, name))
+        send_to_all(Load(policy_version, name))
         try:
-            broadcast = self._open_bridge(name)
-            broadcast.send(named_tensors, tell, dtype, generation.bucket_mib * 2**20)
+            broadcast = self._join_broadcast(name)
+            broadcast.send(named_tensors, send_to_all, dtype, self._config.generation.bucket_mib * 2**20)
         except BroadcastBroken:
             for _ in named_tensors:
                 pass
-            for link in links:  # those that live cannot use half the weights either: they start again
-                link.hang_up()
+            for client in clients:  # engines that live cannot use half the weights either: they are restarted
+                client.close()
             return None
-        tell(Loaded())
-        answers = [next((m for m in link.messages() if isinstance(m, Loaded)), None) for link in links]
+        send_to_all(Loaded())
+        answers = [next((m for m in client.messages() if isinstance(m, Loaded)), None) for client in clients]
         return next((answer.fault for answer in answers if answer is not None and answer.fault), None)
 
-    def _open_bridge(self, name: str) -> WeightBroadcast:
-        if self._bridge is None or self._bridge.name != name:
+    def _join_broadcast(self, name: str) -> WeightBroadcast:
+        if self._broadcast is None or self._broadcast.name != name:
             size = 1 + self._config.generation.num_engine_ranks
-            self._bridge = WeightBroadcast(name, self._world_store, 0, size)
-            for link in self._links.values():
-                link.broadcast = self._bridge
-        return self._bridge
+            self._broadcast = WeightBroadcast(name, self._world_store, 0, size)
+            for client in self._clients.values():
+                client.broadcast = self._broadcast
+        return self._broadcast
 
     def _connect(self) -> None:
-        """Lines to all engines that this rank talks to, as soon as they can be asked."""
-        for engine in self._talks_to:
-            if engine not in self._links:
+        """Connects to all engines of this rank that it is not connected to; waits until they can be called."""
+        for engine in self._engines:
+            if engine not in self._clients:
                 wait_s = self._config.parallel.timeout_s
-                link = _Link.open(self._store, engine, self._incarnations[engine], self._key, wait_s)
-                self._links[engine], self._incarnations[engine] = link, link.restart
+                client = EngineClient.open(self._store, engine, self._restarts[engine], self._key, wait_s)
+                self._clients[engine], self._restarts[engine] = client, client.restart
 
     def _raise_where_lost(self, when: str) -> None:
-        """On every rank of the trainer when any of them has lost an engine; lines to it are closed on all."""
-        own = [(link.engine, link.restart, self._reason(link)) for link in self._links.values() if link.lost]
+        """Raises EngineLost on every rank of the trainer when any of them has lost an engine; all disconnect."""
+        own = [(each.engine, each.restart, self._reason(each)) for each in self._clients.values() if each.lost]
         lost = [each for share in gather_objects(own, world_group()) for each in share]
         for engine, restart, _ in lost:
-            if engine in self._links and self._links[engine].restart <= restart:
-                self._links.pop(engine).hang_up()
-                self._incarnations[engine] = restart + 1
+            if engine in self._clients and self._clients[engine].restart <= restart:
+                self._clients.pop(engine).close()
+                self._restarts[engine] = restart + 1
         if lost:
             self.policy_version = None
             reasons = {engine: f"engine {engine} died ({reason})" for engine, _, reason in reversed(lost)}
             raise EngineLost(f"{', '.join(reasons[engine] for engine in sorted(reasons))} {when}")
 
-    def _reason(self, link: _Link) -> str:
-        return self._store.death(link.engine, link.restart, _REASON_S) or "its line broke"
+    def _reason(self, client: EngineClient) -> str:
+        return self._store.death(client.engine, client.restart, REASON_S) or "its line broke"
 
     def restart(self) -> None:
-        """Waits for the next restart of whatever was lost."""
+        """Waits until every engine that was lost has been restarted."""
         self._connect()
 
     def take_metrics(self) -> Metrics:
@@ -221,64 +234,13 @@ class RemoteGenerator:
         return metrics
 
     def close(self) -> None:
-        """Tells the engines to end; waits for that unless rollouts are under way, which nobody will collect."""
+        """Stops the engines; waits for their end unless rollouts are under way, which nobody will collect."""
         if self._layout.rank == 0:
             self._store.stop()
-            for link in self._links.values():
-                link.line.send(Stop())
-            if self._asked is None:
+            for client in self._clients.values():
+                client.send(Stop())
+            if self._pending is None:
                 self._store.wait_for_ends(self._config.generation.num_engine_ranks, _END_S)
-        for link in self._links.values():
-            link.line.send(Bye())
-            link.hang_up()
-
-
-@dataclass(frozen=True)
-class _Asked:
-    call: int
-    prompts: tuple[Prompt, ...]
-    sampling: Sampling
-
-
-class _Link:
-    """This rank's line to one restart of one engine."""
-
-    def __init__(self, engine: int, restart: int, connection: Connection):
-        self.engine, self.restart = engine, restart
-        self.broadcast: WeightBroadcast | None = None
-        self.lost = False
-        self._inbox: Inbox = SimpleQueue()
-        self.line = Channel(connection, self._inbox, self._ended)
-
-    @classmethod
-    def open(cls, store: EngineStore, engine: int, restart: int, key: bytes, wait_s: float) -> _Link:
-        deadline = time.monotonic() + wait_s
-        while True:
-            restart, address = store.living(engine, restart, deadline - time.monotonic())
-            try:
-                connection = connect(address.host, address.port, key)
-            except (OSError, EOFError, AuthenticationError):  # it has just died, and its rank is about to say so
-                store.death(engine, restart, _REASON_S)
-                continue
-            return cls(engine, restart, connection)
-
-    def messages(self) -> Iterator[Message]:
-        """What the engine says, until the line ends."""
-        while not self.lost or not self._inbox.empty():
-            try:
-                _, message = self._inbox.get(timeout=1.0)
-            except Empty:
-                continue
-            if message is None:
-                return
-            yield message
-
-    def hang_up(self) -> None:
-        self.lost = True
-        self.line.close()
-
-    def _ended(self) -> None:
-        """By the listening thread."""
-        self.lost = True
-        if self.broadcast is not None:
-            self.broadcast.abort()  # nobody waits in it for a rank that is gone
+        for client in self._clients.values():
+            client.send(Bye())
+            client.close()

@@ -1,8 +1,8 @@
-"""The key of a run's separate engines: who does not know it is not let in.
+"""The key of a run's separate engines: a connection whose other end does not know it is refused.
 
-Rank 0 of the trainer leaves it in RUN/engines.key, which its user alone can read, on the disk that all ranks share
-anyhow. The store, which strangers on the network of a job of several machines may read, holds its fingerprint alone:
-ranks know by it that the file is this start's.
+Rank 0 of the trainer writes it to RUN/engines.key, which its user alone can read, on the disk that all ranks share
+anyway. The store, which strangers on the network of a job of several machines may read, holds only its fingerprint:
+by it, ranks tell whether the file belongs to this start.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megatron_papo.generation.remote.engine_store import EngineStore
 _NAME = "engines.key"
 _NUM_BYTES = 32
 KEY_WAIT_S = 120.0
-"""From its fingerprint in the store to the file on a disk over a network, whose clients remember for a minute what was
-not there."""
+"""Seconds from the fingerprint in the store to the file on a network disk, whose clients remember for a minute that a
+file was not there."""
 _POLL_S = 0.1
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @contextmanager
 def offered_key(folder: Path, store: dist.Store) -> Iterator[None]:
-    """By rank 0 of the trainer: the key is there for the engines and for all who ask them, until the end."""
+    """Makes a key for the engines and the ranks that call them, and removes it at the end. By rank 0 of the trainer."""
     EngineStore(store).publish_key(fingerprint(make_key(folder)))
     try:
         yield
@@ -42,7 +42,7 @@ def offered_key(folder: Path, store: dist.Store) -> Iterator[None]:
 
 
 def make_key(folder: Path) -> bytes:
-    """A new key, in the file too, whole or not at all; whatever was left under its name is replaced.
+    """A new key, written to its file whole or not at all; whatever has its name already is replaced.
 
     Raises ValueError where the disk lets others read the file, OSError where there can be none.
     """
@@ -62,19 +62,19 @@ def make_key(folder: Path) -> bytes:
 
 
 def fingerprint(key: bytes) -> str:
-    """What may be told of a key to everyone."""
+    """A hash of the key that everyone may know."""
     return hashlib.sha256(b"megatron_papo engines.key" + key).hexdigest()
 
 
 def read_key(folder: Path, wanted: str, wait_s: float) -> bytes:
-    """The key with this fingerprint, waited for: a disk over a network may show a new file late.
+    """The key with the fingerprint `wanted`, for which it waits: a network disk may show a new file late.
 
-    Raises ValueError when it does not come.
+    Raises ValueError when it does not come within `wait_s` seconds.
     """
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            key = _own(folder / _NAME)
+            key = _read_private(folder / _NAME)
             if hmac.compare_digest(fingerprint(key), wanted):
                 return key
             fault = "is not this start's"
@@ -87,12 +87,12 @@ def read_key(folder: Path, wanted: str, wait_s: float) -> bytes:
         time.sleep(_POLL_S)
 
 
-def _own(path: Path) -> bytes:
-    """Raises OSError for what is no file of this user alone."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe does not hold us up
+def _read_private(path: Path) -> bytes:
+    """The content of a file. Raises OSError for what is not a file of this user alone."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe does not block us
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
+        status = os.fstat(handle)
         # root of a container may be another user on the disk
-        if not stat.S_ISREG(found.st_mode) or os.geteuid() not in (0, found.st_uid) or found.st_mode & _OTHERS:
+        if not stat.S_ISREG(status.st_mode) or os.geteuid() not in (0, status.st_uid) or status.st_mode & _OTHERS:
             raise OSError(0, "is not a file of this user alone (chmod 600)")
         return file.read(_NUM_BYTES + 1)

@@ -1,8 +1,8 @@
-"""Weights from rank 0 of the trainer to all ranks of all separate engines: one broadcast a bucket of tensors.
+"""Weights from rank 0 of the trainer to all ranks of all separate engines: one broadcast for each bucket of tensors.
 
-The bridge is a process group outside the trainer's world and the engines': NCCL where there are GPUs, gloo elsewhere.
-What a bucket holds is said over the line, so neither side needs to know the other's order of tensors. No rank holds
-more of a second model than two buckets.
+They travel in a process group outside the trainer's world and the engines': NCCL where there are GPUs, gloo elsewhere.
+What a bucket holds is announced over the channels, so neither side needs to know the other's order of tensors. No rank
+holds more of a second model than two buckets.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from megatron_papo.generation.remote.messages import BucketMessage
 
 _POLL_S = 0.0005
 _TIMEOUT = datetime.timedelta(minutes=5)
-"""For its ranks to find each other, and for one broadcast: who is gone is usually known at once."""
+"""How long its ranks may take to find each other, and how long one broadcast; a rank that is gone is usually noticed
+at once."""
 
 
 class BroadcastBroken(RuntimeError):
-    """A broadcast failed: a rank at the other end is gone."""
+    """A weight broadcast failed: one of its ranks is gone."""
 
 
 class WeightBroadcast:
-    """Rank 0 sends; all others receive."""
+    """The process group of a hand-over: rank 0 sends, all others receive."""
 
     def __init__(self, name: str, store: dist.Store, rank: int, size: int):
-        """Waits for the others where the backend does. Raises BridgeBroken."""
+        """Waits for the other ranks where the backend does. Raises BroadcastBroken."""
         self.name = name
         self._aborted = threading.Event()
         kind: Any = dist.ProcessGroupNCCL if accelerator.has_gpu() else dist.ProcessGroupGloo
@@ -41,10 +42,10 @@ class WeightBroadcast:
         try:
             self._group: Any = kind(own, rank, size, _TIMEOUT)
         except RuntimeError as error:
-            raise BroadcastBroken(f"bridge {name}: {error}") from error
+            raise BroadcastBroken(f"{name}: {error}") from error
 
     def abort(self) -> None:
-        """From any thread: whoever waits in a broadcast stops waiting, with BridgeBroken. Of no more use then."""
+        """Ends this broadcast from any thread: whoever waits in `send` or `receive` gets BroadcastBroken."""
         self._aborted.set()
         if accelerator.has_gpu():
             self._group.abort()  # what waits on the GPU; gloo's broadcast is left to end with the process
@@ -56,9 +57,10 @@ class WeightBroadcast:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        """Everything, cast to `dtype`, in buckets of at most `bucket_bytes` but for a tensor that is larger.
+        """Sends everything, cast to `dtype`, in buckets of at most `bucket_bytes`; a larger tensor has its own bucket.
 
-        Consumes `named_tensors` to the end whatever happens, for drawing from it is a collective; then BridgeBroken.
+        `announce` tells the receivers of each bucket. Consumes `named_tensors` to its end whatever happens, for drawing
+        from it is a collective; then raises BroadcastBroken if a broadcast failed.
         """
         pending: tuple[dist.Work, Tensor] | None = None
         broken: BroadcastBroken | None = None
@@ -81,7 +83,7 @@ class WeightBroadcast:
             raise BroadcastBroken(str(error)) from error
 
     def receive(self, bucket: BucketMessage) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a bucket, views of one new buffer on this rank's device. Raises BridgeBroken."""
+        """The tensors of a bucket, views of one new buffer on this rank's device. Raises BroadcastBroken."""
         sizes = [math.prod(shape) for shape in bucket.shapes]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=accelerator.device())
         try:
@@ -92,15 +94,15 @@ class WeightBroadcast:
             yield name, part.view(shape)
 
     def _broadcast(self, flat: Tensor) -> dist.Work:
-        return self._group.broadcast(flat.view(torch.uint8), 0)  # bytes: every backend knows them
+        return self._group.broadcast(flat.view(torch.uint8), 0)  # as bytes, which every backend can send
 
     def _finish(self, pending: tuple[dist.Work, Tensor] | None) -> None:
-        """Asks rather than waits, for gloo's waiting cannot be ended from outside."""
+        """Waits by polling: gloo's own waiting cannot be ended from outside."""
         if pending is None:
             return
         while not pending[0].is_completed():
             if self._aborted.wait(_POLL_S):
-                raise BroadcastBroken(f"{self.name}: the other end hung up")
+                raise BroadcastBroken(f"{self.name}: a rank is gone")
         pending[0].wait()
 
 

@@ -1,7 +1,10 @@
-"""The decode loop of the transformers engine: one batch of rollouts on a Hugging Face Qwen2.5-VL with its KV cache.
+"""The decode loop of the transformers engine: one batch of rollouts on transformers' model, with its KV cache.
 
 Each prompt of the batch is read once, images included, and its cache is copied to its rollouts. Prompts are padded on
 the left. Rows that have ended leave the batch. Left out: paged memory, chunked prefill, anything a serving engine does.
+
+Of a family's model it needs what `transformers_classes` offers: `position_ids` of padded prompts, and a `forward` that
+keeps keys and values in a transformers `DynamicCache` and heeds an attention mask over padded rows.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache, PreTrainedModel
 
 from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.reference_model import classes_of_model
 from megatron_papo.generation.requests import Answer, RolloutRequest
 from megatron_papo.generation.sampling import draw, sampled_logprobs, uniforms
 from megatron_papo.types import Prompt
@@ -20,22 +24,25 @@ from megatron_papo.types import Prompt
 
 @torch.inference_mode()
 def decode_batch(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     prompts: Sequence[Prompt],
-    jobs: list[RolloutRequest],
+    requests: list[RolloutRequest],
     sampling: Sampling,
     banned_ids: Tensor,
     eos_ids: Tensor,
 ) -> list[Answer]:
-    """Answers to `jobs`, in their order; `jobs` index `prompts`."""
-    places = sorted({job.prompt_index for job in jobs})
-    prompt_of_B = torch.tensor([places.index(job.prompt_index) for job in jobs], device=model.device)
+    """Answers to `requests`, in their order; a request's `prompt_index` is a place in `prompts`.
+
+    `banned_ids`, int64, are never sampled; a response ends with one of `eos_ids`, int64, or at its longest.
+    """
+    places = sorted({request.prompt_index for request in requests})
+    prompt_of_B = torch.tensor([places.index(request.prompt_index) for request in requests], device=model.device)
     batch = _Batch(model, [prompts[place] for place in places], prompt_of_B, sampling)
-    uniform_BN = uniforms([job.seed for job in jobs], sampling.max_response_tokens).to(model.device)
+    uniform_BN = uniforms([request.seed for request in requests], sampling.max_response_tokens).to(model.device)
     ids_BN = torch.zeros(uniform_BN.shape, dtype=torch.int64, device=model.device)
     logprobs_BN = torch.zeros(uniform_BN.shape, device=model.device)
-    length_B = torch.full((len(jobs),), sampling.max_response_tokens, device=model.device)
-    stopped_B = torch.zeros(len(jobs), dtype=torch.bool, device=model.device)
+    length_B = torch.full((len(requests),), sampling.max_response_tokens, device=model.device)
+    stopped_B = torch.zeros(len(requests), dtype=torch.bool, device=model.device)
     for place in range(sampling.max_response_tokens):
         logprobs_AV = sampled_logprobs(batch.logits_AV, sampling, banned_ids)
         ids_A, logprobs_A = draw(logprobs_AV, uniform_BN[batch.row_A, place], sampling)
@@ -45,30 +52,34 @@ def decode_batch(
         length_B[batch.row_A[ended_A]] = place + 1
         if place + 1 == sampling.max_response_tokens or not batch.advance(ids_A, ~stopped_B[batch.row_A]):
             break
-    return _answers(jobs, ids_BN, logprobs_BN, length_B, stopped_B)
+    return _answers(requests, ids_BN, logprobs_BN, length_B, stopped_B)
 
 
 def _answers(
-    jobs: list[RolloutRequest], ids_BN: Tensor, logprobs_BN: Tensor, length_B: Tensor, stopped_B: Tensor
+    requests: list[RolloutRequest], ids_BN: Tensor, logprobs_BN: Tensor, length_B: Tensor, stopped_B: Tensor
 ) -> list[Answer]:
-    rows = zip(jobs, ids_BN.tolist(), logprobs_BN.tolist(), length_B.tolist(), stopped_B.tolist())
+    rows = zip(requests, ids_BN.tolist(), logprobs_BN.tolist(), length_B.tolist(), stopped_B.tolist())
     return [
-        Answer(job, tuple(ids[:length]), tuple(logprobs[:length]), "stop" if stopped else "length")
-        for job, ids, logprobs, length, stopped in rows
+        Answer(request, tuple(ids[:length]), tuple(logprobs[:length]), "stop" if stopped else "length")
+        for request, ids, logprobs, length, stopped in rows
     ]
 
 
 class _Batch:
-    """The rows that still run: which of the batch they are (`row_A`), their cache, and the logits of what follows."""
+    """The A rows that still run, of the B rows of the batch, and what the next step needs of each.
+
+    `row_A`: which of the B rows they are; `logits_AV`: logits of the next token; `next_position_A`: its position;
+    `mask_AK`: which of the keys in the cache are tokens and not padding.
+    """
 
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration,
+        model: PreTrainedModel,
         prompts: list[Prompt],
         prompt_of_B: Tensor,
         sampling: Sampling,
     ):
-        self.model = model
+        self.model, self.classes = model, classes_of_model(model)
         self.cache = DynamicCache(config=model.config)
         length = max(prompt.inputs.token_ids_S.numel() for prompt in prompts)
         mask_PK, logits_PV, next_position_P = self._read(prompts, length, sampling.masked)
@@ -81,31 +92,25 @@ class _Batch:
         self.mask_AK = torch.cat((mask_PK, answer_mask_PN), dim=1)[prompt_of_B]
 
     def _read(self, prompts: list[Prompt], length: int, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the cache. Returns key mask [P, length], last logits [P, V] and next M-RoPE position [P]."""
+        """Fills the cache. Returns key mask [P, length], last logits [P, V] and next position [P]."""
         device, model = self.model.device, self.model
-        ids_PK = torch.full((len(prompts), length), model.config.text_config.pad_token_id or 0)
+        ids_PK = torch.full((len(prompts), length), model.config.get_text_config().pad_token_id or 0)
         mask_PK = torch.zeros(len(prompts), length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids_S = prompt.inputs.token_ids_S
             ids_PK[row, length - ids_S.numel() :] = ids_S
             mask_PK[row, length - ids_S.numel() :] = 1
         pixels_PD, grid_I3 = _images(prompts, masked)
-        position_3PK, _ = model.model.get_rope_index(
-            ids_PK,
-            mm_token_type_ids=(ids_PK == model.config.image_token_id).int(),
-            image_grid_thw=grid_I3,
-            attention_mask=mask_PK,
+        position_3PK = self.classes.position_ids(model, ids_PK, grid_I3, mask_PK)
+        logits_P1V = self.classes.forward(
+            model,
+            ids_PK.to(device),
+            position_3PK.to(device),
+            pixel_values_PD=None if pixels_PD is None else pixels_PD.to(device),
+            grid_thw_I3=None if grid_I3 is None else grid_I3.to(device),
+            attention_mask_BK=mask_PK.to(device),
+            cache=self.cache,
         )
-        logits_P1V = model(
-            input_ids=ids_PK.to(device),
-            attention_mask=mask_PK.to(device),
-            position_ids=position_3PK.to(device),
-            pixel_values=None if pixels_PD is None else pixels_PD.to(device),
-            image_grid_thw=None if grid_I3 is None else grid_I3.to(device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
         return mask_PK.to(device), logits_P1V[:, 0], position_3PK.amax((0, 2)).to(device) + 1
 
     def advance(self, ids_A: Tensor, running_A: Tensor) -> bool:
@@ -123,19 +128,22 @@ class _Batch:
             self.next_position_A = self.next_position_A[keep]
             self.cache.batch_select_indices(keep)
         self.num_keys += 1
-        self.logits_AV = self.model(
-            input_ids=ids_A[:, None],
-            attention_mask=self.mask_AK[:, : self.num_keys],
-            position_ids=self.next_position_A[None, :, None].expand(3, -1, -1),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, 0]
+        self.logits_AV = self.classes.forward(
+            self.model,
+            ids_A[:, None],
+            self.next_position_A[None, :, None].expand(3, -1, -1),
+            attention_mask_BK=self.mask_AK[:, : self.num_keys],
+            cache=self.cache,
+        )[:, 0]
         self.next_position_A = self.next_position_A + 1
         return True
 
 
 def _images(prompts: list[Prompt], masked: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Patches and grids of all images, in the order of the prompts."""
+    """Patches and grids of all images, in the order of the prompts; None where no prompt has an image.
+
+    `masked`: of the masked view. Raises ValueError naming a prompt that has images and no masked view.
+    """
     pixels: list[Tensor] = []
     grids: list[Tensor] = []
     for prompt in prompts:

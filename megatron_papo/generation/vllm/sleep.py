@@ -1,22 +1,22 @@
-"""The memory of an engine that shares its GPU with the trainer: given back while the trainer works, measured.
+"""The memory of an engine that shares its GPU with the trainer: it is given back while the trainer works, and measured.
 
 vLLM's sleep of level 1: weights go to pinned host memory and come back, keys and values are forgotten. Level 2
-(`generation.keep_weights_asleep=false`) forgets the weights too. The certificate looks at log-probs after every waking.
+(`generation.keep_weights_asleep=false`) forgets the weights too. The certificate compares log-probs after every waking.
 Without a GPU there is no sleep: the calls do nothing. Not run yet on a GPU.
 
-What level 2 forgets is all that was made while the model was loaded, not the weights alone. It left models wrong:
+Level 2 forgets everything that was made while the model was loaded, not only the weights. It has left models wrong:
 Gemma 4 with vision and sound, answers of another model though all weights were read again (NeMo-RL issue 2631), and
 rotary embeddings, for which OpenRLHF stays at level 1 (pull request 723). In vLLM 0.26 to 0.32:
 
 - A model's named buffers, the rotary `cos_sin_cache` of language model and vision tower with them, go to host memory
   before and come back with the weights (`Worker.sleep` and `wake_up` in vllm/v1/worker/gpu_worker.py).
-- Qwen2.5-VL keeps no other tensor that it does not compute anew: window indices and angles by size of picture are made
-  by the first picture of that size, in memory that does not sleep. So what a Gemma loses this family does not have.
-- Constants that normalise pixels on the device would be filled at random by dummy loading and are off (vllm_start.py).
-- Parameters are written by the hand-over. That none is left out is looked at: `forget_weights` fills them with NaN, and
-  `unwritten` finds what still is.
+- What else a model makes while it is loaded is lost; a family's `engine_vllm` says what its implementation has of it.
+- Constants that normalise pixels on the device would be filled at random by dummy loading and are off (versions.py).
+- Parameters are written by the hand-over. Whether one is left out is checked: `forget_weights` fills them with NaN, and
+  `unwritten` names those that still are.
 - Model runner V2 makes its sampler's and its positions' buffers while it loads the model, so they are forgotten too;
-  for what we ask, each request writes what it reads of them. Counts for penalties, which begin as zeros, would be lost.
+  our sampling writes what it reads of them with each request. Counts for penalties, which begin at zero, would be
+  lost.
 """
 
 from __future__ import annotations
@@ -36,25 +36,29 @@ if TYPE_CHECKING:
 _GIB = 1024**3
 _WEIGHTS, _KV_CACHE = "weights", "kv_cache"
 _CAN_BE_NAN = (torch.float32, torch.bfloat16, torch.float16)
-"""Of a layer in FP8 these are the scales."""
+"""Types of the parameters that are checked; in a layer in FP8 only the scales have one of them."""
 _kept_allocators: list[Any] = []
 
 
 class Sleeper:
-    """Puts one engine to sleep and wakes it, in two parts: the weights for a hand-over, all of it to generate."""
+    """Puts one engine to sleep and wakes it in two parts: its weights for a hand-over, all of it to generate.
+
+    Where it is not `enabled`, every call does nothing.
+    """
 
     def __init__(self, llm: LLM, enabled: bool, keeps_weights: bool = True):
         self._llm, self._enabled, self._level = llm, enabled, 1 if keeps_weights else 2
         self._asleep: set[str] = set()
         self.freed_bytes = 0
-        """Of the GPU, by the last sleep."""
+        """Bytes of the GPU that the last sleep gave back."""
 
     @property
     def forgets(self) -> bool:
-        """Whether it wakes without the weights that it had."""
+        """Whether the engine wakes without the weights that it had."""
         return self._enabled and self._level > 1
 
     def sleep(self) -> None:
+        """Gives the engine's memory back; does nothing where it sleeps already."""
         if not self._enabled or self._asleep:
             return
         before, _ = torch.cuda.mem_get_info()
@@ -64,10 +68,11 @@ class Sleeper:
         self.freed_bytes = after - before
 
     def wake_weights(self) -> None:
-        """Before a hand-over: keys and values stay away until `wake`."""
+        """Brings the weights back, for a hand-over; the memory of keys and values stays free until `wake`."""
         self._wake({_WEIGHTS})
 
     def wake(self) -> None:
+        """Brings all of it back, to generate."""
         self._wake({_WEIGHTS, _KV_CACHE})
 
     def _wake(self, parts: set[str]) -> None:
@@ -80,7 +85,7 @@ class Sleeper:
 
 @torch.no_grad()
 def forget_weights(model: nn.Module) -> None:
-    """Makes every parameter that can be NaN: what a hand-over then leaves out shows."""
+    """Fills every parameter that can be NaN with it, so that `unwritten` shows what a hand-over leaves out."""
     for parameter in model.parameters():
         if parameter.dtype in _CAN_BE_NAN:
             parameter.fill_(torch.nan)
@@ -88,22 +93,25 @@ def forget_weights(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unwritten(model: nn.Module) -> list[str]:
-    """Names of parameters that have NaN after a hand-over."""
+    """Names of the parameters that contain NaN after a hand-over."""
     sums = {name: each.sum() for name, each in model.named_parameters() if each.dtype in _CAN_BE_NAN}
     are_nan = torch.stack(list(sums.values())).isnan().tolist()  # one copy to the host for all
     return [name for name, is_nan in zip(sums, are_nan) if is_nan]
 
 
 def keep_allocators() -> None:
-    """Before an engine ends, until `free_remains`: vLLM drops its allocators as it ends, while its compiled model goes
-    only with the engine object itself, and torch, which knows them by pointers that own nothing, then calls them."""
+    """Keeps vLLM's allocators from before an engine ends until `free_remains`.
+
+    vLLM drops them as it ends, but its compiled model goes only with the engine object itself; torch knows the
+    allocators by pointers that own nothing, and would call them then.
+    """
     cumem = _cumem()
     if cumem is not None:
         _kept_allocators.extend(allocators_of(cumem))
 
 
 def free_remains() -> None:
-    """After an engine ended and before the next starts: frees what only the garbage collector reaches.
+    """Frees what only the garbage collector reaches, after an engine ended and before the next starts.
 
     Raises RuntimeError when vLLM's allocator still lists memory, mapped or asleep: it serves one engine a process.
     """
@@ -113,16 +121,16 @@ def free_remains() -> None:
         return
     gc.collect()  # a model that was compiled becomes garbage only as its engine is collected
     torch.cuda.empty_cache()
-    left = cumem.get_current_usage()
-    if left:
+    num_bytes = cumem.get_current_usage()
+    if num_bytes:
         raise RuntimeError(
-            f"the engine that was closed still holds {left / _GIB:.2f} GiB in {len(cumem.pointer_to_data)} pieces of "
-            "vLLM's sleeping memory: something keeps its tensors, and no other engine can start in this process"
+            f"the engine that was closed still holds {num_bytes / _GIB:.2f} GiB in {len(cumem.pointer_to_data)} pieces "
+            "of vLLM's sleeping memory: something keeps its tensors, and no other engine can start in this process"
         )
     _kept_allocators.clear()
 
 
 def _cumem() -> Any:
-    """vLLM's allocator of memory that can sleep; None where no engine of this process ever had any."""
+    """vLLM's allocator of memory that can sleep; None where no engine of this process has ever used it."""
     module = sys.modules.get("vllm.device_allocator.cumem")
     return None if module is None else module.CuMemAllocator.instance

@@ -1,5 +1,5 @@
 """Starting and ending a vLLM engine inside a rank of the trainer: its settings, its ranks, its shared memory, and the
-trainer's own state kept out of its way. vLLM itself is imported only once `start` is called.
+protection of the trainer's own state. vLLM itself is imported only once `start` is called.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 import os
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_papo.config import Config
+from megatron_papo.config.derived import engine_dtype
 from megatron_papo.data.processor import Processor
 from megatron_papo.distributed import accelerator
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import Layout
-from megatron_papo.generation.vllm.versions import forget_towers, settings_if_known
+from megatron_papo.generation.vllm.versions import clear_method_caches, settings_if_known
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
 _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 0.5
 _CPU_BATCHED_TOKENS = 4096
-"""Of a forward pass; vLLM's own default."""
+"""The most tokens of a forward pass without a GPU; vLLM's own default."""
 _NO_SHARE = 0.01
-"""Of the GPU, where the cache has a size of its own: vLLM then uses the share for nothing, but refuses to start while
-less than it is free."""
+"""The share of the GPU where the cache has a size of its own: vLLM then uses the share for nothing, but refuses to
+start while less than it is free."""
 _MAX_IMAGES = 64
-"""Of a prompt; vLLM wants a bound."""
+"""The most images of a prompt; vLLM wants a bound."""
 _MAX_TEMPERATURE = 2
 _MOST_BIASES = 1024
-"""Of a request, in vLLM's model runner V2 (vllm/v1/worker/gpu/sample/logit_bias.py of 0.26 to 0.32), which vLLM takes
-on a GPU; its older runner takes any number."""
+"""The most biased tokens of a request in vLLM's model runner V2 (vllm/v1/worker/gpu/sample/logit_bias.py of 0.26 to
+0.32), which vLLM takes on a GPU; its older runner takes any number."""
 _SHM = "megatron_papo_"
-"""Our shared-memory segments begin so, then the process id of the rank that leads the engine."""
+"""How the names of our shared-memory segments begin; the process id of the rank that leads the engine follows."""
 
 
 def check(config: Config, layout: Layout) -> None:
@@ -74,6 +75,10 @@ def check_bans(num_banned: int, llm: LLM) -> None:
 
 
 def start(config: Config, processor: Processor, layout: Layout, shm_name: str, max_model_len: int) -> LLM:
+    """An engine with dummy weights on the ranks of `layout`; the trainer's random generators are left as they are.
+
+    `shm_name`: of its shared memory (`shm_name_of`); `max_model_len`: the most tokens of a prompt with its response.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM has no other switch for these three
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it does not heed a request's seed, and needs nvcc
@@ -91,7 +96,7 @@ def start(config: Config, processor: Processor, layout: Layout, shm_name: str, m
             model=str(processor.folder),
             trust_remote_code=False,
             load_format="dummy",
-            dtype=accelerator.parameter_dtype(config.model.dtype if generation.dtype == "auto" else generation.dtype),
+            dtype=accelerator.parameter_dtype(engine_dtype(config)),
             tensor_parallel_size=generation.tensor,
             distributed_executor_backend=_executor(layout, shm_name),
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
@@ -114,25 +119,31 @@ def start(config: Config, processor: Processor, layout: Layout, shm_name: str, m
 
 
 def _whole_prompts(max_model_len: int) -> dict[str, Any]:
-    """Without a GPU a prompt is read in one piece: after a piece, vLLM turns the request's random generator back, which
-    torch's generator on the CPU cannot do (`RuntimeError: CPU Generator does not use offset`)."""
+    """Settings by which a prompt is read in one piece, for machines without a GPU.
+
+    After each piece, vLLM sets the request's random generator back, which torch's generator on the CPU cannot do
+    (`RuntimeError: CPU Generator does not use offset`).
+    """
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, max_model_len)}
 
 
-def end(llm: LLM) -> None:
-    """Ends an engine and vLLM's own process groups. Left to itself it would end the trainer's world too; and without a
-    GPU, whose memory is given back so, look twice for garbage among all objects of the process, which takes seconds."""
+def end(llm: LLM, cached_methods: Iterable[str]) -> None:
+    """Ends an engine and vLLM's own process groups; empties the caches of `cached_methods`, which keep its model.
+
+    vLLM alone would end the trainer's world too. Without a GPU, whose memory garbage collection gives back, it would
+    also look twice for garbage among all objects of the process, which takes seconds.
+    """
     from vllm.distributed import parallel_state
 
-    theirs = parallel_state.destroy_distributed_environment, gc.collect
+    originals = parallel_state.destroy_distributed_environment, gc.collect
     parallel_state.destroy_distributed_environment = _forget_world
     if not accelerator.has_gpu():
         gc.collect = _collect_nothing
     try:
         llm.llm_engine.engine_core.shutdown()
-        forget_towers()
+        clear_method_caches(cached_methods)
     finally:
-        parallel_state.destroy_distributed_environment, gc.collect = theirs
+        parallel_state.destroy_distributed_environment, gc.collect = originals
 
 
 def _collect_nothing(generation: int = 2) -> int:
@@ -140,7 +151,7 @@ def _collect_nothing(generation: int = 2) -> int:
 
 
 def _forget_world() -> None:
-    """vLLM's subgroups over all ranks, and that it has them."""
+    """Makes vLLM forget that it uses the world, and ends its subgroups over all ranks."""
     from vllm.distributed import parallel_state
 
     if parallel_state._WORLD is not None:
@@ -155,7 +166,7 @@ def sleeps(config: Config) -> bool:
 
 
 def _executor(layout: Layout, shm_name: str) -> type:
-    """vLLM's external launcher, told its rank by our layout instead of by the environment."""
+    """vLLM's external launcher, which takes its rank from `layout` instead of the environment."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     local_rank = torch.cuda.current_device() if accelerator.has_gpu() else 0
@@ -168,17 +179,17 @@ def _executor(layout: Layout, shm_name: str) -> type:
 
 
 def shm_name_of(engine_group: dist.ProcessGroup | None) -> str:
-    """Of the engine's shared memory on the CPU, the same on its ranks.
+    """A name for the engine's shared memory on the CPU, the same on all its ranks. A collective of `engine_group`.
 
-    vLLM's own name is the same for all runs of a machine, so that two runs, or one and what a killed one left behind,
-    would collide.
+    vLLM's own name is the same for all runs of a machine: two runs, or one run and the remains of a killed one, would
+    collide.
     """
     name = f"{_SHM}{os.getpid()}_{secrets.token_hex(4)}"
     return name if engine_group is None else gather_objects(name, engine_group)[0]
 
 
 def remove_leftovers() -> None:
-    """Unlinks shared memory of our own engines whose leading process is gone."""
+    """Unlinks shared memory of engines of this package whose leading process is gone."""
     for file in Path("/dev/shm").glob(f"*{_SHM}*"):
         pid = file.name.partition(_SHM)[2].partition("_")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
@@ -186,7 +197,10 @@ def remove_leftovers() -> None:
 
 
 def engine_group_of(layout: Layout, size: int) -> dist.ProcessGroup | None:
-    """The ranks of this rank's engine, for objects; None when it is this rank alone. A collective of all ranks."""
+    """The group in which the ranks of this rank's engine exchange objects; None when the engine has this rank only.
+
+    A collective of all ranks.
+    """
     if size == 1:
         return None
     groups = [
@@ -197,7 +211,8 @@ def engine_group_of(layout: Layout, size: int) -> dist.ProcessGroup | None:
 
 @contextmanager
 def trainer_state_kept() -> Iterator[None]:
-    """vLLM seeds every generator of the process and replaces `torch.set_num_threads`; the trainer's come back."""
+    """Restores the trainer's state at the end: vLLM seeds every random generator of the process and replaces
+    `torch.set_num_threads`."""
     state, numpy_state, set_num_threads, threads = (
         random.getstate(), numpy.random.get_state(), torch.set_num_threads, torch.get_num_threads()
     )  # fmt: skip

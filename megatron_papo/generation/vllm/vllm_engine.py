@@ -1,4 +1,4 @@
-"""Generation with vLLM, in the trainer's own processes: the same ranks train and serve, one after the other.
+"""Generation with vLLM, in the trainer's own processes: the same ranks train and generate, one after the other.
 
 An engine spans `generation.tensor` consecutive ranks (vLLM's external launcher: each rank runs the same scheduler over
 the same requests); with 1, every rank has an engine of its own. Of the model's folder only config, tokenizer and
@@ -19,7 +19,10 @@ from megatron_papo.config import Config
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import Layout, world_group
 from megatron_papo.generation.generator import EngineLost, Report, Sampling
+from megatron_papo.generation.readings import Probe
+from megatron_papo.generation.reference_model import classes_of, expected_shapes, read_config
 from megatron_papo.generation.requests import Answer, RolloutRequest, generate_in_shares, make_requests
+from megatron_papo.generation.vllm.probe import probe_engine
 from megatron_papo.generation.vllm.sleep import Sleeper, forget_weights, free_remains, keep_allocators, unwritten
 from megatron_papo.generation.vllm.start import (
     check,
@@ -32,8 +35,10 @@ from megatron_papo.generation.vllm.start import (
     start,
     trainer_state_kept,
 )
-from megatron_papo.generation.vllm.vllm_requests import Requests, VllmRequest
-from megatron_papo.generation.weight_check import checked, expected_shapes, read_config
+from megatron_papo.generation.vllm.versions import classes_in_vllm
+from megatron_papo.generation.vllm.vllm_requests import VllmFormat, VllmPrompt
+from megatron_papo.generation.weight_check import checked
+from megatron_papo.model.family import family_of
 from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
@@ -41,18 +46,18 @@ if TYPE_CHECKING:
 
     from megatron_papo.data.processor import Processor
 
-_EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-"""A tied head is handed over like the embedding: on the CPU vLLM keeps a packed copy of it."""
-
 
 class VllmGenerator:
-    """See `Generator`. The engine starts with dummy weights; `generate` refuses until the first `load_weights`."""
+    """The `Generator` of vLLM. Its engine starts with dummy weights; `generate` refuses until the first
+    `load_weights`."""
 
     def __init__(self, config: Config, processor: Processor, layout: Layout, report: Report | None = None):
         check(config, layout)
         self.processor, self.layout, self.report = processor, layout, report
-        self.requests = Requests.of(config, processor)
-        self.expected = expected_shapes(read_config(processor.folder))
+        self.format = VllmFormat.of(config, processor)
+        self.family = family_of(self.format.shape)
+        self.in_vllm = classes_in_vllm(self.family)
+        self.expected = expected_shapes(read_config(processor.folder, self.family))
         self.config = config
         self.engine_group = engine_group_of(layout, config.generation.tensor)
         self.metrics: Metrics = {}
@@ -63,13 +68,13 @@ class VllmGenerator:
         self.forgotten_version: int | None = None
         self.shm_name = shm_name_of(self.engine_group)
         remove_leftovers()
-        self.llm = start(self.config, self.processor, self.layout, self.shm_name, self.requests.max_model_len)
-        check_bans(len(self.requests.banned_ids), self.llm)
+        self.llm = start(self.config, self.processor, self.layout, self.shm_name, self.format.max_model_len)
+        check_bans(len(self.format.banned_ids), self.llm)
         self.sleeper = Sleeper(self.llm, sleeps(self.config), self.config.generation.keep_weights_asleep)
         self.sleeper.sleep()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        self.requests.check(prompts, sampling)
+        self.format.check(prompts, sampling)
         self.sleeper.wake()
         groups = self._generate(prompts, sampling)
         self._sleep()
@@ -80,19 +85,25 @@ class VllmGenerator:
         if self.sleeper.forgets and self.policy_version is not None:
             self.policy_version, self.forgotten_version = None, self.policy_version
 
-    def answer_alone(self, prompt: Prompt, sampling: Sampling, read: Callable[[], None] = lambda: None) -> Answer:
-        """The first rollout of the prompt, by this rank's own engine and with nothing that it keeps of others; it keeps
-        nothing of this one either. All ranks call it, those of an engine with the same prompt.
+    def probe(self, prompt: Prompt, sampling: Sampling) -> Probe:
+        def answer_alone(read: Callable[[], None]) -> Answer:
+            return self._answer_alone(prompt, sampling, read)
 
-        `read` is called before the engine sleeps again, and its tensors are out of reach.
+        return probe_engine(self.llm, self.in_vllm, prompt, sampling.max_response_tokens, answer_alone)
+
+    def _answer_alone(self, prompt: Prompt, sampling: Sampling, read: Callable[[], None]) -> Answer:
+        """The first rollout of the prompt, by this rank's own engine, for which nothing that the engine keeps of other
+        prompts is used, and of which it keeps nothing.
+
+        `read` is called before the engine sleeps again, which takes its tensors out of reach.
         """
-        self.requests.check([prompt], sampling)
+        self.format.check([prompt], sampling)
         if self.policy_version is None:
             raise RuntimeError("answer before the first load_weights: the generator has no weights")
         self.sleeper.wake()
         self._forget_prompts()
-        metrics, jobs = dict(self.metrics), make_requests([prompt], sampling)[:1]
-        (answer,) = self._run(jobs, [self.requests.request(prompt, sampling)], sampling)
+        metrics, requests = dict(self.metrics), make_requests([prompt], sampling)[:1]
+        (answer,) = self._run(requests, [self.format.prompt(prompt, sampling)], sampling)
         self.metrics = metrics
         self._forget_prompts()
         read()
@@ -104,70 +115,75 @@ class VllmGenerator:
             prompts,
             sampling,
             self.layout,
-            answer=lambda jobs: self._answer(prompts, jobs, sampling),
+            answer=lambda requests: self._answer(prompts, requests, sampling),
             decode=self.processor.decode,
             policy_version=self.policy_version,
         )
 
-    def _answer(self, prompts: Sequence[Prompt], jobs: list[RolloutRequest], sampling: Sampling) -> list[Answer]:
-        """The ranks of an engine run the union of their shares together, each keeps its own answers."""
-        request_of = {
-            place: self.requests.request(prompts[place], sampling) for place in {job.prompt_index for job in jobs}
-        }
-        requests = [request_of[job.prompt_index] for job in jobs]
+    def _answer(self, prompts: Sequence[Prompt], requests: list[RolloutRequest], sampling: Sampling) -> list[Answer]:
+        """The ranks of an engine run the union of their shares together; each keeps its own answers."""
+        places = {request.prompt_index for request in requests}
+        prompt_at = {place: self.format.prompt(prompts[place], sampling) for place in places}
+        own = [prompt_at[request.prompt_index] for request in requests]
         if self.engine_group is None:
-            return self._run(jobs, requests, sampling)
-        shares = gather_objects((jobs, requests), self.engine_group)
-        every_job = [job for jobs_, _ in shares for job in jobs_]
-        answers = self._run(every_job, [request for _, requests_ in shares for request in requests_], sampling)
-        first = sum(len(jobs_) for jobs_, _ in shares[: dist.get_rank(self.engine_group)])
-        return answers[first : first + len(jobs)]
+            return self._run(requests, own, sampling)
+        shares = gather_objects((requests, own), self.engine_group)
+        all_requests = [request for share, _ in shares for request in share]
+        answers = self._run(all_requests, [prompt for _, share in shares for prompt in share], sampling)
+        first = sum(len(share) for share, _ in shares[: dist.get_rank(self.engine_group)])
+        return answers[first : first + len(requests)]
 
-    def _run(self, jobs: list[RolloutRequest], requests: list[VllmRequest], sampling: Sampling) -> list[Answer]:
-        done: list[RequestOutput] = []
+    def _run(self, requests: list[RolloutRequest], prompts: list[VllmPrompt], sampling: Sampling) -> list[Answer]:
+        """Answers to `requests`, in their order; `prompts` has the prompt of each. Raises EngineLost on all ranks."""
+        outputs: list[RequestOutput] = []
         fault = None
         try:
             with trainer_state_kept():
-                self._serve(jobs, requests, sampling, done)
+                self._serve(requests, prompts, sampling, outputs)
         except Exception as error:  # whatever it is: the engine's state is unknown now
             fault = f"{type(error).__name__}: {error}"
         self._raise_where_lost(fault)
-        done.sort(key=lambda output: int(output.request_id))  # numbered as they were enqueued
-        assert len(done) == len(jobs)
-        return [self.requests.answer(*each) for each in zip(jobs, requests, done)]
+        outputs.sort(key=lambda output: int(output.request_id))  # numbered as they were enqueued
+        assert len(outputs) == len(requests)
+        return [self.format.answer(*each) for each in zip(requests, prompts, outputs)]
 
     def _serve(
-        self, jobs: list[RolloutRequest], requests: list[VllmRequest], sampling: Sampling, done: list[RequestOutput]
+        self,
+        requests: list[RolloutRequest],
+        prompts: list[VllmPrompt],
+        sampling: Sampling,
+        outputs: list[RequestOutput],
     ) -> None:
-        """All requests together, each joining and leaving the batch as there is room; the finished into `done`."""
-        params = [self.requests.params(job, sampling) for job in jobs]
-        self.llm.enqueue([request.prompt() for request in requests], params, use_tqdm=False)
+        """Runs all requests together, each joining and leaving the batch as there is room; appends to `outputs`."""
+        params = [self.format.params(request, sampling) for request in requests]
+        self.llm.enqueue([prompt.as_input() for prompt in prompts], params, use_tqdm=False)
         while self.llm.llm_engine.has_unfinished_requests():
-            done += [output for output in self.llm.llm_engine.step() if output.finished]
+            outputs += [output for output in self.llm.llm_engine.step() if output.finished]
             if self.report is not None:
-                self.report(len(done), len(jobs))
-        read = sum(len(output.prompt_token_ids or ()) for output in done)
-        cached = sum(output.num_cached_tokens or 0 for output in done)
+                self.report(len(outputs), len(requests))
+        read = sum(len(output.prompt_token_ids or ()) for output in outputs)
+        cached = sum(output.num_cached_tokens or 0 for output in outputs)
         before = self.metrics.get("engine/prefix_cached", (0.0, 0.0))
         self.metrics["engine/prefix_cached"] = before[0] + cached, before[1] + read
 
     def _raise_where_lost(self, fault: str | None) -> None:
-        """On every rank of the world when any rank's engine died, with its reason: they restart together."""
-        faults = gather_objects(fault, world_group())
-        lost = next((rank for rank, found in enumerate(faults) if found is not None), None)
-        if lost is not None:
-            raise EngineLost(f"the engine of rank {lost} died: {faults[lost]}")
+        """Raises EngineLost on every rank of the world when any rank's engine died: they restart together."""
+        for rank, reason in enumerate(gather_objects(fault, world_group())):
+            if reason is not None:
+                raise EngineLost(f"the engine of rank {rank} died: {reason}")
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         self.policy_version = None
         self.sleeper.wake_weights()
         if self.sleeper.forgets:
             self.llm.apply_model(forget_weights)
-        tied = self.requests.shape.tie_word_embeddings
+        names = classes_of(self.family)
+        # a tied head is handed over like the embedding: on the CPU vLLM keeps a packed copy of it
+        twice = {names.EMBEDDING: (names.EMBEDDING, names.HEAD)} if self.format.shape.tie_word_embeddings else {}
         with trainer_state_kept(), torch.no_grad():
             self.llm.start_weight_update()
             for name, tensor in checked(named_tensors, self.expected):
-                for own_name in (name, _HEAD) if name == _EMBEDDING and tied else (name,):
+                for own_name in twice.get(name, (name,)):
                     self.llm.update_weights({"update_info": {"name": own_name, "tensor": tensor}})
             self.llm.finish_weight_update()
             self._forget_prompts()
@@ -177,7 +193,7 @@ class VllmGenerator:
         self.policy_version, self.forgotten_version = policy_version, None
 
     def _forget_prompts(self) -> None:
-        """Everything computed so far, with weights that may be old: keys and values, and image features."""
+        """Drops everything computed so far, with weights that may be old: keys and values, and image features."""
         engine = self.llm.llm_engine
         engine.reset_mm_cache()
         engine.reset_encoder_cache()
@@ -198,7 +214,7 @@ class VllmGenerator:
     def close(self) -> None:
         self.sleeper.wake()  # vLLM unmaps all that its allocator lists, and what sleeps is unmapped already
         keep_allocators()
-        end(self.llm)
+        end(self.llm, self.in_vllm.CACHED_METHODS)
         del self.llm, self.sleeper
         for file in Path("/dev/shm").glob(f"*{self.shm_name}*"):
             file.unlink(missing_ok=True)  # every rank of the engine has it mapped; vLLM leaves the name behind

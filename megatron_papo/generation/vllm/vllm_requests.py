@@ -1,5 +1,7 @@
-"""Prompts, sampling and answers as vLLM takes and gives them. Imports vLLM only to make its sampling parameters, so a
-trainer that asks an engine in other processes makes its requests here too.
+"""Prompts, sampling and answers as vLLM takes and gives them.
+
+Imports vLLM only to make its sampling parameters, so that a trainer whose engines run in other processes makes its
+prompts here too.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from torch import Tensor
 from megatron_papo.config import Config
 from megatron_papo.generation.engine_images import pictures
 from megatron_papo.generation.generator import Sampling
+from megatron_papo.generation.reference_model import classes_of, read_config
 from megatron_papo.generation.requests import Answer, RolloutRequest
-from megatron_papo.generation.weight_check import read_config
+from megatron_papo.model.family import family_of
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Prompt
 
@@ -29,46 +32,50 @@ _BAN = -100.0
 
 
 @dataclass(frozen=True)
-class VllmRequest:
+class VllmPrompt:
     """A prompt for vLLM."""
 
     compact_ids: list[int]
-    """With one image token a picture."""
+    """Its token ids, with one image token for each picture."""
     full_ids: list[int]
-    """What vLLM has to make of it."""
+    """What vLLM has to expand them to: the trainer's token ids."""
     pictures: list[Image]
 
-    def prompt(self) -> dict[str, Any]:
-        """In vLLM's own words."""
+    def as_input(self) -> dict[str, Any]:
+        """The prompt as `vllm.LLM.enqueue` takes it."""
         pictures = {"multi_modal_data": {"image": self.pictures}} if self.pictures else {}
         return {"prompt_token_ids": self.compact_ids, **pictures}
 
 
 @dataclass(frozen=True)
-class Requests:
-    """Of one model and its processor."""
+class VllmFormat:
+    """Writes prompts and sampling in vLLM's form and reads its answers, for one model and its processor."""
 
     processor: Processor
     shape: ModelShape
     banned_ids: tuple[int, ...]
     max_model_len: int
-    """Tokens of a prompt with its response."""
+    """The most tokens of a prompt with its response."""
 
     @classmethod
-    def of(cls, config: Config, processor: Processor) -> Requests:
+    def of(cls, config: Config, processor: Processor) -> VllmFormat:
+        """For the model in the processor's folder."""
         shape = ModelShape.from_folder(processor.folder)
-        model_config = read_config(processor.folder)
+        family = family_of(shape)
+        most = classes_of(family).max_positions(read_config(processor.folder, family))
         longest = config.data.max_prompt_tokens + config.generation.max_response_tokens
         return cls(
             processor=processor,
             shape=shape,
             banned_ids=shape.banned_ids(processor.num_words),
-            max_model_len=min(longest, model_config.text_config.max_position_embeddings),
+            max_model_len=min(longest, most),
         )
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Raises ValueError naming a prompt that the engine cannot answer. Given all prompts of a call, not a rank's
-        share alone, the ranks of a group refuse together."""
+        """Raises ValueError naming a prompt that the engine cannot answer.
+
+        Called with all prompts of a call and not with a rank's share, so that the ranks of a group refuse together.
+        """
         for prompt in prompts:
             num_tokens = prompt.inputs.token_ids_S.numel()
             if num_tokens + sampling.max_response_tokens > self.max_model_len:
@@ -79,48 +86,50 @@ class Requests:
             if sampling.masked and prompt.inputs.pixel_values_PD is not None and prompt.masked_pixel_values_PD is None:
                 raise ValueError(f"prompt {prompt.id}: masked rollouts asked for, and it has no masked view")
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> VllmRequest:
+    def prompt(self, prompt: Prompt, sampling: Sampling) -> VllmPrompt:
+        """The prompt in vLLM's form, with the view of its images that `sampling` asks for."""
         inputs = prompt.inputs
         pixel_values_PD = prompt.masked_pixel_values_PD if sampling.masked else inputs.pixel_values_PD
-        compact, images = _compact(inputs.token_ids_S, inputs.grid_thw_I3, self.shape), []
+        compact, images = compact_ids(inputs.token_ids_S, inputs.grid_thw_I3, self.shape), []
         if pixel_values_PD is not None:
             assert inputs.grid_thw_I3 is not None
             images = pictures(pixel_values_PD, inputs.grid_thw_I3, self.processor.image_processor)
-        return VllmRequest(compact, inputs.token_ids_S.tolist(), images)
+        return VllmPrompt(compact, inputs.token_ids_S.tolist(), images)
 
-    def params(self, job: RolloutRequest, sampling: Sampling) -> Any:
-        """vLLM's sampling parameters."""
+    def params(self, request: RolloutRequest, sampling: Sampling) -> Any:
+        """vLLM's `SamplingParams` for one rollout."""
         from vllm import SamplingParams
 
         return SamplingParams(
             n=1,
-            seed=job.seed,
+            seed=request.seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_response_tokens,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # those of the sampled token alone
             logit_bias=dict.fromkeys(self.banned_ids, _BAN),
             stop_token_ids=list(self.processor.eos_ids),
             detokenize=False,
         )
 
-    def answer(self, job: RolloutRequest, request: VllmRequest, output: RequestOutput) -> Answer:
-        if list(output.prompt_token_ids or ()) != request.full_ids:
-            raise RuntimeError(f"rollout {job}: vLLM expanded the prompt to other tokens than the processor's")
+    def answer(self, request: RolloutRequest, prompt: VllmPrompt, output: RequestOutput) -> Answer:
+        """vLLM's finished output as the answer to `request`. Raises RuntimeError where it read another prompt."""
+        if list(output.prompt_token_ids or ()) != prompt.full_ids:
+            raise RuntimeError(f"rollout {request}: vLLM expanded the prompt to other tokens than the processor's")
         completion = output.outputs[0]
         ids = tuple(completion.token_ids)
         assert completion.logprobs is not None and not set(ids) & set(self.banned_ids)
         logprobs = tuple(place[token].logprob for place, token in zip(completion.logprobs, ids))
         assert completion.finish_reason in ("stop", "length"), completion.finish_reason
-        return Answer(job, ids, logprobs, completion.finish_reason)
+        return Answer(request, ids, logprobs, completion.finish_reason)
 
 
-def _compact(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> list[int]:
-    """The prompt with each picture's run of image tokens cut to its first; runs that touch are told apart by size."""
-    kept, ids, place = [], token_ids_S.tolist(), 0
+def compact_ids(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> list[int]:
+    """The prompt with each picture's run of image tokens cut to its first; the sizes separate runs that touch."""
+    compact, ids, place = [], token_ids_S.tolist(), 0
     runs = iter([] if grid_thw_I3 is None else (grid_thw_I3.prod(dim=1) // shape.vision.merge_unit).tolist())
     while place < len(ids):
-        kept.append(ids[place])
+        compact.append(ids[place])
         place += next(runs) if ids[place] == shape.image_token_id else 1
-    return kept
+    return compact

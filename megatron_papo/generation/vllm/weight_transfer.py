@@ -25,21 +25,26 @@ BACKEND = "megatron_papo"
 
 @dataclass
 class InProcessInit(WeightTransferInitInfo):
-    """Nothing to agree on."""
+    """What both sides agree on at the start: nothing, since they are one process."""
 
 
 @dataclass
 class InProcessUpdate(WeightTransferUpdateInfo):
+    """One tensor of a hand-over."""
+
     name: str
     tensor: Tensor
-    """Full, on the engine's device; must not change before its layer is complete, vLLM keeps a reference so long."""
+    """The full tensor, on the engine's device; it must not change before its layer is complete, for vLLM keeps a
+    reference until then."""
 
 
 class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
+    """Gives tensors of this process to vLLM's loader."""
+
     init_info_cls = InProcessInit
     update_info_cls = InProcessUpdate
     model: Any
-    """The engine's; None once it has ended."""
+    """The engine's model; None once the engine has ended."""
 
     def init_transfer_engine(self, init_info: InProcessInit) -> None: ...
 
@@ -47,7 +52,7 @@ class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # without the base class's synchronisation of an accelerator, which a CPU has not
+        # without the base class's synchronisation of an accelerator, which a CPU does not have
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: InProcessUpdate) -> None:
@@ -58,7 +63,7 @@ class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
 
     @staticmethod
     def trainer_send_weights(*_: Any, **__: Any) -> None:
-        """Releases before 0.32 ask every backend for it, for a trainer in another process."""
+        """Never called: releases before 0.32 demand it of every backend, for a trainer in another process."""
         raise NotImplementedError("the trainer is in this process: weights go by update_weights")
 
     def shutdown(self) -> None:
@@ -67,6 +72,6 @@ class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
 
 
 def register() -> None:
-    """Makes the backend known to vLLM; harmless when it is."""
+    """Makes the backend known to vLLM; a second call changes nothing."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, InProcessTransfer)

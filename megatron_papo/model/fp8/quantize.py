@@ -35,12 +35,6 @@ def float_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
 
-def power_of_two_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """`float_scale` rounded down to a power of two, so that scaling itself rounds nothing."""
-    _, exponent = torch.frexp(float_scale(amax, dtype))
-    return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), exponent - 1)
-
-
 def e8m0_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """What MXFP8 scales by: 2 ** -e of the least e with amax / 2 ** e within the format; e in 8 bits, -127 to 127."""
     mantissa, exponent = torch.frexp(amax.float() / torch.finfo(dtype).max)

@@ -1,18 +1,22 @@
 """`.metadata`, the list of what a checkpoint holds, as torch.distributed.checkpoint writes it: a pickle.
 
-Read as data (pickled.py), then made into torch's own `Metadata`, every value of the type and in the bounds that it must
-have. Left out is what nothing here asks for: the planner's data, where and by which call it was written.
+It is read as data (pickle_reading.py) and then made into torch's own `Metadata`, after every value was checked to have
+the right type and to lie within bounds. Fields that this package does not use are left out: the planner's data, and
+where and by which call the file was written.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -22,10 +26,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_papo.checkpoint.pickled import Record, line_of, read_pickle
+from megatron_papo.checkpoint.archive.pickle_reading import PickledObject, line_of, read_pickle
 from megatron_papo.distributed.agreement import DamagedCheckpoint
 
 METADATA_FILE = ".metadata"
+COMMON_STATE = "common_state/shard_0_1"
+"""The object in which Megatron-Core looks for what is no tensor. It has to be there; this package leaves it empty."""
 _LARGEST = 2**62
 _LONGEST_NAME = 1000
 _TORCH = "torch.distributed.checkpoint"
@@ -38,7 +44,7 @@ _CLASSES = frozenset(
         (f"{_TORCH}.filesystem", "_StorageInfo"),
         ("torch", "Size"), ("torch.serialization", "_get_layout"),
         ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"),  # where it was written
-        # of Megatron-Core's own saving
+        # what Megatron-Core's own saving adds
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     }
@@ -49,9 +55,56 @@ _CONSTANTS: dict[tuple[str, str], Any] = {
 }
 
 
+@dataclass(frozen=True)
+class StoredBox:
+    """A rectangular part of a tensor, and the bytes of a file that store it."""
+
+    offsets: torch.Size
+    """Where the box begins in the tensor, along each axis."""
+    sizes: torch.Size
+    file: str
+    """The file's name within the checkpoint folder."""
+    start: int
+    """The byte at which the box begins in the file."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor and the boxes that it was cut into."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    boxes: Sequence[StoredBox]
+
+
+def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor], common_file: str) -> bytes:
+    """Writes `.metadata`, which lists `tensors` by name, and the empty common state as `common_file`.
+
+    Returns the bytes of the common state.
+    """
+    common = io.BytesIO()
+    torch.save([{}], common)
+    (folder / common_file).write_bytes(common.getvalue())
+    described: dict[str, Any] = {COMMON_STATE: BytesStorageMetadata()}
+    places = {MetadataIndex(COMMON_STATE): _StorageInfo(common_file, 0, len(common.getvalue()))}
+    for name, tensor in tensors.items():
+        chunks = []
+        for index, box in enumerate(tensor.boxes):
+            chunks.append(ChunkStorageMetadata(box.offsets, box.sizes))
+            places[MetadataIndex(name, box.offsets, index)] = _StorageInfo(box.file, box.start, box.num_bytes)
+        described[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
+    metadata = Metadata(described, storage_data=places, version=CURRENT_DCP_VERSION)
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    return common.getvalue()
+
+
 def parse_metadata(data: bytes, file: Path) -> Metadata:
-    """Raises DamagedCheckpoint, naming `file`, for what is not the list of a checkpoint, and for one that names files
-    which are not in its folder."""
+    """The list of a checkpoint from the bytes of its `.metadata`.
+
+    Raises DamagedCheckpoint, naming `file`, for bytes that are no such list, and for a list that names files outside of
+    the checkpoint's folder.
+    """
     try:
         fields = _record(read_pickle(data, _CLASSES, _CONSTANTS), "Metadata").fields()
         described = {_text(name): _description(name, each) for name, each in fields["state_dict_metadata"].items()}
@@ -96,8 +149,8 @@ def _place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     return where, _StorageInfo(file, _count(place["offset"]), _count(place["length"]))
 
 
-def _record(value: Any, name: str) -> Record:
-    if not isinstance(value, Record) or type(value).__name__ != name:
+def _record(value: Any, name: str) -> PickledObject:
+    if not isinstance(value, PickledObject) or type(value).__name__ != name:
         raise TypeError(f"{type(value).__name__} instead of {name}")
     return value
 

@@ -1,4 +1,4 @@
-"""Which prompts a certificate is made of: the first rows of the data that have images, else the first rows."""
+"""The prompts of a certificate: the first rows of the data that have images, else the first rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from megatron_papo.data.processor import Processor
 from megatron_papo.types import Prompt
 
 _ROWS_LOOKED_AT = 4096
-"""For images, from the first on."""
+"""Rows from the first on in which prompts are looked for."""
 _VISIT = -1
-"""Enters the seeds of the answers: no draw of training has it."""
+"""The visit of these prompts, which enters the seeds of their answers; no prompt of training has it."""
 
 
 def prompts_to_certify(config: Config, processor: Processor) -> list[Prompt]:
-    """`certify.prompts` of data.train, the same on every rank. Raises ValueError when no row is good."""
+    """`certify.prompts` prompts of data.train, the same on every rank. Raises ValueError when no row is good."""
     dataset = PromptDataset(config.data, "train", processor)
-    found = list(islice(_prompts(dataset, with_images=True), config.certify.prompts))
-    found = found or list(islice(_prompts(dataset, with_images=False), config.certify.prompts))
-    if not found:
+    prompts = list(islice(_prompts(dataset, with_images=True), config.certify.prompts))
+    prompts = prompts or list(islice(_prompts(dataset, with_images=False), config.certify.prompts))
+    if not prompts:
         raise ValueError(f"data.train: none of the first {_ROWS_LOOKED_AT} rows can be a prompt")
-    return found
+    return prompts
 
 
 def _prompts(dataset: PromptDataset, *, with_images: bool) -> Iterator[Prompt]:
-    """Good rows in the order of the data. A picture that a prompt holds twice an engine may encode once: left out."""
+    """The good rows, in the order of the data, but those that hold a picture twice: an engine may encode it once."""
     for row in range(min(len(dataset), _ROWS_LOOKED_AT)):
         try:
             images = dataset.images(row)

@@ -1,8 +1,9 @@
-"""Pickles read as data: nothing is imported and nothing is called that a file names.
+"""Pickles read as data: nothing that a file names is imported or called.
 
-What a pickle makes of a class becomes a `Record` of it, of the classes that the caller knows by their exact names; any
-other is refused. So a hostile file can say no more than numbers, texts and containers of them. The slower unpickler,
-in Python: the one in C gives a few bytes of a file as much memory as they ask for. Leaves out what the data mean.
+An object in a pickle becomes a `PickledObject`, if its class is one of those that the caller lists by their exact
+names; any other class is refused. So a hostile file can give no more than numbers, texts and containers of them. The
+unpickler is the slower one, written in Python: the one in C allocates as much memory as a few bytes of a file tell it
+to. What the data mean is left to the caller.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 
 Name = tuple[str, str]
-"""Module and name within it."""
+"""The module of a class or constant, and its name within that module."""
 _MOST_REASON = 200
-"""Characters."""
+"""Characters of a reason that are shown."""
 
 
-class Record:
-    """An object of a pickle: what its class was called with, and the state it was given."""
+class PickledObject:
+    """An object of a pickle: the arguments its class was called with, and the state it was given."""
 
     arguments: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *arguments: Any) -> Record:
+    def __new__(cls, *arguments: Any) -> PickledObject:
         record = object.__new__(cls)
         record.arguments, record.state = arguments, None
         return record
@@ -33,17 +34,17 @@ class Record:
         self.state = state
 
     def fields(self) -> dict[str, Any]:
-        """Of a dataclass. Raises TypeError where there are none."""
+        """The fields, where the object is of a dataclass. Raises TypeError where it is not."""
         if not isinstance(self.state, dict):
             raise TypeError(f"{type(self).__name__} without fields")
         return self.state
 
 
 def read_pickle(data: bytes, classes: frozenset[Name], constants: Mapping[Name, Any], storages: bool = False) -> Any:
-    """The data, with a `Record`, whose class has the pickle's name for it, for each object of `classes`.
+    """The data of a pickle, in which every object of `classes` is a `PickledObject` whose type has the class's name.
 
-    `constants`: what other names stand for. `storages`: whether a tensor may refer to its storage, which becomes the
-    tuple that says where it is. Raises ValueError for anything else, and for what is no pickle.
+    `constants` says what other names stand for. With `storages`, a tensor may refer to its storage; the reference
+    becomes the tuple that says where the storage is. Raises ValueError for anything else, and for what is no pickle.
     """
     try:
         return _Unpickler(data, classes, constants, storages).load()
@@ -52,7 +53,7 @@ def read_pickle(data: bytes, classes: frozenset[Name], constants: Mapping[Name, 
 
 
 def line_of(error: Exception) -> str:
-    """What went wrong with a stranger's bytes, which it may quote, in a line of a bounded length."""
+    """What went wrong with a stranger's bytes, which the error may quote, in one line of bounded length."""
     kind = "" if isinstance(error, ValueError) and str(error) else f"{type(error).__name__} "
     return " ".join(f"{kind}{error}".split())[:_MOST_REASON]
 
@@ -60,8 +61,8 @@ def line_of(error: Exception) -> str:
 class _Unpickler(pickle._Unpickler):
     def __init__(self, data: bytes, classes: frozenset[Name], constants: Mapping[Name, Any], storages: bool):
         super().__init__(io.BytesIO(data))
-        # of this reading alone: a pickle can set attributes of a class that it names
-        self._known = {**constants, **{name: type(name[1], (Record,), {}) for name in classes}}
+        # new types for each reading: a pickle can set attributes of a class that it names
+        self._known = {**constants, **{name: type(name[1], (PickledObject,), {}) for name in classes}}
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,8 +1,8 @@
 """One box of a checkpoint: a tensor as torch.save writes it, which is a zip archive with the values uncompressed.
 
-The frame of bytes around the values depends on shape and dtype alone, so a box can be written without having its
-values in memory, and read without unpickling them. Checksums of the archive are left out, as
-`torch.serialization.set_crc32_options(False)` does: checksums.json says more. torch.load loads such a box; an
+The bytes around the values depend on shape and dtype alone. So a box can be written without having its values in
+memory, and its values can be found without unpickling anything. The zip archive's own checksums are left out, as
+`torch.serialization.set_crc32_options(False)` does: checksums.json protects more. torch.load loads such a box; an
 unzip program would complain.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_papo.checkpoint.pickled import line_of, read_pickle
+from megatron_papo.checkpoint.archive.pickle_reading import line_of, read_pickle
 
 _CLASSES = frozenset({("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")})
 _STORAGES = {
@@ -28,12 +28,12 @@ _STORAGES = {
 }  # fmt: skip
 _LOCAL_HEADER_BYTES = 30
 _MOST_PICKLED = 2**16
-"""Bytes that say what tensor it is; a few hundred do."""
+"""The most bytes that are read of the description of a tensor; a few hundred are usual."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands before and behind the values."""
+    """The bytes of a box before its values and behind them."""
 
     before: bytes
     behind: bytes
@@ -41,7 +41,7 @@ class Frame:
 
 @functools.cache
 def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
-    """Of a contiguous tensor; its memory is never touched, so its size does not matter."""
+    """The frame of a contiguous tensor. No values are read or written, so the size of the tensor does not matter."""
     values = torch.empty(shape, dtype=dtype)
     sink = _Sink(values.data_ptr())
     checks = torch.serialization.get_crc32_options()
@@ -55,7 +55,7 @@ def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
 
 
 class _Sink(io.RawIOBase):
-    """Keeps what is written but the bytes at `address`."""
+    """A file that keeps what is written to it, except the bytes that lie at `address` in memory: the values."""
 
     def __init__(self, address: int):
         self.before, self.behind, self.values_bytes = bytearray(), bytearray(), 0
@@ -71,24 +71,27 @@ class _Sink(io.RawIOBase):
 
 
 def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Where the values begin in a stored box. Raises ValueError for one that is not a contiguous tensor like that."""
+    """The byte of a box at which its values begin.
+
+    Raises ValueError unless the box is a contiguous tensor of `shape` and `dtype`, and OSError for what cannot be read.
+    """
     try:
         archive = zipfile.ZipFile(blob)  # type: ignore[arg-type]
         records = {name.partition("/")[2]: info for info in archive.infolist() if (name := info.filename)}
         pickled = records["data.pkl"]
-        blob.seek(_at(blob, pickled))
+        blob.seek(_data_start(blob, pickled))
         tensor = _described(blob.read(min(pickled.file_size, _MOST_PICKLED)) or b"")
         (_, stored, key, _, numel), start, size, stride, *_ = tensor.arguments
         values = records[f"data/{key}"]
-        begin, plain = _at(blob, values), values.compress_type == zipfile.ZIP_STORED
+        begin, plain = _data_start(blob, values), values.compress_type == zipfile.ZIP_STORED
         if begin + values.file_size > blob.seek(0, io.SEEK_END):
             raise ValueError("its values end behind it")
     except OSError:
         raise
     except Exception as error:  # a stranger's bytes may fail anywhere
         raise ValueError(f"not a tensor that torch.save wrote: {line_of(error)}") from None
-    found = (size, stored, numel, values.file_size)
-    same = found == (shape, dtype, math.prod(shape), math.prod(shape) * dtype.itemsize)
+    described = (size, stored, numel, values.file_size)
+    same = described == (shape, dtype, math.prod(shape), math.prod(shape) * dtype.itemsize)
     if not (same and plain and start == 0 and _is_contiguous(shape, stride)):
         raise ValueError(f"is not {shape} of {dtype}, one value after the other")
     return begin
@@ -96,19 +99,19 @@ def values_offset(blob: io.RawIOBase, shape: tuple[int, ...], dtype: torch.dtype
 
 @functools.lru_cache(maxsize=1024)
 def _described(pickled: bytes) -> Any:
-    """A `Record` of the tensor; those of one shape are described in the same bytes."""
+    """The description of a tensor; cached, for tensors of one shape are described by the same bytes."""
     return read_pickle(pickled, _CLASSES, _STORAGES, storages=True)
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: Any) -> bool:
-    """An axis of one has any stride."""
+    """Whether the values of such a tensor lie one after the other. The stride of an axis of size 1 does not matter."""
     if not isinstance(stride, tuple) or len(stride) != len(shape):
         return False
     return all(length == 1 or stride[axis] == math.prod(shape[axis + 1 :]) for axis, length in enumerate(shape))
 
 
-class Part(io.RawIOBase):
-    """Bytes at hand, or a part of a file, as a file of its own: what `read` gives of (offset, length)."""
+class BytesFile(io.RawIOBase):
+    """A read-only file object of `size` bytes over `read(offset, length)`: bytes in memory, or a part of a file."""
 
     def __init__(self, size: int, read: Callable[[int, int], bytes | memoryview]):
         self._size, self._read, self._place = size, read, 0
@@ -133,8 +136,8 @@ class Part(io.RawIOBase):
         return len(data)
 
 
-def _at(blob: io.RawIOBase, record: zipfile.ZipInfo) -> int:
-    """Behind the record's own header, whose name and padding are as long as it says."""
+def _data_start(blob: io.RawIOBase, record: zipfile.ZipInfo) -> int:
+    """Where the data of a zip record begin: behind its header, which gives the lengths of its name and padding."""
     blob.seek(record.header_offset)
     header = blob.read(_LOCAL_HEADER_BYTES) or b""
     if len(header) < _LOCAL_HEADER_BYTES:

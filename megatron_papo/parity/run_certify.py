@@ -1,6 +1,6 @@
 """`papo certify`: the certificate of a model, a layout and an engine, without training.
 
-Prints a line a kind of part and where the page lies; the exit code is 1 when a part departs.
+Prints one line for each kind of part and where the page lies; the exit code is 1 when a part departs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_papo.training.session import open_run
 
 
 def main(config: Config) -> int:
-    """The exit code. Raises RunStopped, with the part that departs, when there is one."""
+    """Makes the certificate of `config`; the exit code. Raises RunStopped, with its name, when a part departs."""
     if serves(config):
         return serve(config)
     with open_run(config, config.generation.num_engine_ranks) as run:

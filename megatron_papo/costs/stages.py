@@ -1,0 +1,9 @@
+"""The stages of a training step, as the clock names them (`time/<stage>`), and those of them that the planner knows."""
+
+from __future__ import annotations
+
+STEP_STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
+"""In their order. A step's seconds are the sum of theirs, and its tokens per second are counted over that sum."""
+
+PLANNED_STAGES = ("generate", "score", "update", "hand over")
+"""The stages whose seconds the planner predicts (`planned/time/<stage>`), and which tables show one by one."""

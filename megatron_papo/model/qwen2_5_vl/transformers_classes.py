@@ -1,0 +1,119 @@
+"""transformers' classes of Qwen2.5-VL and how they are called: the reference for the trainer, and the small engine.
+
+What the `transformers_classes` of a family offers:
+
+- `CONFIG_CLASS` and `MODEL_CLASS`: subclasses of transformers' `PreTrainedConfig`, with the family's `model_type`, and
+  `PreTrainedModel`. The model keeps keys and values in a transformers `Cache`, runs with `attn_implementation="sdpa"`,
+  and its parameters have the names under which weights are handed over to any engine.
+- `EMBEDDING` and `HEAD`: names of the word embedding and of the head. A tied head is no parameter of its own.
+- `max_positions`, `position_ids`, `forward`, `observed`: as below.
+
+Importing this module imports transformers' own files of the family, which takes longer than a small run's first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers.models.qwen2_vl.image_processing_qwen2_vl
+import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401 (the processor's parts, warm before a fork)
+from torch import Tensor
+from transformers import Cache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from megatron_papo.model.observed import (
+    ANGLES,
+    FEATURES,
+    LANGUAGE_LAYER,
+    PIXELS,
+    POSITION_IDS,
+    TOKEN_IDS,
+    VISION_LAYER,
+    Observation,
+    Observed,
+)
+
+CONFIG_CLASS = Qwen2_5_VLConfig
+MODEL_CLASS = Qwen2_5_VLForConditionalGeneration
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+def max_positions(config: Qwen2_5_VLConfig) -> int:
+    """Tokens of the longest sequence that the model is made for."""
+    return config.text_config.max_position_embeddings
+
+
+def position_ids(
+    model: Qwen2_5_VLForConditionalGeneration,
+    token_ids_BS: Tensor,
+    grid_thw_I3: Tensor | None,
+    attention_mask_BS: Tensor | None = None,
+) -> Tensor:
+    """Positions [3, B, S] (time, height, width) of whole prompts; `grid_thw_I3` has the images of all rows in order.
+
+    `attention_mask_BS` is 0 where a row is padded; None where no row is. All tensors are on one device.
+    """
+    positions_3BS, _ = model.model.get_rope_index(
+        token_ids_BS,
+        mm_token_type_ids=(token_ids_BS == model.config.image_token_id).int(),
+        image_grid_thw=grid_thw_I3,
+        attention_mask=attention_mask_BS,
+    )
+    return positions_3BS
+
+
+def forward(
+    model: Qwen2_5_VLForConditionalGeneration,
+    token_ids_BS: Tensor,
+    position_ids_3BS: Tensor,
+    *,
+    pixel_values_PD: Tensor | None = None,
+    grid_thw_I3: Tensor | None = None,
+    attention_mask_BK: Tensor | None = None,
+    cache: Cache | None = None,
+    num_logits: int = 1,
+) -> Tensor:
+    """Logits [B, num_logits, V] of the last `num_logits` tokens of every row.
+
+    `cache`: keys and values of the tokens before these, to which those of these tokens are added; None for sequences
+    that are read whole. `attention_mask_BK`: over the K tokens in the cache and these; None where no row is padded.
+    """
+    return model(
+        input_ids=token_ids_BS,
+        attention_mask=attention_mask_BK,
+        position_ids=position_ids_3BS,
+        pixel_values=pixel_values_PD,
+        image_grid_thw=grid_thw_I3,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=num_logits,
+    ).logits
+
+
+def observed(model: Qwen2_5_VLForConditionalGeneration) -> Observed:
+    """Every part but the log-probs, while the model runs on one sequence (B = 1)."""
+    language, vision = model.model.language_model, model.model.visual
+    parts = {
+        TOKEN_IDS: Observation(language.embed_tokens, lambda args, _, __: args[0][0]),
+        POSITION_IDS: Observation(language.rotary_emb, lambda args, _, __: args[1][-3:, 0].T),
+        ANGLES: Observation(language.rotary_emb, _angles),
+        PIXELS: Observation(vision, lambda args, _, __: args[0]),
+        FEATURES: Observation(vision, lambda _, __, output: output.pooler_output),
+    }
+    layers = {f"{VISION_LAYER} {n}": Observation(layer, _whole) for n, layer in enumerate(vision.blocks)}
+    layers |= {f"{LANGUAGE_LAYER} {n}": Observation(layer, _first) for n, layer in enumerate(language.layers)}
+    return parts | layers
+
+
+def _angles(_: tuple, __: dict[str, Any], output: tuple[Tensor, Tensor]) -> Tensor:
+    """The first half of cosines and of sines: the second repeats it."""
+    return torch.cat([part_1TD[0].chunk(2, -1)[0] for part_1TD in output], dim=-1)
+
+
+def _whole(_: tuple, __: dict[str, Any], output_PH: Tensor) -> Tensor:
+    return output_PH
+
+
+def _first(_: tuple, __: dict[str, Any], output_1TH: Tensor) -> Tensor:
+    """The one sequence of the batch."""
+    return output_1TH[0]
