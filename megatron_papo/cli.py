@@ -17,15 +17,8 @@ from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
-from megatron_papo.preflight.inputs import (
-    fault_of_folder,
-    fault_of_run_dir,
-    faults_of_fp8,
-    faults_of_inputs,
-    faults_of_ranks,
-    not_a_folder,
-    num_engine_ranks,
-)
+from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
+from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text

@@ -14,7 +14,8 @@ import yaml
 from megatron_papo.cli import main
 from megatron_papo.config import dump_config, load_config
 from megatron_papo.data import row_files
-from megatron_papo.preflight.inputs import DATA_SUFFIXES, faults_of_inputs, faults_of_ranks
+from megatron_papo.preflight.inputs import DATA_SUFFIXES, faults_of_inputs
+from megatron_papo.preflight.layout_faults import faults_of_ranks
 from tests.support import commands
 from tests.support.tiny_run import make_inputs, metrics, tiny_run
 from tests.unit.test_shape import PUBLISHED_3B

@@ -24,7 +24,7 @@ from megatron_papo.logprobs.tiling import CUDA_TILE
 from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.preflight.check import faults_of_layout
+from megatron_papo.preflight.layout_faults import faults_of_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
