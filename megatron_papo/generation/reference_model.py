@@ -1,28 +1,82 @@
 """A model as transformers' classes of its family make it, from a folder that is not trusted.
 
-No code of the folder is run, no attention kernel that it names is fetched, and the hub is never asked. Which classes
-these are is the family's to say (`model/<family>/transformers_classes.py`).
+No code of the folder is run, no attention kernel that it names is fetched, and the hub is never asked. The family says
+which classes these are (`TransformersModule`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from megatron_papo.model.family import Family, family_named
+from megatron_papo.model.observed import Observed
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a parameter in transformers' model -> its shape."""
 
 
-def classes_of(family: Family) -> Any:
+class TransformersModule(Protocol):
+    """A family's `transformers_classes.py`: its model in transformers, and how that is called.
+
+    It is the reference for the trainer, and the transformers engine decodes with it. Importing it imports
+    transformers' own files of the family, which takes longer than a small run's first step.
+    """
+
+    CONFIG_CLASS: type[PreTrainedConfig]
+    """Settings, whose `model_type` is the family's."""
+    MODEL_CLASS: type[PreTrainedModel]
+    """The model. It keeps keys and values in a transformers `Cache` and runs with `attn_implementation="sdpa"`. Weights
+    are handed over to every engine under the names of its parameters."""
+
+    def max_positions(self, config: Any) -> int:
+        """Tokens of the longest sequence that the model is made for."""
+
+    def position_ids(
+        self,
+        model: Any,
+        token_ids_BS: Tensor,
+        grid_thw_I3: Tensor | None,
+        attention_mask_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Positions [3, B, S] (time, height, width) of whole prompts, as transformers computes them.
+
+        `grid_thw_I3` has the images of all rows in order. `attention_mask_BS` is 0 where a row is padded; None where no
+        row is. A response goes on from the largest position of its prompt plus one, alike in all three.
+        """
+
+    def forward(
+        self,
+        model: Any,
+        token_ids_BS: Tensor,
+        position_ids_3BS: Tensor,
+        *,
+        pixel_values_PD: Tensor | None = None,
+        grid_thw_I3: Tensor | None = None,
+        attention_mask_BK: Tensor | None = None,
+        cache: Cache | None = None,
+        num_logits: int = 1,
+    ) -> Tensor:
+        """Logits [B, num_logits, V] of the last `num_logits` tokens of every row.
+
+        `cache`: keys and values of the tokens before these, to which those of these tokens are added; None for
+        sequences that are read whole. `attention_mask_BK`: over the K tokens in the cache and these, 0 for padding;
+        None where no row is padded. Images are given with the prompt only.
+        """
+
+    def observed(self, model: Any) -> Observed:
+        """Every part but the log-probs, while the model runs on one sequence (B = 1)."""
+
+
+def classes_of(family: Family) -> TransformersModule:
     """The family's module `transformers_classes`."""
-    return family.module("transformers_classes")
+    return cast("TransformersModule", family.module("transformers_classes"))
 
 
 def read_config(folder: Path, family: Family) -> PreTrainedConfig:
@@ -76,7 +130,7 @@ def read_model(folder: Path, family: Family, dtype: torch.dtype) -> PreTrainedMo
     return model.eval().requires_grad_(False)
 
 
-def classes_of_model(model: PreTrainedModel) -> Any:
+def classes_of_model(model: PreTrainedModel) -> TransformersModule:
     """The module `transformers_classes` of the family that a model is of."""
     return classes_of(family_named(model.config.model_type))
 

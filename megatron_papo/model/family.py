@@ -10,7 +10,10 @@ have is a protocol beside the shared code that calls it:
     positions              `PositionsModule` in model/positions.py          where tokens stand for rotary embeddings
     costs                  `FamilyCosts` in model/layer_costs.py            parameters, FLOPs, saved bytes
     published              model/published_shapes.py; may be missing        published models by name
-    transformers_classes   generation/                                      transformers' model, and how it is called
+    transformers_classes   `TransformersModule` in generation/reference_model.py
+                                                                            transformers' model, and how it is called
+    engine_vllm            `VllmModule` in generation/vllm/family_module.py; may be missing
+                                                                            vLLM's model, and how it is observed
 
 What several families share (attention over packed rows, rotary embedding, the head, norms, MLPs) lies beside the
 packages, in `model/`. See docs/guides/add_a_model_family.md.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_papo.config import Config
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import held_bytes
 from megatron_papo.costs.hardware import Cluster
 from megatron_papo.costs.memory import GIB, StageMemory, num_parameters, stage_memory, state_bytes
@@ -120,7 +121,7 @@ def _memory(
 ) -> tuple[tuple[Memory, ...], float]:
     """Of every stage, keys and values left out; and the room for those on the fullest GPU."""
     size, has = rows.fullest(shape), cluster.gpu.memory_gib * GIB - RESERVE_BYTES
-    engine = num_parameters(shape) * (1 if config.generation.quantization == "fp8" else 2) // candidate.engine_tensor
+    engine = num_parameters(shape) * engine_weight_bytes(config) // candidate.engine_tensor
     if config.generation.placement == "separate":
         engine = 0
     stages = []

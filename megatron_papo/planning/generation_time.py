@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_papo.config import Config
+from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.flops import group_flops
 from megatron_papo.costs.hardware import Cluster
 from megatron_papo.costs.memory import num_parameters
@@ -58,9 +59,8 @@ def _pass_s(
     """Of one decoding pass over `batch` sequences."""
     size, gpu = config.generation.tensor, cluster.gpu
     parameters, memory = num_parameters(shape) / size, gpu.memory_gb_s * 1e9 * assumed.memory
-    value_bytes = 1 if config.generation.quantization == "fp8" else 2
     length = work.prompt_tokens(shape) + work.response_tokens / 2
-    reading = (parameters * value_bytes + batch * length * kv_bytes_per_token(shape, size)) / memory
+    reading = (parameters * engine_weight_bytes(config) + batch * length * kv_bytes_per_token(shape, size)) / memory
     computing = 2 * parameters * batch / (gpu.peaks.bfloat16 * 1e12 * assumed.matmul)
     exchange = (
         2 * shape.language.num_layers * all_reduce_s(batch * shape.language.hidden_size * 2, size, cluster, assumed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_papo.generation.readings import ActivationRecorder, Probe, probe_of
 from megatron_papo.generation.requests import Answer
+from megatron_papo.generation.vllm.family_module import VllmModule
 from megatron_papo.model.observed import ANGLES, LANGUAGE_LAYER, POSITION_IDS, TOKEN_IDS, VISION_LAYER
 from megatron_papo.types import Prompt
 
@@ -26,7 +27,7 @@ _CUDA_GRAPHS = "CUDA graphs"
 
 def probe_engine(
     llm: LLM,
-    in_vllm: Any,
+    in_vllm: VllmModule,
     prompt: Prompt,
     max_response_tokens: int,
     answer_alone: Callable[[Callable[[], None]], Answer],

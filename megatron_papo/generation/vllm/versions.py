@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Iterable
 from functools import reduce
 from inspect import signature
 from typing import Any
-
-from megatron_papo.model.family import Family
 
 _NO_TEMPLATE = "{{ messages[0]['content'] }}"
 _IF_KNOWN = {
@@ -31,13 +28,6 @@ def settings_if_known() -> dict[str, Any]:
     settings = {name: value for name, value in _IF_KNOWN.items() if name in known}
     # a release that renders chats does so as it starts, and the folder's own template is not trusted in this process
     return settings | ({"chat_template": _NO_TEMPLATE} if "chat_template" in signature(LLM.__init__).parameters else {})
-
-
-def classes_in_vllm(family: Family) -> Any:
-    """The family's module `engine_vllm`. Raises ValueError for a family without one."""
-    if importlib.util.find_spec(f"{family.package}.engine_vllm") is None:
-        raise ValueError(f"generation.engine=vllm: nothing is known of vLLM's implementation of {family.model_type}")
-    return family.module("engine_vllm")
 
 
 def clear_method_caches(methods: Iterable[str]) -> None:

@@ -20,8 +20,9 @@ from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import Layout, world_group
 from megatron_papo.generation.generator import EngineLost, Report, Sampling
 from megatron_papo.generation.readings import Probe
-from megatron_papo.generation.reference_model import classes_of, expected_shapes, read_config
+from megatron_papo.generation.reference_model import expected_shapes, read_config
 from megatron_papo.generation.requests import Answer, RolloutRequest, generate_in_shares, make_requests
+from megatron_papo.generation.vllm.family_module import vllm_module
 from megatron_papo.generation.vllm.probe import probe_engine
 from megatron_papo.generation.vllm.sleep import Sleeper, forget_weights, free_remains, keep_allocators, unwritten
 from megatron_papo.generation.vllm.start import (
@@ -35,10 +36,10 @@ from megatron_papo.generation.vllm.start import (
     start,
     trainer_state_kept,
 )
-from megatron_papo.generation.vllm.versions import classes_in_vllm
 from megatron_papo.generation.vllm.vllm_requests import VllmFormat, VllmPrompt
 from megatron_papo.generation.weight_check import checked
 from megatron_papo.model.family import family_of
+from megatron_papo.model.parameter_map import parameter_names
 from megatron_papo.types import Group, Metrics, Prompt
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class VllmGenerator:
         self.processor, self.layout, self.report = processor, layout, report
         self.format = VllmFormat.of(config, processor)
         self.family = family_of(self.format.shape)
-        self.in_vllm = classes_in_vllm(self.family)
+        self.in_vllm = vllm_module(self.family)
         self.expected = expected_shapes(read_config(processor.folder, self.family))
         self.config = config
         self.engine_group = engine_group_of(layout, config.generation.tensor)
@@ -177,9 +178,10 @@ class VllmGenerator:
         self.sleeper.wake_weights()
         if self.sleeper.forgets:
             self.llm.apply_model(forget_weights)
-        names = classes_of(self.family)
+        names = parameter_names(self.format.shape)
+        embedding, head = names.module_name(names.EMBEDDING), names.module_name(names.HEAD)
         # a tied head is handed over like the embedding: on the CPU vLLM keeps a packed copy of it
-        twice = {names.EMBEDDING: (names.EMBEDDING, names.HEAD)} if self.format.shape.tie_word_embeddings else {}
+        twice = {embedding: (embedding, head)} if self.format.shape.tie_word_embeddings else {}
         with trainer_state_kept(), torch.no_grad():
             self.llm.start_weight_update()
             for name, tensor in checked(named_tensors, self.expected):

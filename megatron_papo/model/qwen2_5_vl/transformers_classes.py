@@ -1,15 +1,4 @@
-"""transformers' classes of Qwen2.5-VL and how they are called: the reference for the trainer, and the small engine.
-
-What the `transformers_classes` of a family offers:
-
-- `CONFIG_CLASS` and `MODEL_CLASS`: subclasses of transformers' `PreTrainedConfig`, with the family's `model_type`, and
-  `PreTrainedModel`. The model keeps keys and values in a transformers `Cache`, runs with `attn_implementation="sdpa"`,
-  and its parameters have the names under which weights are handed over to any engine.
-- `EMBEDDING` and `HEAD`: names of the word embedding and of the head. A tied head is no parameter of its own.
-- `max_positions`, `position_ids`, `forward`, `observed`: as below.
-
-Importing this module imports transformers' own files of the family, which takes longer than a small run's first step.
-"""
+"""transformers' classes of Qwen2.5-VL and how they are called: a `TransformersModule` (generation/reference_model.py)."""
 
 from __future__ import annotations
 
@@ -35,11 +24,9 @@ from megatron_papo.model.observed import (
 
 CONFIG_CLASS = Qwen2_5_VLConfig
 MODEL_CLASS = Qwen2_5_VLForConditionalGeneration
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
 def max_positions(config: Qwen2_5_VLConfig) -> int:
-    """Tokens of the longest sequence that the model is made for."""
     return config.text_config.max_position_embeddings
 
 
@@ -49,10 +36,6 @@ def position_ids(
     grid_thw_I3: Tensor | None,
     attention_mask_BS: Tensor | None = None,
 ) -> Tensor:
-    """Positions [3, B, S] (time, height, width) of whole prompts; `grid_thw_I3` has the images of all rows in order.
-
-    `attention_mask_BS` is 0 where a row is padded; None where no row is. All tensors are on one device.
-    """
     positions_3BS, _ = model.model.get_rope_index(
         token_ids_BS,
         mm_token_type_ids=(token_ids_BS == model.config.image_token_id).int(),
@@ -73,11 +56,6 @@ def forward(
     cache: Cache | None = None,
     num_logits: int = 1,
 ) -> Tensor:
-    """Logits [B, num_logits, V] of the last `num_logits` tokens of every row.
-
-    `cache`: keys and values of the tokens before these, to which those of these tokens are added; None for sequences
-    that are read whole. `attention_mask_BK`: over the K tokens in the cache and these; None where no row is padded.
-    """
     return model(
         input_ids=token_ids_BS,
         attention_mask=attention_mask_BK,
@@ -91,7 +69,6 @@ def forward(
 
 
 def observed(model: Qwen2_5_VLForConditionalGeneration) -> Observed:
-    """Every part but the log-probs, while the model runs on one sequence (B = 1)."""
     language, vision = model.model.language_model, model.model.visual
     parts = {
         TOKEN_IDS: Observation(language.embed_tokens, lambda args, _, __: args[0][0]),
