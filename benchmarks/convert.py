@@ -32,8 +32,8 @@ from rich.console import Console
 from benchmarks.rows import Row
 from megatron_papo.conversion.plan import Settings, plan_target
 from megatron_papo.conversion.stores import Files, num_values, view
+from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.published_shapes import published_config, published_models
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"

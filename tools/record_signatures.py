@@ -97,7 +97,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
     ),
     "megatron": (
         Call(
-            "model/qwen2_5_vl/transformer_config.py",
+            "model/transformer_config.py",
             "TransformerConfig",
             ("megatron.core.transformer.transformer_config:TransformerConfig",),
         ),

@@ -25,9 +25,9 @@ from benchmarks.models import MAX_PIXELS, MIN_PIXELS, NUM_BYTES, write_model
 from examples.quickstart.model_folder import byte_tokenizer, write_processor
 from megatron_papo.distributed.accelerator import device
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.parameter_map import Index, fill_shard
+from megatron_papo.model.parameter_map import Index, fill_shard, parameter_table
 from megatron_papo.model.published_shapes import published_config
-from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+from megatron_papo.model.qwen2_5_vl.parameters import module_name
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import held_parameters
 

@@ -17,7 +17,7 @@ def check_weights(shape: ModelShape, folder: Path | str) -> None:
     """Raises ValueError for a Hugging Face folder whose tensors, by their headers, do not have the `shape`. So a wrong
     config.json is noticed before memory is allocated by it. A checkpoint is not checked here."""
     if not names_checkpoint(folder):
-        find_weights(Path(folder)).check(shape)
+        find_weights(Path(folder), shape).check(shape)
 
 
 def load_weights(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:

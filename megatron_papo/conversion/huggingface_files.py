@@ -36,7 +36,7 @@ class HuggingFaceFiles:
     @classmethod
     def read(cls, folder: Path, shape: ModelShape) -> HuggingFaceFiles:
         """The store that the headers describe. Raises ValueError, a line a fault, naming file and tensor."""
-        weights = find_weights(folder)
+        weights = find_weights(folder, shape)
         weights.check(shape)
         weights.check_head(shape)
         return cls(folder, weights.tensors)
@@ -98,7 +98,7 @@ def _compare(folders: list[Path]) -> None:
 
 
 def _compare_folder(folder: Path) -> None:
-    weights = find_weights(folder)
+    weights = find_weights(folder, ModelShape.from_folder(folder))
     with Files(folder) as files:
         for name, stored in weights.tensors.items():
             try:

@@ -18,8 +18,7 @@ from megatron_papo.checkpoint.state_file import names_checkpoint, read_state_fil
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles, plan_boxes
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles, Stored, plan_file
 from megatron_papo.conversion.stores import Box, Store, num_values, parameter_bytes
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 Direction = Literal["hf-to-megatron", "megatron-to-hf"]

@@ -26,8 +26,7 @@ from megatron_papo.conversion.stores import Files, Store, chunks, parameter_byte
 from megatron_papo.conversion.stream import BITS, Forms, Outcome, ParameterCopy, Stream, Wants, exact
 from megatron_papo.conversion.workers import ByteProgress, Workers
 from megatron_papo.distributed.exchange import larger
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import ParameterEntry, parameter_table
 from megatron_papo.model.shape import ModelShape
 
 

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_papo.distributed.layout import layout
+from megatron_papo.model.parameter_map import OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_papo.model.shape import ModelShape
-
-_EMBEDDING = "language.embedding.word_embeddings.weight"
-_OUTPUT = "language.output_layer.weight"
 
 
 @torch.no_grad()
@@ -46,8 +44,8 @@ def is_norm(name: str) -> bool:
 
 def global_name(name: str, shape: ModelShape, first_layer: int) -> str:
     """The parameter's name in the whole model: decoder layers counted from the first stage, tied matrices one."""
-    if name == _OUTPUT and shape.tie_word_embeddings:
-        return _EMBEDDING
+    if name == OUTPUT_LAYER and shape.tie_word_embeddings:
+        return WORD_EMBEDDINGS
     prefix = "language.decoder.layers."
     if not name.startswith(prefix):
         return name
@@ -73,11 +71,11 @@ def _draw(name: str, parameter: Tensor, seed: int, std: float) -> Tensor:
 def _zero_padding(name: str, whole: Tensor, shape: ModelShape) -> None:
     part = shape.vision if name.startswith("vision.") else shape.language
     if name.endswith("mlp.linear_fc1.weight"):
-        for matrix in whole.chunk(2):  # gate, up
+        for matrix in whole.chunk(2 if part.mlp == "swiglu" else 1):  # gate and up lie one after the other
             matrix[part.intermediate_size :] = 0.0
     elif name.endswith("mlp.linear_fc2.weight"):
         whole[:, part.intermediate_size :] = 0.0
-    elif name in (_EMBEDDING, _OUTPUT):
+    elif name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
         whole[shape.language.vocab_size :] = 0.0
 
 

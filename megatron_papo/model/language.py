@@ -26,7 +26,7 @@ from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.padding import row_padding
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
-from megatron_papo.model.qwen2_5_vl.layers import block_spec, recompute_in
+from megatron_papo.model.layers import block_spec, recompute_in
 from megatron_papo.model.shape import ModelShape, padded
 from megatron_papo.types import Segment
 
@@ -58,7 +58,7 @@ class LanguageModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            block_spec(spec, num_layers, causal=True),
+            block_spec(spec, num_layers, shape.language, causal=True),
             pre_process=pre_process,
             post_process=post_process,
         )
@@ -83,8 +83,8 @@ class LanguageModel(LanguageModule):
     def forward(self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """Hidden states of this stage, padded at the end: [T, 1, H], under sequence parallelism [T / ranks, 1, H].
 
-        `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`. Padding is zero, in every
-        layer: biases are those of queries, keys and values alone, and attention leaves it out.
+        `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`. Padding is zero in
+        every layer (`ZeroPaddedLayer` where biases would fill it).
         """
         padding = self.num_padding(position_ids_3T.shape[1])
         hidden = None
@@ -96,6 +96,7 @@ class LanguageModel(LanguageModule):
             head_dim=self.shape.head_dim,
             theta=self.shape.rope_theta,
             sections=self.shape.mrope_section,
+            interleaved=self.shape.interleaved_mrope,
         )
         found = self.decoder(
             hidden,

@@ -1,4 +1,4 @@
-"""Megatron-Core's gated MLP with SwiGLU as one autograd function, which keeps the first linear's output alone.
+"""The two kinds of MLP: with SwiGLU as one autograd function, which keeps the first linear's output alone, and plain.
 
 On a GPU the kernels are Megatron-Core's fused ones. Two more things that Megatron-Core's has not: what follows the
 first linear can be computed again in backward (`recompute`), and places of padding at the end of a row stay zero in
@@ -7,6 +7,7 @@ spite of biases (`num_padding`). Suffixes: T tokens, F the FFN's width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -17,10 +18,21 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_papo.model.fp8.padding import zero_end
 from megatron_papo.model.recompute import Recipe, by_recipe, recipe_of, with_recipe
+from megatron_papo.model.shape import MlpKind
+
+ACTIVATIONS: dict[MlpKind, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""The activation of each kind of MLP."""
 
 
 class GatedMLP(MLP):
+    """The MLP of kind `swiglu`: silu(gate) times up between two linear layers."""
+
     recompute: Literal["none", "product", "inner"] = "none"
     """What backward computes again: the product of SwiGLU, or the first linear's output too."""
     num_padding: int = 0
@@ -36,7 +48,8 @@ class GatedMLP(MLP):
         if self.recompute == "product":
             recipe = partial(multiply, inner.detach())
         elif self.recompute == "inner":
-            again = _Again(self.linear_fc1, hidden_states, multiply, shared=inner.requires_grad)
+            first = self.linear_fc1
+            again = _Again(lambda hidden: first(hidden)[0], hidden_states, multiply, shared=inner.requires_grad)
             inner, recipe = with_recipe(inner, again.inner), again.product
         with by_recipe(inner):
             product = _SwiGLU.apply(inner, bias, self.num_padding, self.fused)
@@ -50,11 +63,49 @@ class GatedMLP(MLP):
         return self.config.bias_activation_fusion
 
 
+class PlainMLP(MLP):
+    """The other kinds of MLP: an activation between two linear layers."""
+
+    recompute: Literal["none", "product", "inner"] = "none"
+    """What backward computes again: the activation's output, or the first linear's output too."""
+    num_padding: int = 0
+    """Places at the end of the row under way at which the activation's output is zero."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, H] (this rank's share under sequence parallelism) to the second linear's output and its bias."""
+        assert per_token_scale is None, "experts are not supported"
+        inner = self._first(hidden_states)
+        activate = partial(self._activated, num_padding=self.num_padding)
+        recipe: Recipe | None = None
+        if self.recompute == "product":
+            recipe = partial(activate, inner.detach())
+        elif self.recompute == "inner":
+            again = _Again(self._first, hidden_states, activate, shared=inner.requires_grad)
+            inner, recipe = with_recipe(inner, again.inner), again.product
+        with by_recipe(inner):
+            outer = activate(inner)
+        if recipe is not None:
+            outer = with_recipe(outer, recipe)
+        with by_recipe(outer):
+            return self.linear_fc2(outer)
+
+    def _first(self, hidden: Tensor) -> Tensor:
+        inner, bias = self.linear_fc1(hidden)
+        return inner if bias is None else inner + bias
+
+    def _activated(self, inner: Tensor, num_padding: int) -> Tensor:
+        outer = self.config.activation_func(inner)
+        return zero_end(outer, num_padding)
+
+
 class _Again:
     """The first linear's output and what is made of it, computed again from what that linear reads."""
 
-    def __init__(self, linear: torch.nn.Module, hidden: Tensor, multiply: Any, *, shared: bool):
-        """`shared`: the output is asked for after the product, and is held for that in between."""
+    def __init__(self, linear: Callable[[Tensor], Tensor], hidden: Tensor, multiply: Any, *, shared: bool):
+        """`linear`: hidden states to the first linear's output. `shared`: that output is asked for after the product,
+        and is kept for that in between."""
         self._linear, self._multiply, self._shared = linear, multiply, shared
         kept = hidden.detach()
         self._hidden: Recipe = recipe_of(hidden) or (lambda: kept)
@@ -67,7 +118,7 @@ class _Again:
 
     def inner(self) -> Tensor:
         held, self._held = self._held, None
-        return self._linear(self._hidden())[0] if held is None else held
+        return self._linear(self._hidden()) if held is None else held
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,8 +1,9 @@
-"""Root-mean-square norm in fp32, as Qwen2 computes it, that keeps its input and one number a token for backward.
+"""The two kinds of norm: root-mean-square, which keeps its input and one number a token for backward, and layer norm.
 
-Written as one autograd function: of the formula as torch differentiates it, an fp32 copy of the input and the normed
-values in bfloat16 would stay until backward, three times the input. Departs from that in backward alone: it is computed
-in fp32 and rounded once. Suffixes: T tokens, H width.
+The former is computed in fp32, as transformers does in the models that have it. Written as one autograd function: of
+the formula as torch differentiates it, an fp32 copy of the input and the normed values in bfloat16 would stay until
+backward, three times the input. Departs from that in backward alone: it is computed in fp32 and rounded once. Suffixes:
+T tokens, H width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,6 +21,8 @@ from megatron_papo.model.recompute import with_recipe
 
 
 class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last axis, with a weight."""
+
     computed_again: bool = False
     """Whether a linear layer behind it computes its output again in backward."""
 
@@ -41,6 +45,25 @@ def replicated_parameter(values: Tensor, config: TransformerConfig) -> torch.nn.
     parameter: Any = torch.nn.Parameter(values)
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
+
+
+class LayerNorm(torch.nn.Module):
+    """Layer norm with weight and bias; torch's own kernel keeps the input and two numbers a token for backward."""
+
+    computed_again: bool = False
+    """Whether a linear layer behind it computes its output again in backward."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        place: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = replicated_parameter(torch.ones(hidden_size, **place), config)
+        self.bias = replicated_parameter(torch.zeros(hidden_size, **place), config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        again = partial(F.layer_norm, normalized_shape=(self.hidden_size,), weight=self.weight, bias=self.bias)
+        normed = again(hidden, eps=self.eps)
+        return with_recipe(normed, partial(again, hidden.detach(), eps=self.eps)) if self.computed_again else normed
 
 
 class _Norm(torch.autograd.Function):

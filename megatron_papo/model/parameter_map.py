@@ -1,5 +1,6 @@
-"""Index ranges between Hugging Face tensors and the shards that tensor ranks hold; names.py is the table of them.
+"""Index ranges between Hugging Face tensors and the shards that tensor ranks hold, and the builders of such entries.
 
+Which tensors make which parameter stands in `model/<family>/parameters.py`; `parameter_table` gives that table.
 Between the two lies the *whole* parameter: as one tensor rank would hold it, without padding.
 
     Hugging Face tensors  --runs of rows-->  whole parameter  --pieces of the axis-->  a rank's shard
@@ -11,19 +12,30 @@ on the rank count (vocabulary, FFN width) is zero, at the end of each part, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+
+from megatron_papo.model.family import family_of
+from megatron_papo.model.shape import LanguageShape, ModelShape
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
 """(Hugging Face name, ranges along the leading axes) -> that part of the tensor."""
 
 
+WORD_EMBEDDINGS = "language.embedding.word_embeddings.weight"
+OUTPUT_LAYER = "language.output_layer.weight"
+"""The two Megatron parameters with a row for every word of the vocabulary. Tied, they are one."""
+
+
 @dataclass(frozen=True)
 class TensorSource:
+    """A Hugging Face tensor, by the name that it has in published files."""
+
     name: str
     shape: tuple[int, ...]
 
@@ -45,7 +57,7 @@ class ParameterEntry:
     sources: tuple[TensorSource, ...]
     runs: tuple[RowRange, ...]
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     axis: int | None = None
     """The axis split over the tensor ranks; None: every rank holds the whole."""
     parts: int = 1
@@ -133,3 +145,93 @@ def assemble(entry: ParameterEntry, shards: Sequence[Tensor]) -> list[Tensor]:
 def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The patch embedding is a convolution in the files and a matrix here: its rows flattened."""
     return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
+
+
+class ParametersModule(Protocol):
+    """A family's module `parameters`: the two-way table between Hugging Face tensors and Megatron parameters."""
+
+    EMBEDDING: str
+    """Name of the word embedding in published files."""
+    HEAD: str
+    """Name of the output matrix in published files."""
+
+    def entries(self, shape: ModelShape) -> Iterable[ParameterEntry]:
+        """An entry for every parameter, in the model's order, with the names of published files. Where embeddings are
+        tied, the output layer has no entry."""
+
+    def published_name(self, name: str) -> str:
+        """A Hugging Face name as in published files, from any form in which a file may have it."""
+
+    def module_name(self, name: str) -> str:
+        """A Hugging Face name as in the state of transformers' model, from any form."""
+
+
+def parameter_names(shape: ModelShape) -> ParametersModule:
+    """The names of Hugging Face tensors in the family of a model of `shape`."""
+    return cast(ParametersModule, family_of(shape).module("parameters"))
+
+
+def parameter_table(shape: ModelShape) -> dict[str, ParameterEntry]:
+    """Every parameter of the model by Megatron name, in the model's order.
+
+    Tied embeddings: the output layer is the word embedding once more, and has no entry of its own.
+    """
+    return {entry.name: entry for entry in parameter_names(shape).entries(shape)}
+
+
+_TABLE_NAMES = {
+    f"{linear}.layer_norm_{kind}": f"{norm}.{kind}"
+    for linear, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm"))
+    for kind in ("weight", "bias")
+}
+"""Transformer Engine fuses the two norms of a layer into the linear layers behind them."""
+
+
+def table_name(name: str) -> str:
+    """The table's name of a parameter: that of the local layer spec, for Transformer Engine's fused norms too."""
+    for fused, plain in _TABLE_NAMES.items():
+        if name.endswith(fused):
+            return name.removesuffix(fused) + plain
+    return name
+
+
+def plain_entry(name: str, source: str, shape: tuple[int, ...], axis: int | None = None) -> ParameterEntry:
+    """One tensor as it is: replicated, or split along `axis`, 0 for column-parallel and 1 for row-parallel."""
+    return ParameterEntry(name, (TensorSource(source, shape),), (RowRange(0, 0, shape[0]),), flat_shape(shape), axis)
+
+
+def vocabulary_entry(name: str, source: str, shape: LanguageShape) -> ParameterEntry:
+    """A matrix with a row for every word, padded at its end."""
+    return plain_entry(name, source, (shape.vocab_size, shape.hidden_size), axis=0)
+
+
+def gated_entry(name: str, gate: str, up: str, width: int, rest: tuple[int, ...]) -> ParameterEntry:
+    """A gated MLP's first layer of two tensors [width, *rest]: a rank holds its shard of the gate, then of `up`."""
+    sources = TensorSource(gate, (width, *rest)), TensorSource(up, (width, *rest))
+    runs = RowRange(0, 0, width), RowRange(1, 0, width)
+    return ParameterEntry(name, sources, runs, (2 * width, *rest), axis=0, parts=2)
+
+
+def qkv_entry(name: str, sources: Sequence[str], shape: LanguageShape, rest: tuple[int, ...]) -> ParameterEntry:
+    """Queries, keys and values of three tensors, in Megatron's order: of each query group its queries, its key, its
+    value. A rank holds a contiguous share of the rows; with more ranks than groups the share ends inside a group, and
+    Megatron gathers the rows at run time."""
+    head, queries = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
+    rows = (shape.num_heads * head, shape.num_kv_heads * head, shape.num_kv_heads * head)
+    runs = tuple(
+        RowRange(source, group * length, length)
+        for group in range(shape.num_kv_heads)
+        for source, length in ((0, queries), (1, head), (2, head))
+    )
+    tensors = tuple(TensorSource(source, (length, *rest)) for source, length in zip(sources, rows, strict=True))
+    return ParameterEntry(name, tensors, runs, (sum(rows), *rest), axis=0)
+
+
+def fused_qkv_entry(name: str, source: str, num_heads: int, head_dim: int, rest: tuple[int, ...]) -> ParameterEntry:
+    """One tensor with all queries, then all keys, then all values, a head of each as wide; in Megatron the query, key
+    and value of each head lie together."""
+    width = num_heads * head_dim
+    runs = tuple(
+        RowRange(0, part * width + head * head_dim, head_dim) for head in range(num_heads) for part in range(3)
+    )
+    return ParameterEntry(name, (TensorSource(source, (3 * width, *rest)),), runs, (3 * width, *rest), axis=0)

@@ -23,10 +23,10 @@ from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
-from megatron_papo.model.qwen2_5_vl.layers import choose_spec
-from megatron_papo.model.qwen2_5_vl.transformer_config import language_config, vision_config
-from megatron_papo.model.qwen2_5_vl.vision import VisionTower, pixels_beside
+from megatron_papo.model.layers import choose_spec
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
+from megatron_papo.model.transformer_config import language_config
+from megatron_papo.model.vision_tower import VisionTower, build_tower, pixels_beside
 from megatron_papo.types import HeadOutputs, MicroBatch
 
 
@@ -152,7 +152,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     start_overlap(config, language.config)
     vision = None
     if here.is_first_stage:
-        vision = VisionTower(vision_config(config, shape, spec), shape.vision, spec, fp8, config.model.recompute)
+        vision = build_tower(config, shape, spec, fp8)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(

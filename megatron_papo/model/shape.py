@@ -1,8 +1,8 @@
-"""The shape of a Qwen2.5-VL model, read from its Hugging Face `config.json`, and the layouts that it allows.
+"""The shape of a vision-language model, read from its Hugging Face `config.json`, and the layouts that it allows.
 
-Reads the nested file that transformers 5 writes and the flat one of the published models. Imports no torch, so that
-the command line refuses an impossible layout before a rank starts. Leaves out what the model here does not do:
-sliding-window attention, RoPE scaling other than M-RoPE, video pixels.
+Holds what all model families have in common: the numbers by which a model is built, counted and split. How a family's
+config.json is read stands in `model/<family>/shape.py`. Imports no torch, so that the command line refuses an
+impossible layout before a rank starts.
 """
 
 from __future__ import annotations
@@ -10,59 +10,81 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from megatron_papo.config import Config, ConfigError, ParallelConfig
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks
 from megatron_papo.files.json_keys import Keys, read_json, shown
+from megatron_papo.model.family import FAMILIES, family_named
 
 PAD_TO = 16
 """FFN widths and the vocabulary are padded to a multiple of this and of the tensor ranks, so that a checkpoint has
 the same shapes under every tensor parallelism that divides 16."""
 
-_MOST_LAYERS = 4096
-"""Each is walked in Python, before any weight is seen."""
+MOST_LAYERS = 4096
+"""The largest number of layers that is believed: each is walked in Python, before any weight is seen."""
+
+NormKind = Literal["rms", "layer"]
+"""`rms`: root-mean-square norm, a weight alone. `layer`: layer norm, a weight and a bias."""
+
+MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
+"""`swiglu`: gated, silu(gate) times up. The others: two linear layers with that activation between them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LanguageShape:
+    """The language model: a decoder whose layers are all alike."""
+
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
+    """Values of one attention head; need not be the hidden size over the number of heads."""
     vocab_size: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, int, int]
     """Rotary frequencies that turn with time, height and width; they sum to half a head."""
     initializer_range: float
+    """Standard deviation of random weights."""
+    norm: NormKind = "rms"
+    mlp: MlpKind = "swiglu"
+    qkv_bias: bool = False
+    """Whether the linear layer of queries, keys and values has a bias."""
+    linear_bias: bool = False
+    """Whether the attention's output and the MLP's two linear layers have biases."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normed, with the layers' kind of norm, before they are rotated."""
+    interleaved_mrope: bool = False
+    """Whether time, height and width take frequencies in turn; otherwise each takes one run of `mrope_section`."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionShape:
+    """The vision tower, as far as families share it; a family adds fields in a class of its own."""
+
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
     out_hidden_size: int
+    """Width of the image tokens that it gives: the language model's hidden size."""
     in_channels: int
     patch_size: int
+    """Edge of a patch in pixels."""
     temporal_patch_size: int
+    """Frames of a patch."""
     spatial_merge_size: int
-    window_size: int
-    """Edge of an attention window in pixels."""
-    full_attention_layers: tuple[int, ...]
-    """Layers (from 0) that attend over a whole image; the others attend within windows."""
-    rope_theta: float
-    rms_norm_eps: float = 1e-6
+    """Edge, in patches, of the block that becomes one image token."""
+    norm_eps: float
+    norm: NormKind = "rms"
+    mlp: MlpKind = "swiglu"
 
     @property
     def head_dim(self) -> int:
+        """Values of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -78,6 +100,8 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
+    """A whole model: language model, vision tower, and the tokens that stand for images."""
+
     model_type: str
     """The family, as config.json names it; `model/family.py` says what belongs to one."""
     language: LanguageShape
@@ -95,8 +119,8 @@ class ModelShape:
         return tuple(sorted(i for i in ids if i < self.language.vocab_size))
 
     def banned_ids(self, num_words: int) -> tuple[int, ...]:
-        """What neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
-        beyond the tokenizer's `num_words` (its highest id and one), which stand for nothing."""
+        """Ids that neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
+        from `num_words` on (the tokenizer's highest id plus one), which stand for no token."""
         return tuple(sorted({*self.vision_token_ids, *range(num_words, self.language.vocab_size)}))
 
     @classmethod
@@ -110,27 +134,27 @@ class ModelShape:
         """The same from the parsed file; `source` is what error messages call it."""
         root = Keys(tree, source, "")
         model_type = root.get("model_type", str)
-        if model_type != "qwen2_5_vl":
-            raise root.fault("model_type", f"is {shown(model_type)}; qwen2_5_vl is what this package trains")
+        if model_type not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            are = "is what this package trains" if len(FAMILIES) == 1 else "are what this package trains"
+            raise root.fault("model_type", f"is {shown(model_type)}; {known} {are}")
         if tree.get("quantization_config"):
             raise root.fault("quantization_config", "quantised weights are not what this package trains")
         if tree.get("transformers_weights"):
             raise root.fault("transformers_weights", "weights under a name of their own are not what is read")
-        text = root.section("text_config") if "text_config" in tree else root
-        vision = root.section("vision_config")
-        shape = cls(
-            model_type=model_type,
-            language=_language(text),
-            vision=_vision(vision),
-            tie_word_embeddings=root.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
-            image_token_id=root.index("image_token_id", 151655),
-            video_token_id=root.index("video_token_id", 151656),
-            vision_start_token_id=root.index("vision_start_token_id", 151652),
-            vision_end_token_id=root.index("vision_end_token_id", 151653),
-        )
+        reader: ShapeModule = family_named(model_type).module("shape")
+        shape = reader.read_shape(root)
         if shape.vision.out_hidden_size != shape.language.hidden_size:
-            raise vision.fault("out_hidden_size", f"is not the language model's width {shape.language.hidden_size}")
+            width = shape.language.hidden_size
+            raise root.fault("vision_config.out_hidden_size", f"is not the language model's width {width}")
         return shape
+
+
+class ShapeModule(Protocol):
+    """A family's module `shape`. It imports no torch."""
+
+    def read_shape(self, root: Keys) -> ModelShape:
+        """The shape that the parsed config.json `root` describes. Raises ValueError naming the key at fault."""
 
 
 def padded(width: int, tensor: int) -> int:
@@ -198,70 +222,7 @@ def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
     return faults
 
 
-def _language(keys: Keys) -> LanguageShape:
-    keys.must_be("hidden_act", "silu")
-    if keys.flag("use_sliding_window"):
-        raise keys.fault("use_sliding_window", "sliding-window attention is not supported")
-    num_heads = keys.count("num_attention_heads")
-    shape = LanguageShape(
-        num_layers=keys.count("num_hidden_layers", most=_MOST_LAYERS),
-        hidden_size=keys.count("hidden_size"),
-        intermediate_size=keys.count("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", num_heads),
-        vocab_size=keys.count("vocab_size"),
-        rms_norm_eps=keys.positive("rms_norm_eps", 1e-5),
-        initializer_range=keys.positive("initializer_range", 0.02),
-        **_rope(keys),
-    )
-    _check_heads(keys, "num_attention_heads", shape.hidden_size, num_heads)
-    if num_heads % shape.num_kv_heads:
-        raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
-    if sum(shape.mrope_section) * 2 != shape.head_dim:
-        raise keys.fault("rope_parameters", f"mrope_section {shape.mrope_section} is not half of {shape.head_dim}")
-    return shape
-
-
-def _rope(keys: Keys) -> dict[str, Any]:
-    """rope_theta and mrope_section: in `rope_parameters`, or in `rope_scaling` beside a `rope_theta`."""
-    name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
-    rope = keys.section(name)
-    kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
-    section = rope.counts("mrope_section", [16, 24, 24])
-    if len(section) != 3:
-        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
-    source = rope if "rope_theta" in rope.tree else keys
-    return {"rope_theta": source.positive("rope_theta", 1e6), "mrope_section": section}
-
-
-def _vision(keys: Keys) -> VisionShape:
-    keys.must_be("hidden_act", "silu")
-    channels = "in_chans" if "in_chans" in keys.tree else "in_channels"
-    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
-    shape = VisionShape(
-        num_layers=keys.count("depth", most=_MOST_LAYERS),
-        hidden_size=keys.count("hidden_size"),
-        intermediate_size=keys.count("intermediate_size"),
-        num_heads=keys.count("num_heads"),
-        out_hidden_size=keys.count("out_hidden_size"),
-        in_channels=keys.count(channels, 3),
-        patch_size=keys.count("patch_size", 14),
-        temporal_patch_size=keys.count("temporal_patch_size", 2),
-        spatial_merge_size=keys.count("spatial_merge_size", 2),
-        window_size=keys.count("window_size", 112),
-        full_attention_layers=keys.counts("fullatt_block_indexes", [7, 15, 23, 31]),
-        rope_theta=rope.positive("rope_theta", 10000.0),
-    )
-    _check_heads(keys, "num_heads", shape.hidden_size, shape.num_heads)
-    if shape.head_dim % 4:
-        raise keys.fault("num_heads", f"a head of {shape.head_dim} does not divide by 4 for the 2-D rotary embedding")
-    if shape.window_size % (shape.patch_size * shape.spatial_merge_size):
-        raise keys.fault("window_size", f"{shape.window_size} is no whole number of merged patches")
-    return shape
-
-
-def _check_heads(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
+def check_head_count(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
+    """Raises ValueError naming `key` where the attention heads of `num_heads` do not share `hidden_size` equally."""
     if hidden_size % num_heads:
         raise keys.fault(key, f"hidden_size {hidden_size} does not divide by {num_heads} heads")

@@ -1,12 +1,11 @@
 """Groups of rollouts to packed rows under a budget of tokens, balanced by cost."""
 
-from megatron_papo.model.qwen2_5_vl.positions import mrope_positions
 from megatron_papo.packing.assignment import Cost, Move, balance, whole
 from megatron_papo.packing.loss_weights import Totals, sum_totals, token_totals
-from megatron_papo.packing.rows import pack, supervised_group
+from megatron_papo.packing.rows import Positions, pack, supervised_group
 from megatron_papo.packing.views import empty_like, joint_row, masked_row
 
 __all__ = [
-    "Cost", "Move", "Totals", "balance", "empty_like", "joint_row", "masked_row", "mrope_positions", "pack",
-    "sum_totals", "supervised_group", "token_totals", "whole",
+    "Cost", "Move", "Positions", "Totals", "balance", "empty_like", "joint_row", "masked_row", "pack", "sum_totals",
+    "supervised_group", "token_totals", "whole",
 ]  # fmt: skip

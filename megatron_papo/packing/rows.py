@@ -6,17 +6,20 @@ itself. A prompt with a single response in its row is one plain segment. Suffixe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_papo.config import LossConfig
-from megatron_papo.model.qwen2_5_vl.positions import mrope_positions, text_positions
 from megatron_papo.packing.assignment import Cost, GroupPart, split, spread, whole
 from megatron_papo.packing.loss_weights import Totals, rollout_weights
 from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
+
+Positions = Callable[[Tensor, Tensor | None], Tensor]
+"""(token ids [S], grids of images [I, 3] or None) -> [3, S] int64: where the tokens of a prompt stand in time, height
+and width. Raises ValueError where image tokens and grids do not match."""
 
 
 def pack(
@@ -26,29 +29,25 @@ def pack(
     loss: LossConfig,
     totals: Totals,
     joint: bool,
-    image_token_id: int,
-    merge_size: int,
+    positions: Positions,
+    banned_ids: tuple[int, ...],
     cost: Cost,
-    banned_ids: tuple[int, ...] = (),
     least_rows: int = 1,
 ) -> Batch:
     """The groups' rollouts as rows of at most `tokens_per_micro_batch` tokens and about equal cost.
 
     `totals` are global. With `joint` a prompt with an image counts twice, with its responses, for the masked copy that
-    `joint_row` adds. `least_rows`: as many rows as there are pieces for, up to this. Raises ValueError naming the
-    prompt: a prompt and one response over the budget, a response that is empty or holds a banned token (the image token
-    always is), image tokens that do not match the grids, images without pixels, or without a masked view beside others
-    with one.
+    `joint_row` adds. `positions` are those of the model's family. `banned_ids` must hold the image token. `least_rows`:
+    as many rows as there are pieces for, up to this. Raises ValueError naming the prompt: a prompt and one response
+    over the budget, a response that is empty or holds a banned token, image tokens that do not match the grids, images
+    without pixels, or without a masked view beside others with one.
     """
     for group in groups:
-        _check(group, (image_token_id, *banned_ids), joint)
+        _check(group, banned_ids, joint)
     pieces = [piece for group in groups for piece in split(whole(group, joint), tokens_per_micro_batch)]
     sizes, costs = [piece.num_tokens for piece in pieces], [piece.cost(cost) for piece in pieces]
     rows = spread(sizes, costs, tokens_per_micro_batch, least_rows) if pieces else []
-    return tuple(
-        _row([pieces[index] for index in row], loss, totals, image_token_id=image_token_id, merge_size=merge_size)
-        for row in rows
-    )
+    return tuple(_row([pieces[index] for index in row], loss, totals, positions) for row in rows)
 
 
 def supervised_group(prompt: Prompt, response_ids: tuple[int, ...], text: str = "") -> Group:
@@ -75,10 +74,8 @@ def _check(group: Group, banned_ids: tuple[int, ...], joint: bool) -> None:
         )
 
 
-def _row(
-    pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, *, image_token_id: int, merge_size: int
-) -> MicroBatch:
-    parts = _Parts(pieces, image_token_id, merge_size)
+def _row(pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, positions: Positions) -> MicroBatch:
+    parts = _Parts(pieces, positions)
     rollouts = [(piece.group, index) for piece in pieces for index in piece.rollouts]
     weights = [rollout_weights(group, index, loss, totals) for group, index in rollouts]
     lengths = [len(group.rollouts[index].response_ids) for group, index in rollouts]
@@ -106,7 +103,7 @@ def _row(
 class _Parts:
     """Tokens, positions and segments of a row, laid end to end."""
 
-    def __init__(self, pieces: Sequence[GroupPart], image_token_id: int, merge_size: int):
+    def __init__(self, pieces: Sequence[GroupPart], positions: Positions):
         self.tokens: list[Tensor] = []
         self.positions: list[Tensor] = []
         self.segments: list[Segment] = []
@@ -114,7 +111,7 @@ class _Parts:
         """Of each rollout, [its tokens]: a token is predicted one place before its own."""
         self._num_tokens = 0
         for piece in pieces:
-            self._add(piece, _prompt_positions(piece.group.prompt, image_token_id, merge_size))
+            self._add(piece, _prompt_positions(piece.group.prompt, positions))
 
     def _add(self, piece: GroupPart, positions_3S: Tensor) -> None:
         prompt, parent = piece.group.prompt, len(self.segments)
@@ -126,7 +123,7 @@ class _Parts:
         for index in piece.rollouts:
             ids_R = torch.tensor(piece.group.rollouts[index].response_ids)
             start, length = self._num_tokens, ids_R.numel()
-            self._lay(ids_R, text_positions(next_position, length))
+            self._lay(ids_R, torch.arange(next_position, next_position + length).expand(3, -1))
             self.logit_index.append(
                 torch.cat([torch.tensor([prompt_end - 1]), torch.arange(start, start + length - 1)])
             )
@@ -141,12 +138,9 @@ class _Parts:
         self._num_tokens += token_ids.numel()
 
 
-def _prompt_positions(prompt: Prompt, image_token_id: int, merge_size: int) -> Tensor:
-    inputs = prompt.inputs
+def _prompt_positions(prompt: Prompt, positions: Positions) -> Tensor:
     try:
-        return mrope_positions(
-            inputs.token_ids_S, inputs.grid_thw_I3, image_token_id=image_token_id, merge_size=merge_size
-        )
+        return positions(prompt.inputs.token_ids_S, prompt.inputs.grid_thw_I3)
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id}: {error}") from None
 

@@ -103,10 +103,12 @@ def _shape(run: PublishedRun) -> ModelShape:
         num_heads=run.heads,
         num_kv_heads=run.kv_heads,
         vocab_size=run.vocabulary,
-        rms_norm_eps=1e-6,
+        head_dim=run.hidden // run.heads,
+        norm_eps=1e-6,
         rope_theta=1e6,
         mrope_section=(16, 24, 24),
         initializer_range=0.02,
+        qkv_bias=True,
     )
     any_model = shape_named(next(iter(published_models())))
     return replace(any_model, language=language)  # its tower sees no image

@@ -12,6 +12,7 @@ from dataclasses import replace
 from megatron_papo.config import LossConfig
 from megatron_papo.costs.flops import group_flops
 from megatron_papo.distributed.exchange import gather_objects, move_items
+from megatron_papo.model.positions import positions_of
 from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
 from megatron_papo.training.session import Run
 from megatron_papo.types import Batch, Group
@@ -51,8 +52,7 @@ def pack_rows(
         joint=joint,
         cost=_group_cost(run),
         least_rows=_ROWS_PER_STAGE * run.layout.pipeline_size if run.layout.pipeline_size > 1 else 1,
-        image_token_id=run.shape.image_token_id,
-        merge_size=run.shape.vision.spatial_merge_size,
+        positions=positions_of(run.shape),
         banned_ids=run.banned_ids,
     )
 

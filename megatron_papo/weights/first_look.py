@@ -20,8 +20,7 @@ from safetensors import safe_open
 
 from megatron_papo.generation.reference_model import expected_shapes, read_config
 from megatron_papo.model.family import family_of
-from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks
-from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table, published_name
+from megatron_papo.model.parameter_map import ParameterEntry, ShardBlock, blocks, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.weight_files import weight_files
@@ -33,7 +32,7 @@ def look(folder: Path, shape: ModelShape, held: Mapping[str, HeldParameter], ten
     files = files_of_transformers(folder)
     _compare_files(folder, files)
     _compare_names(folder, shape)
-    _compare_rows(files, held, tensor_rank)
+    _compare_rows(files, shape, held, tensor_rank)
 
 
 def files_of_transformers(folder: Path) -> list[Path]:
@@ -61,8 +60,11 @@ def _compare_files(folder: Path, files: list[Path]) -> None:
 
 
 def _compare_names(folder: Path, shape: ModelShape) -> None:
+    names = parameter_names(shape)
     ours = {
-        module_name(source.name): source.shape for entry in parameter_table(shape).values() for source in entry.sources
+        names.module_name(source.name): source.shape
+        for entry in parameter_table(shape).values()
+        for source in entry.sources
     }
     theirs = expected_shapes(read_config(folder, family_of(shape)))
     for name in sorted(ours.keys() | theirs.keys()):
@@ -70,7 +72,8 @@ def _compare_names(folder: Path, shape: ModelShape) -> None:
             raise ValueError(f"{folder}: {name}: {ours.get(name)} here, {theirs.get(name)} in transformers' model")
 
 
-def _compare_rows(files: list[Path], held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
+def _compare_rows(files: list[Path], shape: ModelShape, held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
+    published_name = parameter_names(shape).published_name
     with ExitStack() as stack:
         found: dict[str, tuple[Path, Any, str]] = {}
         for file in files:  # of a name that two files have transformers takes the last

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megatron_papo.model.parameter_map import ParameterEntry
-from megatron_papo.model.qwen2_5_vl.parameters import OUTPUT_LAYER, WORD_EMBEDDINGS, parameter_table, table_name
+from megatron_papo.model.parameter_map import OUTPUT_LAYER, WORD_EMBEDDINGS, ParameterEntry, parameter_table, table_name
 from megatron_papo.model.shape import ModelShape
 
 

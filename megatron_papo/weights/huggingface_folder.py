@@ -1,9 +1,9 @@
 """The weights of a Hugging Face folder by published name: the one reading that training, scoring, conversion and
 verification share.
 
-Which files count stands in `weight_files.py`, what a header holds in `headers.py`. Where transformers would take one of
-several tensors in silence (two names of one tensor, two files that hold it, a head of its own beside tied embeddings),
-this refuses, since nobody can tell which one was meant.
+Which files count stands in `weight_files.py`, what a header holds in `safetensors_header.py`. Where transformers would
+take one of several tensors in silence (two names of one tensor, two files that hold it, a head of its own beside tied
+embeddings), this refuses, since nobody can tell which one was meant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_papo.files.json_keys import shown_name
-from megatron_papo.model.qwen2_5_vl.parameters import HEAD, WORDS, parameter_table, published_name
+from megatron_papo.model.parameter_map import parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import Stored, read_header
 from megatron_papo.weights.weight_files import INDEX_FILE, MAX_SHOWN_FAULTS, WeightFiles, weight_files
@@ -41,9 +41,10 @@ class Weights:
     def check(self, shape: ModelShape) -> None:
         """Raises ValueError with a line for each tensor of the model that is missing, extra or misshapen."""
         expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
-        if shape.tie_word_embeddings and HEAD in self.tensors:
-            expected[HEAD] = expected[WORDS]  # the word embedding once more
-        named = {published_name(name): self.folder / file for name, file in self.files.index.items()}
+        names = parameter_names(shape)
+        if shape.tie_word_embeddings and names.HEAD in self.tensors:
+            expected[names.HEAD] = expected[names.EMBEDDING]  # the word embedding once more
+        named = {names.published_name(name): self.folder / file for name, file in self.files.index.items()}
         faults = [
             f"{named.get(name, self.folder)}: {name} {expected[name]}: missing"
             for name in expected
@@ -57,7 +58,7 @@ class Weights:
                 )
             elif stored.shape != expected[name]:
                 faults.append(f"{file}: {name}: expected shape {expected[name]}, found {stored.shape}")
-        tied = {HEAD} if shape.tie_word_embeddings else set()  # whoever saved the rest may have left it out
+        tied = {names.HEAD} if shape.tie_word_embeddings else set()  # whoever saved the rest may have left it out
         for name in sorted(named.keys() - expected.keys() - self.tensors.keys() - tied):
             faults.append(f"{named[name]}: {shown_name(name)}: not there, though {INDEX_FILE} says so")
         raise_faults(faults)
@@ -65,18 +66,19 @@ class Weights:
     def check_head(self, shape: ModelShape) -> None:
         """Raises ValueError where tied embeddings come with a head of other values: transformers takes the head then,
         against its own settings, and vLLM either. Reads both, where there are two."""
-        if not shape.tie_word_embeddings or HEAD not in self.tensors:
+        names = parameter_names(shape)
+        if not shape.tie_word_embeddings or names.HEAD not in self.tensors:
             return
         with OpenWeights(self) as opened:
             for start in range(0, shape.language.vocab_size, _ROWS_AT_ONCE):
                 rows = (slice(start, start + _ROWS_AT_ONCE),)
-                head, words = opened.read(HEAD, rows), opened.read(WORDS, rows)
+                head, words = opened.read(names.HEAD, rows), opened.read(names.EMBEDDING, rows)
                 wider = torch.promote_types(head.dtype, words.dtype)
                 if not torch.equal(head.to(wider), words.to(wider)):
                     raise ValueError(
-                        f"{self.folder / self.tensors[HEAD].file}: {HEAD}: differs from the word embedding, to which "
-                        "config.json ties it: tie_word_embeddings=false there trains it as it is (as transformers "
-                        "reads it); a head that is not meant has to leave the file"
+                        f"{self.folder / self.tensors[names.HEAD].file}: {names.HEAD}: differs from the word "
+                        "embedding, to which config.json ties it: tie_word_embeddings=false there trains it as it is "
+                        "(as transformers reads it); a head that is not meant has to leave the file"
                     )
 
 
@@ -112,9 +114,11 @@ class OpenWeights:
         return self._slices[name][index]
 
 
-def find_weights(folder: Path) -> Weights:
-    """From the headers of the files that transformers reads. Raises ValueError, in one line, naming file and tensor."""
+def find_weights(folder: Path, shape: ModelShape) -> Weights:
+    """What the headers of the files say that transformers reads, under the names of `shape`'s family. Raises
+    ValueError, in one line, naming file and tensor."""
     files = weight_files(folder)
+    published_name = parameter_names(shape).published_name
     tensors: dict[str, Stored] = {}
     written: dict[str, str] = {}
     for file in files.files:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.parameter_map import fill_shard
-from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+from megatron_papo.model.parameter_map import fill_shard, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.buckets import gather_bucket, make_buckets
 from megatron_papo.weights.held import HeldParameter, held_parameters
@@ -46,7 +45,7 @@ def fill_held(
     progress: Progress | None = None,
 ) -> None:
     """`read_hf` for parameters at hand."""
-    weights = find_weights(Path(folder))
+    weights = find_weights(Path(folder), shape)
     weights.check(shape)
     weights.check_head(shape)
     with OpenWeights(weights) as opened:
@@ -75,14 +74,14 @@ def hf_tensors(
     held = held_parameters(model, shape, here.tensor_size)
     owned = {name for name, part in held.items() if not part.copy}
     owner = {name: stage for stage, names in enumerate(gather_objects(owned, here.pipeline_group)) for name in names}
-    table = parameter_table(shape)
+    table, names = parameter_table(shape), parameter_names(shape)
     if homeless := next((name for name in table if name not in owner), None):
         raise ValueError(f"{homeless}: no pipeline stage holds this parameter")
     done = 0
     for bucket in make_buckets(table, owner, most_values=bucket_bytes // like.element_size()):
-        names = [source.name for entry in bucket.entries for source in entry.sources]
-        for name, tensor in zip(names, gather_bucket(bucket, held, like, here), strict=True):
-            yield (module_name(name) if module_names else name), tensor
+        published = [source.name for entry in bucket.entries for source in entry.sources]
+        for name, tensor in zip(published, gather_bucket(bucket, held, like, here), strict=True):
+            yield (names.module_name(name) if module_names else name), tensor
         done += len(bucket.entries)
         if progress:
             progress(done, len(table))

@@ -85,17 +85,18 @@ def wrong_section(run: Run, _: Generator) -> Iterator[None]:
 @contextmanager
 def off_by_one(_: Run, __: Generator) -> Iterator[None]:
     """The text after an image goes on one position too far."""
-    from megatron_papo.packing import rows
+    from megatron_papo.model.qwen2_5_vl import positions
+    from megatron_papo.model.shape import ModelShape
 
-    right = rows.mrope_positions
+    right = positions.prompt_positions
 
-    def wrong(token_ids_S: Tensor, grid_thw_I3: Tensor | None, *, image_token_id: int, merge_size: int) -> Tensor:
-        positions_3S = right(token_ids_S, grid_thw_I3, image_token_id=image_token_id, merge_size=merge_size).clone()
-        after = int((token_ids_S == image_token_id).nonzero().max()) + 1
+    def wrong(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> Tensor:
+        positions_3S = right(token_ids_S, grid_thw_I3, shape).clone()
+        after = int((token_ids_S == shape.image_token_id).nonzero().max()) + 1
         positions_3S[:, after:] += 1
         return positions_3S
 
-    with _replaced(rows, "mrope_positions", wrong):
+    with _replaced(positions, "prompt_positions", wrong):
         yield
 
 

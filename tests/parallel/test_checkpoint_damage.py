@@ -29,7 +29,7 @@ from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.conversion.checkpoint_files import CheckpointFiles
 from megatron_papo.conversion.plan import Settings, make_plan, open_store
 from megatron_papo.distributed.agreement import DamagedCheckpoint
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import parameter_table
 from tests.parallel.checkpoint_cases import make_source, ranks, start, train, weights
 from tests.support.ranks import run_ranks
 

@@ -261,7 +261,7 @@ def test_the_ranks_of_the_first_stage_share_the_tower(tmp_path):
 
 def _pixels_on_their_way(folder: Path) -> dict[str, Any]:
     """To a GPU that is not there, which says where they are; and as to one, which says what the tower makes of them."""
-    from megatron_papo.model.qwen2_5_vl.vision import pixels_beside
+    from megatron_papo.model.vision_tower import pixels_beside
 
     found: dict[str, Any] = {}
     with FakeTensorMode():

@@ -113,8 +113,8 @@ def _contexts(folder: Path, recipe: str) -> dict[str, Any]:
 
     from megatron_papo.config import load_config
     from megatron_papo.distributed.accelerator import adapt_megatron
-    from megatron_papo.model.qwen2_5_vl.transformer_config import language_config, vision_config
     from megatron_papo.model.shape import ModelShape
+    from megatron_papo.model.transformer_config import language_config, vision_config
 
     whole = ["fp8.first_layers=0", "fp8.last_layers=0"] if recipe == "delayed" else []
     config = load_config(None, [f"model.path={folder}", f"fp8.recipe={recipe}", "fp8.vision=true", *whole])

@@ -396,8 +396,9 @@ def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
     from transformers import AutoProcessor, Qwen2_5_VLConfig
 
     from megatron_papo.generation.reference_model import expected_shapes
+    from megatron_papo.model.parameter_map import parameter_table
     from megatron_papo.model.published_shapes import published_models
-    from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table
+    from megatron_papo.model.qwen2_5_vl.parameters import module_name
     from megatron_papo.model.shape import ModelShape
 
     folder = write_3b(tmp_path / "model")

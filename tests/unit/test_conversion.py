@@ -20,9 +20,8 @@ from megatron_papo.conversion.plan import Settings, plan_target
 from megatron_papo.conversion.stores import in_order, num_values, source_spans, spans, width
 from megatron_papo.conversion.stream import Hasher
 from megatron_papo.conversion.workers import memory
-from megatron_papo.model.parameter_map import ParameterEntry, fill_shard
+from megatron_papo.model.parameter_map import ParameterEntry, fill_shard, parameter_table
 from megatron_papo.model.published_shapes import published_config, published_models
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
 from tests.support.tiny import tiny_config

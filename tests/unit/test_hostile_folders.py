@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_papo.checkpoint.weight_loading import check_weights
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
+from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.publishing import check_side_files, copy_side_files
 from megatron_papo.weights.safetensors_header import read_header

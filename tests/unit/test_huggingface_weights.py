@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from megatron_papo.checkpoint.state_file import names_checkpoint
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
 from megatron_papo.conversion.stores import Files, read_rows
-from megatron_papo.model.qwen2_5_vl.parameters import HEAD, WORDS, module_name, parameter_table
+from megatron_papo.model.parameter_map import parameter_table
+from megatron_papo.model.qwen2_5_vl.parameters import EMBEDDING, HEAD, module_name
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.first_look import files_of_transformers, look
 from megatron_papo.weights.held import HeldParameter
@@ -77,7 +78,7 @@ def assert_read(folder, expected, shape=SHAPE):
     """By training and conversion, and that transformers reads the same files."""
     for read in (loaded, converted):
         found = read(folder, shape)
-        assert torch.equal(found["language.embedding.word_embeddings.weight"], expected[WORDS])
+        assert torch.equal(found["language.embedding.word_embeddings.weight"], expected[EMBEDDING])
         assert torch.equal(found["language.decoder.final_layernorm.weight"], expected["model.norm.weight"])
     assert {file.name for file in files_of_transformers(folder)} == {file.name for file in weight_files(folder).files}
 
@@ -157,7 +158,7 @@ def test_a_checkpoint_with_a_stray_file_is_a_checkpoint(tensors, tmp_path):
 
 
 def test_a_head_beside_tied_embeddings_is_the_embedding_or_refused(tensors, tmp_path):
-    words = tensors[WORDS]
+    words = tensors[EMBEDDING]
     assert_read(folder_of(tmp_path / "same", {"model.safetensors": tensors | {HEAD: words.clone()}}), tensors)
     for name, head, told in (
         ("other", words + 1e-3, "lm_head.weight: differs from the word embedding"),

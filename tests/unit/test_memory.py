@@ -21,8 +21,8 @@ from megatron_papo.costs.memory import (
     stage_memory,
 )
 from megatron_papo.logprobs.tiling import CUDA_TILE
+from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.published_shapes import published_config
-from megatron_papo.model.qwen2_5_vl.parameters import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.check import faults_of_layout
 

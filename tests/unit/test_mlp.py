@@ -100,7 +100,7 @@ def test_a_graph_may_be_gone_through_twice():
 
 
 def test_megatron_computes_again_what_transformer_engine_must_know_of():
-    from megatron_papo.model.qwen2_5_vl.transformer_config import _recompute
+    from megatron_papo.model.transformer_config import _recompute
 
     def chosen(spec: str, mode: str, *words: str, fp8: bool = False) -> dict[str, object]:
         config = load_config(None, [f"model.recompute={mode}", *words])

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from megatron_papo.model.parameter_map import ParameterEntry, assemble, blocks, fill_shard
-from megatron_papo.model.qwen2_5_vl.parameters import module_name, parameter_table, published_name, table_name
+from megatron_papo.model.parameter_map import ParameterEntry, assemble, blocks, fill_shard, parameter_table, table_name
+from megatron_papo.model.qwen2_5_vl.parameters import module_name, published_name
 from megatron_papo.model.shape import ModelShape
 from tests.support.tiny import tiny_config, tiny_model
 

@@ -18,13 +18,13 @@ from megatron_papo.algorithm.loss_settings import LossSettings
 from megatron_papo.algorithm.losses import papo_loss, sft_loss
 from megatron_papo.config import Config, LossConfig
 from megatron_papo.distributed.exchange import merge_metric
+from megatron_papo.model.qwen2_5_vl.positions import mrope_positions
 from megatron_papo.packing import (
     Totals,
     balance,
     empty_like,
     joint_row,
     masked_row,
-    mrope_positions,
     pack,
     sum_totals,
     supervised_group,
@@ -80,10 +80,9 @@ def _pack(
         loss=LossConfig(**loss),
         totals=totals or token_totals(groups),
         joint=joint,
-        image_token_id=IMAGE,
-        merge_size=MERGE,
+        positions=partial(mrope_positions, image_token_id=IMAGE, merge_size=MERGE),
         cost=_tokens,
-        banned_ids=(START, END, VIDEO),
+        banned_ids=(IMAGE, START, END, VIDEO),
         least_rows=least_rows,
     )
 

@@ -42,12 +42,29 @@ class Rotation:
         return turned
 
 
-def mrope(position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int]) -> Rotation:
-    """The first frequencies turn with time, then height, then width, by `sections`."""
-    axis_F = torch.tensor([axis for axis, num in enumerate(sections) for _ in range(num)])
-    axis_F = to_device(axis_F, position_ids_3T.device)
+def mrope(
+    position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int], interleaved: bool = False
+) -> Rotation:
+    """Rotary embedding in three axes: `sections` frequencies turn with time, height and width each.
+
+    Either each axis has one run of frequencies, or, `interleaved`, the axes take them in turn for as long as height and
+    width have some left, and what then remains turns with time.
+    """
+    axes = (
+        interleaved_axes(sections) if interleaved else [axis for axis, num in enumerate(sections) for _ in range(num)]
+    )
+    axis_F = to_device(torch.tensor(axes), position_ids_3T.device)
     positions_TF = position_ids_3T.float().index_select(0, axis_F).T
     return Rotation.by(positions_TF * _inverse_frequencies(head_dim, theta, position_ids_3T.device))
+
+
+def interleaved_axes(sections: tuple[int, int, int]) -> list[int]:
+    """The axis (0 time, 1 height, 2 width) that each frequency turns with, one after the other."""
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        places = slice(axis, 3 * sections[axis], 3)
+        axes[places] = [axis] * len(axes[places])
+    return axes
 
 
 def vision_rotation(positions_P2: Tensor, *, head_dim: int, theta: float) -> Rotation:

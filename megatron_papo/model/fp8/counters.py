@@ -75,7 +75,12 @@ def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recip
 def _as_rounded(linear: Any, values: Tensor) -> Tensor:
     """Transformer Engine's linears with a norm in front round what the norm gives."""
     weight = linear._parameters.get("layer_norm_weight")
-    return values if weight is None else F.rms_norm(values, values.shape[-1:], weight, linear.eps)
+    if weight is None:
+        return values
+    bias = linear._parameters.get("layer_norm_bias")
+    if bias is not None:
+        return F.layer_norm(values, values.shape[-1:], weight, bias, linear.eps)
+    return F.rms_norm(values, values.shape[-1:], weight, linear.eps)
 
 
 def _delayed_scale(linear: nn.Module) -> Tensor:

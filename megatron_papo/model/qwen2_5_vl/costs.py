@@ -15,7 +15,8 @@ from megatron_papo.model.layer_costs import (
     ParameterCount,
     norm_saved_bytes,
 )
-from megatron_papo.model.shape import ModelShape, VisionShape
+from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
+from megatron_papo.model.shape import ModelShape
 
 
 def language_layer(shape: ModelShape) -> LayerWidths:
@@ -57,7 +58,7 @@ def vision_parameters(shape: ModelShape, width: Callable[[int], int]) -> Iterato
 
 def vision_flops(grids: Sequence[Grid], shape: ModelShape) -> int:
     """FLOPs of one forward pass of the tower and the projector over images of `grids`."""
-    return vision_linear_flops(grids, shape) + vision_attention_flops(grids, shape.vision)
+    return vision_linear_flops(grids, shape) + vision_attention_flops(grids, _tower(shape))
 
 
 def vision_linear_flops(grids: Sequence[Grid], shape: ModelShape) -> int:
@@ -70,7 +71,7 @@ def vision_linear_flops(grids: Sequence[Grid], shape: ModelShape) -> int:
     return 2 * (num_patches * patch + num_patches // vision.merge_unit * block)
 
 
-def vision_attention_flops(grids: Sequence[Grid], vision: VisionShape) -> int:
+def vision_attention_flops(grids: Sequence[Grid], vision: WindowedVisionShape) -> int:
     """FLOPs of the tower's attention, within windows in most layers and over whole frames in a few."""
     frame_layers = len(set(vision.full_attention_layers) & set(range(vision.num_layers)))
     frame_pairs = sum(time * (height * width) ** 2 for time, height, width in grids)
@@ -79,7 +80,12 @@ def vision_attention_flops(grids: Sequence[Grid], vision: VisionShape) -> int:
     return 4 * num_pairs * vision.hidden_size
 
 
-def _window_pairs(grid: Grid, vision: VisionShape) -> int:
+def _tower(shape: ModelShape) -> WindowedVisionShape:
+    assert isinstance(shape.vision, WindowedVisionShape)
+    return shape.vision
+
+
+def _window_pairs(grid: Grid, vision: WindowedVisionShape) -> int:
     """Pairs of patches in one window, over an image: windows are a lattice, so the sum over them is a product."""
     time, height, width = grid
     edge = vision.window_size // vision.patch_size

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_papo.model.attention.packed_layout import WindowedSegments, build_segments
 from megatron_papo.model.attention.rotary import vision_rotation
-from megatron_papo.model.shape import VisionShape
+from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
 from megatron_papo.types import Segment, to_device
 
 
@@ -33,7 +33,7 @@ class PatchPlan:
     segments: WindowedSegments
 
 
-def plan_patches(grid_thw_I3: Tensor, shape: VisionShape, *, multiple: int, device: torch.device) -> PatchPlan:
+def plan_patches(grid_thw_I3: Tensor, shape: WindowedVisionShape, *, multiple: int, device: torch.device) -> PatchPlan:
     """The plan of images with these grids; the patches are padded to a multiple of `multiple`."""
     merge, window = shape.spatial_merge_size, shape.window_size // shape.patch_size // shape.spatial_merge_size
     images = [_plan_image(t, h, w, merge, window) for t, h, w in grid_thw_I3.tolist()]

@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_papo.model.shape import ModelShape
+
+
+def prompt_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> Tensor:
+    """`mrope_positions` of a prompt for the model of `shape`."""
+    return mrope_positions(
+        token_ids_S,
+        grid_thw_I3,
+        image_token_id=shape.image_token_id,
+        merge_size=shape.vision.spatial_merge_size,
+    )
+
 
 def mrope_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, *, image_token_id: int, merge_size: int) -> Tensor:
     """[3, S] int64 positions (time, height, width) of a sequence with still images, as Qwen2.5-VL counts them.
@@ -26,13 +38,13 @@ def mrope_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, *, image_to
         if time != 1 or not is_image_S[first : first + size].all():
             raise ValueError(f"image {index} of grid {(time, height, width)} is not one run of {size} image tokens")
         text = first - place
-        parts += [text_positions(position, text), _grid_positions(position + text, height, width, merge_size)]
+        parts += [_text_positions(position, text), _grid_positions(position + text, height, width, merge_size)]
         place, position = first + size, position + text + max(height, width) // merge_size
-    parts.append(text_positions(position, token_ids_S.numel() - place))
+    parts.append(_text_positions(position, token_ids_S.numel() - place))
     return torch.cat(parts, dim=1)
 
 
-def text_positions(start: int, length: int) -> Tensor:
+def _text_positions(start: int, length: int) -> Tensor:
     return torch.arange(start, start + length).expand(3, -1)
 
 

@@ -8,9 +8,7 @@ never split between sequence-parallel ranks: the patches are padded for that at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -22,24 +20,36 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_papo.config import Config
 from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
-from megatron_papo.model.norm import RMSNorm, replicated_parameter
-from megatron_papo.model.qwen2_5_vl.layers import block_spec, recompute_in
+from megatron_papo.model.layers import block_spec, recompute_in
+from megatron_papo.model.norm import RMSNorm
 from megatron_papo.model.qwen2_5_vl.patches import plan_patches
-from megatron_papo.model.shape import VisionShape
+from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
+from megatron_papo.model.shape import ModelShape, VisionShape
+from megatron_papo.model.transformer_config import vision_config
+from megatron_papo.model.vision_tower import PatchEmbed, VisionTower
 
 
-class VisionTower(MegatronModule):
+def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) -> WindowedTower:
+    """The tower of `shape` under these settings; `spec` is `local` or `transformer_engine`."""
+    assert isinstance(shape.vision, WindowedVisionShape)
+    return WindowedTower(vision_config(config, shape, spec), shape.vision, spec, fp8, config.model.recompute)
+
+
+class WindowedTower(VisionTower):
+    """Patches in, image tokens out; most layers attend within windows."""
+
     def __init__(
-        self, config: TransformerConfig, shape: VisionShape, spec: str, fp8: Fp8Switch, recompute: str = "none"
+        self, config: TransformerConfig, shape: WindowedVisionShape, spec: str, fp8: Fp8Switch, recompute: str = "none"
     ):
         super().__init__(config)
         self.shape, self.fp8 = shape, fp8
         self.patch_embed = PatchEmbed(config, shape)
         self.decoder = TransformerBlock(
-            config, block_spec(spec, shape.num_layers, causal=False), post_layer_norm=False, post_process=False
+            config, block_spec(spec, shape.num_layers, shape, causal=False), post_layer_norm=False, post_process=False
         )
         recompute_in(self.decoder.layers, recompute)
         self.merger = PatchMerger(of_plain_linears(config), shape)
@@ -66,41 +76,13 @@ class VisionTower(MegatronModule):
         return self.merger(hidden).index_select(0, plan.token_order_M)
 
 
-def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
-    """The patches of several images on the host, each [P, D], end to end where the tower's `weight` is.
-
-    To a GPU they go rounded to the weight's dtype, as `PatchEmbed` would round them there, with nothing but moving of
-    whole patches between: half the bytes in bf16. From pinned memory, as `host_copies` has it.
-    """
-    if not weight.is_cuda:
-        return torch.cat(tuple(views))
-    sizes = [len(view) for view in views]
-    staged_PD = torch.empty(sum(sizes), views[0].shape[1], dtype=weight.dtype, pin_memory=True)
-    for place, view in zip(staged_PD.split(sizes), views):
-        place.copy_(view)
-    return staged_PD.to(weight.device, non_blocking=True)
-
-
-class PatchEmbed(MegatronModule):
-    """A patch's values to the tower's width; whole on every tensor rank."""
-
-    def __init__(self, config: TransformerConfig, shape: VisionShape):
-        super().__init__(config)
-        size = (shape.hidden_size, shape.patch_dim)
-        values = torch.empty(size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight = replicated_parameter(values, config)
-
-    def forward(self, pixels_PD: Tensor) -> Tensor:
-        return F.linear(pixels_PD.to(self.weight.dtype), self.weight)
-
-
 class PatchMerger(MegatronModule):
     """Blocks of spatial_merge_size x spatial_merge_size patches to tokens of the language model's width."""
 
     def __init__(self, config: TransformerConfig, shape: VisionShape):
         super().__init__(config)
         self.width = shape.hidden_size * shape.merge_unit
-        self.norm = RMSNorm(config, shape.hidden_size, shape.rms_norm_eps)
+        self.norm = RMSNorm(config, shape.hidden_size, shape.norm_eps)
         self.linear_fc1 = ColumnParallelLinear(
             self.width, self.width, config=config, init_method=config.init_method, bias=True
         )

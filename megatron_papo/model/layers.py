@@ -27,8 +27,9 @@ from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention.module import StructuredAttention
 from megatron_papo.model.fp8.layer import ZeroPaddedLayer
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
-from megatron_papo.model.mlp import GatedMLP
-from megatron_papo.model.norm import RMSNorm
+from megatron_papo.model.mlp import GatedMLP, PlainMLP
+from megatron_papo.model.norm import LayerNorm, RMSNorm
+from megatron_papo.model.shape import LanguageShape, NormKind, VisionShape
 
 
 def choose_spec(model: ModelConfig) -> str:
@@ -42,32 +43,48 @@ def choose_spec(model: ModelConfig) -> str:
     return model.spec
 
 
-def block_spec(spec: str, num_layers: int, *, causal: bool) -> TransformerBlockSubmodules:
-    """What a TransformerBlock of `num_layers` on this stage is built of."""
-    modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules()
+def block_spec(
+    spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool
+) -> TransformerBlockSubmodules:
+    """What a TransformerBlock of `num_layers` on this stage is built of: the kinds of norm and MLP that `shape` names.
+
+    `causal`: of the language model; otherwise of a vision tower.
+    """
+    modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules(shape.norm)
+    head_norm = modules["final_norm"] if isinstance(shape, LanguageShape) and shape.qk_norm else None
+    mlp = GatedMLP if shape.mlp == "swiglu" else PlainMLP
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=modules["normed_column"], core_attention=StructuredAttention, linear_proj=modules["row"]
+            linear_qkv=modules["normed_column"],
+            core_attention=StructuredAttention,
+            linear_proj=modules["row"],
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     layer = ModuleSpec(
-        module=TransformerLayer if causal else ZeroPaddedLayer,  # those of the vision tower have biases
+        module=ZeroPaddedLayer if _fills_padding(shape) else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=modules["norm"],
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=modules["norm"],
             mlp=functools.partial(
-                GatedMLP.as_mlp_submodule,
+                mlp.as_mlp_submodule,
                 submodules=MLPSubmodules(linear_fc1=modules["normed_column"], linear_fc2=modules["row"]),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=modules["saved_names"],
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules["final_norm"])
+
+
+def _fills_padding(shape: LanguageShape | VisionShape) -> bool:
+    """Whether biases would write into the padding at the end of a row. Those of queries, keys and values do not, since
+    attention leaves padding out. The linear layers of a vision tower have biases."""
+    return shape.norm == "layer" or not isinstance(shape, LanguageShape) or shape.linear_bias
 
 
 def recompute_in(layers: Iterable[Any], mode: str) -> None:
@@ -79,22 +96,13 @@ def recompute_in(layers: Iterable[Any], mode: str) -> None:
         if not layer.recompute_mlp:
             layer.mlp.recompute = "product" if mode == "selective" else "inner"
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
-            if isinstance(norm, RMSNorm):
+            if isinstance(norm, RMSNorm | LayerNorm):
                 norm.computed_again = True
 
 
-def _local_modules() -> dict[str, Any]:
-    return {
-        "norm": RMSNorm,
-        "normed_column": RoundedColumnLinear,
-        "row": RoundedRowLinear,
-        "final_norm": RMSNorm,
-        # a checkpoint names norms as the fused linears of Transformer Engine do, so that both specs read it
-        "saved_names": {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        },
-    }
+def _local_modules(kind: NormKind) -> dict[str, Any]:
+    norm = RMSNorm if kind == "rms" else LayerNorm
+    return {"norm": norm, "normed_column": RoundedColumnLinear, "row": RoundedRowLinear, "final_norm": norm}
 
 
 def _transformer_engine_modules() -> dict[str, Any]:
@@ -105,5 +113,4 @@ def _transformer_engine_modules() -> dict[str, Any]:
         "normed_column": TELayerNormColumnParallelLinear,
         "row": TERowParallelLinear,
         "final_norm": TENorm,
-        "saved_names": {},
     }

@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.accelerator import parameter_dtype
 from megatron_papo.model.fusions import fusions
-from megatron_papo.model.shape import ModelShape, padded, stage_layers
+from megatron_papo.model.mlp import ACTIVATIONS
+from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape, padded, stage_layers
 
 
 def language_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
+    """The configuration of the language model; `spec` is `local` or `transformer_engine`."""
     language, parallel = shape.language, config.parallel
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -27,9 +28,10 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         num_query_groups=language.num_kv_heads,
         kv_channels=language.head_dim,
         ffn_hidden_size=padded(language.intermediate_size, parallel.tensor),
-        layernorm_epsilon=language.rms_norm_eps,
-        add_bias_linear=False,
-        add_qkv_bias=True,
+        layernorm_epsilon=language.norm_eps,
+        add_bias_linear=language.linear_bias,
+        add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(config, shape),
         first_last_layers_bf16=config.fp8.first_layers + config.fp8.last_layers > 0,
@@ -37,13 +39,15 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         num_layers_at_end_in_bf16=config.fp8.last_layers,
         **_fp8(config, spec),
         **_recompute(config, spec, fp8=config.fp8.enabled),
+        **_kinds(language),
         **_common(config, spec),
         **fusions(config, spec, language=True),
     )
 
 
 def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
-    """The tower lies whole on the first pipeline stage, split over the tensor ranks."""
+    """The configuration of a vision tower whose linear layers all have biases and whose heads have keys of their own.
+    It lies whole on the first pipeline stage, split over the tensor ranks."""
     vision = shape.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
@@ -52,11 +56,12 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         num_query_groups=vision.num_heads,
         kv_channels=vision.head_dim,
         ffn_hidden_size=padded(vision.intermediate_size, config.parallel.tensor),
-        layernorm_epsilon=vision.rms_norm_eps,
+        layernorm_epsilon=vision.norm_eps,
         add_bias_linear=True,
         add_qkv_bias=True,
         **(_fp8(config, spec) if config.fp8.vision else {}),
         **_recompute(config, spec, fp8=config.fp8.vision),
+        **_kinds(vision),
         **_common(config, spec),
         **fusions(config, spec, language=False),
     )
@@ -92,14 +97,20 @@ def _recompute(config: Config, spec: str, *, fp8: bool) -> dict[str, Any]:
     return {}
 
 
+def _kinds(shape: LanguageShape | VisionShape) -> dict[str, Any]:
+    """The kinds of norm and MLP, in Megatron-Core's words."""
+    return {
+        "normalization": {"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm],
+        "gated_linear_unit": shape.mlp == "swiglu",
+        "activation_func": ACTIVATIONS[shape.mlp],
+    }
+
+
 def _common(config: Config, spec: str) -> dict[str, Any]:
     dtype = parameter_dtype(config.model.dtype)
     return {
         "tensor_model_parallel_size": config.parallel.tensor,
         "sequence_parallel": config.parallel.sequence,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,

@@ -1,0 +1,110 @@
+"""Reads the shape of a Qwen2.5-VL model from its Hugging Face `config.json`.
+
+Understands the nested file that transformers 5 writes and the flat one of the published models. Imports no torch.
+Refuses what the model here does not do: sliding-window attention and RoPE scaling other than M-RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_papo.files.json_keys import Keys, shown
+from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
+
+_VISION_NORM_EPS = 1e-6
+"""transformers writes it in the code of the vision tower; config.json has no key for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedVisionShape(VisionShape):
+    """The shape of a vision tower most of whose layers attend within windows, with 2-D rotary positions."""
+
+    window_size: int
+    """Edge of an attention window in pixels."""
+    full_attention_layers: tuple[int, ...]
+    """Layers (from 0) that attend over a whole image; the others attend within windows."""
+    rope_theta: float
+
+
+def read_shape(root: Keys) -> ModelShape:
+    """The shape that the parsed config.json `root` describes. Raises ValueError naming the key at fault."""
+    text = root.section("text_config") if "text_config" in root.tree else root
+    vision = root.section("vision_config")
+    return ModelShape(
+        model_type=root.get("model_type", str),
+        language=_language(text),
+        vision=_vision(vision),
+        tie_word_embeddings=root.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
+        image_token_id=root.index("image_token_id", 151655),
+        video_token_id=root.index("video_token_id", 151656),
+        vision_start_token_id=root.index("vision_start_token_id", 151652),
+        vision_end_token_id=root.index("vision_end_token_id", 151653),
+    )
+
+
+def _language(keys: Keys) -> LanguageShape:
+    keys.must_be("hidden_act", "silu")
+    if keys.flag("use_sliding_window"):
+        raise keys.fault("use_sliding_window", "sliding-window attention is not supported")
+    num_heads, hidden_size = keys.count("num_attention_heads"), keys.count("hidden_size")
+    shape = LanguageShape(
+        num_layers=keys.count("num_hidden_layers", most=MOST_LAYERS),
+        hidden_size=hidden_size,
+        intermediate_size=keys.count("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", num_heads),
+        head_dim=hidden_size // num_heads,
+        vocab_size=keys.count("vocab_size"),
+        norm_eps=keys.positive("rms_norm_eps", 1e-5),
+        initializer_range=keys.positive("initializer_range", 0.02),
+        qkv_bias=True,
+        **_rope(keys),
+    )
+    check_head_count(keys, "num_attention_heads", hidden_size, num_heads)
+    if num_heads % shape.num_kv_heads:
+        raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
+    if sum(shape.mrope_section) * 2 != shape.head_dim:
+        raise keys.fault("rope_parameters", f"mrope_section {shape.mrope_section} is not half of {shape.head_dim}")
+    return shape
+
+
+def _rope(keys: Keys) -> dict[str, Any]:
+    """rope_theta and mrope_section: in `rope_parameters`, or in `rope_scaling` beside a `rope_theta`."""
+    name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
+    rope = keys.section(name)
+    kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
+    section = rope.counts("mrope_section", [16, 24, 24])
+    if len(section) != 3:
+        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
+    source = rope if "rope_theta" in rope.tree else keys
+    return {"rope_theta": source.positive("rope_theta", 1e6), "mrope_section": section}
+
+
+def _vision(keys: Keys) -> WindowedVisionShape:
+    keys.must_be("hidden_act", "silu")
+    channels = "in_chans" if "in_chans" in keys.tree else "in_channels"
+    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
+    shape = WindowedVisionShape(
+        num_layers=keys.count("depth", most=MOST_LAYERS),
+        hidden_size=keys.count("hidden_size"),
+        intermediate_size=keys.count("intermediate_size"),
+        num_heads=keys.count("num_heads"),
+        out_hidden_size=keys.count("out_hidden_size"),
+        in_channels=keys.count(channels, 3),
+        patch_size=keys.count("patch_size", 14),
+        temporal_patch_size=keys.count("temporal_patch_size", 2),
+        spatial_merge_size=keys.count("spatial_merge_size", 2),
+        norm_eps=_VISION_NORM_EPS,
+        window_size=keys.count("window_size", 112),
+        full_attention_layers=keys.counts("fullatt_block_indexes", [7, 15, 23, 31]),
+        rope_theta=rope.positive("rope_theta", 10000.0),
+    )
+    check_head_count(keys, "num_heads", shape.hidden_size, shape.num_heads)
+    if shape.head_dim % 4:
+        raise keys.fault("num_heads", f"a head of {shape.head_dim} does not divide by 4 for the 2-D rotary embedding")
+    if shape.window_size % (shape.patch_size * shape.spatial_merge_size):
+        raise keys.fault("window_size", f"{shape.window_size} is no whole number of merged patches")
+    return shape
