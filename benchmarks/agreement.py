@@ -38,7 +38,7 @@ def check_logprobs(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequen
         name: float(torch.stack([(own[key] - other[key]).abs().max() for key in own]).max())
         for name, other in others.items()
     }
-    return [_checked(f"agreement: log-probs, ours against {name}", gap, "nats") for name, gap in gaps.items()]
+    return [checked(f"agreement: log-probs, ours against {name}", gap, "nats") for name, gap in gaps.items()]
 
 
 def check_updates(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequence[Group]) -> list[Row]:
@@ -56,8 +56,8 @@ def check_updates(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequenc
         loss, norm = metrics["loss/total"][0], metrics["optim/grad_norm"][0]
         for name, (other_loss, other_norm) in found.items():
             what = f"agreement: {kind}, ours against {name}"
-            rows.append(_checked(f"{what}, loss", abs(loss - other_loss), "nats"))
-            rows.append(_checked(f"{what}, norm of the gradient", abs(norm - other_norm) / other_norm, "relative"))
+            rows.append(checked(f"{what}, loss", abs(loss - other_loss), "nats"))
+            rows.append(checked(f"{what}, norm of the gradient", abs(norm - other_norm) / other_norm, "relative"))
         for side in (ours, plain, trl):
             if side is not None:
                 side.reset()
@@ -69,8 +69,8 @@ def _given(ours: Ours, groups: Sequence[Group], old: dict[Key, Tensor] | None = 
     return given_rollouts(groups, ours.run.shape.image_token_id, tokenizer.pad_token_id, old)
 
 
-def _checked(name: str, gap: float, unit: str) -> Row:
-    """The difference beside what is allowed."""
+def checked(name: str, gap: float, unit: str) -> Row:
+    """A row of the difference beside what is allowed; raises SidesDiffer where it is larger or not a number."""
     if not gap <= TOLERANCE:
         raise SidesDiffer(f"{name}: {gap:.2e}, allowed {TOLERANCE:.0e}")
     return Row(name, gap, TOLERANCE, gap / TOLERANCE, unit)

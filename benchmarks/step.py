@@ -32,7 +32,7 @@ from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.train import Training, open_training, train_step
-from megatron_papo.training.prompts import prefetch_prompts
+from megatron_papo.training.prompt_source import prefetch_prompts
 from megatron_papo.training.rollouts import hand_over
 from megatron_papo.training.session import open_run
 

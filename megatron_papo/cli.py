@@ -88,8 +88,14 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     from megatron_papo.runtime.launch import Work, launch
     from megatron_papo.runtime.run_lock import RunHeld
 
-    args = (config, options.data, options.out) if options.verb == "score" else (config,)
-    module = {"eval": "evaluate", "certify": "parity.certify"}.get(options.verb, options.verb)
+    args: tuple[Any, ...] = (config,)
+    if options.verb == "score":
+        args = (config, options.data, options.out)
+    elif options.verb in ("train", "sft"):
+        from megatron_papo.planning.measured_run import step_planner
+
+        args = (config, step_planner)
+    module = {"eval": "evaluate", "certify": "parity.run_certify"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
     work = Work(f"megatron_papo.{module}:main", args, config.run.dir)

@@ -1,9 +1,10 @@
 """`papo eval`: avg@k on held-out prompts, with the images and with them masked.
 
-Answers are sampled `eval.samples` times a prompt at `eval.temperature`; the second pass sees masked images only, so
-the gap between the two is what seeing is worth. Its rows are no draws of the run's order, so every evaluation has the
-same seeds and sees the same masked images. The perception KL is k3 between the two views on the answers given
-with the image, a token mean. One line of scores is appended to `RUN/eval.jsonl`.
+`eval.samples` answers to every prompt are sampled at `eval.temperature`. A second pass shows the masked images only, so
+the gap between the two accuracies is what seeing the image is worth. Every evaluation samples with the same seeds and
+sees the same masked images, since its rows are not draws from the run's order. The perception KL is the token mean of
+k3 between the two views, on the answers that were given with the image. `papo eval` appends one line of scores to
+`RUN/eval.jsonl`.
 """
 
 from __future__ import annotations
@@ -29,25 +30,24 @@ from megatron_papo.rewards import Rewarder
 from megatron_papo.training.batching import pack_rows
 from megatron_papo.training.console import name_bad_rows, name_missing_pictures, print_scores
 from megatron_papo.training.engine_rank import serve, serves
-from megatron_papo.training.rollouts import generate, hand_over, reward_groups
+from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
 _PROMPTS_AT_ONCE = 64
+"""How many prompts are in memory at a time, with their images and answers."""
 
 
 class NothingEvaluated(ValueError):
-    """No row of data.eval can be a prompt."""
+    """Raised where every row of `data.eval` is a bad row."""
 
 
 def main(config: Config) -> int:
-    """Evaluates the model of `config.model` and prints its scores; the exit code."""
+    """Evaluates the model of `config.model` and prints its scores. Returns the exit code."""
     if serves(config):
         return serve(config)
     with open_run(config, config.generation.num_engine_ranks) as run:
-        max_tokens, prefix = config.generation.max_response_tokens, run.processor.response_prefix
-        rewarder = Rewarder(config.reward, max_response_tokens=max_tokens, response_prefix=prefix)
-        with rewarder, closing(_generator(run)) as generator:
+        with build_rewarder(run) as rewarder, closing(_generator(run)) as generator:
             dataset = open_heldout(run)
             scores = evaluate(run, dataset, generator, rewarder, BadRows(config.data.on_bad_row))
         if run.is_writer:
@@ -58,7 +58,7 @@ def main(config: Config) -> int:
 
 
 def open_heldout(run: Run) -> PromptDataset:
-    """data.eval; a line where it seems to have lost its pictures."""
+    """The data set `data.eval`, with a warning where it seems to have lost its images."""
     dataset = PromptDataset(run.config.data, "eval", run.processor)
     name_missing_pictures(run, dataset)
     return dataset
@@ -67,11 +67,11 @@ def open_heldout(run: Run) -> PromptDataset:
 def evaluate(
     run: Run, dataset: PromptDataset, generator: Generator, rewarder: Rewarder, bad_rows: BadRows
 ) -> dict[str, float]:
-    """Scores over the dataset, on all ranks: `accuracy`, `format`, `response_tokens`.
+    """Scores over the data set, the same on all ranks: `accuracy`, `format` and `response_tokens` (a mean).
 
     With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
-    `masked_response_tokens`, `perception_kl`, and `gap`, the accuracy with the image less that without.
-    Raises NothingEvaluated.
+    `masked_response_tokens`, `perception_kl` (nats a token), and `gap`, the accuracy with the image less that with the
+    masked one. Raises NothingEvaluated.
     """
     config = run.config
     num_rows = min(len(dataset), config.eval.limit or len(dataset))
@@ -85,11 +85,12 @@ def evaluate(
             chunk = rows[start : start + _PROMPTS_AT_ONCE]
             prompts = list(prompts_of(dataset, chunk, bad_rows, masks))
             groups = _answer(run, generator, rewarder, prompts, masked=False)
-            add_metrics(total, _means(groups, ""))
+            add_metrics(total, _answer_sums(groups, ""))
             if config.eval.masked:
                 seen = [group for group in groups if group.prompt.inputs.grid_thw_I3 is not None]
                 blind = _answer(run, generator, rewarder, [group.prompt for group in seen], masked=True)
-                add_metrics(total, _means(seen, "seen_") | _means(blind, "masked_") | _perception_kl(run, seen))
+                sums = _answer_sums(seen, "seen_") | _answer_sums(blind, "masked_")
+                add_metrics(total, sums | _perception_kl(run, seen))
             progress.advance(len(chunk))
     name_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
@@ -101,6 +102,7 @@ def evaluate(
 
 
 def _generator(run: Run) -> Generator:
+    """The engine, with the policy's weights."""
     with run.clock.stage("hand over"):
         generator = build_generator(run.config, run.processor, run.layout, run.clock.report)
         hand_over(run, generator, policy_version=0)
@@ -110,6 +112,7 @@ def _generator(run: Run) -> Generator:
 def _answer(
     run: Run, generator: Generator, rewarder: Rewarder, prompts: Sequence[Prompt], *, masked: bool
 ) -> list[Group]:
+    """Sampled and rewarded answers to the prompts; with `masked` the engine sees the masked images."""
     config = run.config
     sampling = Sampling(
         group_size=config.eval.samples,
@@ -124,17 +127,17 @@ def _answer(
         return reward_groups(rewarder, generate(run, generator, prompts, sampling), run.layout)
 
 
-def _means(groups: Sequence[Group], prefix: str) -> Metrics:
-    """Over all answers."""
+def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
+    """Sums over all answers of the groups, with their counts; `prefix` begins every name."""
     values = {
         name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")
     }
     values["response_tokens"] = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
-    return {f"{prefix}{name}": (float(sum(found)), float(len(found))) for name, found in values.items()}
+    return {f"{prefix}{name}": (float(sum(numbers)), float(len(numbers))) for name, numbers in values.items()}
 
 
 def _perception_kl(run: Run, groups: Sequence[Group]) -> Metrics:
-    """Token mean of k3 between the two views, on the answers given with the image, at temperature 1."""
+    """Sum and count of k3 between the two views, at temperature 1, over the tokens of answers given with the image."""
     if not groups:
         return {}
     rows = pack_rows(run, [replace(group, advantages=(0.0,) * len(group.rollouts)) for group in groups])

@@ -1,10 +1,10 @@
 """`papo score`: log-probs of given responses, with the image and with it masked, token by token.
 
-Reads JSON lines with `problem`, `images` (paths, relative to the file) and `response`; writes the same rows, in the
-same order, with `tokens`, `policy_logprobs`, `masked_logprobs`, `entropy` and `perception_kl` (k3, nats) of every
-response token, at temperature 1 over the model's whole vocabulary. Nothing is banned here and no end-of-turn token is
+It reads JSON lines with `problem`, `images` (paths, relative to the file) and `response`, and writes the same rows in
+the same order, with `tokens`, `policy_logprobs`, `masked_logprobs`, `entropy` and `perception_kl` (k3, nats) for every
+response token, at temperature 1 over the model's whole vocabulary. No token is banned and no end-of-turn token is
 added: the numbers are those of the plain model on the text as given. Rows without an image have null in the masked
-columns. The output appears whole or not at all.
+columns. The output file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group
 
 _ROWS_AT_ONCE = 64
+"""How many rows of the file are in memory at a time, with their images."""
 
 
 def main(config: Config, data: Path, out: Path) -> None:
-    """Scores every row of `data` into `out`. Raises ValueError naming the row that cannot be scored."""
+    """Writes every row of `data` with its scores to `out`. Raises ValueError that names a row that cannot be scored."""
     rows = _read_rows(data)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"eval": str(data), "eval_split": "train", "preset": "none"})}
@@ -49,12 +50,13 @@ def main(config: Config, data: Path, out: Path) -> None:
                 progress.advance(len(chunk))
         everywhere = gather_objects(scored, run.layout.data_group)
         if run.is_writer:
-            values = [value for share in everywhere for value in share]
-            _write_rows(out, [row | found for row, found in zip(rows, values, strict=True)])
+            columns = [columns for share in everywhere for columns in share]
+            _write_rows(out, [row | new for row, new in zip(rows, columns, strict=True)])
             say(run, f"{len(rows)} rows: {out}")
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; raises ValueError that names the line with no response."""
     rows = []
     # not str.splitlines: it also splits at separators that JSON allows within a string
     for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), start=1):
@@ -75,6 +77,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:
+    """The prompt of a row with the response that the file gives, as a group of one rollout."""
     config = run.config
     prompt = dataset.prompt(row, Masks(config.perception.mask, config.run.seed))
     token_ids = tuple(run.processor.tokenizer(cells["response"], add_special_tokens=False)["input_ids"])
@@ -84,10 +87,10 @@ def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) ->
 
 
 def _score(run: Run, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The new columns of each group's only rollout, in order."""
+    """The new columns of each group's only rollout, in the order of the groups."""
     head = HeadRequest(full_entropy=True, banned_ids=())
     rows = pack_rows(run, groups)
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for row, (seen, blind) in zip(rows, score_views(run.policy, rows, head), strict=True):
         assert seen.entropy_R is not None
         columns = {
@@ -99,8 +102,8 @@ def _score(run: Run, groups: Sequence[Group]) -> list[dict[str, Any]]:
         }
         for index, (prompt_id, _) in enumerate(row.sequences):
             own_R = row.rollout_index_R == index
-            found[prompt_id] = {name: values_R.cpu()[own_R].tolist() for name, values_R in columns.items()}
+            scores[prompt_id] = {name: values_R.cpu()[own_R].tolist() for name, values_R in columns.items()}
     for group in groups:
         if group.prompt.inputs.pixel_values_PD is None:
-            found[group.prompt.id] |= {"masked_logprobs": None, "perception_kl": None}
-    return [found[group.prompt.id] for group in groups]
+            scores[group.prompt.id] |= {"masked_logprobs": None, "perception_kl": None}
+    return [scores[group.prompt.id] for group in groups]

@@ -1,8 +1,8 @@
 """`papo sft`: supervised warm-up on demonstrations, with the same model, packing and optimizer as `papo train`.
 
-Minimises the token mean of -log-prob of the column `sft.response_column`, closed by the end-of-turn token. The
-learning-rate schedule spreads over `sft.steps`. A row whose response cannot be learnt from is a bad row like any other:
-`data.on_bad_row` says whether it ends the run.
+The loss is the token mean of -log-prob of the responses in the column `sft.response_column`, each closed by the
+end-of-turn token. The learning-rate schedule spreads over `sft.steps`. A row whose response cannot be learnt from is a
+bad row like any other: `data.on_bad_row` says whether it ends the run.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
 from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped
 from megatron_papo.training.origin import origin_of
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
 
 class Demonstrations(PromptDataset):
-    """data.train with a response to every prompt. Raises ValueError when there is no column of them."""
+    """`data.train` with a response to every prompt. Raises ValueError where the column of responses is missing."""
 
     def __init__(self, config: Config, processor: Processor) -> None:
         super().__init__(config.data, "train", processor, needs_answer=False)
         self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
-        self._reader = processor
+        self._encoder = processor
         self.column(0, self._column)
 
     def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
-        """Of a row whose response can be learnt from; raises BadRow. What costs least is looked at first."""
+        """The prompt of a row; raises BadRow where its response cannot be learnt from. Cheap checks come first."""
         text = self._text(row)
         prompt = super().prompt(row, masks, visit)
-        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._reader.encode_response(text))
+        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
         if num_tokens > self._budget:
             raise self._too_long(row, f"{num_tokens} tokens with the prompt")
         return prompt
 
     def group(self, prompt: Prompt) -> Group:
-        """A prompt of this data set with its response."""
+        """A prompt of this data set with its response, as a group of one rollout."""
         text = self._text(prompt.row)
-        return supervised_group(prompt, self._reader.encode_response(text), text)
+        return supervised_group(prompt, self._encoder.encode_response(text), text)
 
     def _text(self, row: int) -> str:
         text: Any = self.column(row, self._column)
         if not isinstance(text, str) or not text:
             raise BadRow(row, "no response", f"no text in {self._column!r}")
-        if len(text) > self._budget * self._reader.most_letters_of_a_token:  # tokenising it would take its time
+        if len(text) > self._budget * self._encoder.most_letters_of_a_token:  # tokenising it would take its time
             raise self._too_long(row, f"{len(text)} letters")
-        if token := self._reader.vision_token_in(text):
+        if token := self._encoder.vision_token_in(text):
             raise BadRow(row, "vision token in text", f"{token} in the response")
         return text
 
@@ -72,8 +72,9 @@ class Demonstrations(PromptDataset):
         return BadRow(row, "response too long", f"{how_long}, {limit}")
 
 
-def main(config: Config) -> int:
-    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `sft.steps`; the exit code."""
+def main(config: Config, planner: StepPlanner | None = None) -> int:
+    """Trains up to `sft.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the exit
+    code; raises RunStopped where too many updates in a row are skipped. `planner` is as in `train.main`."""
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
@@ -88,15 +89,16 @@ def main(config: Config) -> int:
             cursor = cursor.load_state_dict(state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, checkpoints.next_step, config.sft.steps) as recorder:
+        with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                     metrics = _update(run, optimizer, groups)
                 recorder.record(step, groups, metrics, {})
-                leaving, stopped = stop.asked(), optimizer.guard.reason_to_stop
+                stopped = optimizer.guard.reason_to_stop
+                leaving = stop.asked()
                 state = {"cursor": cursor.state_dict(), "updates": optimizer.guard.state()}
-                checkpoints.save_when_due(step, config.sft.steps, state, now=leaving or bool(stopped))
+                checkpoints.save_when_due(step, config.sft.steps, state, now=bool(stopped) or leaving)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
@@ -108,6 +110,7 @@ def main(config: Config) -> int:
 def _draw_demonstrations(
     run: Run, dataset: Demonstrations, bad_rows: BadRows, cursor: DataCursor
 ) -> tuple[list[Group], DataCursor]:
+    """This rank's demonstrations of one step, and where the next draw begins."""
     with run.clock.stage("draw"):
         draw = draw_prompts(
             dataset,
@@ -123,6 +126,7 @@ def _draw_demonstrations(
 
 
 def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:
+    """One optimizer step over the demonstrations of all ranks; its metrics."""
     if not groups:
         raise ValueError(f"sft.batch_size={run.config.sft.batch_size} leaves a data-parallel rank without a row")
     with run.clock.stage("pack"):

@@ -1,9 +1,11 @@
 """`papo train`: reinforcement learning with a perception term. The whole step is `train_step`; read it first.
 
-Every rank runs this same program, but those of separate engines, which serve it (`training/engine_rank.py`). A stage is
-a plain function call over frozen values; what is distributed is hidden in the stages themselves. The loss is
-`losses.papo_loss`; what departs from the paper stands in docs/departures.md. `train_ahead.py` does the same one step
-ahead.
+    draw and mask prompts -> generate -> reward -> advantage -> pack -> score log-probs -> update -> hand weights over
+
+Every rank runs this same program, except the ranks of separate engines, which serve it (`training/engine_rank.py`).
+A stage is a plain function call over frozen values (`types.py`); what is distributed is hidden in the stages. From
+`main` to the loss: `main -> train_step -> learn -> update_policy -> [Megatron's schedule] -> papo_loss`. What departs
+from the paper is listed in docs/departures.md. `train_ahead.py` is the second driver, which samples one step ahead.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
-from megatron_papo.training.prompts import prefetch_prompts, sampling_of, training_rows
-from megatron_papo.training.recorder import Recorder
-from megatron_papo.training.rollouts import generate, hand_over, reward_groups
+from megatron_papo.training.prompt_source import prefetch_prompts, sampling_of, training_rows
+from megatron_papo.training.recorder import Recorder, StepPlanner
+from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.training.starting_weights import starting_reference
 from megatron_papo.types import Batch, Group, Metrics
@@ -57,22 +59,35 @@ class Training:
     """All state of a training run beside the policy's weights; everything else in a step is a value."""
 
     run: Run
+    """The policy on this rank, and what else every verb holds."""
     optimizer: Optimizer
     reference: ReferencePolicy | None
+    """The policy as it started; None where `loss.reference_coef` is 0."""
     generator: Generator
+    """The engine that samples rollouts."""
     certifier: Certifier
+    """Compares the engine's log-probs with the trainer's, as `certify` says."""
     rewarder: Rewarder
     prompts: Prefetch
+    """Prepares the prompts of the next draw while this step trains."""
     heldout: PromptDataset | None
+    """`data.eval`; None where there is none."""
     bad_rows: BadRows
+    """Counts the rows of `data.train` that were left out."""
     cursor: DataCursor
+    """Where the next draw begins."""
     origin: Origin
+    """Fingerprints of the data and the model that the run began with."""
     guard: CollapseGuard
     precision: PrecisionGuard
 
 
-def main(config: Config) -> int:
-    """Trains from the newest checkpoint under `run.dir`, or from `model`, to `train.steps`; the exit code."""
+def main(config: Config, planner: StepPlanner | None = None) -> int:
+    """Trains up to `train.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the
+    exit code; raises RunStopped where a guard ends the run.
+
+    `planner` predicts the seconds and the memory of every step, for the metrics `planned/...`.
+    """
     if serves(config):
         return serve(config)
     with (
@@ -85,7 +100,7 @@ def main(config: Config) -> int:
         if first_step < config.train.steps:
             training.certifier.start_or_stop(first_step)
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, first_step, config.train.steps) as recorder:
+        with Recorder(run, first_step, config.train.steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
             for step in range(first_step, config.train.steps):
@@ -106,7 +121,7 @@ def main(config: Config) -> int:
 
 
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
-    """One rollout batch and its optimizer updates; the groups trained on, and what was measured."""
+    """Generates one rollout batch and trains on it; the groups that were trained on, and what was measured."""
     run, config, clock = training.run, training.run.config, training.run.clock
     chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
     while not chosen.enough:
@@ -120,12 +135,12 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     groups, metrics = learn(training, chosen, step)
     with clock.stage("hand over"):
         hand_over(run, training.generator, policy_version=step + 1)
-    metrics |= sum_metrics(training.generator.take_metrics())  # before the certificate asks the engine too
+    metrics |= sum_metrics(training.generator.take_metrics())  # before the certifier's requests add to them
     return groups, metrics | training.certifier.after_hand_over(step + 1)
 
 
 def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Group], Metrics]:
-    """The second half of a step: the optimizer updates on its rewarded rollouts."""
+    """The second half of a step, which both drivers share: one optimizer update for each chunk of the chosen groups."""
     run, config, clock = training.run, training.run.config, training.run.clock
     with clock.stage("advantage"):
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
@@ -133,16 +148,16 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
         batches = [pack_update(run, groups, chosen.spare, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
         metrics = _watch_precision(training, batches[0], step)
-        untouched = step == 0 and config.checkpoint.reference is None
+        unchanged = step == 0 and config.checkpoint.reference is None
         batches = score_logprobs(
-            run.policy, batches, config, _head(run), training.reference, reference_is_policy=untouched
+            run.policy, batches, config, _head(run), training.reference, reference_is_policy=unchanged
         )
         run.meter.scored(batches)
     with clock.stage("update", total=len(batches)) as progress:
         settings = LossSettings.at_step(config, step, training.guard.factor)
-        for place, batch in enumerate(batches):
-            rows = _views(batch, config)
-            loss = partial(papo_loss, settings=replace(settings, first_update=place == 0))
+        for number, batch in enumerate(batches):
+            rows = _rows_with_gradient(batch, config)
+            loss = partial(papo_loss, settings=replace(settings, first_update=number == 0))
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
@@ -152,7 +167,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
 
 @contextmanager
 def open_training(run: Run) -> Iterator[Training]:
-    """The state of a run as it starts, its policy the one of `run`; the generator has no weights yet."""
+    """The state of a training run as it starts, closed again at the end; the generator has no weights yet."""
     config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set up"):
@@ -162,11 +177,12 @@ def open_training(run: Run) -> Iterator[Training]:
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
-            # the reference is the policy as it starts: taken before any checkpoint is resumed
             reference = None
-            if config.loss.reference_coef > 0:
-                first = config.checkpoint.reference
-                reference = starting_reference(run.policy, run.shape, first, run.layout)
+            if (
+                config.loss.reference_coef > 0
+            ):  # before a checkpoint is resumed: the reference is the policy at its start
+                folder = config.checkpoint.reference
+                reference = starting_reference(run.policy, run.shape, folder, run.layout)
             wrapped = wrap_policy(run.policy, config)
             optimizer = build_optimizer(wrapped, config, config.train.steps * config.train.updates_per_step)
         yield Training(
@@ -175,13 +191,7 @@ def open_training(run: Run) -> Iterator[Training]:
             reference=reference,
             generator=generator,
             certifier=Certifier(run, generator),
-            rewarder=stack.enter_context(
-                Rewarder(
-                    config.reward,
-                    max_response_tokens=config.generation.max_response_tokens,
-                    response_prefix=run.processor.response_prefix,
-                )
-            ),
+            rewarder=stack.enter_context(build_rewarder(run)),
             prompts=stack.enter_context(closing(prefetch_prompts(run, dataset))),
             heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
@@ -193,7 +203,7 @@ def open_training(run: Run) -> Iterator[Training]:
 
 
 def draw_prompts_of(training: Training, step: int) -> Draw:
-    """The next prompts, masked views included where the loss reads them."""
+    """The next prompts of this rank, with their masked views where the loss reads them; moves the cursor on."""
     draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
     name_bad_rows(training.run, training.bad_rows, "train")
@@ -201,6 +211,7 @@ def draw_prompts_of(training: Training, step: int) -> Draw:
 
 
 def _head(run: Run) -> HeadRequest:
+    """What the head computes for every response token."""
     config = run.config
     return HeadRequest(
         temperature=config.generation.temperature,
@@ -210,15 +221,15 @@ def _head(run: Run) -> HeadRequest:
     )
 
 
-def _views(batch: Batch, config: Config) -> Batch:
-    """Rows of both views where the gradient goes through both, the rows as they are elsewhere."""
+def _rows_with_gradient(batch: Batch, config: Config) -> Batch:
+    """The rows that the update computes: with both views where the gradient flows through both, else as they are."""
     if config.reads_joint_rows:
         return tuple(joint_row(row) for row in batch)
     return batch
 
 
 def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
-    """Moves the guard of FP8 on, before the step scores and updates; what it measured."""
+    """Compares FP8 with `model.dtype` where that is due, before the step scores and updates; what was measured."""
     run = training.run
     training.precision, metrics, reason = watch_precision(training.precision, run.policy, rows, _head(run), step)
     if reason:
@@ -227,34 +238,29 @@ def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
 
 
 def reason_to_stop(training: Training, metrics: Metrics) -> str:
-    """Why the run stops itself after this step, or nothing: the guards' reasons."""
-    collapse = _watch_for_collapse(training, metrics)
+    """The reason of the first guard that ends the run after this step; empty while it may go on."""
+    collapse = watch_for_collapse(training, metrics)
     return training.certifier.reason_to_stop or collapse or training.optimizer.guard.reason_to_stop
 
 
-def _watch_for_collapse(training: Training, metrics: Metrics) -> str:
-    """Moves the guard on; the reason to stop, or nothing."""
-    means = {name: total / count for name, (total, count) in metrics.items() if count}
-    training.guard, decision = training.guard.observe(
-        perception_kl=means.get("perception_kl"),
-        clip_fraction=means.get("clip_fraction"),
-        masked_entropy=means.get("masked_entropy"),
-    )
+def watch_for_collapse(training: Training, metrics: Metrics) -> str:
+    """Shows the step's means to the guard against collapse; its reason to stop, or an empty text."""
+    training.guard, decision = training.guard.observe_step(metrics)
     if decision.action == "lower":
         warn(training.run, f"perception.guard lowered the coefficient: {decision.reason}")
     return f"perception.guard: {decision.reason}" if decision.action == "stop" else ""
 
 
 def evaluation_is_due(training: Training, step: int) -> bool:
-    """After step `step` (from 0); -1: of the starting weights."""
+    """Whether the held-out set is evaluated after step `step` (from 0); -1 stands for the starting weights."""
     config, done = training.run.config.train, step + 1
     due = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
     return training.heldout is not None and (due if done else config.eval_at_start)
 
 
 def evaluate_heldout(training: Training) -> dict[str, float]:
-    """Scores of the weights that the generator has; none, and a warning, where no held-out row is good: a run does not
-    end for what it does not train on."""
+    """Scores of the weights that the generator has. Where every held-out row is bad there are none, and a warning:
+    data that a run does not train on is no reason to end it."""
     assert training.heldout is not None
     try:
         return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))
@@ -264,7 +270,7 @@ def evaluate_heldout(training: Training) -> dict[str, float]:
 
 
 def state_of(training: Training) -> dict[str, Any]:
-    """What a checkpoint keeps beside weights, optimizer and random numbers; plain JSON."""
+    """What a checkpoint keeps beside weights, optimizer state and random states, as plain JSON."""
     return {
         "cursor": training.cursor.state_dict(),
         "guard": training.guard.state(),
@@ -274,7 +280,7 @@ def state_of(training: Training) -> dict[str, Any]:
 
 
 def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Loads the newest checkpoint when there is one; the state saved with it, else nothing."""
+    """Loads the newest checkpoint when there is one. Returns the state saved with it, or an empty one."""
     state = checkpoints.resume()
     if state is not None:
         training.cursor = training.cursor.load_state_dict(state["cursor"])
@@ -285,7 +291,7 @@ def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
 
 
 def _resume(training: Training, checkpoints: Checkpoints) -> int:
-    """The step to begin with. The generator gets its weights."""
+    """Loads the newest checkpoint and gives the generator its weights; the step to begin with."""
     restore(training, checkpoints)
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)

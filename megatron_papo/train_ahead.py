@@ -1,10 +1,11 @@
-"""`papo train` with `train.ahead`: the engines make the rollouts of the next step while this one trains.
+"""`papo train` with `train.ahead`: the engines sample the rollouts of the next step while this one trains.
 
-The second driver: its stages are those of `train.py`, in another order. Rollouts of step k are sampled with the
-weights that step k - 1 began with, one step old when they are trained on; `loss.correction` accounts for that, by
-the ratio of the log-probs the trainer recomputes to those the engine reported. The first step's are not old.
-A checkpoint waits for the rollouts under way and holds them, so that a run that is interrupted goes on as if it had
-not been. Left out: more than one step ahead; dynamic sampling, which does not know beforehand what it will ask for.
+This is the second driver; its stages are those of `train.py` in another order. Rollouts of step k are sampled with the
+weights that step k - 1 began with, so they are one step old when they are trained on (those of the first step are not).
+`loss.correction` accounts for that, by the ratio of the log-probs that the trainer recomputes to those that the engine
+reported. A checkpoint waits for the pending rollouts and holds them, so that an interrupted run goes on as if it had
+not been interrupted. Left out: more than one step ahead; dynamic sampling, which does not know beforehand how many
+prompts it will need.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from megatron_papo.training.console import warn
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
-from megatron_papo.training.prompts import sampling_of
-from megatron_papo.training.recorder import Recorder
+from megatron_papo.training.prompt_source import sampling_of
+from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.rollouts import collect, hand_over, reward_groups
 from megatron_papo.training.session import open_run
 from megatron_papo.types import Group, Metrics
 
 
-def main(config: Config) -> int:
-    """As `train.main`."""
+def main(config: Config, planner: StepPlanner | None = None) -> int:
+    """Does what `train.main` does, one step ahead."""
     if serves(config):
         return serve(config)
     num_steps = config.train.steps
@@ -52,12 +53,13 @@ def main(config: Config) -> int:
         open_training(run) as training,
         Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):
-        kept, first_step = _resume(training, checkpoints), checkpoints.next_step
+        pending, first_step = _resume(training, checkpoints), checkpoints.next_step
         run.clock.take()  # what came before is no step's time
-        with Recorder(run, first_step, num_steps) as recorder:
+        with Recorder(run, first_step, num_steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
-            pending = kept or (submit_next(training, first_step) if first_step < num_steps else None)
+            if pending is None and first_step < num_steps:
+                pending = submit_next(training, first_step)
             for step in range(first_step, num_steps):
                 assert pending is not None and pending.step == step
                 with profiled(config.observe, run.folder, run.layout.rank, step):
@@ -83,24 +85,26 @@ def main(config: Config) -> int:
 
 
 def train_step(training: Training, pending: PendingRollouts) -> tuple[list[Group], Metrics, PendingRollouts | None]:
-    """Collects the rollouts of a step, sends off those of the next, and trains; what `train.train_step` gives, and the
-    rollouts that are now under way: none after the last step."""
+    """Waits for the rollouts of a step, submits the prompts of the next one, and trains on the former.
+
+    Returns what `train.train_step` does, and the rollouts that are now pending: None after the last step.
+    """
     run, config, step = training.run, training.run.config, pending.step
     pending = wait_for(training, pending)
     assert pending.groups is not None
-    measured = pending.metrics | {"rollout_age": age(pending.groups, step)}
-    certified = _hand_over(training, policy_version=step)
-    following = submit_next(training, step + 1) if step + 1 < config.train.steps else None
+    rollout_metrics = pending.metrics | {"rollout_age": age(pending.groups, step)}
+    certificate_metrics = _hand_over(training, policy_version=step)
+    next_pending = submit_next(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
         groups = reward_groups(training.rewarder, pending.groups, run.layout)
     chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
     chosen = chosen.add(pending.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
-    return groups, metrics | sum_metrics(measured) | certified, following
+    return groups, metrics | sum_metrics(rollout_metrics) | certificate_metrics, next_pending
 
 
 def submit_next(training: Training, step: int) -> PendingRollouts:
-    """Draws the prompts of `step` and asks for their rollouts, of the weights that the engines have."""
+    """Draws the prompts of `step` and submits them to the engines, which sample with the weights that they have."""
     cursor = training.cursor
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
@@ -110,7 +114,7 @@ def submit_next(training: Training, step: int) -> PendingRollouts:
 
 
 def wait_for(training: Training, pending: PendingRollouts) -> PendingRollouts:
-    """With its rollouts, waited for."""
+    """The same rollouts, collected: waits until the engines have sampled all of them."""
     if pending.groups is not None:
         return pending
     sampling = sampling_of(training.run.config)
@@ -120,7 +124,7 @@ def wait_for(training: Training, pending: PendingRollouts) -> PendingRollouts:
 
 
 def _hand_over(training: Training, policy_version: int) -> Metrics:
-    """Unless the engines have these weights; what their certificate measured."""
+    """Gives the engines the policy's weights unless they have them already; what the certificate measured of them."""
     if training.generator.policy_version == policy_version:
         return {}
     with training.run.clock.stage("hand over"):
@@ -129,40 +133,42 @@ def _hand_over(training: Training, policy_version: int) -> Metrics:
 
 
 def _engines(training: Training) -> RemoteGenerator:
+    """The run's generator, by the type that has `submit` and `collect`."""
     assert isinstance(training.generator, RemoteGenerator), "the settings say so"
     return training.generator
 
 
 def _state(training: Training, pending: PendingRollouts | None) -> dict[str, Any]:
-    """As if the prompts under way had not been drawn, and their rollouts beside it."""
+    """What a checkpoint keeps: the state as if the pending prompts had not been drawn, and their rollouts beside it."""
     state = state_of(training)
     if pending is None:
         return state
-    ahead = to_state(pending, training.run.layout.data_group)
-    return state | {"cursor": pending.cursor.state_dict(), "ahead": ahead}
+    rollouts = to_state(pending, training.run.layout.data_group)
+    return state | {"cursor": pending.cursor.state_dict(), "ahead": rollouts}
 
 
 def _resume(training: Training, checkpoints: Checkpoints) -> PendingRollouts | None:
-    """The first step's rollouts, where the checkpoint holds them. The engines get their weights when a step is left."""
-    ahead = restore(training, checkpoints).get("ahead", {})
+    """Loads the newest checkpoint and, where a step is left to train, gives the engines its weights; the pending
+    rollouts that the checkpoint holds, if any."""
+    saved = restore(training, checkpoints).get("ahead", {})
     step = checkpoints.next_step
     if step >= training.run.config.train.steps:
         return None
-    kept = _kept(training, ahead, step) if ahead else None
+    pending = _restore_pending(training, saved, step) if saved else None
     with training.run.clock.stage("hand over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)
-    return kept
+    return pending
 
 
-def _kept(training: Training, ahead: dict[str, Any], step: int) -> PendingRollouts | None:
-    """Of a checkpoint; None, and nothing drawn, where other rollouts are wanted now."""
+def _restore_pending(training: Training, saved: dict[str, Any], step: int) -> PendingRollouts | None:
+    """The rollouts that a checkpoint holds; None where this run needs others, and its prompts are then drawn again."""
     cursor, config = training.cursor, training.run.config
     with training.run.clock.stage("draw"):
         draw = draw_prompts_of(training, step)
     try:
-        groups = from_state(ahead, step, draw, config.train.group_size, training.run.processor.decode)
-    except ValueError as error:  # the same on all ranks, who have all read the same
+        groups = from_state(saved, step, draw, config.train.group_size, training.run.processor.decode)
+    except ValueError as error:  # every rank has read the same, so it is raised on all of them
         warn(training.run, f"the checkpoint's rollouts of step {step} are made again: {error}")
         groups = None
     if groups is None:

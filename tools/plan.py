@@ -62,15 +62,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> int:
     from megatron_papo.config import ConfigError, load_config  # not before --help
-    from megatron_papo.costs.hardware import GPUS, Cluster
+    from megatron_papo.costs.hardware import DEVICES, Cluster
     from megatron_papo.model.published_shapes import shape_named
     from megatron_papo.planning.assumptions import Assumptions
     from megatron_papo.planning.plan_page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
     from megatron_papo.planning.ranking import plan
     from megatron_papo.planning.workload import Workload
 
-    if options.gpu not in GPUS:
-        raise ConfigError(f"--gpu: {options.gpu} is none of {', '.join(GPUS)}")
+    if options.gpu not in DEVICES:
+        raise ConfigError(f"--gpu: {options.gpu} is none of {', '.join(DEVICES)}")
     if options.nodes < 1 or options.gpus_per_node < 1:
         raise ConfigError("--nodes, --gpus-per-node: at least 1")
     files = [word for word in options.settings if "=" not in word]
@@ -79,11 +79,11 @@ def _plan(options: argparse.Namespace) -> int:
     defaults = ["generation.engine=vllm", "model.dtype=bfloat16"] if not files else []
     words = [word for word in options.settings if "=" in word]
     config = load_config(Path(files[0]) if files else None, [*defaults, *words])
-    shape, cluster = shape_named(options.model), Cluster(GPUS[options.gpu], options.nodes, options.gpus_per_node)
+    shape, cluster = shape_named(options.model), Cluster(DEVICES[options.gpu], options.nodes, options.gpus_per_node)
     if options.calibrate is not None:
         from megatron_papo.planning.measured_run import calibrated
 
-        assumed = calibrated(options.calibrate, GPUS[options.gpu])
+        assumed = calibrated(options.calibrate, DEVICES[options.gpu])
         if options.calibration is not None:
             assumed.save(options.calibration)
     else:
@@ -119,14 +119,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace, config: Config, shape: ModelShape, assumed: Assumptions) -> int:
-    from megatron_papo.costs.hardware import GPUS
+    from megatron_papo.costs.hardware import DEVICES
     from megatron_papo.planning.plan_page import print_scale, scale_markdown
     from megatron_papo.planning.scale import scale
 
     lengths = {name: getattr(options, name) for name in ("text_tokens", "image_tokens", "response_tokens")}
     text = ""
     for weak, title in ((False, "the same batch on more GPUs"), (True, "a batch that grows with the GPUs")):
-        points = scale(config, shape, GPUS[options.gpu], options.scale, assumed, lengths, weak=weak)
+        points = scale(config, shape, DEVICES[options.gpu], options.scale, assumed, lengths, weak=weak)
         print_scale(points, title)
         text += f"{title}:\n\n{scale_markdown(points)}\n"
     if options.markdown is not None:

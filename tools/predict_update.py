@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.hardware import GPUS
-from megatron_papo.costs.memory import GIB, GPU_MEMORY_GIB
+from megatron_papo.costs.memory import GIB
 from megatron_papo.model.published_shapes import shape_named
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import OPTIMIZERS, RECOMPUTE
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def main() -> int:
     frozen = _arguments().frozen
-    has = GPU_MEMORY_GIB["H100"] - RESERVE_BYTES / GIB
+    has = GPUS["H100"].memory_gib - RESERVE_BYTES / GIB
     columns = ("model", "optimizer", "recompute", "states", "activations", f"all, of {has:.1f}", "update", "MFU")
     table = Table(*columns, title=f"An update of {ROWS} rows a pipeline stage on H100s; GiB, seconds, % of bf16's peak")
     for size, (ranks, layout) in LAYOUTS.items():

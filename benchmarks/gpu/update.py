@@ -41,7 +41,7 @@ from benchmarks.gpu.rows import (
 from benchmarks.gpu.transformers_side import SIZES, Size, open_plain, try_out
 from benchmarks.ours import Key
 from benchmarks.rollouts import num_tokens
-from megatron_papo.costs.flops import peak_tflops
+from megatron_papo.costs.hardware import peak_tflops
 from megatron_papo.distributed.accelerator import device_name, has_gpu
 from megatron_papo.types import Group
 

@@ -1,4 +1,4 @@
-"""Group-normalised advantages and the choice of groups that dynamic sampling keeps. Leaves out any value model."""
+"""Advantages, normalised within each group, and which groups dynamic sampling keeps. There is no value model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from megatron_papo.config import DynamicSamplingConfig
 from megatron_papo.types import Group
 
 EPS = 1e-6
+"""Added to the standard deviation before dividing by it."""
 
 
 def group_advantages(rewards: tuple[float, ...]) -> tuple[float, ...]:
@@ -23,12 +24,12 @@ def group_advantages(rewards: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def reward_std(rewards: tuple[float, ...]) -> float:
-    """The unbiased standard deviation, which advantages divide by; 0 of a single reward."""
+    """The unbiased standard deviation of a group's rewards, which advantages divide by; 0 for a single reward."""
     return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
 
 
 def with_advantages(group: Group) -> Group:
-    """The group with one advantage a rollout. Raises ValueError when a rollout has no finite reward."""
+    """The group with one advantage per rollout. Raises ValueError where a rollout has no finite reward."""
     if len(group.rewards) != len(group.rollouts):
         raise ValueError(f"prompt {group.prompt.id}: {len(group.rewards)} rewards for {len(group.rollouts)} rollouts")
     if not all(abs(reward) < float("inf") for reward in group.rewards):

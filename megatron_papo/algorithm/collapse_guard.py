@@ -1,8 +1,8 @@
-"""Watches the signs that the perception term is being hacked, and says when to lower its coefficient or to stop.
+"""The guard against collapse of the perception term: it says when to lower the coefficient, and when to stop.
 
-Too large a coefficient lets the policy earn KL by unrelated tokens (arXiv 2507.06448, "loss hacking"). Of the signs
-known to come before reward falls, three are watched: the perception KL climbs, the share of clipped tokens climbs (of
-advantages of either sign, as in the published curves), the entropy under the masked image climbs. Left out: the
+With too large a coefficient the policy earns KL by emitting unrelated tokens (arXiv 2507.06448, "loss hacking"). Three
+of the signs that come before reward falls are watched: the perception KL climbs, the share of clipped tokens climbs (of
+advantages of either sign, as in the published curves), the entropy under the masked image climbs. Left out are the
 variance of the KL and the dip of the entropy, which are logged.
 """
 
@@ -12,30 +12,43 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_papo.config import GuardConfig
+from megatron_papo.types import Metrics
 
 
 @dataclass(frozen=True)
 class GuardDecision:
+    """What to do after a step."""
+
     action: Literal["none", "lower", "stop"]
     reason: str
-    """The signs over their limits, with values; empty while there are none."""
+    """The signs that are over their limits, with their values; empty where none is."""
 
 
 @dataclass(frozen=True)
 class CollapseGuard:
-    """Watches for collapse of the perception term: any sign over its limit, `patience` steps in a row, acts.
-
-    A value: `observe` returns the next guard. `factor` multiplies the perception coefficient.
-    """
+    """Acts once any sign has been over its limit for `patience` steps in a row. It is a frozen value: observing a step
+    returns the next guard."""
 
     config: GuardConfig
     strikes: int = 0
+    """Steps in a row with a sign over its limit."""
     factor: float = 1.0
+    """Multiplies the perception coefficient."""
+
+    def observe_step(self, metrics: Metrics) -> tuple[CollapseGuard, GuardDecision]:
+        """`observe` with the token means of a step's metrics."""
+        means = {name: total / count for name, (total, count) in metrics.items() if count}
+        return self.observe(
+            perception_kl=means.get("perception_kl"),
+            clip_fraction=means.get("clip_fraction"),
+            masked_entropy=means.get("masked_entropy"),
+        )
 
     def observe(
         self, *, perception_kl: float | None, clip_fraction: float | None, masked_entropy: float | None
     ) -> tuple[CollapseGuard, GuardDecision]:
-        """Token means of one step, None for what the step had no tokens for; NaN counts as over the limit."""
+        """The next guard and what to do, from the token means of one step: None where the step had no such tokens. NaN
+        counts as over the limit."""
         if self.config.action == "off":
             return self, GuardDecision("none", "")
         limits = self.config
@@ -53,11 +66,12 @@ class CollapseGuard:
         return replace(self, strikes=0, factor=factor), GuardDecision(self.config.action, reason)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
+        """What a checkpoint keeps of the guard, as plain JSON."""
         return {"strikes": self.strikes, "factor": self.factor}
 
     @classmethod
     def from_state(cls, config: GuardConfig, state: dict[str, Any]) -> CollapseGuard:
+        """The guard that a checkpoint keeps, with the limits of `config`."""
         return cls(config, strikes=int(state["strikes"]), factor=float(state["factor"]))
 
 

@@ -1,10 +1,10 @@
-"""Off-policy correction: what the engine sampled from, against what the trainer takes for the old policy.
+"""Importance weights that correct for the difference between the engine's distribution and the trainer's old policy.
 
-An engine computes in another precision, with other kernels, cuts its distribution (top-p) and, one step ahead, has
-older weights. Its log-probs `rollout_logprobs` then differ from the trainer's recomputed ones, and the policy gradient
-is that of the wrong expectation. Importance sampling weighs each token by ratio = exp(old - rollout): truncated at a
-cap (TIS, "Your efficient RL framework secretly brings you off-policy RL training", Yao et al. 2025), or masked, which
-leaves out what lies outside an interval (IcePop, Ling team 2025). Pure torch; the weights are constants.
+An engine computes in another precision and with other kernels, cuts its distribution (top-p) and, one step ahead, has
+older weights. Its log-probs (`rollout_logprobs_R`) then differ from those that the trainer computes, and the expected
+policy gradient is biased. Importance sampling weighs each token by ratio = exp(old - rollout): truncated at a cap (TIS,
+"Your efficient RL framework secretly brings you off-policy RL training", Yao et al. 2025), or masked, which leaves out
+tokens outside an interval (IcePop, Ling team 2025). Pure torch; no gradient flows through the weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_papo.types import MicroBatch
 
 @torch.no_grad()
 def correction_weights(trainer_R: Tensor, row: MicroBatch, loss: LossConfig) -> Tensor | None:
-    """[R] factors of the policy term, as `loss.correction` says; None when there is no correction.
+    """[R] factors of the policy term, as `loss.correction` says; None where there is no correction.
 
-    `trainer_R`: log-probs of the old policy as the trainer computes them. The means' denominators stay as they are, so
-    that a masked token counts as one without advantage.
+    `trainer_R`: log-probs of the old policy as the trainer computes them. The denominators of the means do not change:
+    a token with a weight of zero counts as one without advantage.
     """
     if loss.correction == "none":
         return None

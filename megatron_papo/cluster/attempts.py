@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_papo.files.small_files import append_record, made_of, read_records
+from megatron_papo.runtime.progress import RunProgress
 
 FAILURES = ("failed", "lost")
 """Ends that count against a run. A run that saved, or that Slurm told to end, has not failed."""
@@ -82,3 +83,17 @@ def _last_sign(run_dir: Path, began: float) -> float:
     times = [path.stat().st_mtime for path in (run_dir / "heartbeats").glob("rank_*.json")]
     record = run_dir / "metrics.jsonl"
     return max([began, *times, *([record.stat().st_mtime] if record.exists() else [])])
+
+
+def lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:
+    """Seconds of work that the attempt before lost: from the last step that a checkpoint holds, or from its beginning,
+    to its end."""
+    if not earlier or earlier[-1].end == "saved":
+        return 0.0
+    return round(max(0.0, earlier[-1].ended - max(progress.saved_at, earlier[-1].began)), 1)
+
+
+def is_chained(run_dir: Path, job: str) -> bool:
+    """Whether `job` follows another one of the run by itself; one that a person submits counts failures anew."""
+    lines = read_records(run_dir / "cluster" / "jobs.jsonl")
+    return any(line.get("job") == job and line.get("chain_position") not in (None, 1) for line in lines)

@@ -27,30 +27,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
+from megatron_papo.cluster.attempts import (
+    Attempt,
+    close_lost,
+    is_chained,
+    lost_seconds,
+    read_attempts,
+    reason_to_stop,
+    write_attempt,
+)
+from megatron_papo.cluster.job_log import closing, last_lines, opening, say, show
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
-from megatron_papo.files.small_files import read_records
+from megatron_papo.cluster.supervised_job import CLEARING_S, SupervisedJob, running
 from megatron_papo.runtime.failure_notes import read_failures
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
 from megatron_papo.runtime.process import asked_to_save, command, go_on_without_readers, remember
 from megatron_papo.runtime.progress import RunProgress, read_progress
 from megatron_papo.runtime.run_lock import Holder, RunHeld, drop_own, look
-from megatron_papo.text.untrusted import LINES, as_text
 
 _LOOK_S = 1.0
 _NOTE_WAIT_S = 20.0
 """From the first note of a failure until ranks that have not ended by themselves are ended."""
-_STEP_WAIT_S = 30.0
-"""For Slurm to clear a step away."""
 _ASK_AGAIN_S = 30.0
 """USR1 is sent again this often: a rank that was still importing did not listen."""
-_TAIL_LINES = 25
 _FINAL = {"done": 0, "refused": 2, "stopped": 1}
 """Ends that no other attempt follows, with the job's exit code."""
 _KEPT = ("failures", "stacks")
@@ -58,25 +62,8 @@ _KEPT = ("failures", "stacks")
 
 
 @dataclass(frozen=True)
-class SupervisedJob:
-    """The Slurm job that this program is the batch script of."""
-
-    id: str
-    nodes: str
-    num_nodes: int
-
-    @classmethod
-    def here(cls) -> SupervisedJob:
-        names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES")
-        missing = [name for name in names if name not in os.environ]
-        if missing:
-            raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
-        return cls(_job_id(os.environ), os.environ[names[1]], int(os.environ[names[2]]))
-
-
-@dataclass(frozen=True)
 class AttemptEnding:
-    """How an attempt ended: one of the words of `Attempt.end`, and the reason in a line."""
+    """How an attempt ended: one of the values of `Attempt.end`, and the reason in a line."""
 
     end: str
     reason: str = ""
@@ -92,7 +79,7 @@ class Supervisor:
         srun: list[str],
         command: list[str],
     ):
-        """`settings`: the whole tree."""
+        """`settings`: the whole tree. `srun`: more options of srun. `command`: what every rank runs."""
         run = settings["run"]
         self._job, self._num_ranks, self._srun, self._command = job, num_ranks, srun, command
         self._resumes = bool(settings["checkpoint"]["resume"])
@@ -106,10 +93,10 @@ class Supervisor:
 
     def main(self) -> int:
         """Attempts until the run is done or has to leave this job; the exit code of the job."""
-        signal.signal(signal.SIGUSR1, self._hear_save)
-        signal.signal(signal.SIGTERM, self._hear_end)
+        signal.signal(signal.SIGUSR1, self._on_save_request)
+        signal.signal(signal.SIGTERM, self._on_end_request)
         attempts = read_attempts(self._run_dir)
-        if other := self._other_job(attempts):
+        if other := self._other_running_job(attempts):
             say(f"error: run.dir: job {other} is training in {self._run_dir}; cancel it, or choose another folder")
             return 2
         try:
@@ -131,8 +118,8 @@ class Supervisor:
         return leave
 
     def _counted(self, attempts: list[Attempt]) -> list[Attempt]:
-        """Those whose failures count: of this job, or of the chain that it belongs to."""
-        chained = _is_chained(self._run_dir, self._job.id)
+        """The attempts whose failures count: those of this job, or of the chain that it belongs to."""
+        chained = is_chained(self._run_dir, self._job.id)
         return [attempt for attempt in attempts if chained or attempt.job == self._job.id]
 
     def _leave(self, attempts: list[Attempt]) -> int | None:
@@ -148,10 +135,10 @@ class Supervisor:
             return None
         if self._asked_to_save:
             return self._queue_again("failed before it had saved, at the time limit")
-        return None if self._nodes_answer() else self._queue_again("not all nodes answer")
+        return None if self._job.nodes_answer() else self._queue_again("not all nodes answer")
 
     def _attempt(self, earlier: list[Attempt]) -> Attempt:
-        """Runs one to its end, and writes down both."""
+        """Runs one attempt to its end, and writes its beginning and its end to RUN/attempts.jsonl."""
         progress = read_progress(self._run_dir)
         attempt = Attempt(
             number=earlier[-1].number + 1 if earlier else 1,
@@ -162,10 +149,10 @@ class Supervisor:
             steps_done=progress.steps_done,
             steps_saved=progress.steps_saved,
             lost_steps=progress.lost_steps,
-            lost_seconds=_lost_seconds(earlier, progress),
+            lost_seconds=lost_seconds(earlier, progress),
         )
         self._write(attempt)
-        say(_opening(attempt, earlier, progress.lost()))
+        say(opening(attempt, earlier, progress.lost()))
         ending = self._run_ranks(attempt.number, self._goes_on(earlier, progress))
         reached = read_progress(self._run_dir).steps_done
         attempt = replace(attempt, end=ending.end, ended=time.time(), reached=reached, reason=ending.reason)
@@ -181,7 +168,8 @@ class Supervisor:
             say(f"warning: attempts.jsonl: {error}")
 
     def _goes_on(self, earlier: list[Attempt], progress: RunProgress) -> list[str]:
-        """`checkpoint.resume=false` is for the beginning: what this job, or its chain, has saved, it goes on with."""
+        """The settings that an attempt adds: `checkpoint.resume=false` is for the beginning of a run, and a job goes on
+        with what it, or its chain, has saved."""
         own = self._counted(earlier)
         if self._resumes or not own or progress.written_at < own[0].began:
             return []
@@ -209,7 +197,7 @@ class Supervisor:
         watch = RankWatch(self._run_dir, self._num_ranks, self._beat_limit_s, self._start_limit_s)
         with (logs / "rank_0.log").open("a+", errors="replace") as first:
             dead = self._watch(step, watch, first)
-            _show(first.read())
+            show(first.read())
         ending = self._how_it_ended(step.returncode, logs / "srun.log", watch, dead)
         for name in _KEPT:
             with suppress(OSError):
@@ -217,14 +205,14 @@ class Supervisor:
         return ending
 
     def _watch(self, step: subprocess.Popen[bytes], watch: RankWatch, first: TextIO) -> Failure | None:
-        """Until the ranks have ended, by themselves or because one of them is dead: that one."""
+        """Waits until the ranks have ended, by themselves or because one of them is dead; the failure of that one."""
         noted_at, asked_at = math.inf, -math.inf
         self._noted = {}
         while step.poll() is None:
             time.sleep(_LOOK_S)
             now = time.monotonic()
             with suppress(OSError):  # a shared disk that hiccups: the next look is a second away
-                _show(first.read())
+                show(first.read())
                 if not self._told_to_end:
                     self._noted = read_failures(self._run_dir / "failures")
             dead = watch.dead_rank(but=set(self._noted))
@@ -234,23 +222,9 @@ class Supervisor:
             if self._noted:
                 noted_at = min(noted_at, now)
             if dead or now - noted_at > _NOTE_WAIT_S or self._told_to_end:
-                self._end_step(step)
+                self._job.end_step(step)
                 return dead
         return None
-
-    def _end_step(self, step: subprocess.Popen[bytes]) -> None:
-        """First by Slurm, on all nodes; a step with a rank on a node that is gone may never end by itself."""
-        step.send_signal(signal.SIGTERM)
-        try:
-            step.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            for left in self._steps_left():  # by name: of the whole job, KILL would be a cancellation
-                subprocess.run(["scancel", "--signal=KILL", left], check=False)
-            try:
-                step.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                step.kill()
-                step.wait()
 
     def _how_it_ended(self, code: int, srun_log: Path, watch: RankWatch, dead: Failure | None) -> AttemptEnding:
         notes = list(self._noted.values())
@@ -272,114 +246,40 @@ class Supervisor:
         return AttemptEnding(end, cause.reason(), cause.rank)
 
     def _tell(self, attempt: Attempt, ending: AttemptEnding) -> None:
-        """How it ended; of a failure the failing rank's last lines first."""
+        """Prints how the attempt ended; where a rank failed, that rank's last lines first."""
         logs = self._logs(attempt.number)
         if ending.rank is not None:
-            lines = _last_lines(logs / f"rank_{ending.rank}.log") or _last_lines(logs / "srun.log")
-            _show("\n  ".join([f"papo: the last lines of rank {ending.rank}:", *lines]) + "\n")
-        text = f"attempt {attempt.number}: {attempt.end} after {attempt.ended - attempt.began:.0f} s, "
-        text += f"{attempt.reached} steps done" + (f": {ending.reason.removeprefix('papo: ')}" if ending.reason else "")
-        say(text + ("" if attempt.end == "done" else f" (logs: {logs})"))
+            lines = last_lines(logs / f"rank_{ending.rank}.log") or last_lines(logs / "srun.log")
+            show("\n  ".join([f"papo: the last lines of rank {ending.rank}:", *lines]) + "\n")
+        say(closing(attempt, ending.reason) + ("" if attempt.end == "done" else f" (logs: {logs})"))
 
-    def _other_job(self, attempts: list[Attempt]) -> str:
-        """The job that an attempt without an end belongs to, when Slurm says that it runs."""
+    def _other_running_job(self, attempts: list[Attempt]) -> str:
+        """The job that an attempt without an end belongs to, when it is another one and Slurm says that it runs."""
         if not attempts or attempts[-1].end or attempts[-1].job == self._job.id:
             return ""
-        query = ["squeue", "--noheader", f"--jobs={attempts[-1].job}", "--states=RUNNING", "--format=%i"]
-        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-
-    def _nodes_answer(self) -> bool:
-        """Whether every node of the job starts a process. Waits for the attempt's step to be gone first."""
-        deadline = time.monotonic() + _STEP_WAIT_S
-        while self._steps_left() and time.monotonic() < deadline:
-            time.sleep(1)
-        nodes = self._job.num_nodes
-        probe = [
-            "srun",
-            "--overlap",
-            f"--nodes={nodes}",
-            f"--ntasks={nodes}",
-            "--ntasks-per-node=1",
-            "--cpus-per-task=1",
-        ]
-        try:
-            return not self._steps_left() and subprocess.run([*probe, "true"], timeout=30, check=False).returncode == 0
-        except subprocess.TimeoutExpired:
-            return False
-
-    def _steps_left(self) -> list[str]:
-        """Names, as `12.0`, of the job's steps beside the batch script."""
-        found = subprocess.run(
-            ["squeue", "--noheader", "--steps", f"--jobs={self._job.id}", "--format=%i"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        return [name for name in found.stdout.split() if name.rpartition(".")[2].isdigit()]
+        return running(attempts[-1].job)
 
     def _queue_again(self, why: str) -> int:
-        """Slurm ends this program when it takes the job back."""
+        """Has Slurm queue the job again, which ends this program when Slurm takes the job back; the exit code where it
+        does not."""
         say(f"{why}: queueing job {self._job.id} again")
-        done = subprocess.run(["scontrol", "requeue", self._job.id], capture_output=True, text=True, check=False)
-        if done.returncode:
-            say(f"it is not queued again ({done.stderr.strip()}): a chain's next job, or the same command, goes on")
+        refusal = self._job.queue_again()
+        if refusal is not None:
+            say(f"it is not queued again ({refusal}): a chain's next job, or the same command, goes on")
             return 0 if (self._run_dir / SAVED_FILE).exists() else 1
-        time.sleep(_STEP_WAIT_S)
+        time.sleep(CLEARING_S)
         return SAVED_EXIT
 
     def _logs(self, number: int) -> Path:
         return self._run_dir / "logs" / f"attempt_{number:04d}"
 
-    def _hear_save(self, *_: object) -> None:
+    def _on_save_request(self, *_: object) -> None:
         if not self._asked_to_save:
             say("USR1: the run saves after its step and ends")
         self._asked_to_save = True
 
-    def _hear_end(self, *_: object) -> None:
+    def _on_end_request(self, *_: object) -> None:
         self._told_to_end = True
-
-
-def _job_id(environ: Mapping[str, str]) -> str:
-    """Of a task of a job array as `12_3`: one task has the array's own number for SLURM_JOB_ID, and a command of Slurm
-    that is given it acts on all of them."""
-    if "SLURM_ARRAY_TASK_ID" in environ:
-        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return environ["SLURM_JOB_ID"]
-
-
-def _lost_seconds(earlier: list[Attempt], progress: RunProgress) -> float:
-    """From the last step that a checkpoint holds, or the beginning, to the end of the attempt before."""
-    if not earlier or earlier[-1].end == "saved":
-        return 0.0
-    return round(max(0.0, earlier[-1].ended - max(progress.saved_at, earlier[-1].began)), 1)
-
-
-def _opening(attempt: Attempt, earlier: list[Attempt], lost: str) -> str:
-    text = f"attempt {attempt.number} (job {attempt.job} on {attempt.nodes}, {attempt.ranks} ranks): "
-    text += f"goes on after step {attempt.steps_saved}" if attempt.steps_saved else "starts"
-    if lost:
-        text += f", {lost}"
-    if earlier:
-        stood_s = attempt.began - earlier[-1].ended
-        text += f"; {attempt.lost_seconds:.0f} s of work lost, stood still for {stood_s:.0f} s"
-    return text
-
-
-def _last_lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if path.exists() else []
-
-
-def _is_chained(run_dir: Path, job: str) -> bool:
-    """Whether `job` follows another one of the run by itself; one that a person submits counts failures anew."""
-    lines = read_records(run_dir / "cluster" / "jobs.jsonl")
-    return any(line.get("job") == job and line.get("chain_position") not in (None, 1) for line in lines)
-
-
-def say(text: str) -> None:
-    _show(f"papo: {text}\n")
-
-
-def _show(text: str) -> None:
-    """Whoever reads the job's log reads it on a terminal, and a rank's output holds what a model or a row says."""
-    print(as_text(text, LINES + "\r"), end="", flush=True)
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from megatron_papo.model.layer_costs import (
 )
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
-_HEAD_TILE = 8192, 8192
+HEAD_TILE = 8192, 8192
 """Rows and vocabulary entries of a tile of logits on a GPU, as `logprobs.tiling.CUDA_TILE`; with fewer rows a tile has
 up to four times as many entries."""
 
@@ -86,7 +86,7 @@ def _head_work_bytes(config: Config, shape: ModelShape, row: RowSize, settings: 
     """Bytes in the head's backward: the gradient of its weight and, in fp32, those of the hidden states, of a block of
     the weight and what is added to it, and a tile of logits with its gradient."""
     hidden, value_bytes = shape.language.hidden_size, settings.value_bytes
-    most_rows, most_words = _HEAD_TILE
+    most_rows, most_words = HEAD_TILE
     rows = max(1, min(row.responses // (2 if config.reads_joint_rows else 1), most_rows))
     words = min(most_rows * most_words // rows, 4 * most_words, shape.language.vocab_size // settings.tensor)
     tile = rows * words * (4 if value_bytes == 4 else 4 + value_bytes)

@@ -3,7 +3,7 @@
 Model FLOPs are those of the forward pass's matrix products, a multiply-add counted as two; backward is twice as much.
 Attention is counted as it is structured: causal halves, shared prompts, windows. Left out: what layout and
 implementation add (recomputation, padding of batches and widths), all that is no matrix product, and that frozen parts
-save some of backward. `Meter` adds up a step's rows; `peak_tflops` is what MFU divides by. Imports no torch.
+save some of backward. `Meter` adds up a step's rows. Imports no torch.
 """
 
 from __future__ import annotations
@@ -115,28 +115,3 @@ class Meter:
 
 def _rows_that_count(rows: Iterable[MicroBatch]) -> list[MicroBatch]:
     return [row for row in rows if row.loss_mask_R.any()]
-
-
-_PEAKS = (
-    ("NVIDIA A100", 312.0, 19.5, None),
-    ("NVIDIA H100 80GB HBM3", 989.5, 67.0, 1979.0),  # SXM
-    ("NVIDIA H100 PCIe", 756.5, 51.0, 1513.0),
-    ("NVIDIA H200 NVL", 835.5, 60.0, 1670.5),
-    ("NVIDIA H200", 989.5, 67.0, 1979.0),
-    ("NVIDIA B200", 2250.0, 75.0, 4500.0),
-)
-"""How a GPU's name begins, and its peak without sparsity in bfloat16 (tensor cores), in float32 (without TF32, as torch
-computes by default) and in FP8 (None: it has none), in TFLOPS. From NVIDIA's data sheets of A100, H100 (SXM and PCIe),
-H200 (SXM and NVL) and HGX B200, which print the bfloat16 of all but A100, and FP8, with sparsity, twice what stands
-here."""
-
-
-def peak_tflops(device_name: str | None, dtype: str) -> float | None:
-    """Of a GPU by the name that CUDA gives it, in `bfloat16`, `float32` or `fp8`; None where it is not known, as of a
-    slice of one (MIG) and of a CPU, and where the GPU has no FP8."""
-    if device_name is None or " MIG " in device_name:
-        return None
-    for beginning, bfloat16, float32, fp8 in _PEAKS:
-        if device_name.startswith(beginning):
-            return {"bfloat16": bfloat16, "float32": float32, "fp8": fp8}[dtype]
-    return None

@@ -13,25 +13,12 @@ from dataclasses import dataclass
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
+from megatron_papo.costs.hardware import GPUS
 from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
 GIB = 2**30
-_MIB = 2**20
-
-GPU_MEMORY_GIB = {
-    "A100-40GB": 40960 * _MIB / GIB,
-    "A100": 81920 * _MIB / GIB,
-    "H100": 81559 * _MIB / GIB,
-    "H200": 143771 * _MIB / GIB,
-    "B200": 183359 * _MIB / GIB,
-}
-"""Memory of one GPU as `nvidia-smi` states it, the upper bound of what a process can have (CUDA gives 0.3 to 0.7 GiB
-less: 79.1 of an H100, 178.4 of a B200). A100 of 80 GB and of 40 GB (SXM), H100 SXM of 80 GB, H200 SXM of 141 GB, B200
-of 180 GB. A100 and H100: github.com/modal-labs/modal-client/pull/2797; B200 as CUDA sees it:
-github.com/pytorch/ao/pull/4002; the others are nvidia-smi's lines on HGX machines."""
-
 _CUDA_TAKES = GIB
 """The least that CUDA's context, NCCL and the allocator take of a GPU for themselves."""
 
@@ -140,7 +127,8 @@ def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: 
 
 def gpu_bytes(config: Config) -> int | None:
     """Of one GPU of `cluster.gpu`; None where nothing is known of it."""
-    gib = config.cluster.gpu_memory_gib or GPU_MEMORY_GIB.get(config.cluster.gpu)
+    gpu = GPUS.get(config.cluster.gpu)
+    gib = config.cluster.gpu_memory_gib or (gpu.memory_gib if gpu else None)
     return None if gib is None else int(gib * GIB)
 
 
@@ -148,7 +136,7 @@ def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str
     """A line for every stage that certainly cannot fit, and for an engine whose share does not hold its weights."""
     has = gpu_bytes(config)
     if has is None:
-        known = ", ".join(GPU_MEMORY_GIB)
+        known = ", ".join(GPUS)
         return [f"cluster.gpu: {config.cluster.gpu} is none of {known}; cluster.gpu_memory_gib says what it has"]
     name = f"{config.cluster.gpu} has {has / GIB:.1f}"
     stages, wakes = stage_memory(config, shape, num_ranks), _engine_wakes(config)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_LIMIT_S = 5.0
+LIMIT_S = 5.0
 """Processor time of one conversation, which takes a ten-thousandth of it."""
 _START_S = 120.0
 _WALL_S = 60.0
@@ -68,7 +68,7 @@ class ChatTemplate:
         reply = self._worker.ask(json.dumps(what, ensure_ascii=False).encode("utf-8", "surrogatepass"), wall_s)
         if reply is None:
             self._worker = None
-            raise TemplateTookTooMuch(f"takes more than {_LIMIT_S:g} s or too much memory")
+            raise TemplateTookTooMuch(f"takes more than {LIMIT_S:g} s or too much memory")
         told = json.loads(reply.decode("utf-8", "surrogatepass"))
         if "error" in told:
             if what is self._text:
@@ -82,7 +82,7 @@ class _Worker:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("template_worker.py")
-        command = [sys.executable, str(script), str(_LIMIT_S)]
+        command = [sys.executable, str(script), str(LIMIT_S)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._owner = os.getpid()
         self._end = weakref.finalize(self, _end, self._process, self._owner)

@@ -121,7 +121,7 @@ def adapt_megatron() -> None:
     cuda.stream = _no_stream
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_state, set_state
     _keep_freed_memory()
-    mode = _CudaMeansCpu()
+    mode = CudaMeansCpu()
     mode.__enter__()
     _adapted.append(mode)
 
@@ -149,7 +149,7 @@ class _NullStream:
     wait_stream = wait_event = synchronize = _nothing
 
 
-class _CudaMeansCpu(TorchFunctionMode):
+class CudaMeansCpu(TorchFunctionMode):
     """Reads every request for a CUDA tensor as one for a CPU tensor."""
 
     def __torch_function__(

@@ -1,4 +1,9 @@
-"""Rollouts: one `Generator` interface, one file an engine; the engine is `config.generation.engine`."""
+"""Rollouts: one `Generator` interface, and the engines that offer it, chosen by `config.generation`.
+
+`transformers/` and `vllm/` run in the trainer's ranks, `remote/` reaches a vLLM on ranks of its own. Every engine
+answers the same requests (`requests`), samples from the same distribution (`sampling`) and can be observed in the same
+parts (`readings`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_generator(config: Config, processor: Processor, layout: Layout, reporter: Report | None = None) -> Generator:
-    """The engine of `config.generation.engine` on this rank; it has no weights until the first `load_weights`.
+    """This rank's engine of `config.generation`; it has no weights until the first `load_weights`.
 
     `reporter(done, total)` is called as rollouts of this rank finish. Raises ValueError when the engine is not
     installed or cannot run in this layout.

@@ -1,9 +1,9 @@
-"""Processed pixels back to pictures, for an engine that takes pictures only.
+"""Turns processed pixels back into pictures, for an engine that takes pictures only.
 
-The processor resizes a picture, then normalises it and cuts it into patches. The last two are undone here without
-loss, so the picture that comes out is the resized one; running it through the processor again gives the same pixels,
-because its size needs no second resize. In this way an engine sees exactly the pixels the trainer sees, whether they
-are the original or any masked view, and compressed images are decoded once.
+The processor resizes a picture, then normalises it and cuts it into patches. This module undoes the last two without
+loss, which gives the resized picture; the processor makes the same pixels of it again, because its size needs no second
+resize. So an engine sees exactly the pixels that the trainer sees, whether they are the original or a masked view, and
+compressed images are decoded once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 _TOLERANCE = 0.05
-"""Of one of the 256 levels; rounding of fp32 stays far below."""
+"""How far a value may be from one of the 256 levels, in levels; fp32 rounding stays far below."""
 
 
 def pictures(pixel_values_PD: Tensor, grid_thw_I3: Tensor, image_processor: Any) -> list[Image.Image]:
-    """One RGB picture for each row of the grid.
+    """One RGB picture for each image, a row of `grid_thw_I3` (frames, height, width in patches).
 
     Raises ValueError for video grids and for pixel values that no picture of 256 levels gives.
     """

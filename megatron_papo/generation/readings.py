@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +24,7 @@ from megatron_papo.model.observed import (
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
+    Observation,
     Observed,
     kind_of,
 )
@@ -98,13 +100,13 @@ class ActivationRecorder:
     def observe(self, observed: Observed, prompt: Prompt, max_response_tokens: int) -> None:
         """Records the `observed` parts of a model that is about to answer `prompt`, of layers at some places only."""
         tokens = places_of(prompt, prompt.inputs.token_ids_S.numel() + max_response_tokens + 1)
-        kept = {LANGUAGE_LAYER: tokens, VISION_LAYER: patches_of(prompt)}
+        places = {LANGUAGE_LAYER: tokens, VISION_LAYER: patches_of(prompt)}
         for part, each in observed.items():
+            self.after(each.module, partial(self._note_part, part, each, places.get(kind_of(part))))
 
-            def note(args: tuple, kwargs: dict[str, Any], output: Any, part: str = part, each: Any = each) -> None:
-                self.note(part, each.values(args, kwargs, output), kept.get(kind_of(part)))
-
-            self.after(each.module, note)
+    def _note_part(self, part: str, observation: Observation, places: Places | None, *call: Any) -> None:
+        """Notes a part after one call of its module: `call` has its arguments, keyword arguments and output."""
+        self.note(part, observation.values(*call), places)
 
     def parts(self) -> dict[str, Tensor]:
         """Everything recorded so far, by name of the part."""

@@ -1,7 +1,7 @@
-"""Divides the rollouts of a model-parallel group over its ranks, and puts the results together again.
+"""Divides the rollouts of a model-parallel group over its ranks, and joins the results.
 
-The ranks of a tensor- and pipeline-parallel group see the same prompts. Rather than generating everything on each, a
-rank generates a share and the group exchanges the results.
+The ranks of a tensor- and pipeline-parallel group have the same prompts. Instead of generating everything on each rank,
+every rank generates a share and the group exchanges the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RolloutRequest:
     """One rollout to make."""
 
     prompt_index: int
-    """Place of the prompt in the call."""
+    """Place of the prompt in the call's list of prompts."""
     index: int
     """Place of the rollout in its group."""
     seed: int
@@ -30,7 +30,7 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """One rollout made: what travels between ranks."""
+    """One finished rollout, as it travels between ranks."""
 
     request: RolloutRequest
     response_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Answer:
 
 
 def make_requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutRequest]:
-    """All rollouts of the call, group after group."""
+    """The requests for all rollouts of a call, group after group."""
     return [
         RolloutRequest(place, index, rollout_seed(sampling.seed, prompt.visit, prompt.id, index))
         for place, prompt in enumerate(prompts)
@@ -55,9 +55,10 @@ def generate_in_shares(
     decode: Callable[[tuple[int, ...]], str],
     policy_version: int | None,
 ) -> list[Group]:
-    """Groups in the order of `prompts`, the same on every rank of the model-parallel group.
+    """Groups in the order of `prompts`, the same on every rank of the model-parallel group, which call together.
 
-    Raises RuntimeError while there is no `policy_version`: the engine has no weights yet.
+    `answer` generates this rank's share; `decode` turns token ids into text. Raises RuntimeError while there is no
+    `policy_version`: the engine has no weights yet.
     """
     if policy_version is None:
         raise RuntimeError("generate before the first load_weights: the generator has no weights")

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import FORBIDDEN, RowSums
 
-_BLOCK = 1024
+BLOCK_SIZE = 1024
 """Words that a program holds at a time."""
 _LOWEST = tl.constexpr(FORBIDDEN)
 
@@ -27,9 +27,9 @@ def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy
     """As of `torch_tile.tile_sums`."""
     num_rows, num_words = logits[0].shape
     sums_10C = logits[0].new_zeros(10, num_rows)
-    _sums_kernel[(num_rows,)](
+    sums_kernel[(num_rows,)](
         logits[0], logits[-1], columns_C, sums_10C, num_rows, num_words, scale,
-        PAIR=len(logits) == 2, ENTROPY=entropy, BLOCK=_BLOCK,
+        PAIR=len(logits) == 2, ENTROPY=entropy, BLOCK=BLOCK_SIZE,
     )  # fmt: skip
     largest_2C, exp_2C, dot_2C, target_2C = sums_10C[:8].view(4, 2, num_rows)
     if len(logits) == 1:
@@ -50,10 +50,10 @@ def tile_gradients(
             place_2C[: len(logits)] = field_NC
     if pulls.kl_R is not None:
         pulls_9C[8] = pulls.kl_R
-    grid: Any = (num_rows, triton.cdiv(num_words, _BLOCK))
-    _gradients_kernel[grid](
+    grid: Any = (num_rows, triton.cdiv(num_words, BLOCK_SIZE))
+    gradients_kernel[grid](
         logits[0], logits[-1], outs[0], outs[-1], columns_C, pulls_9C, num_rows, num_words, scale,
-        PAIR=pulls.kl_R is not None, SLOPE=pulls.slope_NR is not None, BLOCK=_BLOCK,
+        PAIR=pulls.kl_R is not None, SLOPE=pulls.slope_NR is not None, BLOCK=BLOCK_SIZE,
     )  # fmt: skip
     return outs
 
@@ -69,7 +69,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _sums_kernel(
+def sums_kernel(
     z_ptr, y_ptr, columns_ptr, sums_ptr, num_rows, num_words, scale,
     PAIR: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _gradients_kernel(
+def gradients_kernel(
     z_ptr, y_ptr, z_out_ptr, y_out_ptr, columns_ptr, pulls_ptr, num_rows, num_words, scale,
     PAIR: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -52,7 +52,7 @@ class GatedMLP(MLP):
             again = _Again(lambda hidden: first(hidden)[0], hidden_states, multiply, shared=inner.requires_grad)
             inner, recipe = with_recipe(inner, again.inner), again.product
         with by_recipe(inner):
-            product = _SwiGLU.apply(inner, bias, self.num_padding, self.fused)
+            product = SwiGLUFunction.apply(inner, bias, self.num_padding, self.fused)
         if recipe is not None:
             product = with_recipe(product, recipe)
         with by_recipe(product):
@@ -121,7 +121,7 @@ class _Again:
         return self._linear(self._hidden()) if held is None else held
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inner: Tensor, bias: Tensor | None, num_padding: int, fused: bool) -> Tensor:
         ctx.save_for_backward(inner, bias)

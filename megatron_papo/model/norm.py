@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = replicated_parameter(ones, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed: Tensor = _Norm.apply(hidden, self.weight, self.eps)
+        normed: Tensor = RMSNormFunction.apply(hidden, self.weight, self.eps)
         if not self.computed_again:
             return normed
         return with_recipe(normed, partial(_again, hidden.detach(), self.weight, self.eps))
@@ -66,7 +66,7 @@ class LayerNorm(torch.nn.Module):
         return with_recipe(normed, partial(again, hidden.detach(), eps=self.eps)) if self.computed_again else normed
 
 
-class _Norm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         output, scale_T1 = _normed(hidden, weight, eps)

@@ -38,7 +38,7 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         num_layers_at_start_in_bf16=config.fp8.first_layers,
         num_layers_at_end_in_bf16=config.fp8.last_layers,
         **_fp8(config, spec),
-        **_recompute(config, spec, fp8=config.fp8.enabled),
+        **recompute_settings(config, spec, fp8=config.fp8.enabled),
         **_kinds(language),
         **_common(config, spec),
         **fusions(config, spec, language=True),
@@ -60,7 +60,7 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         add_bias_linear=True,
         add_qkv_bias=True,
         **(_fp8(config, spec) if config.fp8.vision else {}),
-        **_recompute(config, spec, fp8=config.fp8.vision),
+        **recompute_settings(config, spec, fp8=config.fp8.vision),
         **_kinds(vision),
         **_common(config, spec),
         **fusions(config, spec, language=False),
@@ -86,7 +86,7 @@ def _fp8(config: Config, spec: str) -> dict[str, Any]:
     }
 
 
-def _recompute(config: Config, spec: str, *, fp8: bool) -> dict[str, Any]:
+def recompute_settings(config: Config, spec: str, *, fp8: bool) -> dict[str, Any]:
     """What Megatron-Core itself computes again: whole layers, and whole MLPs where Transformer Engine must know of it,
     for the scales of FP8 and for the buffers that it exchanges through. All else is `model.recompute`'s."""
     if config.model.recompute == "full":

@@ -19,7 +19,7 @@ from megatron_papo.distributed.accelerator import wait_for_device
 from megatron_papo.observe.profiling import MeasuredMemory, named_range
 from megatron_papo.runtime.watchdog import Watchdog
 
-_PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S = 10.0
 """Where the output is no terminal, a long stage prints a line this often."""
 
 
@@ -31,7 +31,7 @@ class StageProgress:
         """Under which it is counted: its name behind those of the stages around it."""
         self._clock, self._name, self._total = clock, name, total
         self._done, self._start = 0, time.monotonic()
-        self._next_line = self._start + _PLAIN_EVERY_S
+        self._next_line = self._start + PLAIN_EVERY_S
         self._task = clock._bar.add_task(name, total=total) if clock._bar else None
 
     def advance(self, count: int = 1) -> None:
@@ -40,7 +40,7 @@ class StageProgress:
         if self._clock._bar and self._task is not None:
             self._clock._bar.advance(self._task, count)
         elif self._clock._plain and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + _PLAIN_EVERY_S
+            self._next_line = time.monotonic() + PLAIN_EVERY_S
             of = f"/{self._total}" if self._total else ""
             print(f"  {self._name} {self._done}{of} ({time.monotonic() - self._start:.0f} s)", flush=True)
 

@@ -107,7 +107,7 @@ class Sinks:
         page = self._run_dir / "samples" / f"step_{step:06d}.html"
         self._outbox.put(page, sample_page(step, rows).encode())
         if self._board:
-            self._board.text("samples", _markdown(rows), step)
+            self._board.text("samples", markdown_table(rows), step)
             for index, row in enumerate(rows):
                 if row.images:
                     picture = beside_each_other([*row.images, *row.masked_images])
@@ -180,7 +180,7 @@ def _strict(value: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _markdown(rows: Sequence[SampleRow]) -> str:
+def markdown_table(rows: Sequence[SampleRow]) -> str:
     lines = ["| problem | response | answer | reward |", "|---|---|---|---|"]
     for row in rows:
         cells = (*map(_as_markdown, (row.problem, row.response, row.answer)), f"{row.reward:.3g}")

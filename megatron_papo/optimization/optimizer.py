@@ -1,7 +1,7 @@
-"""The policy's optimizer: Megatron's data-parallel wrapper, its (distributed) Adam, learning rates per part, schedule.
+"""The policy's optimizer: Megatron's data-parallel wrapper, its (distributed) Adam, learning rates of parts, schedule.
 
-Gradients are sums, not means: every micro-batch's loss carries each token's share in the global mean
-(`MicroBatch.weights_R`), so they are summed over micro-batches and data-parallel ranks and never divided again.
+Gradients are sums, not means: every micro-batch's loss contains each token's share in the global mean
+(`MicroBatch.weights_R`), so gradients are summed over micro-batches and data-parallel ranks and never divided again.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from megatron_papo.optimization.gradient_norm import clip_gradients, gradient_no
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Megatron's optimizer with its schedule; `step` clips, updates and moves the schedule on."""
+    """Megatron's optimizer with its schedule and its guard."""
 
     policy: DistributedDataParallel
-    """The model with its gradient buffers: forward through it to accumulate gradients."""
+    """The model with its gradient buffers; a backward pass through it accumulates gradients there."""
     megatron: MegatronOptimizer
     schedule: OptimizerParamScheduler
     guard: UpdateGuard
     clip_grad: float
     """The largest norm of the gradients; 0: no clipping."""
     num_host_threads: int | None = None
-    """Of an Adam that lies on the host; all else on the host does with the one thread that a rank has."""
+    """Threads of an Adam whose states are on the host; everything else on the host uses the one thread of a rank."""
 
     def zero_grad(self) -> None:
+        """Empties the gradient buffers."""
         self.policy.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def step(self, fault: str = "") -> dict[str, float]:
-        """One update from the gradients in the buffers; returns `grad_norm` (before clipping), `lr` and `skipped`.
+        """Clips the gradients in the buffers and makes one update; `grad_norm` (before clipping), `lr` and `skipped`.
 
-        An update that the guard leaves out, as it does when there is a `fault`, changes neither weights nor moments;
-        the schedule moves on all the same. Every rank passes the same.
+        An update that the guard skips, as it does where there is a `fault`, changes neither weights nor moments; the
+        schedule moves on all the same. Every rank passes the same `fault`.
         """
         self.megatron.prepare_grads()
         grad_norm = gradient_norm(self.megatron)
@@ -67,7 +68,7 @@ class Optimizer:
 
 
 def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParallel:
-    """This stage's model with gradient buffers in fp32 that are summed over the data-parallel ranks."""
+    """The model of this pipeline stage with fp32 gradient buffers, which are summed over the data-parallel ranks."""
     transformer = get_model_config(model)
     transformer.calculate_per_token_loss = True  # Megatron's switch for "sum, do not average"
     transformer.finalize_model_grads_func = _finalize_summed_grads
@@ -86,13 +87,13 @@ def wrap_policy(model: MegatronModule, config: Config) -> DistributedDataParalle
 
 
 def _finalize_summed_grads(model: list[Any], num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
-    """Megatron's reduction over data-parallel, sequence-parallel and embedding ranks, without its division."""
+    """Megatron's reduction over data-parallel, sequence-parallel and embedding ranks, not divided."""
     del num_tokens
     finalize_model_grads(model, None, **groups)
 
 
 def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates: int) -> Optimizer:
-    """Adam over the trainable parameters of `policy`, its schedule spread over `num_updates` updates; collective."""
+    """Adam over the trainable parameters of `policy`, with a schedule over `num_updates` updates; collective."""
     optim, dtype = config.optim, parameter_dtype(config.model.dtype)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -107,7 +108,7 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_data and config.parallel.distributed_optimizer,
-        **_where_states_lie(optim),
+        **_state_placement(optim),
     )
     megatron = get_megatron_optimizer(settings, [policy], config_overrides=_overrides(optim))
     if has_gpu():
@@ -118,10 +119,10 @@ def build_optimizer(policy: DistributedDataParallel, config: Config, num_updates
 
 
 def build_schedule(megatron: MegatronOptimizer, optim: OptimConfig, num_updates: int) -> OptimizerParamScheduler:
-    """Rates over `num_updates` updates, as `optim.schedule` says, set for the first of them.
+    """Learning rates over `num_updates` updates, as `optim.schedule` says, set for the first update.
 
-    Megatron's warm-up begins at a rate of zero and its decay ends at the least rate, zero by default. Both places lie
-    outside the run: the first update is the schedule's step 1, and the decay is one step longer than the run.
+    Megatron's warm-up begins at a rate of zero, and its decay ends at the least rate, zero by default. Both ends lie
+    outside the run: the first update is step 1 of the schedule, and the decay is one step longer than the run.
     """
     warm_up = optim.warmup_steps
     schedule = OptimizerParamScheduler(
@@ -142,8 +143,9 @@ def build_schedule(megatron: MegatronOptimizer, optim: OptimConfig, num_updates:
     return schedule
 
 
-def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:
-    """Moments in bfloat16 beside fp32 master weights; a share of both, and of the update, on the host."""
+def _state_placement(optim: OptimConfig) -> dict[str, Any]:
+    """Megatron's settings for moments in bfloat16 beside fp32 master weights, and for a share of both,
+    and of the update, on the host."""
     settings: dict[str, Any] = {}
     if (optim.precision_aware or optim.offload_fraction) and not has_gpu():
         raise ConfigError("optim.precision_aware and optim.offload_fraction need a GPU: there is none on this rank")
@@ -157,9 +159,11 @@ def _where_states_lie(optim: OptimConfig) -> dict[str, Any]:
 
 
 def _fuse(megatron: MegatronOptimizer) -> None:
-    """Torch's AdamW, which Megatron takes where Transformer Engine is not installed, as one kernel: by default it makes
-    temporaries as large as one of its states, several at a time (14 GiB for 3B). It then counts its steps on the GPU.
-    The Adam that lies partly on the host is built so by Megatron."""
+    """Makes torch's AdamW, which Megatron takes where Transformer Engine is not installed, one fused kernel.
+
+    By default it makes temporaries as large as one of its states, several at a time (14 GiB for 3B). The fused one
+    counts its steps on the GPU. An Adam with states on the host is fused by Megatron already.
+    """
     for adam in (member.optimizer for member in members(megatron)):
         if isinstance(adam, torch.optim.Adam):
             for group in adam.param_groups:
@@ -167,7 +171,7 @@ def _fuse(megatron: MegatronOptimizer) -> None:
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
-    """No weight decay on biases and norms; the vision tower's and projector's own learning rates."""
+    """No weight decay for biases and norms; learning rates of their own for the vision tower and the projector."""
     no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
     overrides: dict[ParamKey, dict[str, float]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
     for rate, predicate in (

@@ -1,8 +1,9 @@
-"""Runs micro-batches through the pipeline: the only callers of Megatron's forward-backward schedules.
+"""Scoring and updating: the only callers of Megatron's forward-backward schedules, which run micro-batches through the
+pipeline.
 
-`score_logprobs` is forward only; `update_policy` accumulates gradients over the micro-batches of one optimizer step
-and takes the step. Both give every pipeline stage the same results. How many micro-batches a rank has may differ
-between data-parallel ranks, never within a pipeline.
+`score_logprobs` runs forward only. `update_policy` accumulates gradients over the micro-batches of one optimizer step
+and makes the step. Both give every pipeline stage the same results. The number of micro-batches may differ between
+data-parallel ranks, but not within a pipeline.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -28,6 +29,7 @@ from megatron_papo.packing import masked_row
 from megatron_papo.types import Batch, HeadOutputs, Metrics, MicroBatch
 
 MicroLoss = Callable[[HeadOutputs, MicroBatch], tuple[Tensor, Metrics]]
+"""The loss of one micro-batch and its metrics, such as `losses.papo_loss` with its settings."""
 
 
 def score_logprobs(
@@ -39,76 +41,85 @@ def score_logprobs(
     *,
     reference_is_policy: bool = False,
 ) -> list[Batch]:
-    """The batches with the log-probs that the loss compares against, and no others.
+    """The batches of a rollout batch, with those log-probs that the loss compares with and no others:
 
-    `old_logprobs_R` from the second update of a rollout batch on: in the first the policy is the old policy. Not where
-    the engine's log-probs stand for them.
-    `masked_logprobs_R` for a frozen masked branch, in rows with an image; `ref_logprobs_R` when there is a reference.
-    All that the policy is asked for goes through the pipeline in one forward-only pass, the reference in another, or in
-    the same as long as it has the policy's weights (`reference_is_policy`). Of what `head` asks for the log-probs alone
-    are made.
+    - `old_logprobs_R` in the second update and those after it (in the first the policy is the old policy), unless
+      `loss.old_logprobs` says that the engine's are taken instead;
+    - `masked_logprobs_R` in rows with an image, where the masked branch is frozen;
+    - `ref_logprobs_R` where there is a reference.
+
+    Everything that the policy scores goes through the pipeline in one forward-only pass, and what the reference scores
+    in another, or in the same one while it has the policy's weights (`reference_is_policy`). The head computes
+    log-probs only, whatever else `head` requests.
     """
     head = replace(head, full_entropy=False, full_kl=False)
     rows = [row for batch in batches for row in batch]
-    asked: list[tuple[int, MicroBatch, tuple[str, ...]]] = []
-    for place, row in enumerate(rows):
-        of_first_update = place < len(batches[0])
-        as_is = [] if of_first_update or config.loss.old_logprobs == "rollout" else ["old_logprobs_R"]
+    requests: list[_Request] = []
+    for index, row in enumerate(rows):
+        in_first_update = index < len(batches[0])
+        names = [] if in_first_update or config.loss.old_logprobs == "rollout" else ["old_logprobs_R"]
         if reference_is_policy and reference is not None:
-            as_is.append("ref_logprobs_R")
-        if as_is:
-            asked.append((place, row, tuple(as_is)))
+            names.append("ref_logprobs_R")
+        if names:
+            requests.append(_Request(index, row, tuple(names)))
         if config.reads_masked_view and not config.reads_joint_rows and row.pixel_values:
-            asked.append((place, masked_row(row), ("masked_logprobs_R",)))
-    found = _ask(policy, asked, head)
+            requests.append(_Request(index, masked_row(row), ("masked_logprobs_R",)))
+    _fill(rows, policy, requests, head)
     if reference is not None and not reference_is_policy:
         with reference.swapped_into(policy):
-            found += _ask(policy, [(place, row, ("ref_logprobs_R",)) for place, row in enumerate(rows)], head)
-    for place, values in found:
-        rows[place] = replace(rows[place], **values)
+            _fill(rows, policy, [_Request(index, row, ("ref_logprobs_R",)) for index, row in enumerate(rows)], head)
     scored = iter(rows)
     return [tuple(next(scored) for _ in batch) for batch in batches]
 
 
-def _ask(
-    policy: VisionLanguageModel, asked: Sequence[tuple[int, MicroBatch, tuple[str, ...]]], head: HeadRequest
-) -> list[tuple[int, dict[str, Any]]]:
-    """For every (place, row, names): (place, the row's log-probs under each of these names)."""
-    outputs = score(policy, [row for _, row, _ in asked], head)
-    return [
-        (place, dict.fromkeys(names, output.policy_logprobs_R))
-        for (place, _, names), output in zip(asked, outputs, strict=True)
-    ]
+class _Request(NamedTuple):
+    """A row to be scored, and what its log-probs are for."""
+
+    place: int
+    """Index of the row that receives them."""
+    row: MicroBatch
+    names: tuple[str, ...]
+    """Fields of `MicroBatch` that they fill."""
+
+
+def _fill(rows: list[MicroBatch], policy: VisionLanguageModel, requests: Sequence[_Request], head: HeadRequest) -> None:
+    """Scores the requests in one pass and replaces each row by one with the log-probs."""
+    outputs = score(policy, [request.row for request in requests], head)
+    for request, output in zip(requests, outputs, strict=True):
+        values: dict[str, Any] = dict.fromkeys(request.names, output.policy_logprobs_R)
+        rows[request.place] = replace(rows[request.place], **values)
 
 
 @torch.no_grad()
 def score(
     policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest, *, fp8: bool | None = None
 ) -> list[HeadOutputs]:
-    """What the head says of every row's response tokens, forward only, on every stage; in the order of `rows`.
+    """What the head computes for the response tokens of every row, forward only; in the order of `rows`, and the same
+    on every pipeline stage.
 
-    For rows of one view: a joint row's second view is not asked for. `fp8`: whether in FP8, by default as `fp8.score`
-    says.
+    Rows have one view: a joint row's second view is not scored. `fp8`: whether to compute in FP8, by default as
+    `fp8.score` says.
     """
     if not rows:
         return []
     policy.eval()
     with policy.fp8.scoring() if fp8 is None else policy.fp8.during(fp8):
-        found: list[HeadOutputs] = _run_schedule(policy, rows, head, None)
+        outputs: list[HeadOutputs] = run_schedule(policy, rows, head, None)  # empty but on the last stage
     policy.train()
-    return [_from_last_stage(found[index] if found else None, row, head) for index, row in enumerate(rows)]
+    return [_from_last_stage(outputs[index] if outputs else None, row, head) for index, row in enumerate(rows)]
 
 
 def score_views(
     policy: VisionLanguageModel, rows: Sequence[MicroBatch], head: HeadRequest
 ) -> list[tuple[HeadOutputs, HeadOutputs]]:
-    """Every row as it is and with its images masked, in one pass; without images both are the same and scored once."""
+    """Scores every row as it is and with its images masked, in one pass; a row without images once for both."""
     outputs = score(policy, [*rows, *(masked_row(row) for row in rows if row.pixel_values)], head)
     masked = iter(outputs[len(rows) :])
     return [(own, next(masked) if row.pixel_values else own) for row, own in zip(rows, outputs)]
 
 
 def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadRequest) -> HeadOutputs:
+    """The last stage's outputs for a row, on every stage; `outputs` is None on the others."""
     shape = tuple(row.target_ids_R.shape)
     logprobs_R = broadcast_from_last_stage(outputs.policy_logprobs_R if outputs else None, shape, torch.float32)
     if not head.full_entropy:
@@ -118,14 +129,14 @@ def _from_last_stage(outputs: HeadOutputs | None, row: MicroBatch, head: HeadReq
 
 
 def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_loss: MicroLoss) -> Metrics:
-    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks. An update with
-    a loss or log-probs that are not finite on any of them is skipped on all.
+    """One optimizer step over `batch`; the metrics of all its micro-batches on all data-parallel ranks. An update whose
+    loss or log-probs are not finite on any rank is skipped on all of them.
 
-    `loss/...` are values of this step's loss, so that adding up the metrics of updates gives their mean.
+    The metrics `loss/...` get a count of 1, so that the metrics of several updates add up to their mean.
     """
     optimizer.zero_grad()
     with optimizer.policy.module.fp8.updating():
-        collected: list[Metrics] = _run_schedule(optimizer.policy, batch, head, micro_loss)
+        collected: list[Metrics] = run_schedule(optimizer.policy, batch, head, micro_loss)
     total: Metrics = {}
     for metrics in collected:
         add_metrics(total, metrics)
@@ -138,16 +149,17 @@ def update_policy(optimizer: Optimizer, batch: Batch, head: HeadRequest, micro_l
 
 
 def add_metrics(total: Metrics, more: Metrics) -> None:
-    """Adds numerators and counts of `more` into `total`; of a maximum the larger stays."""
+    """Adds the numerators and counts of `more` to `total` in place; of two maxima the larger stays."""
     for name, (numerator, count) in more.items():
         total[name] = merge_metric(name, total.get(name), (float(numerator), float(count)))
 
 
-def _run_schedule(
+def run_schedule(
     model: nn.Module, rows: Sequence[MicroBatch], head: HeadRequest, micro_loss: MicroLoss | None
 ) -> list[Any]:
-    """On the last stage, what each micro-batch left behind: its HeadOutputs when scoring, its Metrics when updating."""
-    for row in rows:  # on every stage alike, before any waits for another
+    """Runs the rows through the pipeline. Returns one result for each row on the last stage, its HeadOutputs when
+    scoring (`micro_loss` is None) and its Metrics when updating; an empty list on the other stages."""
+    for row in rows:  # on every stage alike, before any stage waits for another
         unwrap_model(model).check(row, head)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),

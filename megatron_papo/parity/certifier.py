@@ -28,9 +28,9 @@ from megatron_papo.generation.vllm.start import trainer_state_kept
 from megatron_papo.model.family import family_of
 from megatron_papo.parity.certificate import Certificate, Sides
 from megatron_papo.parity.certificate_files import CertificateFolder
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from megatron_papo.parity.comparison import ENGINE, HUGGINGFACE, TRAINER, Case, compare
 from megatron_papo.parity.limits import Limits
-from megatron_papo.parity.prompts import prompts_to_certify
 from megatron_papo.parity.trainer_side import read_trainer, trainer_precision
 from megatron_papo.parity.transformers_side import HuggingFace, model_of, precision_that_fits
 from megatron_papo.runtime.failures import RunStopped

@@ -73,7 +73,7 @@ def _inputs_of(row: MicroBatch) -> dict[str, Tensor]:
 
 
 def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBatch) -> None:
-    """Attaches this rank's hooks: to what it alone holds, and on the first tensor rank to what all of them hold."""
+    """Attaches this rank's hooks: to its own shards, and on the first tensor rank to what all tensor ranks compute."""
     policy, layout = run.policy, run.layout
     if layout.tensor_rank == 0 and layout.is_first_stage:
         assert policy.vision is not None

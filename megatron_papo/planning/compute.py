@@ -127,8 +127,8 @@ def _layer_bytes(
 
 def _rates(config: Config, cluster: Cluster, assumed: Assumptions) -> _Rates:
     gpu = cluster.gpu
-    bf16 = gpu.bf16_tflops * 1e12
+    bf16 = gpu.peaks.bfloat16 * 1e12
     products = bf16 * assumed.matmul
-    if config.fp8.enabled and gpu.fp8_tflops:
-        products = gpu.fp8_tflops * 1e12 * assumed.fp8_matmul
+    if config.fp8.enabled and gpu.peaks.fp8:
+        products = gpu.peaks.fp8 * 1e12 * assumed.fp8_matmul
     return _Rates(products, bf16 * assumed.attention, bf16 * assumed.matmul, gpu.memory_gb_s * 1e9 * assumed.memory)

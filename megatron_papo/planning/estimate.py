@@ -96,7 +96,7 @@ def estimate_applied(
     seconds["generate"] = made.seconds
     total = sum(value for name, value in seconds.items() if "/" not in name)
     work_flops = 3 * rows.flops(shape).total * rows.num * work.updates * candidate.data
-    peak = cluster.num_gpus * cluster.gpu.bf16_tflops * 1e12
+    peak = cluster.num_gpus * cluster.gpu.peaks.bfloat16 * 1e12
     return Estimate(
         candidate=candidate,
         stages=stages,

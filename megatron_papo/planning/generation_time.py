@@ -47,7 +47,7 @@ def rollouts(
     passes = min(work.longest_response, assumed.length_tail * work.response_tokens)
     batch = groups * work.group_size / waves * work.response_tokens / passes
     decoding = waves * passes * _pass_s(config, shape, cluster, assumed, work, batch)
-    peak = cluster.gpu.bf16_tflops * 1e12 * assumed.matmul * size
+    peak = cluster.gpu.peaks.bfloat16 * 1e12 * assumed.matmul * size
     prompt = group_flops(work.prompt_tokens(shape), [], work.grids, shape).total
     return Rollouts((groups * prompt / peak + decoding) * assumed.generate_factor, waves, int(min(needed, room)))
 
@@ -61,7 +61,7 @@ def _pass_s(
     value_bytes = 1 if config.generation.quantization == "fp8" else 2
     length = work.prompt_tokens(shape) + work.response_tokens / 2
     reading = (parameters * value_bytes + batch * length * kv_bytes_per_token(shape, size)) / memory
-    computing = 2 * parameters * batch / (gpu.bf16_tflops * 1e12 * assumed.matmul)
+    computing = 2 * parameters * batch / (gpu.peaks.bfloat16 * 1e12 * assumed.matmul)
     exchange = (
         2 * shape.language.num_layers * all_reduce_s(batch * shape.language.hidden_size * 2, size, cluster, assumed)
     )

@@ -8,14 +8,14 @@ run: the median over its steps of measured over planned, stage by stage.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.derived import model_folder_or_none
-from megatron_papo.costs.hardware import Cluster, Gpu
+from megatron_papo.costs.hardware import Cluster, Gpu, gpu_of
 from megatron_papo.costs.memory import GIB
 from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.distributed.rank_arithmetic import data_ranks
@@ -70,10 +70,26 @@ def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> W
     )
 
 
-def planned_values(found: Estimate) -> dict[str, float]:
-    """As metrics: seconds by stage, and the peak of the fullest GPU."""
-    values = {f"planned/time/{stage}": found.seconds[stage] for stage in PLANNED_STAGES}
-    return values | {"planned/memory_gib": found.fullest.peak / GIB, "planned/mfu": found.mfu}
+def step_planner(
+    config: Config, shape: ModelShape, device_name: str | None, num_ranks: int
+) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """The function that turns the metrics of a measured step of this run into the metrics `planned/...` beside them:
+    seconds by stage, the peak of the fullest GPU and the updates' MFU. It returns none for a kind of GPU that the table
+    of GPUs lacks, and for a step without responses.
+
+    `device_name`: as CUDA names the GPU, None without one. Raises ValueError for a bad file `observe.calibration`.
+    """
+    assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
+    gpu = gpu_of(device_name)
+
+    def plan(record: Mapping[str, float]) -> dict[str, float]:
+        if gpu is None or not record.get("response_tokens"):
+            return {}
+        step = planned(config, shape, gpu, num_ranks, assumed, record)
+        values = {f"planned/time/{stage}": step.seconds[stage] for stage in PLANNED_STAGES}
+        return values | {"planned/memory_gib": step.fullest.peak / GIB, "planned/mfu": step.mfu}
+
+    return plan
 
 
 def calibrated(run: Path, gpu: Gpu) -> Assumptions:

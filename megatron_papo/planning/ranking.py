@@ -100,7 +100,7 @@ def _layers(
     rows = work.rows(shape, data, pipeline)
     size, flops = rows.size(shape), rows.flops(shape)
     whole = stage_seconds(alone, shape, cluster, assumed, flops, size)
-    head = flops.head / tensor / (cluster.gpu.bf16_tflops * 1e12 * assumed.matmul)
+    head = flops.head / tensor / (cluster.gpu.peaks.bfloat16 * 1e12 * assumed.matmul)
     layer = (whole.forward[0] - whole.vision - head) / num_layers
     return by_cost(num_layers, pipeline, whole.vision / layer, head / layer)
 

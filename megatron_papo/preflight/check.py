@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_papo.config import Config, ConfigError, plain_tree
 from megatron_papo.config.derived import model_folder_or_none
+from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
 from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
 from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
@@ -31,8 +32,6 @@ from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
 """What every verb imports; `papo doctor` says more of them."""
-
-_HOPPER_RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ra
 def _fp8_of_gpus(config: Config) -> Iterator[str]:
     """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
     recipe, gpu = config.fp8.recipe, config.cluster.gpu
-    known = {"A100-40GB": (), "A100": (), "H100": _HOPPER_RECIPES, "H200": _HOPPER_RECIPES}.get(gpu)
+    known = GPUS[gpu].fp8_recipes if gpu in GPUS else None
     if config.fp8.enabled and known is not None and recipe not in known:
         yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
 

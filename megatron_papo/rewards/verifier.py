@@ -70,7 +70,7 @@ class Verifier:
         try:
             worker.stdin.write(line.encode() + b"\n")
             worker.stdin.flush()
-            reply = _read_line(worker, self._timeout_s + _GRACE_S)
+            reply = read_line(worker, self._timeout_s + _GRACE_S)
         except BrokenPipeError:
             reply = None
         if reply is None:
@@ -85,13 +85,13 @@ class Verifier:
             command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s), self._grader]
             with save_requests_held():  # which are the trainer's, and would end the worker
                 self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            if _read_line(self._worker, _START_S) != "ready":
+            if read_line(self._worker, _START_S) != "ready":
                 self.close()
                 raise RuntimeError(f"the worker of {self._grader} did not start; its own message stands above")
         return self._worker
 
 
-def _read_line(worker: subprocess.Popen[bytes], timeout_s: float) -> str | None:
+def read_line(worker: subprocess.Popen[bytes], timeout_s: float) -> str | None:
     """A line of the worker; None when it ended, said no line or took longer. It has read answers, so it is not trusted
     to say whole lines, or words."""
     assert worker.stdout is not None

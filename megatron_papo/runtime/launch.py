@@ -179,12 +179,12 @@ def _make_folder(run_dir: Path) -> None:
 def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
     """`made`: folders that this run has made, which go again when nothing was written to them."""
     with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
-        spawned = _has_gpu()
+        spawned = has_gpu()
         if not spawned:
             _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
         context = multiprocessing.get_context("spawn" if spawned else "fork")
         notes = NotesInMemory()
-        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
         ranks = [
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), notes))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
@@ -197,7 +197,7 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
                         keep(process.pid)
                 if asked_to_save():
                     forward(ranks, signal.SIGUSR1)
-                return _watch(ranks, work, notes)
+                return watch_ranks(ranks, work, notes)
             finally:
                 ignore_ends()
                 stop(ranks)
@@ -232,7 +232,7 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, no
     sys.exit(code)
 
 
-def _watch(ranks: list[BaseProcess], work: Work, notes: NotesInMemory) -> int:
+def watch_ranks(ranks: list[BaseProcess], work: Work, notes: NotesInMemory) -> int:
     """Waits until every rank has ended well, or one has not; then says which and why. The exit code."""
     running, saved = list(ranks), False
     while running:
@@ -309,13 +309,13 @@ def _most_open_files() -> int:
     return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         return holder.getsockname()[1]

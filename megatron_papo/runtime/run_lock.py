@@ -66,7 +66,7 @@ class Holder:
         launch = f"{host if address in _HERE else address}:{environ.get('MASTER_PORT', '')}" if address else ""
         job, restarts = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
         limit_s, pid = float(heartbeat_limit_s) + _START_S, os.getpid()
-        return cls(verb, host, pid, _machine(), _started(pid), time.time(), job, restarts, launch, limit_s)
+        return cls(verb, host, pid, _machine(), started_at(pid), time.time(), job, restarts, launch, limit_s)
 
     def describe(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -196,7 +196,7 @@ def _text(holder: Holder) -> bytes:
 def _is_gone(holder: Holder, mine: Holder) -> bool | None:
     """None: time will tell."""
     if holder.machine and holder.machine == mine.machine:
-        return _started(holder.pid) != holder.started
+        return started_at(holder.pid) != holder.started
     return True if holder.job and holder.job == mine.job and holder.restarts != mine.restarts else None
 
 
@@ -223,7 +223,7 @@ def _machine() -> str:
     return ""
 
 
-def _started(pid: int) -> int:
+def started_at(pid: int) -> int:
     """When a process began, in clock ticks since the boot; 0 when there is none, or nothing but its exit code."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may hold anything

@@ -49,7 +49,7 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
         return State("running") if running else State("pending", living[0].reason.removesuffix("None"))
     folder = run_records.folder_of(point.run_dir)
     if (folder / "local.json").exists():
-        return _after_local(point.run_dir, steps)
+        return state_of_local_run(point.run_dir, steps)
     attempts = read_attempts(point.run_dir)
     if any(attempt.end == "done" for attempt in attempts) and read_progress(point.run_dir).steps_done >= steps:
         return State("done")
@@ -84,7 +84,7 @@ def _reason(run_dir: Path, attempt: Attempt) -> str:
     return said or attempt.reason.removeprefix("papo: ").replace("\n", "; ")
 
 
-def _after_local(run_dir: Path, steps: int) -> State:
+def state_of_local_run(run_dir: Path, steps: int) -> State:
     try:
         code = read_object(run_records.folder_of(run_dir) / "local.json").get("exit_code")
     except ValueError as error:

@@ -1,8 +1,9 @@
-"""When a run saves, where it resumes, and the Hugging Face folder it leaves behind.
+"""When a run saves, where it resumes, and the Hugging Face folder that it leaves behind.
 
-With `checkpoint.asynchronous` a step waits for the copy of its state alone; at most one checkpoint is being written,
-and a save that finds one waits for it. A checkpoint that fails costs itself: one warning, counted as
-`checkpoints_failed`, and the run goes on. The last one, and one that is asked for because the run stops, end it.
+With `checkpoint.asynchronous` a step waits only until its state has been copied. At most one checkpoint is being
+written at a time: the next save waits for it. When a checkpoint fails there is one warning, counted as
+`checkpoints_failed`, and the run goes on; when the last one fails, or one that is made because the run stops, the run
+ends with the reason.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from megatron_papo.weights.transfer import write_hf
 
 
 class Checkpoints:
-    """The checkpoints under RUN/checkpoints, named by the steps that are done; all ranks call together.
+    """The checkpoints under RUN/checkpoints, named by the number of steps that are done; all ranks call together.
 
-    As a context it ends with `finish`, and when the block failed with the wait alone.
+    As a context it ends with `finish`; when the block failed, it only waits for the checkpoint that is being written.
     """
 
     def __init__(self, run: Run, optimizer: Optimizer, verb: str, origin: Origin):
         settings = run.config.checkpoint
         self.next_step = 0
-        """The step to go on with: 0, or after what `resume` found."""
+        """The step to go on with, from 0: the one after the checkpoint that `resume` has loaded."""
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
         self._origin = origin
         self._num_steps = run.config.sft.steps if verb == "sft" else run.config.train.steps
@@ -56,15 +57,16 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.finish()
-        elif self._store.busy:  # what failed is no reason to lose the state before it
+        elif self._store.busy:  # a failure is no reason to lose the state before it
             with self._run.clock.stage("save"), suppress(Exception):
                 self._store.wait()
 
     def resume(self) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it.
+        """Loads the newest whole checkpoint into policy, optimizer and schedule; the state saved with it, or None where
+        there is none.
 
-        Raises ValueError when it is another verb's, of a model with other parts frozen, of other data or another model,
-        or when all are damaged.
+        Raises ValueError where the checkpoint was made by another verb, with other parts of the model frozen, from
+        other data or another model, or where every checkpoint is damaged.
         """
         self._store.wait()
         if self._run.is_writer:
@@ -72,14 +74,14 @@ class Checkpoints:
         if not self._settings.resume:
             return None
         with self._run.clock.stage("resume"):
-            found = self._store.resume(self._state({}), self._check)
-        if found is None:
+            newest = self._store.resume(self._state({}), self._check)
+        if newest is None:
             return None
-        folder, restored = found
+        folder, restored = newest
         best = self._store.best_metric()
         self._best = -math.inf if best is None else best
         self.next_step = restored.step
-        self._origin = {**self._origin, **kept_origin(restored.cursor)}  # what the run began with stays
+        self._origin = {**self._origin, **kept_origin(restored.cursor)}  # what the run began with is not replaced
         self._say_resumed(folder, restored)
         return restored.cursor
 
@@ -96,7 +98,7 @@ class Checkpoints:
             )
 
     def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
-        """Whether `save_when_due` saves."""
+        """Whether `save_when_due` would save."""
         done, every = step + 1, self._settings.save_every
         accuracy = (scores or {}).get("accuracy")
         best = self._settings.keep_best and accuracy is not None and accuracy > self._best
@@ -111,8 +113,8 @@ class Checkpoints:
         *,
         now: bool = False,
     ) -> None:
-        """After step `step` (from 0): every `checkpoint.save_every` steps, after the last one, when the held-out
-        accuracy is the best so far and `checkpoint.keep_best`, and with `now`.
+        """Saves after step `step` (from 0) where that is due: every `checkpoint.save_every` steps, after the last step,
+        with `checkpoint.keep_best` when the held-out accuracy is the best so far, and with `now` in any case.
 
         After the last step and with `now` the checkpoint is on disk when this returns, or SaveFailed is raised.
         """
@@ -133,14 +135,15 @@ class Checkpoints:
             self._store.finish()
 
     def leave(self, step: int) -> int:
-        """After step `step`, saved: the exit code of a run that was asked to stop. RUN/saved tells a supervisor."""
+        """Ends a run that was asked to stop, once step `step` is saved; its exit code. The file RUN/saved tells a
+        supervisor that the run can go on."""
         if self._run.is_writer:
             write_whole(self._run.folder / SAVED_FILE, f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
         return SAVED_EXIT
 
     def export(self) -> Path | None:
-        """The policy as a Hugging Face folder RUN/export, when `checkpoint.export_at_end`."""
+        """Writes the policy as the Hugging Face folder RUN/export, if `checkpoint.export_at_end`; its path, or None."""
         if not self._settings.export_at_end:
             return None
         self.finish()
@@ -152,6 +155,7 @@ class Checkpoints:
         return folder
 
     def _wait_for_the_one_before(self, done: int) -> None:
+        """Waits until the checkpoint before that of step `done` is written; says once that this took time."""
         if not self._store.busy:
             self._store.wait()
             return
@@ -174,6 +178,7 @@ class Checkpoints:
         return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, plain_tree(self._run.config))
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Raises ValueError where this run must not go on from the checkpoint `folder`, whose state file is `saved`."""
         verb = saved["cursor"].get("verb")
         if verb != self._verb:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Which groups a step trains on: all that were drawn, or under dynamic sampling those whose rollouts disagree.
 
 Dynamic sampling (DAPO, arXiv 2503.14476) generates in rounds until enough groups are kept. Groups stay on the rank that
-generated them; only positions and sums travel. Kept groups are put in the global order of their prompts, those beyond
-a step's number are dropped, and the rest is cut into one chunk an optimizer update, so that the batch does not depend
-on how many ranks there are. Of dropped groups the sums remain: a step reports everything that it generated.
+generated them; ranks exchange only positions and sums. Kept groups are put in the global order of their prompts, those
+beyond the number that a step needs are dropped, and the rest is cut into one chunk for each optimizer update, so that
+the batch does not depend on how many ranks there are. Dropped groups still count in the sums that a step reports.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from megatron_papo.types import Group, Metrics
 
 @dataclass(frozen=True)
 class ChosenGroups:
+    """The groups that a step has so far. A frozen value: `add` returns the next one."""
+
     train: TrainConfig
     merge_unit: int
-    """Patches of an image token."""
+    """How many patches become one image token."""
     own: Mapping[int, Group] = field(default_factory=dict)
     """Kept groups that were generated on this rank, by the position of their prompt in the global order."""
     first: Group | None = None
+    """The first group that this rank generated, kept or not."""
     kept: tuple[int, ...] = ()
     """Positions of the groups that were kept, over all ranks, in order; those to train on come first."""
     rounds: int = 0
+    """Rounds of generation so far."""
     whole_rounds: int = 0
-    """Rounds that were kept whole, since nothing of them would have been."""
+    """Rounds that were kept whole because none of their groups would have been kept."""
     num_drawn: int = 0
     """Prompts drawn so far, over all ranks."""
     generated: Metrics = field(default_factory=dict)
@@ -41,24 +45,28 @@ class ChosenGroups:
 
     @property
     def enough(self) -> bool:
+        """Whether the step has all the prompts that it trains on."""
         return len(self.kept) >= self.train.prompts_per_step
 
     def add(self, positions: Sequence[int], groups: Sequence[Group], data_group: ProcessGroup) -> ChosenGroups:
-        """With one more round of generation; ValueError when the rounds are used up and prompts are still missing."""
-        new = dict(zip(positions, groups, strict=True))
-        good = _disagreeing(new, self.train.dynamic_sampling)
-        everywhere = gather_objects((list(new), list(good), rollout_sums(groups, self.merge_unit)), data_group)
-        drawn = [place for places, _, _ in everywhere for place in places]
-        kept = [place for _, places, _ in everywhere for place in places]
+        """The choice after one more round, whose `groups` this rank generated for the prompts at `positions`.
+
+        Raises ValueError where the rounds are used up and prompts are still missing.
+        """
+        own = dict(zip(positions, groups, strict=True))
+        own_kept = _kept(own, self.train.dynamic_sampling)
+        all_ranks = gather_objects((list(own), list(own_kept), rollout_sums(groups, self.merge_unit)), data_group)
+        drawn = [place for places, _, _ in all_ranks for place in places]
+        kept = [place for _, places, _ in all_ranks for place in places]
         generated = dict(self.generated)
-        for _, _, sums in everywhere:
+        for _, _, sums in all_ranks:
             add_metrics(generated, sums)
         whole = not kept and self.train.dynamic_sampling.when_none_kept == "keep"
         if whole:
-            good, kept = new, drawn
+            own_kept, kept = own, drawn
         chosen = replace(
             self,
-            own={**self.own, **good},
+            own={**self.own, **own_kept},
             first=self.first or next(iter(groups), None),
             kept=tuple(sorted((*self.kept, *kept))),
             rounds=self.rounds + 1,
@@ -70,7 +78,7 @@ class ChosenGroups:
         return chosen
 
     def by_update(self) -> list[list[Group]]:
-        """This rank's groups of every optimizer update; a list may be empty."""
+        """This rank's groups, a list for every optimizer update; a list may be empty."""
         chosen, updates = self.kept[: self.train.prompts_per_step], self.train.updates_per_step
         size = len(chosen) // updates
         chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -78,13 +86,13 @@ class ChosenGroups:
 
     @property
     def spare(self) -> Group:
-        """Any group of this rank: what it goes through the motions with when an update has none of its own."""
+        """Any group of this rank, with which it computes an update at weight zero when it has no group of its own."""
         assert self.first is not None, "every rank draws a prompt in every round"
         return self.first
 
     @property
     def metrics(self) -> Metrics:
-        """How much had to be generated, and under dynamic sampling what all of it was like."""
+        """How much had to be generated; under dynamic sampling also the sums over everything that was generated."""
         share = (float(len(self.kept)), float(self.num_drawn))
         values: Metrics = {"sampling/rounds": (float(self.rounds), 1.0), "sampling/kept_share": share}
         if self.train.dynamic_sampling.enabled:
@@ -104,6 +112,6 @@ class ChosenGroups:
             )
 
 
-def _disagreeing(groups: Mapping[int, Group], sampling: DynamicSamplingConfig) -> dict[int, Group]:
-    """Those to keep of a round."""
+def _kept(groups: Mapping[int, Group], sampling: DynamicSamplingConfig) -> dict[int, Group]:
+    """The groups of a round that are kept: all, or with dynamic sampling those whose rollouts disagree."""
     return {place: group for place, group in groups.items() if not sampling.enabled or keep_group(group, sampling)}

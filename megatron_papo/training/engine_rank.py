@@ -1,6 +1,6 @@
-"""What a verb does on a rank of a separate engine: it serves the others, until they have no more to ask.
+"""What a verb does on a rank of a separate engine: it serves the trainer's ranks until they end.
 
-Such a rank has its sign of life and its ear for failures like any other, but no model, no data and no stage.
+Such a rank writes signs of life and watches for failures like any other, but it has no model, no data and no stages.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from megatron_papo.runtime.heartbeat import Heartbeat
 
 
 def serves(config: Config) -> bool:
-    """Whether this process is a rank of an engine."""
+    """Whether this process is a rank of a separate engine."""
     return place_among_engines(config.generation.num_engine_ranks) is not None
 
 
 def serve(config: Config) -> int:
-    """The exit code: 0 once the trainer has said goodbye."""
+    """Runs the engine of this rank until the trainer ends it. Returns the exit code, 0."""
     place = place_among_engines(config.generation.num_engine_ranks)
     assert place is not None
     with Heartbeat(config.run, own_rank(), lambda: "serve"):

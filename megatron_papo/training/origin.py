@@ -1,9 +1,10 @@
 """What a run is made from: fingerprints of its data and its model, kept in every checkpoint and compared on resuming.
 
-Paths may change and copies may take the place of originals: what counts is what is read. Other rows, another tokenizer,
-chat template or image processor would make of the second half of a run another run, so it is refused; what the run
-reads no more, or may have been mended, is warned of. Settings that differ are listed. Checkpoints from before this was
-kept have nothing to compare. Left out: held-out data, which no step depends on.
+Only what is read counts: paths may change, and copies may take the place of originals. With other rows, another
+tokenizer, chat template or image processor the second half of a run would be another run, so that is refused. A change
+of what the run no longer reads, or of what may have been repaired, is a warning. Settings that differ are listed.
+Checkpoints that were written before origins were kept have nothing to compare. Held-out data is left out, since no step
+depends on it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_papo.distributed.agreement import agreed
 from megatron_papo.training.session import Run
 
 Origin = Mapping[str, str]
-"""part -> fingerprint; plain JSON."""
+"""Part of the data or the model, a key of `_NOUNS` -> its fingerprint; plain JSON."""
 
 _NOUNS = {
     "rows": "rows",
@@ -38,57 +39,59 @@ _IMAGE_SETTINGS = (
     "patch_size", "temporal_patch_size", "merge_size", "do_resize", "resample", "do_rescale", "rescale_factor",
     "do_normalize", "image_mean", "image_std", "do_convert_rgb",
 )  # fmt: skip
-_OF_THE_MACHINE = ("run.dir", "cluster.", "observe.", "data.train", "model.path", "model.checkpoint")
-"""Settings of which no change is told: where a run lies, and what is compared by its content."""
-_MOST_TOLD = 12
+_MACHINE_SETTINGS = ("run.dir", "cluster.", "observe.", "data.train", "model.path", "model.checkpoint")
+"""Settings whose changes are not listed: where a run lies, and what is compared by its content."""
+_MOST_LISTED = 12
+"""How many changed settings are listed at most."""
 _LONGEST_VALUE = 40
+"""How many letters of a changed value are shown at most."""
 
 
 def origin_of(run: Run, dataset: PromptDataset, *columns: str) -> Origin:
-    """Of a run that trains on `dataset`, of which it also reads `columns`; read on one rank, known on all.
+    """The origin of a run that trains on `dataset`, of which it also reads `columns`; all ranks call it, one reads.
 
     Raises ValueError, on every rank alike, for what cannot be read.
     """
-    found: Origin = agreed(partial(_read, run, dataset, columns))
-    return found
+    origin: Origin = agreed(partial(_read, run, dataset, columns))
+    return origin
 
 
 def _read(run: Run, dataset: PromptDataset, columns: tuple[str, ...]) -> Origin:
-    found = {**dataset.fingerprints(columns), **_of_processor(run.processor)}
+    origin = {**dataset.fingerprints(columns), **_processor_fingerprints(run.processor)}
     model = run.config.model
     if model.checkpoint is not None or not model.random_init:
-        found["weights"] = fingerprint_of_weights(weights_folder(run.config))
-    return found
+        origin["weights"] = fingerprint_of_weights(weights_folder(run.config))
+    return origin
 
 
-def _of_processor(processor: Processor) -> dict[str, str]:
-    words = json.dumps([sorted(processor.tokenizer.get_vocab().items()), list(processor.eos_ids)])
+def _processor_fingerprints(processor: Processor) -> dict[str, str]:
+    vocabulary = json.dumps([sorted(processor.tokenizer.get_vocab().items()), list(processor.eos_ids)])
     images = [(name, getattr(processor.image_processor, name, None)) for name in _IMAGE_SETTINGS]
     return {
-        "tokenizer": fingerprint([words.encode()]),
+        "tokenizer": fingerprint([vocabulary.encode()]),
         "template": fingerprint([processor.template.encode("utf-8", "surrogatepass")]),
         "image processor": fingerprint([json.dumps(images, default=int).encode()]),
     }
 
 
 def compare_origins(folder: Path, saved: Mapping[str, Any], origin: Origin, config: Config) -> list[str]:
-    """What to warn of before the run goes on from the checkpoint `folder`, whose state file is `saved`.
+    """The warnings to print before a run of `origin` goes on from the checkpoint `folder`, whose state file is `saved`.
 
-    Raises ValueError, with a line for each part, for what it must not go on with.
+    Raises ValueError, with a line for each part, where the run must not go on.
     """
     before = kept_origin(saved["cursor"])
     reads_weights = config.loss.reference_coef > 0 and config.checkpoint.reference is None
     faults, warnings = [], []
     for part in (part for part in origin if before.get(part, origin[part]) != origin[part]):
-        told = _told(part, saved["config"], config)
+        change = _describe_change(part, saved["config"], config)
         if part == "pictures":
-            warnings.append(f"{told}: it goes on with these")
+            warnings.append(f"{change}: it goes on with these")
         elif part == "weights" and not (saved["cursor"].get("verb") == "train" and reads_weights):
-            warnings.append(f"{told}: it goes on with those of {folder}")
+            warnings.append(f"{change}: it goes on with those of {folder}")
         else:
             of_reference = ", of which the reference policy is made" if part == "weights" else ""
             faults.append(
-                f"{told}{of_reference}; take another run.dir (model.checkpoint={folder} begins with its weights)"
+                f"{change}{of_reference}; take another run.dir (model.checkpoint={folder} begins with its weights)"
             )
     if faults:
         raise ValueError("\n".join(faults))
@@ -96,13 +99,13 @@ def compare_origins(folder: Path, saved: Mapping[str, Any], origin: Origin, conf
 
 
 def kept_origin(cursor: Mapping[str, Any]) -> Origin:
-    """Of the state that a checkpoint keeps; empty where it is from before origins were kept."""
+    """The origin in the state that a checkpoint keeps; empty where the checkpoint was written before origins were."""
     kept = cursor.get("origin")
     return kept if isinstance(kept, dict) else {}
 
 
-def _told(part: str, before: Mapping[str, Any], config: Config) -> str:
-    """Which part is another, of what, and what it was of."""
+def _describe_change(part: str, before: Mapping[str, Any], config: Config) -> str:
+    """The sentence that names the setting, the part that differs, and where the run read it when it began."""
     if part in ("rows", "pictures"):
         key, was, now = "data.train", before["data"]["train"], str(config.data.train)
     else:
@@ -118,18 +121,19 @@ def _other(part: str) -> str:
 
 
 def changed_settings(before: Mapping[str, Any], config: Config) -> str:
-    """The settings that a checkpoint was made with and that are others now, as `key was -> is`; empty when none is."""
+    """The settings that differ from those a checkpoint was made with, as `key was -> is`; empty where none does."""
     was, now = dict(_flat(before)), dict(_flat(plain_tree(config)))
     changed = [
         f"{key} {_short(was[key])} -> {_short(now[key])}"
         for key in now
-        if key in was and was[key] != now[key] and not key.startswith(_OF_THE_MACHINE)
+        if key in was and was[key] != now[key] and not key.startswith(_MACHINE_SETTINGS)
     ]
-    more = [f"and {len(changed) - _MOST_TOLD} more"] if len(changed) > _MOST_TOLD else []
-    return ", ".join(changed[:_MOST_TOLD] + more)
+    more = [f"and {len(changed) - _MOST_LISTED} more"] if len(changed) > _MOST_LISTED else []
+    return ", ".join(changed[:_MOST_LISTED] + more)
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested settings with their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{path}{key}.")

@@ -1,8 +1,8 @@
-"""The rollouts of a step that are under way while the step before it trains, and how a checkpoint keeps them.
+"""The rollouts of a step that engines sample while the step before it trains, and how a checkpoint keeps them.
 
-They are saved by the place of their prompt in the global order, so any number of data-parallel ranks takes up what any
-other left. Prompts are not saved: the same place draws the same prompt. Left out: rollouts that are not finished; a
-checkpoint waits for them.
+They are saved by the position of their prompt in the global order, so that a run can resume with another number of
+data-parallel ranks. Prompts are not saved: the same position draws the same prompt. Unfinished rollouts are not saved
+either: a checkpoint waits for them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _ARRAYS = ("places", "lengths", "stopped", "versions", "ids", "logprobs")
 
 @dataclass(frozen=True)
 class PendingRollouts:
-    """The rollouts of one step."""
+    """The rollouts of one step, submitted to the engines or already collected."""
 
     step: int
     cursor: DataCursor
-    """Where the draw began."""
+    """Where the draw of their prompts began."""
     draw: Draw
     groups: tuple[Group, ...] | None = None
     """None as long as they have not been collected."""
     metrics: Metrics = field(default_factory=dict)
-    """What the engines measured of them, on this rank."""
+    """What the engines measured while they sampled, on this rank."""
 
 
 def to_state(pending: PendingRollouts, data_group: ProcessGroup) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def to_state(pending: PendingRollouts, data_group: ProcessGroup) -> dict[str, An
 def from_state(
     state: dict[str, Any], step: int, draw: Draw, group_size: int, decode: Callable[[tuple[int, ...]], str]
 ) -> tuple[Group, ...] | None:
-    """The groups of this rank's draw; None where other rollouts are wanted than were saved: of another step, other
-    prompts or of another number. Raises ValueError for what `to_state` does not make."""
+    """The saved groups of this rank's `draw`. None where the run needs others than were saved: of another step, of
+    other prompts, or more or fewer per prompt. Raises ValueError for a state that `to_state` has not made."""
     if state.get("step") != step:
         return None
     arrays = _unpacked(state)
@@ -80,21 +80,23 @@ def from_state(
 
 
 def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    """The saved arrays by name; raises ValueError where there are none or their lengths disagree."""
     try:
         packed = np.load(io.BytesIO(base64.b64decode(state["rollouts"])), allow_pickle=False)
         arrays = {name: packed[name] for name in _ARRAYS}
         # a checkpoint written before there were turns does not say which tokens were sampled: all of them
         arrays["sampled"] = packed["sampled"] if "sampled" in packed else np.ones(len(arrays["ids"]), bool)
         num_tokens = int(arrays["lengths"].sum())
-        fitting = all(len(arrays[name]) == num_tokens for name in ("ids", "logprobs", "sampled"))
+        consistent = all(len(arrays[name]) == num_tokens for name in ("ids", "logprobs", "sampled"))
     except (KeyError, TypeError, ValueError, EOFError, OSError, BadZipFile, zlib.error) as error:
         raise ValueError(f"not rollouts: {error}") from None
-    if not fitting:
+    if not consistent:
         raise ValueError("not rollouts: their lengths contradict the tokens")
     return arrays
 
 
 def _rollouts(arrays: Any, group_size: int, decode: Callable[[tuple[int, ...]], str]) -> Iterator[Rollout]:
+    """The saved rollouts, group after group."""
     tokens = [arrays[name].tolist() for name in ("ids", "logprobs", "sampled")]
     facts, start = zip(*(arrays[name].tolist() for name in ("lengths", "stopped", "versions"))), 0
     for number, (length, stopped, version) in enumerate(facts):
@@ -112,6 +114,7 @@ def _rollouts(arrays: Any, group_size: int, decode: Callable[[tuple[int, ...]], 
 
 
 def age(groups: Sequence[Group], step: int) -> tuple[float, float]:
-    """Steps between the weights that sampled and those that `step` begins with, as a metric: sum and number."""
+    """How many steps older the weights that sampled the rollouts are than those that `step` begins with: the sum over
+    all rollouts, and their number."""
     ages = [step - rollout.policy_version for group in groups for rollout in group.rollouts]
     return float(sum(ages)), float(len(ages))

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
 from PIL import Image
 
-from megatron_papo.config import dump_config
-from megatron_papo.costs.flops import peak_tflops
-from megatron_papo.costs.hardware import gpu_of
+from megatron_papo.config import Config, dump_config
+from megatron_papo.costs.hardware import peak_tflops
+from megatron_papo.costs.stages import STEP_STAGES
 from megatron_papo.distributed.accelerator import device_name, parameter_dtype
 from megatron_papo.distributed.exchange import gather_objects, sum_metrics
 from megatron_papo.distributed.layout import Layout
 from megatron_papo.generation.engine_images import pictures
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
-from megatron_papo.planning.assumptions import Assumptions
-from megatron_papo.planning.measured_run import planned, planned_values
 from megatron_papo.training.console import warn
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Metrics
 
-_STAGES = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
-"""Those of a step: what tokens per second are counted over."""
+StepPlanner = Callable[[Config, ModelShape, str | None, int], Callable[[Mapping[str, float]], dict[str, float]]]
+"""Makes the function that predicts a step for one run: from its settings, the model's shape, CUDA's name of the GPU
+(None: no GPU) and the number of trainer ranks. That function takes the metrics of a measured step and returns the
+metrics `planned/...`. The command line hands `planning.measured_run.step_planner` over: training imports no planner."""
 
 
 class Recorder:
     """Logs steps from `first_step` on to every sink of `run.folder`; all ranks call it, the writer writes."""
 
-    def __init__(self, run: Run, first_step: int, num_steps: int):
+    def __init__(self, run: Run, first_step: int, num_steps: int, planner: StepPlanner | None = None):
+        """`planner`: predicts each step, whose record then has the prediction beside what was measured."""
         config = run.config
         self._run, self._num_steps = run, num_steps
         dtype = str(parameter_dtype(config.model.dtype)).removeprefix("torch.")
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
         self._fp8_peak = peak_tflops(device_name(), "fp8")
-        self._gpu = gpu_of(device_name())
-        self._assumed = Assumptions.load(config.observe.calibration) if config.observe.calibration else Assumptions()
+        self._plan = planner(config, run.shape, device_name(), run.layout.world_size) if planner else None
         self._sinks = Sinks(
             config.observe,
             run.folder,
@@ -83,7 +84,8 @@ class Recorder:
         values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
         values |= {f"eval/{name}": value for name, value in scores.items()}
         values |= {name: float(count) for name, count in self._run.counts.items()}
-        values |= {"ranks": float(self._run.layout.world_size)} | self._planned(values)
+        values |= {"ranks": float(self._run.layout.world_size)}
+        values |= self._plan(values) if self._plan else {}
         self._sinks.log(step, values)
         every = self._run.config.observe.samples_every
         if every and (step % every == 0 or step + 1 == self._num_steps):
@@ -94,7 +96,7 @@ class Recorder:
         which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`: of
         the peak in the model's dtype also where products are in FP8, so that both kinds of run compare; `mfu_fp8` is of
         FP8's peak then, a share that no model reaches, for attention and the head are not in FP8."""
-        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in _STAGES)
+        seconds = sum(times.get(f"time/{stage}", 0.0) for stage in STEP_STAGES)
         tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
         values = {
             "tokens_per_s": totals["tokens"] / seconds,
@@ -104,13 +106,6 @@ class Recorder:
         fp8 = self._run.policy.fp8
         peaks = {"mfu": self._peak, "mfu_fp8": self._fp8_peak if fp8.allowed and fp8.settings.update else None}
         return values | {name: tflops / peak for name, peak in peaks.items() if peak}
-
-    def _planned(self, values: dict[str, float]) -> dict[str, float]:
-        """What the planner says of this step, beside what was measured; nothing for an unknown kind of GPU."""
-        if self._gpu is None or not values.get("response_tokens"):
-            return {}
-        layout, config = self._run.layout, self._run.config
-        return planned_values(planned(config, self._run.shape, self._gpu, layout.world_size, self._assumed, values))
 
     def _samples(self, groups: Sequence[Group]) -> list[SampleRow]:
         if not self._run.is_writer:

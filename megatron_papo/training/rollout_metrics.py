@@ -1,6 +1,6 @@
-"""What rollouts were like, as sums and counts: rewards and their parts, lengths, groups whose rollouts agree.
+"""Statistics of rollouts as sums and counts: rewards and their parts, lengths, groups whose rollouts agree.
 
-Leaves out means, which are taken once, of the sums over all ranks (`training/recorder.py`).
+Means are left out: `training/recorder.py` takes them once, from the sums over all ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_papo.types import Group, Metrics
 
 
 def rollout_sums(groups: Sequence[Group], merge_unit: int) -> Metrics:
-    """Sums over these rollouts and groups; `merge_unit`: patches of an image token."""
+    """Sums and counts over the rollouts of these groups; `merge_unit` is how many patches become one image token."""
     sums: dict[str, list[float]] = {"tokens": [], "response_tokens": [], "cut_off": []}
     sums |= {"prompt_tokens": [], "image_tokens": []}
     for group in groups:
@@ -33,5 +33,6 @@ def rollout_sums(groups: Sequence[Group], merge_unit: int) -> Metrics:
 
 
 def _image_tokens(group: Group, merge_unit: int) -> int:
+    """How many tokens of the group's prompt stand for its images."""
     grid_thw_I3 = group.prompt.inputs.grid_thw_I3
     return 0 if grid_thw_I3 is None else int(grid_thw_I3.prod(dim=1).sum()) // merge_unit

@@ -1,7 +1,7 @@
-"""Asking the generator for rollouts, and giving it weights, whatever happens to its engines.
+"""Rollouts from the generator and their rewards, and the policy's weights for the generator, even when an engine fails.
 
-An engine that died is started anew, given the policy's weights and asked again, `generation.restarts` times in a run;
-then its reason ends the run. All ranks call together.
+An engine that died is started again, given the policy's weights and asked for the same rollouts, up to
+`generation.restarts` times in a run; after that its failure ends the run. All ranks call these functions together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_papo.weights.transfer import hf_tensors
 
 
 def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    """The generator's rollouts: those of an engine started anew are the same."""
+    """The generator's rollouts for `prompts`; a restarted engine samples the same ones."""
     while True:
         remind(run, generator)
         version = generator.policy_version
@@ -34,14 +34,26 @@ def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling
 def collect(
     run: Run, generator: RemoteGenerator, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
 ) -> list[Group]:
-    """The rollouts that were asked for by `generator.submit(prompts, sampling)`. Those of an engine started anew are of
-    the policy as it is now, which `policy_version` numbers: the weights they were asked of may be no more."""
+    """The rollouts of `generator.submit(prompts, sampling)`.
+
+    A restarted engine samples them with the policy as it is now, which `policy_version` numbers: the weights that they
+    were submitted for may exist no longer.
+    """
     while True:
         try:
             return generator.collect()
         except EngineLost as lost:
             recover(run, generator, lost, policy_version)
             generator.submit(prompts, sampling)
+
+
+def build_rewarder(run: Run) -> Rewarder:
+    """What gives each response its reward, as the section `reward` says; a context that ends its worker processes."""
+    return Rewarder(
+        run.config.reward,
+        max_response_tokens=run.config.generation.max_response_tokens,
+        response_prefix=run.processor.response_prefix,
+    )
 
 
 def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:
@@ -74,13 +86,14 @@ def give_weights(run: Run, generator: Generator, policy_version: int) -> None:
 
 
 def remind(run: Run, generator: Generator) -> None:
-    """Gives an engine that forgot its weights as it slept the policy's again: nothing has updated these since."""
+    """Gives the policy's weights again to an engine that dropped them as it slept; no update has been made since."""
     if generator.forgotten_version is not None:
         hand_over(run, generator, generator.forgotten_version)
 
 
 def recover(run: Run, generator: Generator, lost: EngineLost, policy_version: int | None) -> None:
-    """After a loss: engines as they were, with the policy's weights of now, which `policy_version` numbers."""
+    """After an engine was lost: restarts it and gives it the policy's weights as they are now, which `policy_version`
+    numbers. Raises the loss itself where there are none to give, or where the run has used up its restarts."""
     if policy_version is None:
         raise lost
     _restart(run, generator, lost)

@@ -41,6 +41,8 @@ for _model_type in FAMILIES:
 
 @dataclass(frozen=True)
 class Run:
+    """One rank's part of a run. It holds no state of training beside the policy's weights."""
+
     config: Config
     layout: Layout
     shape: ModelShape
@@ -48,37 +50,40 @@ class Run:
     clock: StageClock
     meter: Meter
     policy: VisionLanguageModel
-    """This pipeline stage's model; its weights change in place."""
+    """The model of this pipeline stage; its weights change in place."""
     counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0, "engine_restarts": 0})
-    """What has gone wrong so far without ending the run; on the writer what it says holds for all ranks."""
+    """How often something has gone wrong so far without ending the run; the writer's numbers count for all ranks."""
 
     @property
     def folder(self) -> Path:
+        """The folder that everything the run writes lies under."""
         return self.config.run.dir
 
     @property
     def is_writer(self) -> bool:
-        """The one rank that writes what the whole run has in common."""
+        """Whether this is the one rank that writes what the whole run has in common."""
         return self.layout.rank == 0
 
     @property
     def banned_ids(self) -> tuple[int, ...]:
-        """Tokens that neither engine nor trainer gives any probability: vision placeholders and padded words."""
+        """Tokens that neither engine nor trainer gives any probability: vision placeholders, and rows of the vocabulary
+        that the tokenizer has no token for."""
         return self.shape.banned_ids(self.processor.num_words)
 
 
 def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
-    """After a failure on a GPU the groups are left to the end of the process: NCCL may wait there for peers that wait
-    for this rank, and the note of its failure is written only afterwards."""
+    """Ends the process groups, except after a failure on a GPU: NCCL may then wait for peers that wait for this rank,
+    and the note of its failure is written only afterwards."""
     if kind is None or not has_gpu():
         shutdown()
 
 
 @contextmanager
 def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
-    """Ranks, model and processor of `config.model`, with the weights loaded; ends the process groups afterwards.
+    """Joins the ranks and loads model and processor of `config.model`; ends the process groups afterwards.
 
-    `num_engine_ranks`: of those that were started, the last ones are engines'.
+    `num_engine_ranks`: how many of the started ranks, the last ones, belong to separate engines. Raises ValueError that
+    names the setting or the folder where the model cannot be used.
     """
     folder = model_folder(config)
     quieten_megatron()
@@ -98,7 +103,7 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
         with clock.stage("load"):
             processor = load_processor(folder, config.data)
             _check_patches(processor, shape)
-            check_words(processor, shape)
+            check_vocabulary(processor, shape)
             has_weights = config.model.checkpoint is not None or not config.model.random_init
             if has_weights:
                 check_weights(shape, weights_folder(config))
@@ -110,7 +115,7 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
 
 
 def _check_patches(processor: Processor, shape: ModelShape) -> None:
-    """Raises ValueError where the image processor cuts other patches than the vision tower takes."""
+    """Raises ValueError where the image processor makes patches of another size than the vision tower takes."""
     settings, vision = processor.image_processor, shape.vision
     for name, theirs in (
         ("patch_size", vision.patch_size),
@@ -124,9 +129,9 @@ def _check_patches(processor: Processor, shape: ModelShape) -> None:
             )
 
 
-def check_words(processor: Processor, shape: ModelShape) -> None:
-    """Raises ValueError where a token of the tokenizer has no row in the vocabulary or another meaning, and for a chat
-    template that loses what it is given."""
+def check_vocabulary(processor: Processor, shape: ModelShape) -> None:
+    """Raises ValueError where a token of the tokenizer has no row in the model's vocabulary, where its image token is
+    another than the model's, and where the chat template loses part of a prompt."""
     vocab_size, where = shape.language.vocab_size, f"model.path: {processor.folder}"
     if processor.num_words > vocab_size:
         raise ValueError(f"{where}: tokenizer has {processor.num_words} words, vocab_size is {vocab_size}")

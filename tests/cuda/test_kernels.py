@@ -71,9 +71,9 @@ def holds_all_in_registers(found: dict[str, int]) -> None:
 def test_sums_compile_for_an_h100_without_spills(pair: bool, entropy: bool):
     from megatron_papo.logprobs import triton_tile
 
-    constants = {"PAIR": pair, "ENTROPY": entropy, "BLOCK": triton_tile._BLOCK}
+    constants = {"PAIR": pair, "ENTROPY": entropy, "BLOCK": triton_tile.BLOCK_SIZE}
     for even in (True, False) if pair and entropy else (True,):
-        holds_all_in_registers(resources(triton_tile._sums_kernel, SUMS, constants, even))
+        holds_all_in_registers(resources(triton_tile.sums_kernel, SUMS, constants, even))
 
 
 @pytest.mark.parametrize(("out", "pair", "slope"), product(("fp32", "bf16"), (False, True), (False, True)))
@@ -81,6 +81,6 @@ def test_gradients_compile_for_an_h100_without_spills(out: str, pair: bool, slop
     from megatron_papo.logprobs import triton_tile
 
     types = {name: kind.format(out=out) for name, kind in GRADIENTS.items()}
-    constants = {"PAIR": pair, "SLOPE": slope, "BLOCK": triton_tile._BLOCK}
+    constants = {"PAIR": pair, "SLOPE": slope, "BLOCK": triton_tile.BLOCK_SIZE}
     for even in (True, False) if pair and slope else (True,):
-        holds_all_in_registers(resources(triton_tile._gradients_kernel, types, constants, even))
+        holds_all_in_registers(resources(triton_tile.gradients_kernel, types, constants, even))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_papo.model.mlp import GatedMLP
-from megatron_papo.model.norm import _Norm
+from megatron_papo.model.norm import RMSNormFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -33,7 +33,7 @@ def test_the_norm_and_its_gradients_are_those_of_fp64():
     hidden, weight, grad = _values(ROWS, 1, HIDDEN), _values(HIDDEN), _values(ROWS, 1, HIDDEN)
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    output = _Norm.apply(*ours, 1e-6)
+    output = RMSNormFunction.apply(*ours, 1e-6)
     right = exact[1] * F.rms_norm(exact[0], (HIDDEN,), eps=1e-6)
     found = [output, *torch.autograd.grad(output, ours, grad)]
     expected = [right, *torch.autograd.grad(right, exact, grad.double())]

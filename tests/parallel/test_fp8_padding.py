@@ -95,7 +95,7 @@ def _run(config, folder: Path, length) -> dict:
     from megatron_papo.model.qwen2_5_vl import vision
     from megatron_papo.model.shape import ModelShape
     from megatron_papo.optimization.optimizer import wrap_policy
-    from megatron_papo.optimization.pipeline import _run_schedule
+    from megatron_papo.optimization.pipeline import run_schedule
     from megatron_papo.weights.transfer import read_hf
 
     shape = ModelShape.from_folder(folder)
@@ -118,7 +118,7 @@ def _run(config, folder: Path, length) -> dict:
 
         with policy.fp8.updating(), DoubleSums():
             num_padding = policy.language.num_padding(rows[0].num_tokens)
-            _run_schedule(model, rows, HeadRequest(), loss)
+            run_schedule(model, rows, HeadRequest(), loss)
     finally:
         language.token_multiple = vision.token_multiple = multiple_of
     gradients = {name: weight.main_grad.clone() for name, weight in policy.named_parameters()}

@@ -95,7 +95,7 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
     from megatron_papo.algorithm.losses import papo_loss
     from megatron_papo.model.policy import HeadRequest
     from megatron_papo.optimization.optimizer import wrap_policy
-    from megatron_papo.optimization.pipeline import _run_schedule
+    from megatron_papo.optimization.pipeline import run_schedule
     from megatron_papo.packing import joint_row, token_totals
     from megatron_papo.training.batching import pack_rows, pack_update
     from megatron_papo.training.session import open_run
@@ -120,7 +120,7 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
             return loss(outputs, row)
 
         head = HeadRequest(full_entropy=True, full_kl=True, banned_ids=run.banned_ids)
-        _run_schedule(policy, tuple(map(joint_row, rows)), head, micro_loss)
+        run_schedule(policy, tuple(map(joint_row, rows)), head, micro_loss)
         for parameter in run.policy.parameters():
             parameter.data.copy_(parameter.main_grad)
         gradients = {name: tensor.clone() for name, tensor in hf_tensors(run.policy, run.shape)}

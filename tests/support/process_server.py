@@ -151,7 +151,7 @@ def _prepare_vllm() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.sample.sampler import Sampler
 
-    from megatron_papo.distributed.accelerator import _CudaMeansCpu
+    from megatron_papo.distributed.accelerator import CudaMeansCpu
 
     if not current_platform.is_cpu():
         return
@@ -165,7 +165,7 @@ def _prepare_vllm() -> None:
     # torch's pool of threads is made anew in a forked process by whoever asks for it first. Threads of autograd ask at
     # the same time, which 4 of 54 runs did not survive; here the only thread there is does
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-    for mode in (contextlib.nullcontext(), _CudaMeansCpu()):  # an engine on ranks of its own, and one in the trainer's
+    for mode in (contextlib.nullcontext(), CudaMeansCpu()):  # an engine on ranks of its own, and one in the trainer's
         with mode, torch.inference_mode():
             for num_words in (64, 96):  # with the second it compiles for any number of words
                 Sampler.gather_logprobs(torch.zeros(2, num_words), 1, torch.zeros(2, dtype=torch.int64))

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_papo.runtime.failure_notes import NotesInMemory
 from megatron_papo.runtime.heartbeat import PEER_EXIT
-from megatron_papo.runtime.launch import Work, _free_port, _watch, launch, outer_rank
+from megatron_papo.runtime.launch import Work, free_port, launch, outer_rank, watch_ranks
 from megatron_papo.runtime.watchdog import STALL_EXIT
 from tests.support.commands import begin
 from tests.support.interpreter import PYTHON
@@ -114,7 +114,7 @@ class _LateToSay(multiprocessing.context.ForkProcess):
 def test_a_failure_that_shows_late_is_no_success(tmp_path, capfd):
     process = _LateToSay(target=os._exit, args=(3,))
     process.start()
-    assert _watch([process], Work("none:none", (), tmp_path), NotesInMemory()) == 1
+    assert watch_ranks([process], Work("none:none", (), tmp_path), NotesInMemory()) == 1
     assert last_line(capfd) == "papo: rank 0 failed: ended: with exit code 3"
 
 
@@ -275,7 +275,7 @@ def test_a_rank_that_waits_for_nobody_hears_that_another_has_failed(tmp_path):
 
 def by_hand(name: str, folder: Path) -> list[tuple[int, str]]:
     """Exit code and errors of two ranks as on two machines: nothing but the shared folder connects them."""
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = "-m", "tests.system.launch_targets", name, folder, 2
     logs = [folder.with_name(f"{folder.name}_{rank}.log") for rank in range(2)]
     ranks = [begin(*command, log=log, environ=common | {"RANK": str(rank)}) for rank, log in enumerate(logs)]

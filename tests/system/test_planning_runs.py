@@ -23,10 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def _train(*configs: Config) -> None:
+    from megatron_papo.planning.measured_run import step_planner
     from megatron_papo.train import main
 
     for config in configs:
-        main(config)
+        main(config, step_planner)
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from megatron_papo.costs.flops import (
     Meter,
     causal_pairs,
     group_flops,
-    peak_tflops,
     row_flops,
 )
+from megatron_papo.costs.hardware import peak_tflops
 from megatron_papo.model.qwen2_5_vl.costs import vision_attention_flops, vision_linear_flops
-from megatron_papo.model.qwen2_5_vl.patches import _plan_image
+from megatron_papo.model.qwen2_5_vl.patches import plan_image
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import MicroBatch, Segment
 from tests.support.tiny import tiny_config
@@ -101,7 +101,7 @@ def test_a_parameter_of_a_matrix_is_one_multiply_add_a_token(model):
 @pytest.mark.parametrize("grid", [(1, 6, 10), (2, 4, 4), (1, 2, 2), (3, 14, 18)])
 def test_windows_are_those_of_the_vision_tower(grid):
     vision = ModelShape.from_dict(tiny_config(vision_depth=3).to_dict()).vision
-    plan = _plan_image(*grid, merge=2, window=2)
+    plan = plan_image(*grid, merge=2, window=2)
     pairs = 2 * sum(length**2 for length in plan.windows) + sum(length**2 for length in plan.frames)
     assert vision_attention_flops([grid], vision) == 4 * vision.hidden_size * pairs
 

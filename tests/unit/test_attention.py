@@ -233,7 +233,7 @@ def _rows(*parts: tuple[Tensor, slice]) -> list[Tensor]:
 def test_the_path_of_variable_length_kernels_equals_that_of_blocks(monkeypatch):
     """With the kernel, which is CUDA's alone, replaced by its definition: plan, gathering and merging are the real."""
     from megatron_papo.model.attention import varlen as varlen
-    from megatron_papo.model.attention.module import _attend_blocks, _attend_blocks_backward
+    from megatron_papo.model.attention.module import attend_blocks, attend_blocks_backward
 
     monkeypatch.setattr(varlen, "_forward", _kernel)
     monkeypatch.setattr(varlen, "_backward", _kernel_backward)
@@ -242,10 +242,10 @@ def test_the_path_of_variable_length_kernels_equals_that_of_blocks(monkeypatch):
     layout = build_segments(SHARED, causal=True, device=CPU)
     plan = varlen.VarlenPlan.of([s.length for s in SHARED], layout.prefixes, True, CPU)
     out, lse = varlen.varlen_attend(q, k, v, plan, 0.25)
-    expected, expected_lse = _attend_blocks(q, k, v, layout, 0.25)
+    expected, expected_lse = attend_blocks(q, k, v, layout, 0.25)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse.T, expected_lse)
     grads = varlen.varlen_attend_backward(grad, q, k, v, out, lse, plan, 0.25)
     torch.testing.assert_close(
-        grads, _attend_blocks_backward(grad, q, k, v, expected, expected_lse, layout, 0.25), rtol=1e-4, atol=1e-5
+        grads, attend_blocks_backward(grad, q, k, v, expected, expected_lse, layout, 0.25), rtol=1e-4, atol=1e-5
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.cluster.finished import is_finished
+from megatron_papo.cluster.job_log import say
 from megatron_papo.cluster.listing import ListedRun, print_listing
 from megatron_papo.cluster.render import array_script, job_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch
-from megatron_papo.cluster.supervise import say
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.cluster import time_limit_s
 from megatron_papo.files.small_files import write_whole

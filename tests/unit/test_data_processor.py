@@ -22,7 +22,7 @@ from megatron_papo.generation.reference_model import expected_shapes, read_confi
 from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
-from megatron_papo.training.session import check_words
+from megatron_papo.training.session import check_vocabulary
 from tests.support.tiny import make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
@@ -104,7 +104,7 @@ def test_pixel_bounds_come_from_the_config(folder):
 def test_a_token_without_a_row_is_refused(folder, tmp_path):
     """An added word, one far beyond the others, and an image token with another number."""
     shape = ModelShape.from_folder(folder)
-    check_words(load_processor(folder, DATA), shape)
+    check_vocabulary(load_processor(folder, DATA), shape)
     size = shape.language.vocab_size
     for number, token_id in enumerate((size, size - 1, size + 50)):
         odd = copy_folder(folder, tmp_path / str(number))
@@ -115,15 +115,15 @@ def test_a_token_without_a_row_is_refused(folder, tmp_path):
         processor = load_processor(odd, DATA)
         found = processor.tokenizer.convert_tokens_to_ids("<answer>")
         if found < size:
-            check_words(processor, shape)
+            check_vocabulary(processor, shape)
             assert found not in shape.banned_ids(processor.num_words)
             continue
         with pytest.raises(
             ValueError, match=rf"^model.path: .*: tokenizer has {found + 1} words, vocab_size is {size}$"
         ):
-            check_words(processor, shape)
+            check_vocabulary(processor, shape)
     with pytest.raises(ValueError, match=r"image_token_id is 7 in config.json, 261 in the tokenizer"):
-        check_words(load_processor(folder, DATA), replace(shape, image_token_id=7))
+        check_vocabulary(load_processor(folder, DATA), replace(shape, image_token_id=7))
 
 
 def test_pixels_without_settings_are_those_of_transformers_own_processor(folder, tmp_path):

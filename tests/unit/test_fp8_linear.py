@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_papo.model.fp8.linear import _RoundedProduct
+from megatron_papo.model.fp8.linear import RoundedProduct
 from megatron_papo.model.fp8.operands import Operands
 from megatron_papo.model.fp8.quantize import (
     E4M3,
@@ -34,7 +34,7 @@ def _values(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _products(operands: Operands, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = _RoundedProduct.apply(x.view(TOKENS // 2, 2, IN), w, operands)
+    y = RoundedProduct.apply(x.view(TOKENS // 2, 2, IN), w, operands)
     y.backward(g.view(TOKENS // 2, 2, OUT))
     return y.detach().view(TOKENS, OUT), x.grad, w.grad
 
@@ -83,7 +83,7 @@ def test_delayed_products_take_the_scales_of_their_forward():
     scale = torch.tensor(0.125)
     operands.histories["input"].scale = scale
     x, w = x.requires_grad_(), w.requires_grad_()
-    y = _RoundedProduct.apply(x, w, operands)
+    y = RoundedProduct.apply(x, w, operands)
     for role in ("input", "weight"):
         operands.histories[role].move_on()
         assert operands.histories[role].scale == float_scale((x if role == "input" else w).abs().max(), E4M3)
@@ -101,7 +101,7 @@ def test_delayed_products_take_the_scales_of_their_forward():
 def test_bfloat16_comes_and_goes_and_frozen_weights_get_no_gradient():
     x, w, g = (value.bfloat16() for value in _values(2))
     x = x.requires_grad_()
-    y = _RoundedProduct.apply(x, w, Operands("tensorwise", 1, CPU))
+    y = RoundedProduct.apply(x, w, Operands("tensorwise", 1, CPU))
     assert y.dtype == torch.bfloat16
     y.backward(g)
     assert x.grad.dtype == torch.bfloat16 and w.grad is None

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_papo.config import Fp8Config
-from megatron_papo.model.fp8.counters import Counters, _count
-from megatron_papo.training.precision_guard import PrecisionGuard, Sums
+from megatron_papo.model.fp8.counters import Counters, count_inputs
+from megatron_papo.training.precision_guard import GapSums, PrecisionGuard
 
 CONFIG = Fp8Config(recipe="tensorwise", gap_every=3, gap_limit=0.05)
 
@@ -52,7 +52,7 @@ def test_without_fp8_it_measures_nothing(settings):
 
 
 def test_means_and_shares():
-    sums = Sums(gap=3.0, gap_max=2.0, num_tokens=6, amax_max=9.0, num_values=100, num_saturated=1, num_flushed=5)
+    sums = GapSums(gap=3.0, gap_max=2.0, num_tokens=6, amax_max=9.0, num_values=100, num_saturated=1, num_flushed=5)
     assert sums.metrics() == {
         "fp8/gap_mean": (0.5, 1.0),
         "fp8/gap_max": (2.0, 1.0),
@@ -60,7 +60,7 @@ def test_means_and_shares():
         "fp8/saturated": (1, 100),
         "fp8/flushed": (5, 100),
     }
-    assert Sums().gap_mean == 0.0
+    assert GapSums().gap_mean == 0.0
 
 
 @pytest.mark.parametrize("broken", range(3))
@@ -69,5 +69,5 @@ def test_a_nan_among_a_layers_inputs_is_counted_whichever_pass_has_it(broken):
     for number in range(3):
         values = torch.full((4, 8), float(number + 1))
         values[number, 2] = math.nan if number == broken else 1.0
-        _count(torch.nn.Linear(8, 8), (values,), counters=counters, recipe="tensorwise", places=(None, None))
+        count_inputs(torch.nn.Linear(8, 8), (values,), counters=counters, recipe="tensorwise", places=(None, None))
     assert math.isnan(counters.amax)

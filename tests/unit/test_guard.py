@@ -12,7 +12,7 @@ from megatron_papo.algorithm.collapse_guard import CollapseGuard
 from megatron_papo.algorithm.loss_settings import LossSettings
 from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.config import GuardConfig
-from megatron_papo.train import _watch_for_collapse
+from megatron_papo.train import watch_for_collapse
 from megatron_papo.types import HeadOutputs
 from tests.unit.test_losses import F64, _config, _row
 
@@ -62,4 +62,4 @@ def test_tokens_clipped_at_either_sign_of_the_advantage_are_a_sign(advantage):
     row = _row(advantages_R=F64([advantage] * 4), old_logprobs_R=F64([-1.0] * 4))
     _, metrics = papo_loss(HeadOutputs(F64(policy)), row, LossSettings.at_step(_config(), 0))
     watched = SimpleNamespace(guard=CollapseGuard(GuardConfig(action="stop", patience=1)))
-    assert _watch_for_collapse(watched, metrics).startswith("perception.guard: clip_fraction 0.25 > 0.007")
+    assert watch_for_collapse(watched, metrics).startswith("perception.guard: clip_fraction 0.25 > 0.007")

@@ -20,10 +20,9 @@ from tests.support.source_tree import Modules, own_imports, package, reached, re
 LAYERS = (
     ("__main__",),
     ("cli", "train_ahead", "sweep"),
-    ("train", "sft", "score", "cluster", "conversion"),
+    ("train", "sft", "score", "cluster", "conversion", "planning"),
     ("parity", "evaluate", "preflight"),
     ("training",),
-    ("planning",),
     ("checkpoint", "observe"),
     ("weights",),
     ("generation", "optimization", "costs"),
@@ -53,7 +52,7 @@ APART = ("planning", "cluster", "sweep", "conversion")
 HEAVY = {"torch", "megatron", "transformers", "vllm", "datasets", "numpy", "sklearn"}
 BEFORE_RANKS = (
     "config", "cli", "runtime.launch", "preflight.check", "cluster.submit", "cluster.supervise", "model.shape",
-    "model.family", "costs.flops", "costs.memory",
+    "model.family", "costs.flops", "costs.memory", "planning.measured_run",
 )  # fmt: skip
 """What the command line needs: it refuses a setting before any of HEAVY has been imported."""
 
@@ -220,7 +219,7 @@ def _planted(root: Path, changes: dict[str, str]) -> list[str]:
         ({"generation.sampling": "import vllm\n"}, ["generation.sampling imports vllm"]),
         (
             {"training.session": "def late():\n    from megatron_papo.planning.scale import best\n"},
-            ["training.session → planning.scale"],
+            ["training.session imports planning.scale: lower imports upper", "training.session → planning.scale"],
         ),
         ({"packing.rows": "# as a LLaMA has it\n"}, ["packing.rows names llama, line 1"]),
         (

@@ -19,7 +19,7 @@ from megatron_papo.observe.sinks import keep_steps_before
 from megatron_papo.runtime.failure_notes import read_failures
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Sweep
-from megatron_papo.sweep.states import _after_local, read_refused
+from megatron_papo.sweep.states import read_refused, state_of_local_run
 from megatron_papo.weights.publishing import write_folder
 from tests.support.small_disk import small_disk
 
@@ -212,7 +212,7 @@ def test_no_small_file_of_a_run_ends_a_later_start(tmp_path, content):
     assert read_attempts(run) == [] and read_failures(run / "failures") == {} and run_records.submissions(run) == []
     watch = RankWatch(run, 1, 60.0, 60.0)
     assert watch.dead_rank(but=set()) is None and watch.rank_on("node1") == 0
-    assert _after_local(run, 3).word == "interrupted"
+    assert state_of_local_run(run, 3).word == "interrupted"
     assert set(read_refused(sweep)) <= {"step"}
     submission = run_records.Submission("7", 1.0, 1, 1, 1, "/")
     run_records.record(run, submission)

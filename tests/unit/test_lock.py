@@ -40,7 +40,7 @@ def may_begin(run_dir: Path, mine: Holder = MINE) -> bool:
 def test_a_second_run_is_refused_by_name_until_the_first_has_ended(tmp_path):
     run = tmp_path / "run"
     with subprocess.Popen(["sleep", "60"]) as other:
-        first = replace(MINE, pid=other.pid, started=run_lock._started(other.pid))
+        first = replace(MINE, pid=other.pid, started=run_lock.started_at(other.pid))
         leave(run, first, LONG_AGO)  # a disk that has not answered it for long: its process is what counts
         for takes in (True, False):
             with pytest.raises(RunHeld) as error, alone_in(run, replace(MINE, verb="eval"), takes):
@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_has_ended(tmp_path):
             assert f"{socket.gethostname()}, Slurm job 7, since " in str(error.value)
             assert str(error.value).endswith(f"if it is gone, remove {run / 'lock'}")
         other.kill()
-        while run_lock._started(other.pid):  # killed, and not yet asked for its exit code
+        while run_lock.started_at(other.pid):  # killed, and not yet asked for its exit code
             time.sleep(0.001)
         assert may_begin(run)
     assert os.listdir(run) == []

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs import activations
+from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import (
     GIB,
-    GPU_MEMORY_GIB,
     activation_bytes,
     checkpoint_bytes,
     memory_faults,
@@ -59,7 +59,7 @@ def test_bytes_of_the_3b_recipe_by_hand():
     whole = 36 * 2 * 2048 + 2048 + 32 * 4 * 1280 + 1280 * 1176 + 1280 + 2048
     held = split // 2 + whole
     assert (stage.weights, stage.gradients, stage.optimizer) == (2 * held, 4 * held, 12 * held // 4)
-    assert stage.engine == int(GPU_MEMORY_GIB["H100"] / 2 * GIB)
+    assert stage.engine == int(GPUS["H100"].memory_gib / 2 * GIB)
 
 
 def test_frozen_parts_have_no_gradients_and_no_states():
@@ -167,7 +167,7 @@ def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
 
 
 def test_the_head_is_counted_with_the_tile_that_it_takes():
-    assert activations._HEAD_TILE == CUDA_TILE
+    assert activations.HEAD_TILE == CUDA_TILE
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_papo.config import load_config
-from megatron_papo.model.mlp import GatedMLP, _SwiGLU
+from megatron_papo.model.mlp import GatedMLP, SwiGLUFunction
 
 WIDTH, ROWS = 24, 10
 
@@ -36,7 +36,7 @@ def test_product_and_gradients_are_megatrons_bit_for_bit(dtype, biased, num_padd
     inner, bias, grad = _case(dtype, biased)
     inputs = [tensor for tensor in (inner, bias) if tensor is not None]
     expected = _plain(inner, bias, num_padding)
-    found = _SwiGLU.apply(inner, bias, num_padding, False)
+    found = SwiGLUFunction.apply(inner, bias, num_padding, False)
     assert torch.equal(found, expected)
     gradients = torch.autograd.grad(expected, inputs, grad)
     for ours, theirs in zip(torch.autograd.grad(found, inputs, grad), gradients, strict=True):
@@ -55,7 +55,7 @@ def test_with_megatrons_fused_kernels_it_is_the_same_to_rounding(biased, monkeyp
     inputs = [tensor for tensor in (inner, bias) if tensor is not None]
     results = []
     for fused in (False, True):
-        product = _SwiGLU.apply(inner, bias, 2, fused)
+        product = SwiGLUFunction.apply(inner, bias, 2, fused)
         results.append([product.detach(), *torch.autograd.grad(product, inputs, grad)])
     for plain, fused in zip(*results):
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-6)
@@ -100,11 +100,11 @@ def test_a_graph_may_be_gone_through_twice():
 
 
 def test_megatron_computes_again_what_transformer_engine_must_know_of():
-    from megatron_papo.model.transformer_config import _recompute
+    from megatron_papo.model.transformer_config import recompute_settings
 
     def chosen(spec: str, mode: str, *words: str, fp8: bool = False) -> dict[str, object]:
         config = load_config(None, [f"model.recompute={mode}", *words])
-        return _recompute(config, spec, fp8=fp8)
+        return recompute_settings(config, spec, fp8=fp8)
 
     mlp = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     assert chosen("transformer_engine", "mlp", fp8=True) == mlp

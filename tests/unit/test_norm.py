@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_papo.model.norm import _Norm
+from megatron_papo.model.norm import RMSNormFunction
 
 EPS = 1e-6
 
@@ -33,7 +33,7 @@ def _results(norm, hidden: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]
 
 
 def _ours(hidden: Tensor, weight: Tensor) -> Tensor:
-    return _Norm.apply(hidden, weight, EPS)
+    return RMSNormFunction.apply(hidden, weight, EPS)
 
 
 def test_gradients_equal_finite_differences():

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,16 @@ from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
-from megatron_papo.observe.sinks import Sinks, _markdown, console_line, keep_steps_before
+from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before, markdown_table
 from megatron_papo.runtime.awake_clock import AwakeClock
-from megatron_papo.runtime.failure_notes import NotesInMemory, belong_to, leave_note, read_failures, write_failure
+from megatron_papo.runtime.failure_notes import (
+    NotesInMemory,
+    belong_to,
+    leave_note,
+    own_attempt,
+    read_failures,
+    write_failure,
+)
 from megatron_papo.runtime.failures import Failure, describe, is_peers_fault, print_failure, the_cause
 from megatron_papo.runtime.heartbeat import Heartbeat, silent_rank
 from megatron_papo.runtime.progress import read_progress
@@ -138,7 +146,7 @@ def test_a_page_a_table_and_the_screen_show_what_a_model_said_as_text(capsys, tm
     assert not [part for part in ("<img", "</script", "<b>", "\x1b", "\x07", "\u202e") if part in shown]
     assert shown.count(r"\x1b]0;x\x07 \u202etxt") == 3
     assert shown.index("Content-Security-Policy") < shown.index("<style>")
-    (_, _, line) = _markdown([row]).splitlines()
+    (_, _, line) = markdown_table([row]).splitlines()
     assert "<img" not in line and "![" not in line and "](" not in line and "\x1b" not in line
     assert r"\!\[p\]\(http://evil/p\.png\)" in line and r"<br>\# c" in line
     assert line.replace("\\|", "").count("|") == 5
@@ -387,9 +395,17 @@ def test_a_launcher_reads_what_its_ranks_reported_also_behind_a_line_cut_short()
     notes.close()
 
 
-def test_a_rank_hears_of_failures_of_its_own_attempt_alone(tmp_path, monkeypatch):
+@pytest.fixture
+def attempt() -> Iterator[Callable[[str], None]]:
+    """Says which attempt this process belongs to; afterwards it belongs to the one before again."""
+    before = own_attempt()
+    yield belong_to
+    belong_to(before)
+
+
+def test_a_rank_hears_of_failures_of_its_own_attempt_alone(tmp_path, attempt):
     """Whatever the clocks say; and it goes on listening whatever lies there."""
-    monkeypatch.setattr("megatron_papo.runtime.failure_notes._attempt", "")
+    attempt("")
     folder = tmp_path / "failures"
     leave_note(tmp_path, replace(OWN, rank=3))
     os.utime(folder / "rank_3.json", (time.time() + 1e6, time.time() + 1e6))  # before the clock was set back
@@ -425,8 +441,8 @@ def test_the_thread_that_gives_signs_of_life_outlives_what_it_finds(tmp_path, mo
     assert len(asked) >= 5 and capfd.readouterr().err.count("looking for failures: KeyError: 'rank'") == 1
 
 
-def test_the_silent_rank_is_the_one_whose_sign_is_old_of_this_attempt(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_papo.runtime.failure_notes._attempt", "this attempt")
+def test_the_silent_rank_is_the_one_whose_sign_is_old_of_this_attempt(tmp_path, attempt):
+    attempt("this attempt")
     run = RunConfig(dir=tmp_path, heartbeat_s=5.0)
     assert silent_rank(run) is None
 

@@ -17,7 +17,7 @@ from megatron_papo.rewards.numerals import number
 from megatron_papo.rewards.parts import anls, format_reward, overlong, repetition
 from megatron_papo.rewards.spelling import plain, spell
 from megatron_papo.rewards.units import split_units
-from megatron_papo.rewards.verifier import Verifier, _read_line
+from megatron_papo.rewards.verifier import Verifier, read_line
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 PAIRS = Path(__file__).parents[1] / "data/answer_pairs.jsonl"
@@ -46,7 +46,7 @@ def group_of(*responses, answer="3", lengths=None):
 )
 def test_a_worker_that_answers_have_taken_over_holds_nobody_up(says, line):
     with subprocess.Popen(["sh", "-c", f"exec 2>&-; {says}"], stdout=subprocess.PIPE) as worker:
-        assert _read_line(worker, 0.5) == line
+        assert read_line(worker, 0.5) == line
         worker.kill()
 
 

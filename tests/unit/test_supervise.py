@@ -15,7 +15,8 @@ import pytest
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
-from megatron_papo.cluster.supervise import SupervisedJob, Supervisor
+from megatron_papo.cluster.supervise import Supervisor
+from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.runtime.failure_notes import write_failure
 from megatron_papo.runtime.failures import SAVED_EXIT, RunStopped, describe
 from megatron_papo.runtime.progress import read_progress

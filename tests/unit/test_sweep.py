@@ -13,7 +13,7 @@ from megatron_papo.cluster.attempts import Attempt, write_attempt
 from megatron_papo.cluster.render import array_script
 from megatron_papo.cluster.slurm import QueuedJob
 from megatron_papo.cluster.submit import SubmissionPlan, write
-from megatron_papo.cluster.supervise import SupervisedJob
+from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.sweep.gather import Row, Spread, gather, measured_steps

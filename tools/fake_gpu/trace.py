@@ -295,7 +295,7 @@ def _no_kernels() -> Iterator[None]:
 
     swiglu = {"swiglu": half, "bias_swiglu": half, "swiglu_back": alike, "bias_swiglu_back": alike}
     with (
-        patch.multiple(triton_tile, _sums_kernel=_NoKernel(), _gradients_kernel=_NoKernel()),
+        patch.multiple(triton_tile, sums_kernel=_NoKernel(), gradients_kernel=_NoKernel()),
         patch.multiple(fused_bias_swiglu, **swiglu),
     ):
         yield

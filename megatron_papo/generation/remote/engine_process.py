@@ -1,7 +1,7 @@
 """The process of one rank of a separate vLLM engine, from its start to its end.
 
-It ends with the supervisor that started it (engine_supervisor.py), which it tells why it failed. What it does in
-between stands in engine_server.py.
+It ends with the supervisor that started it (engine_supervisor.py), to which it sends the reason of a failure. Its work
+in between is engine_server.py.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _serve(config: Config, engine_rank: EngineRank) -> None:
 
 
 def _join(config: Config, engine_rank: EngineRank, store: dist.Store) -> Layout:
-    """Joins a world of this engine's ranks alone."""
+    """Joins a world that consists of this engine's ranks."""
     if accelerator.has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     own = dist.PrefixStore(f"engine_{engine_rank.engine}.{engine_rank.restart}", store)

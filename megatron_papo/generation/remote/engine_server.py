@@ -126,7 +126,7 @@ class EngineServer:
         else:
             assert message is None, message
             if channel not in self._closing and channel is not None:
-                # it takes this engine for lost and waits for the next
+                # that rank takes this engine for lost and waits for its restart
                 raise RuntimeError("a rank of the trainer hung up")
 
     def _begin(self, call: _Call) -> None:

@@ -1,0 +1,1 @@
+"""Generation with Hugging Face transformers: the engine for machines without a GPU, and its decode loop."""

@@ -1,10 +1,10 @@
 """The memory of an engine that shares its GPU with the trainer: it is given back while the trainer works, and measured.
 
 vLLM's sleep of level 1: weights go to pinned host memory and come back, keys and values are forgotten. Level 2
-(`generation.keep_weights_asleep=false`) forgets the weights too. The certificate looks at log-probs after every waking.
+(`generation.keep_weights_asleep=false`) forgets the weights too. The certificate compares log-probs after every waking.
 Without a GPU there is no sleep: the calls do nothing. Not run yet on a GPU.
 
-What level 2 forgets is all that was made while the model was loaded, not the weights alone. It left models wrong:
+Level 2 forgets everything that was made while the model was loaded, not only the weights. It has left models wrong:
 Gemma 4 with vision and sound, answers of another model though all weights were read again (NeMo-RL issue 2631), and
 rotary embeddings, for which OpenRLHF stays at level 1 (pull request 723). In vLLM 0.26 to 0.32:
 
@@ -15,7 +15,8 @@ rotary embeddings, for which OpenRLHF stays at level 1 (pull request 723). In vL
 - Parameters are written by the hand-over. Whether one is left out is checked: `forget_weights` fills them with NaN, and
   `unwritten` names those that still are.
 - Model runner V2 makes its sampler's and its positions' buffers while it loads the model, so they are forgotten too;
-  for what we ask, each request writes what it reads of them. Counts for penalties, which begin as zeros, would be lost.
+  our sampling writes what it reads of them with each request. Counts for penalties, which begin at zero, would be
+  lost.
 """
 
 from __future__ import annotations

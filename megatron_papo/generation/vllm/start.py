@@ -166,7 +166,7 @@ def sleeps(config: Config) -> bool:
 
 
 def _executor(layout: Layout, shm_name: str) -> type:
-    """vLLM's external launcher, told its rank by our layout instead of by the environment."""
+    """vLLM's external launcher, which takes its rank from `layout` instead of the environment."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     local_rank = torch.cuda.current_device() if accelerator.has_gpu() else 0
@@ -197,7 +197,10 @@ def remove_leftovers() -> None:
 
 
 def engine_group_of(layout: Layout, size: int) -> dist.ProcessGroup | None:
-    """The ranks of this rank's engine, for objects; None when it is this rank alone. A collective of all ranks."""
+    """The group in which the ranks of this rank's engine exchange objects; None when the engine has this rank only.
+
+    A collective of all ranks.
+    """
     if size == 1:
         return None
     groups = [

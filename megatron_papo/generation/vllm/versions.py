@@ -1,4 +1,4 @@
-"""Where vLLM's releases from 0.26 to 0.32 differ for us, each told by looking at the library, never by its number.
+"""Where vLLM's releases from 0.26 to 0.32 differ for us, each detected by looking at the library, never by its number.
 
 One more stands in `weight_transfer.py`: 0.26 asks every backend of its weight transfer for `trainer_send_weights`.
 """

@@ -126,7 +126,7 @@ class VllmFormat:
 
 
 def compact_ids(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> list[int]:
-    """The prompt with each picture's run of image tokens cut to its first; runs that touch are told apart by size."""
+    """The prompt with each picture's run of image tokens cut to its first; the sizes separate runs that touch."""
     compact, ids, place = [], token_ids_S.tolist(), 0
     runs = iter([] if grid_thw_I3 is None else (grid_thw_I3.prod(dim=1) // shape.vision.merge_unit).tolist())
     while place < len(ids):

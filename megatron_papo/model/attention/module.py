@@ -65,7 +65,7 @@ class _RowAttention(torch.autograd.Function):
         if plan is not None:
             out_TND, lse = varlen_attend(q_TND, k_TGD, v_TGD, plan, scale)
         else:
-            out_TND, lse = _attend_blocks(q_TND, k_TGD, v_TGD, segments, scale)
+            out_TND, lse = attend_blocks(q_TND, k_TGD, v_TGD, segments, scale)
         if num_padding:  # here, so that the output is kept once: as the projection reads it
             out_TND = F.pad(out_TND, (0, 0, 0, 0, 0, num_padding))
         ctx.save_for_backward(q_TND, k_TGD, v_TGD, out_TND, lse)
@@ -81,7 +81,7 @@ class _RowAttention(torch.autograd.Function):
         if plan is not None:
             grads = varlen_attend_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, plan, ctx.scale)
         else:
-            grads = _attend_blocks_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, ctx.segments, ctx.scale)
+            grads = attend_blocks_backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse, ctx.segments, ctx.scale)
         if ctx.segments.rotation is not None:
             grads = *(ctx.segments.rotation.rotate_inverse(grad) for grad in grads[:2]), grads[2]
         return *grads, None, None, None
@@ -92,7 +92,7 @@ def _varlen_plan(query: Tensor, segments: Segments) -> VarlenPlan | None:
     return segments.varlen if query.dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and log-sum-exp [T, N]."""
     out_TND = torch.empty_like(q)
     lse_TN = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -109,7 +109,7 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: f
     return out_TND, lse_TN
 
 
-def _attend_blocks_backward(
+def attend_blocks_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

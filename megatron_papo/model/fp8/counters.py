@@ -47,13 +47,13 @@ def counted(policy: VisionLanguageModel, num_tokens: int) -> Iterator[Counters]:
             if column and not policy.config.sequence_parallel and layout().tensor_rank:
                 continue  # it reads what the first tensor rank reads
             places = policy.language.num_padding, num_tokens if name.startswith("language") else None
-            hook = partial(_count, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
+            hook = partial(count_inputs, counters=counters, recipe=policy.fp8.settings.recipe, places=places)
             stack.callback(linear.register_forward_pre_hook(hook).remove)
         yield counters
 
 
 @torch.no_grad()
-def _count(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recipe: str, places: Any) -> None:
+def count_inputs(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters, recipe: str, places: Any) -> None:
     values_TC = _as_rounded(linear, inputs[0]).flatten(0, -2)
     num_padding, num_tokens = places
     if num_tokens is not None:

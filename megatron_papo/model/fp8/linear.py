@@ -41,7 +41,7 @@ class RoundedColumnLinear(ColumnParallelLinear):
             input = gather_from_sequence_parallel_region(input, group=how["tp_group"])
         elif how["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
-        output = _RoundedProduct.apply(input, weight, self.operands)
+        output = RoundedProduct.apply(input, weight, self.operands)
         return output if bias is None else output + bias
 
 
@@ -55,10 +55,10 @@ class RoundedRowLinear(RowParallelLinear):
         if self.operands is None or not self.rounds:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **how)
         assert bias is None, "Megatron adds a row-parallel bias after the sum over ranks"
-        return _RoundedProduct.apply(input, weight, self.operands)
+        return RoundedProduct.apply(input, weight, self.operands)
 
 
-class _RoundedProduct(torch.autograd.Function):
+class RoundedProduct(torch.autograd.Function):
     """input [..., in] times weight [out, in] transposed."""
 
     @staticmethod

@@ -36,7 +36,7 @@ class PatchPlan:
 def plan_patches(grid_thw_I3: Tensor, shape: WindowedVisionShape, *, multiple: int, device: torch.device) -> PatchPlan:
     """The plan of images with these grids; the patches are padded to a multiple of `multiple`."""
     merge, window = shape.spatial_merge_size, shape.window_size // shape.patch_size // shape.spatial_merge_size
-    images = [_plan_image(t, h, w, merge, window) for t, h, w in grid_thw_I3.tolist()]
+    images = [plan_image(t, h, w, merge, window) for t, h, w in grid_thw_I3.tolist()]
     blocks = [len(image.block_order) for image in images]
     firsts = np.cumsum([0, *blocks[:-1]])
     block_order = np.concatenate([image.block_order + first for image, first in zip(images, firsts)])
@@ -71,7 +71,7 @@ class _ImagePlan:
 
 
 @lru_cache(maxsize=4096)
-def _plan_image(frames: int, height: int, width: int, merge: int, window: int) -> _ImagePlan:
+def plan_image(frames: int, height: int, width: int, merge: int, window: int) -> _ImagePlan:
     """One image of `frames` x `height` x `width` patches; `window` counts merged blocks along an edge."""
     time, row, column = (
         axis.reshape(-1)

@@ -143,11 +143,11 @@ def test_fp8(tmp_path):
 @needs_trl
 @pytest.mark.parametrize("gap", [2e-4, math.nan])
 def test_sides_that_differ_are_refused(gap):
-    from benchmarks.agreement import SidesDiffer, _checked
+    from benchmarks.agreement import SidesDiffer, checked
 
     with pytest.raises(SidesDiffer, match=r"loss: .*allowed 1e-04"):
-        _checked("loss", gap, "nats")
-    assert _checked("loss", 5e-5, "nats").ratio == 0.5
+        checked("loss", gap, "nats")
+    assert checked("loss", 5e-5, "nats").ratio == 0.5
 
 
 @pytest.mark.slow

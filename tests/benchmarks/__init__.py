@@ -1,0 +1,1 @@
+"""Tests of what stands in benchmarks/: the only tests that import it."""
