@@ -217,9 +217,7 @@ def _present(readings: dict[str, Reading | None]) -> dict[str, Reading]:
 
 def _on_all_ranks[Value](action: Callable[[], Value]) -> Value:
     """What `action` returns on this rank; ValueError on every rank, with the reason, where it failed on any."""
-    values: list[Value] = []
     try:
-        fail_together(world_group(), lambda: values.append(action()))
+        return fail_together(world_group(), action)
     except RanksFailed as failed:
         raise ValueError(f"certificate: {failed}") from failed
-    return values[0]
