@@ -54,6 +54,8 @@ class LayerWidths:
     qkv_bias: bool = False
     linear_bias: bool = False
     """Whether the attention's output projection and both linears of the MLP have biases."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normed: counted among the parameters, not among saved bytes."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm has a weight and keeps one fp32 number a token; LayerNorm has a bias too and keeps two."""
 
@@ -87,7 +89,11 @@ class LayerWidths:
     @property
     def norm_parameters(self) -> int:
         """Number of parameters of one norm."""
-        return self.hidden if self.norm == "rms" else 2 * self.hidden
+        return self.hidden * self._norm_vectors
+
+    @property
+    def _norm_vectors(self) -> int:
+        return 1 if self.norm == "rms" else 2
 
     def parameters(self, part: Part, num_layers: int, width: Callable[[int], int]) -> ParameterCount:
         """Number of parameters of `num_layers` such layers; `width` pads the FFN. Biases of the column-parallel linears
@@ -97,6 +103,7 @@ class LayerWidths:
         split += layer.query_width + 2 * layer.key_width if layer.qkv_bias else 0
         split += layer.first_linear if layer.linear_bias else 0
         whole = 2 * layer.norm_parameters + (2 * layer.hidden if layer.linear_bias else 0)
+        whole += 2 * layer.head_dim * layer._norm_vectors if layer.qk_norm else 0
         return ParameterCount(part, num_layers * split, num_layers * whole)
 
 
