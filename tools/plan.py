@@ -96,22 +96,22 @@ def _plan(options: argparse.Namespace) -> int:
         print_published(assumed)
     if options.scale:
         return _scale(options, config, shape, assumed)
-    found = plan(config, shape, cluster, assumed, work)
-    if not found.fitting:
-        reasons = [f"{each.name}: {each.reason}" for each in found.reasons()]
+    layouts = plan(config, shape, cluster, assumed, work)
+    if not layouts.fitting:
+        reasons = [f"{each.name}: {each.reason}" for each in layouts.reasons()]
         raise ConfigError(
             "\n".join([f"{options.model} fits {cluster.num_gpus} x {options.gpu} in no layout", *reasons])
         )
-    shown = (found.every() if options.every else found.best_of_each_layout())[: options.rows]
-    print_plan(found, shown, options.explain)
-    chosen = found.best
+    shown = (layouts.every() if options.every else layouts.best_of_each_layout())[: options.rows]
+    print_plan(layouts, shown, options.explain)
+    chosen = layouts.best
     if options.choose is not None:
-        named = [each for each in found.best_of_each_layout() if each.candidate.name == options.choose]
+        named = [each for each in layouts.best_of_each_layout() if each.candidate.name == options.choose]
         if not named:
             raise ConfigError(f"--choose: {options.choose} is no layout that fits")
         chosen = named[0]
     if options.markdown is not None:
-        options.markdown.write_text(markdown(shown) + "\n" + markdown_reasons(found.reasons()))
+        options.markdown.write_text(markdown(shown) + "\n" + markdown_reasons(layouts.reasons()))
     if options.out is not None:
         options.out.write_text(overrides_yaml(chosen, cluster.gpu.memory_gib))
         print(f"plan: {chosen.candidate.name}: {options.out}")

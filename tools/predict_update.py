@@ -49,8 +49,8 @@ def main() -> int:
     for size, (ranks, layout) in LAYOUTS.items():
         for optimizer in OPTIMIZERS:
             for recompute in RECOMPUTE:
-                found = predicted(size, ranks, layout, optimizer, recompute, frozen)
-                table.add_row(f"{size}, {found.candidate.name}", optimizer, recompute, *_cells(found, has))
+                estimate = predicted(size, ranks, layout, optimizer, recompute, frozen)
+                table.add_row(f"{size}, {estimate.candidate.name}", optimizer, recompute, *_cells(estimate, has))
     Console(width=120).print(table)
     return 0
 
@@ -85,11 +85,11 @@ def settings(ranks: int, layout: dict[str, Any], optimizer: str, recompute: str,
     return load_config(None, [f"{key}={value}" for key, value in wanted.items()])
 
 
-def _cells(found: Estimate, has: float) -> list[str]:
-    fullest = max(found.stages, key=lambda stage: stage.training)
+def _cells(estimate: Estimate, has: float) -> list[str]:
+    fullest = max(estimate.stages, key=lambda stage: stage.training)
     states, whole = (fullest.training - fullest.activations) / GIB, fullest.training / GIB
     fits = f"{whole:.1f}" if whole <= has else f"{whole:.1f}, too much"
-    seconds, mfu = found.seconds["update"], found.mfu
+    seconds, mfu = estimate.seconds["update"], estimate.mfu
     return [f"{states:.1f}", f"{fullest.activations / GIB:.1f}", fits, f"{seconds:.2f}", f"{100 * mfu:.0f}"]
 
 

@@ -77,7 +77,7 @@ class RankWatch:
             return []
 
     def _look(self, now: float) -> list[int]:
-        found = []
+        ranks = []
         for path in self._files():
             try:
                 sign, rank = read_object(path), int(path.stem.removeprefix("rank_"))
@@ -85,10 +85,10 @@ class RankWatch:
                 continue
             if not {"count", "host", "stage"} <= sign.keys():
                 continue
-            found.append(rank)
+            ranks.append(rank)
             if self._signs.get(rank) != sign:
                 self._signs[rank], self._changed[rank] = sign, now
-        return found
+        return ranks
 
 
 def _dead(rank: int, message: str) -> Failure:

@@ -38,17 +38,17 @@ def record(run_dir: Path, submission: Submission) -> None:
 def submissions(run_dir: Path) -> list[Submission]:
     """The submissions of a run in their order, without lines that a disk has spoilt; empty for a run that was never
     submitted."""
-    found = [made_of(Submission, record) for record in read_records(folder_of(run_dir) / "jobs.jsonl")]
-    return [entry for entry in found if entry is not None]
+    entries = [made_of(Submission, record) for record in read_records(folder_of(run_dir) / "jobs.jsonl")]
+    return [entry for entry in entries if entry is not None]
 
 
 def jobs_of(run_dir: Path, jobs: Sequence[QueuedJob] | None = None) -> list[QueuedJob]:
     """The jobs of a run that Slurm remembers, oldest first, by their comment or by jobs.jsonl."""
     known = {entry.job for entry in submissions(run_dir)}
     real = os.path.realpath(run_dir)
-    found = my_jobs() if jobs is None else jobs
+    queued = my_jobs() if jobs is None else jobs
     return [
-        job for job in found if (job.run_dir is not None and os.path.realpath(job.run_dir) == real) or job.id in known
+        job for job in queued if (job.run_dir is not None and os.path.realpath(job.run_dir) == real) or job.id in known
     ]
 
 

@@ -68,13 +68,13 @@ def describe_job(job_id: str) -> dict[str, str]:
         return {}
     lines = (line.strip().partition("=") for line in said.splitlines())
     single = {"Command", "WorkDir", "StdOut", "StdErr", "Comment"}  # alone on their lines, with spaces as they are
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for key, _, value in lines:
         if key in single:
-            found[key] = value.strip()
+            fields[key] = value.strip()
         else:
-            found |= dict(word.split("=", 1) for word in f"{key}={value}".split() if "=" in word)
-    return found
+            fields |= dict(word.split("=", 1) for word in f"{key}={value}".split() if "=" in word)
+    return fields
 
 
 def cancel(job_ids: Sequence[str]) -> None:

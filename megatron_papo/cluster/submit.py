@@ -101,12 +101,12 @@ def plan_again(run_dir: Path, overrides: Sequence[str], made_from: str, num_jobs
 
 def work_dir(run_dir: Path) -> Path:
     """Where the run was last submitted from. Raises ConfigError for a folder that never was, or when that is gone."""
-    found = run_records.submissions(run_dir)
-    if not found or not (run_records.folder_of(run_dir) / "settings.yaml").is_file():
+    submitted = run_records.submissions(run_dir)
+    if not submitted or not (run_records.folder_of(run_dir) / "settings.yaml").is_file():
         raise ConfigError(
             f"{run_dir}: was never submitted: there is no {run_records.folder_of(run_dir) / 'jobs.jsonl'}"
         )
-    folder = Path(found[-1].work_dir)
+    folder = Path(submitted[-1].work_dir)
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: was submitted from {folder}, which is no more; relative paths began there")
     return folder

@@ -25,20 +25,20 @@ HEADERS = (
 )  # fmt: skip
 
 
-def cells(found: Estimate) -> list[str]:
+def cells(estimate: Estimate) -> list[str]:
     """The cells of one row of the table; memory is the fullest stage's."""
-    candidate, memory = found.candidate, found.fullest
+    candidate, memory = estimate.candidate, estimate.fullest
     return [
         candidate.name,
         _stages(candidate),
         candidate.recompute,
         candidate.optimizer,
         f"TP{candidate.engine_tensor}",
-        *(f"{found.seconds[name]:.1f}" for name in PLANNED_STAGES),
-        f"{found.step_s:.1f}",
-        f"{found.tokens_per_s:,.0f}",
-        f"{found.mfu:.2f}",
-        f"{found.bubble:.2f}",
+        *(f"{estimate.seconds[name]:.1f}" for name in PLANNED_STAGES),
+        f"{estimate.step_s:.1f}",
+        f"{estimate.tokens_per_s:,.0f}",
+        f"{estimate.mfu:.2f}",
+        f"{estimate.bubble:.2f}",
         *(f"{getattr(memory, name) / GIB:.1f}" for name in _MEMORY),
         f"{memory.peak / GIB:.1f}",
     ]
@@ -48,8 +48,8 @@ def print_plan(plan: LayoutPlan, shown: Sequence[Estimate], explain: bool) -> No
     console = Console()
     console.width = max(console.width, 220)
     table = Table(*HEADERS, title="fastest first; memory of the fullest GPU")
-    for found in shown:
-        table.add_row(*cells(found))
+    for estimate in shown:
+        table.add_row(*cells(estimate))
     console.print(table)
     counts = plan.counts()
     console.print(f"{counts['fit']} ways fit, {counts['too_large']} do not, {counts['refused']} layouts cannot be.")
@@ -58,9 +58,9 @@ def print_plan(plan: LayoutPlan, shown: Sequence[Estimate], explain: bool) -> No
             console.print(f"  {refused.name}: {as_text(refused.reason)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def markdown(found: Sequence[Estimate]) -> str:
+def markdown(estimates: Sequence[Estimate]) -> str:
     lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
-    lines += ["| " + " | ".join(cells(each)) + " |" for each in found]
+    lines += ["| " + " | ".join(cells(each)) + " |" for each in estimates]
     return "\n".join(lines) + "\n"
 
 
@@ -68,11 +68,11 @@ def markdown_reasons(refused: Sequence[Refused]) -> str:
     return "".join(f"- {each.name}: {each.reason}\n" for each in refused)
 
 
-def overrides_yaml(found: Estimate, has_gib: float) -> str:
+def overrides_yaml(estimate: Estimate, has_gib: float) -> str:
     """Settings of the chosen layout, to extend a recipe with or to merge into one."""
     tree: dict[str, dict[str, object]] = {}
-    share = (found.fullest.engine + found.fullest.kv) / GIB / has_gib
-    values = found.candidate.overrides() | {"generation.gpu_memory_fraction": round(min(share + 0.02, 0.95), 2)}
+    share = (estimate.fullest.engine + estimate.fullest.kv) / GIB / has_gib
+    values = estimate.candidate.overrides() | {"generation.gpu_memory_fraction": round(min(share + 0.02, 0.95), 2)}
     for key, value in values.items():
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = value

@@ -34,22 +34,22 @@ class LayoutPlan:
     def best_of_each_layout(self) -> list[Estimate]:
         """The fastest of every TP x PP x DP, in order."""
         seen: dict[str, Estimate] = {}
-        for found in self.fitting:
-            seen.setdefault(found.candidate.name, found)
+        for entry in self.fitting:
+            seen.setdefault(entry.candidate.name, entry)
         return list(seen.values())
 
     def every(self) -> list[Estimate]:
         """All estimates, those too that do not fit, the fastest first: the peak says by how much."""
-        return sorted((*self.fitting, *self.too_large), key=lambda found: found.step_s)
+        return sorted((*self.fitting, *self.too_large), key=lambda entry: entry.step_s)
 
     def reasons(self) -> list[Refused]:
         """The reason for every layout that fits in no way: the fault, or what its nearest candidate lacks."""
-        fits = {found.candidate.name for found in self.fitting}
+        fits = {entry.candidate.name for entry in self.fitting}
         nearest: dict[str, Estimate] = {}
-        for found in sorted(self.too_large, key=lambda found: found.fullest.peak):
-            if found.candidate.name not in fits:
-                nearest.setdefault(found.candidate.name, found)
-        return [*self.refused, *(Refused(name, found.reason) for name, found in nearest.items())]
+        for entry in sorted(self.too_large, key=lambda entry: entry.fullest.peak):
+            if entry.candidate.name not in fits:
+                nearest.setdefault(entry.candidate.name, entry)
+        return [*self.refused, *(Refused(name, entry.reason) for name, entry in nearest.items())]
 
     def counts(self) -> Counter[str]:
         return Counter(fit=len(self.fitting), too_large=len(self.too_large), refused=len(self.refused))
@@ -60,13 +60,13 @@ def plan(config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptio
     cannot hold the model."""
     _must_hold(shape, cluster)
     possible, refused = splits(config, shape, cluster)
-    found = [
+    estimates = [
         estimate(candidate, config, shape, cluster, assumed, work)
         for split in possible
         for candidate in _candidates(split, config, shape, cluster, assumed, work)
     ]
-    fitting = sorted((each for each in found if not each.reason), key=lambda each: each.step_s)
-    return LayoutPlan(tuple(fitting), tuple(each for each in found if each.reason), tuple(refused))
+    fitting = sorted((each for each in estimates if not each.reason), key=lambda each: each.step_s)
+    return LayoutPlan(tuple(fitting), tuple(each for each in estimates if each.reason), tuple(refused))
 
 
 def _candidates(

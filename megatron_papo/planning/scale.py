@@ -52,11 +52,11 @@ def scale(
             image_tokens=lengths["image_tokens"] or 0,
             response_tokens=lengths["response_tokens"],
         )
-        found = plan(grown, shape, cluster, assumed, work)
-        best = found.fitting[0] if found.fitting else None
+        layouts = plan(grown, shape, cluster, assumed, work)
+        best = layouts.fitting[0] if layouts.fitting else None
         first = points[0].best if points else best
         efficiency = best.tokens_per_s / first.tokens_per_s if best and first else 0.0
-        breaks = found.reasons()[-1].reason if best is None else _breaks(best, first, num / nodes[0], weak)
+        breaks = layouts.reasons()[-1].reason if best is None else _breaks(best, first, num / nodes[0], weak)
         points.append(ScalePoint(cluster.num_gpus, prompts, best, efficiency, breaks))
     return points
 

@@ -27,10 +27,10 @@ _PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;#]+)")
 
 def versions(name: str, root: Path = ROOT) -> dict[str, str]:
     """Package, in the registry's spelling, → version, of one of SETS; OSError where `root` is no checkout."""
-    found = pins(root / "constraints.txt")
+    pinned = pins(root / "constraints.txt")
     for file in SETS[name]:
-        found |= pins(root / "requirements" / file)
-    return found
+        pinned |= pins(root / "requirements" / file)
+    return pinned
 
 
 def pins(file: Path) -> dict[str, str]:

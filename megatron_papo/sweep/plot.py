@@ -73,8 +73,8 @@ def _draw_speed(panel: Any, rows: Sequence[Row]) -> None:
 
 def _draw_planned(panel: Any, rows: Sequence[Row], top: float, line: str) -> None:
     """A plan without calibration may lie far above: it does not press what was measured to the ground."""
-    found = [(row.ranks, row.median("planned_tokens_per_s")) for row in rows]
-    planned = [(ranks, speed) for ranks, speed in found if speed is not None]
+    speeds = [(row.ranks, row.median("planned_tokens_per_s")) for row in rows]
+    planned = [(ranks, speed) for ranks, speed in speeds if speed is not None]
     if not planned:
         return
     above = max(speed for _, speed in planned) > top

@@ -103,8 +103,8 @@ def last_word(log: Path) -> str:
     if not log.exists():
         return ""
     lines = log.read_text(errors="replace").splitlines()
-    found = [line for line in lines if line.startswith(("papo: error: ", "papo: stopped: ", "papo: rank "))]
-    return found[-1].removeprefix("papo: ").removeprefix("error: ") if found else ""
+    reasons = [line for line in lines if line.startswith(("papo: error: ", "papo: stopped: ", "papo: rank "))]
+    return reasons[-1].removeprefix("papo: ").removeprefix("error: ") if reasons else ""
 
 
 def read_refused(sweep: Sweep) -> dict[str, str]:

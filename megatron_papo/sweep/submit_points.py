@@ -87,10 +87,10 @@ def _changed(point: Point, made: SubmissionPlan) -> list[str]:
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
-    return found
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return flat
 
 
 def arrays_of(sweep: Sweep, chosen: Sequence[CheckedPoints], made_from: str, busy: int = 0) -> list[Array]:

@@ -56,13 +56,13 @@ def _nccl_unused() -> DoctorFinding:
     return DoctorFinding("NCCL", version("nvidia-nccl-cu13") or "", "absent", "not used without a GPU")
 
 
-def nccl(found: str) -> DoctorFinding:
-    parts = tuple(int(part) for part in found.split(".")[:3])
+def nccl(installed: str) -> DoctorFinding:
+    parts = tuple(int(part) for part in installed.split(".")[:3])
     if (2, 28, 3) <= parts <= (2, 28, 8):
         return DoctorFinding(
-            "NCCL", found, "warning", "2.28.3 to 2.28.8 fail when a group is started again in one process"
+            "NCCL", installed, "warning", "2.28.3 to 2.28.8 fail when a group is started again in one process"
         )
-    return DoctorFinding("NCCL", found, "ok")
+    return DoctorFinding("NCCL", installed, "ok")
 
 
 def engine(version_of: VersionOf, gpu: bool) -> DoctorFinding:
@@ -86,35 +86,35 @@ def flashinfer(version_of: VersionOf, environ: Mapping[str, str], compiler: Path
 
     `ninja`: it is on the path, where FlashInfer calls it to compile its kernels with nvcc at their first use.
     """
-    found = version_of("flashinfer-python") or ""
+    installed = version_of("flashinfer-python") or ""
     way_out = f"or set {_SAMPLER}=0"
     if environ.get(_SAMPLER) == "0":
         return DoctorFinding(
-            "FlashInfer", found, "ok" if found else "absent", f"vLLM's sampler does without: {_SAMPLER}=0"
+            "FlashInfer", installed, "ok" if installed else "absent", f"vLLM's sampler does without: {_SAMPLER}=0"
         )
-    if not found:
+    if not installed:
         return DoctorFinding(
             "FlashInfer", "", "warning", f"vLLM's sampler imports it; {brings('vllm', True)}, {way_out}"
         )
     lacking = [name for name, there in (("nvcc", compiler is not None), ("ninja", ninja)) if not there]
     if lacking and version_of("flashinfer-cubin") is None:
         note = f"compiles its kernels at their first use, but {' and '.join(lacking)} cannot be called: "
-        return DoctorFinding("FlashInfer", found, "warning", f"{note}put it on PATH, {way_out}")
-    return DoctorFinding("FlashInfer", found, "ok")
+        return DoctorFinding("FlashInfer", installed, "warning", f"{note}put it on PATH, {way_out}")
+    return DoctorFinding("FlashInfer", installed, "ok")
 
 
 def transformer_engine(version_of: VersionOf, gpu: bool) -> DoctorFinding:
-    found, compiled = version_of("transformer-engine"), version_of("transformer-engine-torch")
-    if not found:
+    installed, compiled = version_of("transformer-engine"), version_of("transformer-engine-torch")
+    if not installed:
         cost = "model.spec=local: no FP8, no fused attention, on GPUs slower"
         return DoctorFinding(
             "Transformer Engine", "", "absent", f"{cost}; {'' if gpu else 'on a GPU machine '}run: make gpu-venv"
         )
-    if compiled == found:
-        return DoctorFinding("Transformer Engine", found, "ok")
+    if compiled == installed:
+        return DoctorFinding("Transformer Engine", installed, "ok")
     wrong = f"is {compiled}" if compiled else "is not there, so it does not import"
     note = f"its torch part, transformer-engine-torch, {wrong}; run: make gpu-venv"
-    return DoctorFinding("Transformer Engine", found, "warning", note)
+    return DoctorFinding("Transformer Engine", installed, "warning", note)
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Path | None:
@@ -135,8 +135,8 @@ def nvcc(compiler: Path | None, gpu: bool, built_for: str | None) -> DoctorFindi
         return DoctorFinding("nvcc", "", "warning" if gpu else "absent", note)
     said = subprocess.run([compiler, "--version"], text=True, capture_output=True, check=False).stdout
     release = re.search(r"release (\d+\.\d+)", said)
-    found = release[1] if release else str(compiler)
-    if release and built_for and found.split(".")[0] != built_for.split(".")[0]:
+    installed = release[1] if release else str(compiler)
+    if release and built_for and installed.split(".")[0] != built_for.split(".")[0]:
         note = f"torch is built for CUDA {built_for}; install that toolkit, or set CUDA_HOME"
-        return DoctorFinding("nvcc", found, "warning" if gpu else "absent", note)
-    return DoctorFinding("nvcc", found, "ok")
+        return DoctorFinding("nvcc", installed, "warning" if gpu else "absent", note)
+    return DoctorFinding("nvcc", installed, "ok")

