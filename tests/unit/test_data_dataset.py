@@ -359,7 +359,7 @@ def test_skipped_rows_are_replaced_alike_on_any_number_of_ranks(processor, bad_f
     ids = [[prompt.id for prompt in update] for update in whole.updates]
     assert [len(update) for update in ids] == [4, 4, 4] and whole.cursor.position == 12
     assert whole.positions == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
-    assert tally.found and all(int(name.split(":")[1]) not in range(1, 9) for update in ids for name in update)
+    assert tally.by_row and all(int(name.split(":")[1]) not in range(1, 9) for update in ids for name in update)
     for size in (2, 3):
         shares = [draw(dataset, cursor, BadRows("skip"), rank, size) for rank in range(size)]
         joined = [[prompt.id for share in shares for prompt in share.updates[update]] for update in range(3)]
@@ -389,4 +389,4 @@ def test_a_dataset_without_good_rows_ends(processor, tmp_path):
 def test_evaluation_leaves_bad_rows_out(processor, bad_file):
     tally = BadRows("skip")
     rows = [prompt.row for prompt in prompts_of(open_train(processor, bad_file), range(18), tally)]
-    assert rows == [0, *range(9, 18)] and sorted(tally.found) == list(range(1, 9))
+    assert rows == [0, *range(9, 18)] and sorted(tally.by_row) == list(range(1, 9))

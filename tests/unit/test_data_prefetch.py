@@ -98,12 +98,12 @@ def test_the_same_draws_as_on_the_spot_whatever_the_number_of_rounds(rows, mask)
         found = ahead.take(cursor, step, tallies[0])
         wanted = on_the_spot.take(cursor, step, tallies[1])
         assert _content(found) == _content(wanted)
-        assert list(tallies[0].found) == list(tallies[1].found)
+        assert list(tallies[0].by_row) == list(tallies[1].by_row)
         assert [str(bad) for bad in tallies[0].take_new()] == [str(bad) for bad in tallies[1].take_new()]
         assert any(prompt.masked_pixel_values_PD is not None for prompt in found.prompts) == (mask is not None)
         cursor = found.cursor
     ahead.close()
-    assert tallies[0].found.keys() == set(CORRUPT)
+    assert tallies[0].by_row.keys() == set(CORRUPT)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_another_cursor_than_the_next_is_drawn_anew(rows):
     resumed = draws.take(FIRST.advance(8), 1, bad_rows)
     draws.close()
     assert [prompt.row for prompt in resumed.prompts] == [8, 9, 10, 11]
-    assert not bad_rows.found or list(bad_rows.found) == [3], "row 7 was prepared for nobody"
+    assert not bad_rows.by_row or list(bad_rows.by_row) == [3], "row 7 was prepared for nobody"
 
 
 def test_a_bad_row_stops_the_run_at_its_own_step(rows):
