@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import dump_config
+from tests.parallel.certify_cases import MODEL as MODEL  # of the inputs
 from tests.support import commands
 from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
