@@ -17,15 +17,8 @@ from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
-from megatron_papo.preflight.inputs import (
-    fault_of_folder,
-    fault_of_run_dir,
-    faults_of_fp8,
-    faults_of_inputs,
-    faults_of_ranks,
-    not_a_folder,
-    num_engine_ranks,
-)
+from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
+from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
@@ -43,7 +36,7 @@ _EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit code: 0 done, 1 a rank failed, 2 refused settings."""
+    """Runs the command line; returns the exit code: 0 done, 1 a rank failed, 2 refused settings."""
     options = _parse(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
         from megatron_papo.preflight.doctor import main as doctor
@@ -250,7 +243,7 @@ def _raise_any(faults: list[str]) -> None:
 
 
 def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
-    """Refuses a layout that the model's shape does not allow: of the trainer's ranks, and of an engine's."""
+    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow."""
     if config.model.path is None:
         return
     from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
@@ -273,7 +266,8 @@ def _speaks() -> bool:
 
 
 def _refuse(error: ConfigError, config: Config | None) -> int:
-    """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
+    """Prints why settings are refused; returns the exit code. A task of srun leaves a note too: what it lacks may be
+    there on the node of rank 0, which speaks for all."""
     from megatron_papo.runtime.failure_notes import leave_note, tell_torchrun
     from megatron_papo.runtime.failures import Failure
     from megatron_papo.runtime.launch import outer_rank

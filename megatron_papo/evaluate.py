@@ -28,7 +28,7 @@ from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
 from megatron_papo.training.batching import pack_rows
-from megatron_papo.training.console import name_bad_rows, name_missing_pictures, print_scores
+from megatron_papo.training.console import print_scores, warn_of_bad_rows, warn_of_missing_images
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
@@ -60,7 +60,7 @@ def main(config: Config) -> int:
 def open_heldout(run: Run) -> PromptDataset:
     """The data set `data.eval`, with a warning where it seems to have lost its images."""
     dataset = PromptDataset(run.config.data, "eval", run.processor)
-    name_missing_pictures(run, dataset)
+    warn_of_missing_images(run, dataset)
     return dataset
 
 
@@ -92,7 +92,7 @@ def evaluate(
                 sums = _answer_sums(seen, "seen_") | _answer_sums(blind, "masked_")
                 add_metrics(total, sums | _perception_kl(run, seen))
             progress.advance(len(chunk))
-    name_bad_rows(run, bad_rows, "eval")
+    warn_of_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if not scores:
         raise NothingEvaluated(f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated")

@@ -27,7 +27,7 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped
+from megatron_papo.training.console import warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
 from megatron_papo.training.origin import origin_of
 from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.session import Run, open_run
@@ -78,7 +78,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
-            name_missing_pictures(run, dataset)
+            warn_of_missing_images(run, dataset)
             origin = origin_of(run, dataset, config.sft.response_column)
             bad_rows = BadRows(config.data.on_bad_row)
             optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
@@ -88,7 +88,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         if state is not None:
             cursor = cursor.load_state_dict(state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
-        run.clock.take()  # what came before is no step's time
+        run.clock.take()  # the time until now belongs to no step
         with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
             for step in range(checkpoints.next_step, config.sft.steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
@@ -121,7 +121,7 @@ def _draw_demonstrations(
             data_size=run.layout.data_size,
             bad_rows=bad_rows,
         )
-        name_bad_rows(run, bad_rows, "train")
+        warn_of_bad_rows(run, bad_rows, "train")
         return [dataset.group(prompt) for prompt in draw.prompts], draw.cursor
 
 
@@ -134,5 +134,5 @@ def _update(run: Run, optimizer: Optimizer, groups: list[Group]) -> Metrics:
     run.meter.updated(rows)
     with run.clock.stage("update"):
         metrics = update_policy(optimizer, rows, HeadRequest(banned_ids=run.banned_ids), sft_loss)
-    name_skipped(run, optimizer.guard)
+    warn_of_skipped_updates(run, optimizer.guard)
     return metrics

@@ -41,7 +41,7 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import name_bad_rows, name_missing_pictures, name_skipped, warn
+from megatron_papo.training.console import warn, warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
@@ -62,7 +62,7 @@ class Training:
     """The policy on this rank, and what else every verb holds."""
     optimizer: Optimizer
     reference: ReferencePolicy | None
-    """The policy as it started; None where `loss.reference_coef` is 0."""
+    """The frozen policy that the reference KL compares with; None where `loss.reference_coef` is 0."""
     generator: Generator
     """The engine that samples rollouts."""
     certifier: Certifier
@@ -99,7 +99,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         first_step = _resume(training, checkpoints)
         if first_step < config.train.steps:
             training.certifier.start_or_stop(first_step)
-        run.clock.take()  # what came before is no step's time
+        run.clock.take()  # the time until now belongs to no step
         with Recorder(run, first_step, config.train.steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
@@ -161,7 +161,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
-    name_skipped(run, training.optimizer.guard)
+    warn_of_skipped_updates(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 
 
@@ -172,7 +172,7 @@ def open_training(run: Run) -> Iterator[Training]:
     with ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = training_rows(run)
-            name_missing_pictures(run, dataset, perception=config.reads_masked_view)
+            warn_of_missing_images(run, dataset, perception=config.reads_masked_view)
             origin = origin_of(run, dataset)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
@@ -206,7 +206,7 @@ def draw_prompts_of(training: Training, step: int) -> Draw:
     """The next prompts of this rank, with their masked views where the loss reads them; moves the cursor on."""
     draw = training.prompts.take(training.cursor, step, training.bad_rows)
     training.cursor = draw.cursor
-    name_bad_rows(training.run, training.bad_rows, "train")
+    warn_of_bad_rows(training.run, training.bad_rows, "train")
     return draw
 
 

@@ -54,7 +54,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):
         pending, first_step = _resume(training, checkpoints), checkpoints.next_step
-        run.clock.take()  # what came before is no step's time
+        run.clock.take()  # the time until now belongs to no step
         with Recorder(run, first_step, num_steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. To a GPU it goes by way of pinned memory: from any other the host would wait until the
-    GPU has done all that it was given. The pinned copy may go out of scope at once, since torch gives its pinned memory
-    to nobody before copies from it are done."""
+    """The tensor on `device`. It is copied to a GPU through pinned memory, since from other memory the host would wait
+    until the GPU has finished its work. The pinned copy may go out of scope at once: torch does not reuse its memory
+    before copies from it are done."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -37,10 +37,14 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Prompt:
+    """One row of the data set as a question to the model."""
+
     id: str
-    """Stable over the run: names the row of the dataset, which may come more than once, even in one step."""
+    """Names the row of the data set, the same over the whole run; a row may come more than once, even in one step."""
     row: int
+    """Index of the row in the data set, from 0."""
     problem: str
+    """The question."""
     answer: str
     """The right answer, or the first of several."""
     images: tuple[bytes, ...]
@@ -55,7 +59,7 @@ class Prompt:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Any of which is right."""
+        """All right answers; any of them counts."""
         return (self.answer, *self.other_answers)
 
     @property
@@ -96,7 +100,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Group:
-    """The rollouts of one prompt, with what later stages know of each: one entry a rollout."""
+    """The rollouts of one prompt with their rewards and advantages, which later stages add: one entry a rollout."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -107,11 +111,12 @@ class Group:
 
 
 class Segment(NamedTuple):
-    """A run of tokens of a packed row. It attends to itself, causally, and before that to all of its parent."""
+    """Consecutive tokens of a packed row that belong together. They attend to all tokens of the parent segment and,
+    causally, to each other."""
 
     length: int
     parent: int | None = None
-    """Place in the row, among the segments, of the prompt that this response follows; a parent has none itself."""
+    """Index among the row's segments of the prompt that this response follows; None for a segment without a parent."""
     num_images: int = 0
     """Images whose tokens lie in this segment."""
 
@@ -173,8 +178,8 @@ class MicroBatch:
         return tuple(segment.length for segment in self.segments)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same row with its tensors on `device`, all but what the host goes on reading: the pixels, and the images'
-        grids, from which the first stage plans."""
+        """The same row with its tensors on `device`, except what the host reads: the pixels, and the images' grids
+        (`grid_thw_I3`)."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         own.pop("grid_thw_I3")
         moved: dict[str, Any] = {
@@ -185,27 +190,28 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """What the language-model head says of the response tokens; fp32 nats, full on every tensor rank."""
+    """What the language-model head computes for the response tokens: fp32 nats, complete on every tensor rank."""
 
     policy_logprobs_R: Tensor
     entropy_R: Tensor | None = None
-    """Entropy over the whole vocabulary, when asked for."""
+    """Entropy over the whole vocabulary, where it was requested."""
     masked_logprobs_R: Tensor | None = None
-    """Of a joint row."""
+    """Log-probs of the same tokens under the masked image; joint rows only."""
     masked_entropy_R: Tensor | None = None
+    """Entropy under the masked image, where it was requested; joint rows only."""
     perception_kl_R: Tensor | None = None
-    """KL(policy || masked policy) over the whole vocabulary, of a joint row, when asked for."""
+    """KL(policy || masked policy) over the whole vocabulary, where it was requested; joint rows only."""
 
 
 Batch = tuple[MicroBatch, ...]
 """The micro-batches of one optimizer step on one data-parallel rank."""
 
 Metrics = dict[str, tuple[float, float]]
-"""name -> (numerator, count): summed over micro-batches and ranks, divided once, at the end of the step.
+"""name -> (numerator, count): both are summed over micro-batches and ranks, and divided once, at the end of the step.
 
-The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline.update_policy`, which knows when one
-is whole, gives them a count of 1 each time. Of a name that ends in `_max` the largest numerator stays, with a count
-of 1.
+The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline.update_policy`, which knows when a step
+is complete, gives them a count of 1. Where a name ends in `_max` the largest numerator counts instead of the sum, with
+a count of 1.
 """
 
 __all__ = [

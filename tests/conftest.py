@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from tests.support import processes, workers
+from tests.support.inputs import inputs as inputs
+from tests.support.inputs import inputs_of as inputs_of
 from tests.support.slurm_lab import slurm as slurm
 
 CORE = tuple(

@@ -31,7 +31,7 @@ from torch.futures import Future
 
 from megatron_papo.checkpoint.archive import COMMON_STATE
 from megatron_papo.checkpoint.checksums import new_sum, write_box_sums
-from megatron_papo.distributed.agreement import RanksFailed, fault_of
+from megatron_papo.distributed.agreement import failure, fault_of
 
 Boxes = dict[str, Any]
 """The input of torch's writer: for each name in the checkpoint, this rank's boxes of the tensor, or pickled bytes."""
@@ -64,7 +64,7 @@ def write_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
             boxes, storage_writer=_BoxWriter(folder), planner=planner, process_group=group
         )
     except CheckpointException as error:
-        raise RanksFailed([fault_of(rank, reason) for rank, (reason, _) in error.failures.items()]) from None
+        raise failure([fault_of(rank, reason) for rank, (reason, _) in error.failures.items()]) from None
 
 
 def write_format(folder: Path) -> None:

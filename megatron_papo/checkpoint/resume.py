@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_papo.checkpoint.state import Restored, TrainState, read_state
 from megatron_papo.checkpoint.survey import Listed, survey
-from megatron_papo.distributed.agreement import DamagedCheckpoint, agreed
+from megatron_papo.distributed.agreement import DamagedCheckpoint, read_on_first_rank
 from megatron_papo.files.small_files import set_aside
 
 Check = Callable[[Path, dict[str, Any]], None]
@@ -43,7 +43,7 @@ def resume_newest(folder: Path, state: TrainState, check: Check, warn: Callable[
     """
     damaged: dict[Path, str] = {}
     while True:
-        newest, broken = agreed(partial(_newest, folder, damaged))
+        newest, broken = read_on_first_rank(partial(_newest, folder, damaged))
         damaged |= broken
         if newest is None:
             break

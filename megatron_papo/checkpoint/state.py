@@ -32,7 +32,7 @@ from megatron_papo.checkpoint.random_states import random_states, read_random_st
 from megatron_papo.checkpoint.sharding import sharded_tensors
 from megatron_papo.checkpoint.staging import Staging
 from megatron_papo.checkpoint.state_file import FORMAT, write_state_tree
-from megatron_papo.distributed.agreement import agree
+from megatron_papo.distributed.agreement import read_together
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout, world_group
 from megatron_papo.model.shape import ModelShape
@@ -110,7 +110,7 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
     tensors of `state` may have any values, and another checkpoint can be read into it; ValueError naming tensors that
     are missing or of another shape than those of `state`, and for a folder that is no checkpoint of this version.
     """
-    opened = agree(world_group(), folder, lambda: open_checkpoint(folder))
+    opened = read_together(world_group(), folder, lambda: open_checkpoint(folder))
     saved, stored = opened.saved, _stored(opened)
     held = held_parameters(state.model, state.shape, layout().tensor_size)
     tree = model_tensors(held)
@@ -121,7 +121,7 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
             tree |= _optimizer_tensors(state.optimizer, held, stored)
     check_stored(folder, tree, stored)
     resumed = state.optimizer is not None and saved["random_states"] and saved["layout"] == _layout_sizes()
-    states = agree(world_group(), folder, lambda: _read(opened, tree, resumed))
+    states = read_together(world_group(), folder, lambda: _read(opened, tree, resumed))
     if layout().rank == 0:
         for remark in opened.remarks():
             warn(remark)

@@ -34,7 +34,7 @@ from megatron_papo.checkpoint.state import (
     write_state_file,
 )
 from megatron_papo.checkpoint.survey import Survey, best_of, next_serial, survey
-from megatron_papo.distributed.agreement import RanksFailed, agreed, fail_together, fault_of
+from megatron_papo.distributed.agreement import RanksFailed, fault_of, on_first_rank, read_on_first_rank
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.layout import layout
 from megatron_papo.files.atomic_folder import publish, recover, remove
@@ -133,12 +133,12 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose state file is whole, the same on every rank; None when there is none."""
-        newest = agreed(lambda: self._survey().newest())
+        newest = read_on_first_rank(lambda: self._survey().newest())
         return newest and newest[0]
 
     def best_metric(self) -> float | None:
         """The highest metric among the checkpoints that were kept, the same on every rank; None when none has one."""
-        best = agreed(lambda: self._survey().best())
+        best = read_on_first_rank(lambda: self._survey().best())
         return best and best[1]["metric"]
 
     def _attempt(self, step: int, taken: Snapshot, metric: float | None) -> None:
@@ -158,9 +158,9 @@ class CheckpointStore:
         assert group is not None
         partial = final.with_name(f"{final.name}.tmp")
         try:
-            fail_together(group, (lambda: self._prepare(partial)) if first else None)
+            on_first_rank(group, lambda: self._prepare(partial))
             write_boxes(partial, taken.boxes, group)
-            fail_together(group, (lambda: self._publish(partial, final, taken, metric)) if first else None)
+            on_first_rank(group, lambda: self._publish(partial, final, taken, metric))
         except RanksFailed:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)

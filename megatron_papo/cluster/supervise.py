@@ -32,15 +32,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from megatron_papo.cluster.attempts import (
-    Attempt,
-    close_lost,
-    is_chained,
-    lost_seconds,
-    read_attempts,
-    reason_to_stop,
-    write_attempt,
-)
+from megatron_papo.cluster import attempts as attempts_file
+from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
 from megatron_papo.cluster.job_log import closing, last_lines, opening, say, show
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.cluster.supervised_job import CLEARING_S, SupervisedJob, running
@@ -119,7 +112,7 @@ class Supervisor:
 
     def _counted(self, attempts: list[Attempt]) -> list[Attempt]:
         """The attempts whose failures count: those of this job, or of the chain that it belongs to."""
-        chained = is_chained(self._run_dir, self._job.id)
+        chained = attempts_file.is_chained(self._run_dir, self._job.id)
         return [attempt for attempt in attempts if chained or attempt.job == self._job.id]
 
     def _leave(self, attempts: list[Attempt]) -> int | None:
@@ -149,7 +142,7 @@ class Supervisor:
             steps_done=progress.steps_done,
             steps_saved=progress.steps_saved,
             lost_steps=progress.lost_steps,
-            lost_seconds=lost_seconds(earlier, progress),
+            lost_seconds=attempts_file.lost_seconds(earlier, progress),
         )
         self._write(attempt)
         say(opening(attempt, earlier, progress.lost()))

@@ -12,26 +12,27 @@ class LimitsConfig(Section):
     engine's precision allow (docs/certificate.md)."""
 
     pixel_values: Positive | None = None
-    """Normalised pixels, largest absolute difference."""
+    """Largest absolute difference of the normalised pixels."""
     features: Positive | None = None
-    """Image features and hidden states, difference relative to a token's root mean square, mean over tokens; a single
-    token may differ ten times as much."""
+    """Largest difference of image features and hidden states, relative to a token's root mean square, as the mean over
+    tokens; a single token may differ ten times as much."""
     logprobs_mean: Positive | None = None
-    """Log-probs, mean absolute difference, nats a token."""
+    """Largest mean absolute difference of log-probs, in nats a token."""
     logprobs_max: Positive | None = None
-    """Log-probs, largest absolute difference, nats."""
+    """Largest absolute difference of a token's log-prob, in nats."""
 
 
 class CertifyConfig(Section):
     at_start: bool = True
-    """`papo train` compares Hugging Face, trainer and engine before its first step, and does not start beyond a
-    limit."""
+    """Whether `papo train` compares Hugging Face, trainer and engine before its first step; it does not start when a
+    limit is exceeded."""
     after_hand_over: bool = True
-    """It compares trainer and engine after every weight hand-over, and stops beyond a limit."""
+    """Whether trainer and engine are compared after every weight hand-over; the run stops when a limit is exceeded."""
     prompts: Count = 2
-    """Prompts, the first of the data with images."""
+    """Number of prompts compared: the first of the data that have images."""
     tokens: Count = 16
-    """Response tokens of each."""
+    """Number of response tokens compared of each prompt."""
     huggingface: bool = True
-    """At the start Hugging Face too: one more copy of the model in the host memory of one rank."""
+    """Whether Hugging Face is compared too at the start; this takes one more copy of the model in the host memory of
+    one rank."""
     limits: LimitsConfig = Field(default=LimitsConfig())

@@ -15,50 +15,54 @@ from megatron_papo.config.basics import Count, Positive, Section
 
 class ClusterConfig(Section):
     nodes: Count = 1
-    """Slurm's --nodes."""
+    """Number of machines: Slurm's --nodes."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
-    """Slurm's --gpus-per-node; one rank a GPU. 0: ranks without GPUs, `ranks_per_node` of them."""
+    """GPUs of each machine: Slurm's --gpus-per-node. Each has one rank. 0: ranks without GPUs, `ranks_per_node` of
+    them."""
     ranks_per_node: Count | None = None
-    """Null: one a GPU."""
+    """Number of ranks on each machine; null: one for each GPU."""
     gpu: str = "H100"
-    """Kind of GPU that memory is checked against: one of the table in `costs/memory.py`."""
+    """Kind of GPU whose memory the plan is checked against: a name in the table of GPUs of `costs/`."""
     gpu_memory_gib: Positive | None = None
-    """Of one GPU, where the table does not have the kind or the cluster's differ."""
+    """Memory of one GPU in GiB, where the table lacks the kind or the cluster's GPUs have another size."""
     cpus_per_rank: Count = 8
-    """Slurm's --cpus-per-task."""
+    """CPU cores of each rank: Slurm's --cpus-per-task."""
     memory: str | None = "0"
-    """Slurm's --mem of a node; 0: all of it; null: the partition's default."""
+    """Memory of each machine: Slurm's --mem; 0: all of it; null: the partition's default."""
     time: str = "24:00:00"
-    """Slurm's --time: minutes, minutes:seconds, hours:minutes:seconds, or days-hours:minutes:seconds."""
+    """Time limit of the job: Slurm's --time, as minutes, minutes:seconds, hours:minutes:seconds or
+    days-hours:minutes:seconds."""
     partition: str | None = None
-    """Slurm's --partition."""
+    """Partition to which the job is sent: Slurm's --partition."""
     account: str | None = None
-    """Slurm's --account."""
+    """Account to which the job is charged: Slurm's --account."""
     qos: str | None = None
-    """Slurm's --qos."""
+    """Quality of service of the job: Slurm's --qos."""
     constraint: str | None = None
-    """Slurm's --constraint."""
+    """Features that the machines must have: Slurm's --constraint."""
     exclusive: bool = True
-    """Slurm's --exclusive."""
+    """Whether the job has its machines for itself: Slurm's --exclusive."""
     signal_s: Annotated[int, Field(ge=0, le=65535)] = 900
-    """Slurm sends USR1 this long before the time limit; the run saves after the step it is in and queues itself again.
-    Longer than a step with its save. 0: no signal."""
+    """Seconds before the time limit at which Slurm sends USR1: the run saves after the step it is in, and queues itself
+    again. Must be longer than a step with its save. 0: no signal."""
     requeue: bool = True
-    """Slurm's --requeue: a preempted job, or one whose node crashed, is queued again."""
+    """Whether a job that was preempted, or whose machine crashed, is queued again: Slurm's --requeue."""
     sbatch: list[str] = []
-    """More options of sbatch, e.g. `--reservation=spring`."""
+    """Further options of sbatch, e.g. `--reservation=spring`."""
     environment: Literal["venv", "modules", "container"] = "venv"
     """What the ranks run in: a virtual environment, environment modules, or a container (pyxis)."""
     venv: Path | None = Path(".venv")
-    """Of `environment: venv`, and of `modules` where it is not null; relative to the project's folder."""
+    """Folder of the virtual environment, relative to the project's folder; used by `environment: venv`, and by
+    `environment: modules` unless null."""
     modules: list[str] = []
-    """Loaded in the batch script, in whose environment the ranks start; before the virtual environment."""
+    """Names of environment modules that the batch script loads before the virtual environment; the ranks inherit
+    them."""
     container: str | None = None
-    """Of `environment: container`: image for srun's --container-image."""
+    """Image that `environment: container` runs in: srun's --container-image."""
     mounts: list[str] = []
-    """Of `environment: container`: folders for srun's --container-mounts, as HOST:CONTAINER."""
+    """Folders that the container sees, as HOST:CONTAINER: srun's --container-mounts."""
     setup: list[str] = []
-    """Shell lines run in the batch script after modules and environment."""
+    """Shell lines that the batch script runs after the modules and the environment."""
     variables: dict[str, str] = {}
     """Environment variables of every rank; they win over those of slurm/fabric.sh. No secrets (docs/security.md)."""
 
@@ -87,7 +91,7 @@ class ClusterConfig(Section):
 
     @property
     def num_ranks(self) -> int:
-        """Of the whole job."""
+        """Number of ranks of the whole job."""
         return self.nodes * (self.ranks_per_node or self.gpus_per_node)
 
 

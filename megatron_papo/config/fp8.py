@@ -14,21 +14,23 @@ class Fp8Config(Section):
     """How values are scaled into 8 bits: a tensor by its own maximum, by the maxima of steps before, in blocks of 128
     (Hopper), or in blocks of 32 (Blackwell). On a GPU with Transformer Engine; elsewhere the rounding is emulated."""
     update: bool = True
-    """Forward and backward of the updates."""
+    """Whether the forward and backward passes of the updates run in FP8."""
     score: bool = True
-    """Forward passes that only score: old, masked and reference log-probs."""
+    """Whether the passes that only score run in FP8: old, masked and reference log-probs."""
     first_layers: Annotated[int, Field(ge=0)] = 1
-    """Language-model layers at the start that stay in model.dtype; embedding and head always do. delayed needs 0."""
+    """Number of first layers of the language model that stay in model.dtype; embedding and head always do. The recipe
+    delayed needs 0."""
     last_layers: Annotated[int, Field(ge=0)] = 1
-    """And at the end. delayed needs 0."""
+    """Number of last layers of the language model that stay in model.dtype. The recipe delayed needs 0."""
     vision: bool = False
-    """The layers of the vision tower too."""
+    """Whether the layers of the vision tower run in FP8 too."""
     amax_history: Count = 1024
-    """Maxima that `delayed` looks back on, one a micro-batch."""
+    """Number of past maxima, one for each micro-batch, from which the recipe delayed takes its scale."""
     gap_every: Annotated[int, Field(ge=0)] = 20
-    """Steps between measurements of the log-prob gap to model.dtype on rows of the step; 0: at the first step alone."""
+    """Steps between two measurements of how far the log-probs in FP8 are from those in model.dtype, on rows of the
+    step; 0: only at the first step."""
     gap_limit: Positive = 0.1
-    """Mean absolute gap, nats a token, beyond which the run goes on without FP8."""
+    """Mean absolute difference of log-probs, in nats a token, beyond which the run goes on without FP8."""
 
     @model_validator(mode="after")
     def _check(self) -> Fp8Config:

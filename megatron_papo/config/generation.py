@@ -11,45 +11,49 @@ from megatron_papo.config.basics import Count, Fraction, Positive, Section
 
 class GenerationConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """vLLM, or transformers: the default for machines without a GPU."""
+    """Program that generates the rollouts: vLLM, or transformers, the default, for machines without a GPU."""
     placement: Literal["colocated", "separate"] = "colocated"
-    """In the training ranks, one after the other, or on ranks of its own, which come after the trainer's."""
+    """Where the engine runs: `colocated`, in the training ranks, which generate and train in turn; `separate`, on ranks
+    of its own, which come after the trainer's."""
     engines: Count = 1
-    """Separate: engines, each on `tensor` ranks of its own."""
+    """Number of separate engines, each on `tensor` ranks of its own."""
     temperature: Positive = 1.0
-    """Logits are divided by it, in the engine and in the trainer's log-probs."""
+    """Sampling temperature: logits are divided by it, in the engine and for the trainer's log-probs."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
-    """Sampled from the smallest set of tokens with this probability."""
+    """Tokens are sampled from the smallest set with this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit."""
+    """Tokens are sampled from this many most probable ones; 0: no limit."""
     max_response_tokens: Count = 2048
-    """Longer responses are cut off."""
+    """Most tokens of a response; a longer one is cut off."""
     batch_size: Count = 64
-    """Rows that the transformers engine decodes together."""
+    """Number of rows that the transformers engine decodes together."""
     tensor: Count = 1
-    """vLLM's tensor parallelism; must divide the ranks that generate."""
+    """vLLM's tensor parallelism; it must divide the number of ranks that generate."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the engine; `auto` is the trainer's."""
+    """Data type in which the engine keeps its weights; `auto`: the trainer's."""
     quantization: Literal["none", "fp8"] = "none"
-    """vLLM's linear layers in FP8, quantized as the weights are handed over. Needs a GPU."""
+    """Whether vLLM's linear layers run in FP8; the weights are quantized as they are handed over. Needs a GPU."""
     kv_cache_gib: Positive | None = None
-    """Of vLLM; null: what gpu_memory_fraction leaves (1/2 GiB without a GPU)."""
+    """Size of vLLM's KV cache in GiB; null: what gpu_memory_fraction leaves (1/2 GiB without a GPU)."""
     gpu_memory_fraction: Fraction = 0.5
-    """Of the GPU, for vLLM with its weights. A colocated one needs it free beside what the trainer keeps, as it wakes
-    and as it is started again; papo check says the largest that would do. Unused where kv_cache_gib is given."""
+    """Fraction of the GPU's memory for vLLM, its weights included. A colocated vLLM needs it free beside what the
+    trainer keeps, as it wakes and as it is started again; papo check says the largest that would do. Not used where
+    kv_cache_gib is given."""
     prefix_caching: bool = True
-    """vLLM reads a prompt once for all rollouts of its group."""
+    """Whether vLLM reads a prompt only once for all rollouts of its group."""
     sleep: bool = True
-    """A colocated vLLM gives its memory back while the trainer works; on a GPU."""
+    """Whether a colocated vLLM gives its GPU memory back while the trainer works."""
     keep_weights_asleep: bool = True
-    """A sleeping vLLM keeps its weights in pinned host memory. False: it forgets them, since a hand-over writes them
-    anew; rollouts that follow rollouts with no update between then begin with a hand-over. Not tried on a GPU yet."""
+    """Whether a sleeping vLLM keeps its weights in pinned host memory. false: it drops them, since a hand-over writes
+    all of them again; rollouts that follow rollouts without an update between them then begin with a hand-over. Not
+    tried on a GPU yet."""
     bucket_mib: Count = 64
-    """Weights are handed over in buckets of about this size."""
+    """Approximate size, in MiB, of the buckets in which weights are handed over to the engine."""
     restarts: Annotated[int, Field(ge=0)] = 2
-    """An engine that dies is started again, given the current weights and asked again, this often in a run."""
+    """How often in a run an engine that dies is started again; it is then given the current weights and the same
+    requests."""
     enforce_eager: bool = False
-    """vLLM without CUDA graphs."""
+    """Whether vLLM runs without CUDA graphs."""
 
     @property
     def num_engine_ranks(self) -> int:

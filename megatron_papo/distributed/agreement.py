@@ -1,7 +1,10 @@
-"""What goes wrong on one rank while all of them save or load, learnt by every rank.
+"""The one way for ranks to fail together: what goes wrong on one rank is raised on every rank, with its reason.
 
-A disk's fault (`OSError`: no room, quota, permission, a broken device) or a folder that is not as it should be
-(`ValueError`) costs the checkpoint; anything else is a mistake in the program and says where.
+`fail_together` runs an action on every rank of a group, `on_first_rank` on the first rank alone; both return only when
+the action has succeeded wherever it runs. Without this, the ranks that succeed would wait for ever, in their next
+collective, for the one that failed.
+
+A group of None is a process by itself: nothing is exchanged, and errors are raised in the same classes and words.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Literal, cast
 
 import torch.distributed as dist
 
@@ -20,85 +23,131 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True)
 class Fault:
+    """Why an action failed on one rank."""
+
     rank: int
+    """Rank within the group that acts together."""
     reason: str
-    is_bug: bool = False
+    """One line where the input or a disk is to blame; the traceback of a mistake in the program."""
+    kind: Literal["input", "damage", "bug"] = "input"
+    """What is to blame: `input` or a disk (ValueError, OSError), `damage` of a checkpoint (DamagedCheckpoint), or a
+    `bug` in the program (any other error)."""
 
 
 class DamagedCheckpoint(ValueError):
-    """What was read of a checkpoint is not what was written, or may not be read: another one may be whole.
+    """The content of a checkpoint is not what was written, or cannot be read: another checkpoint may be whole.
 
     The message names the folder, and the file where one is known. Raised on every rank alike.
     """
 
 
 class RanksFailed(Exception):
-    """Raised on every rank alike when some failed; the message names each of them and its reason."""
+    """Some ranks failed. Raised on every rank alike; the message names each of them and its reason.
+
+    As `InputFailed`, a ValueError, where a user can put it right; as this class itself where a mistake in the program
+    is among the faults.
+    """
 
     def __init__(self, faults: list[Fault]):
-        shown = "; ".join(f"rank {fault.rank}: {fault.reason}" for fault in faults[:_MAX_SHOWN])
-        more = f"; and {len(faults) - _MAX_SHOWN} more ranks" if len(faults) > _MAX_SHOWN else ""
-        super().__init__(shown + more)
-        self.is_bug = any(fault.is_bug for fault in faults)
+        super().__init__(faults)
+        self.faults = faults
+
+    @property
+    def is_bug(self) -> bool:
+        """Whether a mistake in the program is among the faults."""
+        return any(fault.kind == "bug" for fault in self.faults)
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"rank {fault.rank}: {fault.reason}" for fault in self.faults[:_MAX_SHOWN])
+        left_out = len(self.faults) - _MAX_SHOWN
+        return f"{shown}; and {left_out} more ranks" if left_out > 0 else shown
+
+
+class InputFailed(RanksFailed, ValueError):
+    """Some ranks failed, each for its input or a disk: the message is all that a user needs."""
+
+
+def failure(faults: list[Fault]) -> RanksFailed:
+    """The exception that names `faults`, of the class that fits them."""
+    failed = RanksFailed(faults)
+    return failed if failed.is_bug else InputFailed(faults)
 
 
 def fault_of(rank: int, error: BaseException) -> Fault:
+    """The fault that `error` is on `rank`. A disk's (no room, quota, permission) names its file where one is known."""
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return Fault(rank, f"{error.strerror or error}{where}")
     if isinstance(error, ValueError):
-        return Fault(rank, str(error))
-    return Fault(rank, "".join(traceback.format_exception(error)).strip(), is_bug=True)
+        return Fault(rank, str(error), "damage" if isinstance(error, DamagedCheckpoint) else "input")
+    return Fault(rank, "".join(traceback.format_exception(error)).strip(), "bug")
 
 
-def fail_together(group: dist.ProcessGroup, action: Callable[[], None] | None) -> None:
-    """Calls `action`, where a rank has one, and waits for the other ranks of `group`; raises `RanksFailed` on all of
-    them when any failed."""
-    fault = None
-    try:
-        if action is not None:
-            action()
-    except Exception as error:
-        fault = fault_of(dist.get_rank(group), error)
-    faults = [fault for fault in gather_objects(fault, group) if fault is not None]
-    if faults:
-        raise RanksFailed(faults)
+def fail_together[Value](group: dist.ProcessGroup | None, action: Callable[[], Value]) -> Value:
+    """What `action` returns on this rank, once it has succeeded on every rank of `group`. Collective over `group`.
 
-
-def agreed(look: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank: another node's view of a shared disk may lag. Where it fails for the disk or
-    what lies there, a ValueError on every rank; without ranks, `look` alone."""
-    if not dist.is_initialized():
-        return look()
-    answer: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = look()
-        except (OSError, ValueError) as error:
-            answer[1] = fault_of(0, error).reason
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
-
-
-def agree[T](group: dist.ProcessGroup, where: object, action: Callable[[], T]) -> T:
-    """What `action`, which reads a checkpoint, returns on this rank, once it has succeeded on every rank of `group`.
-
-    Otherwise raises, on every rank, what the first failing rank did: DamagedCheckpoint, also for a disk's fault, which
-    names `where`; another ValueError; or RanksFailed for a mistake in the program.
+    When it fails anywhere, raises RanksFailed or InputFailed on all ranks. A rank that fails leaves `action` early:
+    collectives within it are safe only where no rank can fail before they are through.
     """
-    result, own = None, None
+    value, fault = _attempt(group, action)
+    _raise_faults(_everywhere(group, fault))
+    return cast("Value", value)
+
+
+def on_first_rank[Value](group: dist.ProcessGroup | None, action: Callable[[], Value]) -> Value:
+    """What `action` returns on the first rank of `group`, on every rank; the other ranks do not call it.
+
+    For what must be looked at once, as a shared disk of which another node's view may lag, or done once. Collective
+    over `group`; the value is pickled. When it fails, raises RanksFailed or InputFailed on all ranks.
+    """
+    is_first = group is None or dist.get_rank(group) == 0
+    own = _attempt(group, action) if is_first else (None, None)
+    value, fault = _everywhere(group, own)[0]
+    _raise_faults([fault])
+    return cast("Value", value)
+
+
+def read_on_first_rank[Value](action: Callable[[], Value]) -> Value:
+    """`on_first_rank` of the world, or of this process where torch.distributed was not started, for what a user asked
+    to be read: a ValueError gives the reason without the rank."""
     try:
-        result = action()
+        return on_first_rank(dist.group.WORLD if dist.is_initialized() else None, action)
+    except InputFailed as failed:
+        raise ValueError(failed.faults[0].reason) from None
+
+
+def read_together[Value](group: dist.ProcessGroup, where: object, action: Callable[[], Value]) -> Value:
+    """`fail_together` for an action that reads the checkpoint `where`.
+
+    Raises what the first failing rank did, without its number: DamagedCheckpoint, also for a disk's fault, which names
+    its file or `where`; another ValueError; or RanksFailed for a mistake in the program.
+    """
+
+    def read() -> Value:
+        try:
+            return action()
+        except OSError as error:
+            raise DamagedCheckpoint(f"{error.filename or where}: {error.strerror or error}") from error
+
+    try:
+        return fail_together(group, read)
+    except InputFailed as failed:
+        first = failed.faults[0]
+        raise (DamagedCheckpoint if first.kind == "damage" else ValueError)(first.reason) from None
+
+
+def _attempt[Value](group: dist.ProcessGroup | None, action: Callable[[], Value]) -> tuple[Value | None, Fault | None]:
+    try:
+        return action(), None
     except Exception as error:
-        fault = fault_of(dist.get_rank(group), error)
-        if isinstance(error, OSError):
-            fault = Fault(fault.rank, f"{error.filename or where}: {error.strerror or error}")
-        own = fault, isinstance(error, DamagedCheckpoint | OSError)
-    faults = [found for found in gather_objects(own, group) if found is not None]
-    if bugs := [fault for fault, _ in faults if fault.is_bug]:
-        raise RanksFailed(bugs)
-    for fault, damaged in faults:
-        raise (DamagedCheckpoint if damaged else ValueError)(fault.reason)
-    return cast(T, result)
+        return None, fault_of(0 if group is None else dist.get_rank(group), error)
+
+
+def _everywhere[Each](group: dist.ProcessGroup | None, own: Each) -> list[Each]:
+    return [own] if group is None else gather_objects(own, group)
+
+
+def _raise_faults(faults: list[Fault | None]) -> None:
+    known = [fault for fault in faults if fault is not None]
+    if known:
+        raise failure(known) from None

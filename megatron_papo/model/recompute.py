@@ -5,7 +5,7 @@ until its backward, it keeps the recipe, and backward computes the same values: 
 what forward did. Only what is worth it is done so, by bytes kept per time of computing them again: norms and the
 product of SwiGLU (`selective`), then the MLP's first linear too (`mlp`), see `mlp.py`.
 
-Megatron-Core's own modes are not used, but by FP8 (`transformer_configs.py`): `layernorm` compiles a C++ extension in
+Megatron-Core's own modes are not used, but by FP8 (`transformer_config.py`): `layernorm` compiles a C++ extension in
 the first backward, and `mlp` also multiplies by the second linear again, which nothing reads.
 """
 

@@ -220,18 +220,16 @@ def _on_all_ranks[Value](action: Callable[[], Value]) -> Value:
 
     Collectives within `action` are safe only where no rank can fail before they are through.
     """
-    values: list[Value] = []
     errors: list[Exception] = []
 
-    def attempt() -> None:
+    def attempt() -> Value:
         try:
-            values.append(action())
+            return action()
         except Exception as error:  # of any type: transformers and vLLM have their own
             errors.append(error)
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
     try:
-        fail_together(world_group(), attempt)
+        return fail_together(world_group(), attempt)
     except RanksFailed as failed:
         raise ValueError(f"certificate: {failed}") from next(iter(errors), failed)
-    return values[0]

@@ -1,0 +1,1 @@
+"""What is checked before a rank starts: settings against inputs, layout and machine. Imports no torch."""

@@ -1,9 +1,9 @@
 """`papo check`: everything that can be known before a rank starts, a line a fault.
 
-Settings and inputs (preflight/inputs.py), the layout against ranks, heads and layers, memory (costs/memory.py), the
-packages that the verb imports, and the run folder with room for a checkpoint. A cluster job runs it once, on its first
-node, before its ranks. Leaves out what only the ranks see: the data's rows, the network, whether activations fit.
-Imports no torch.
+The inputs (preflight/inputs.py), the layout with ranks, shape and memory (preflight/layout_faults.py), the packages
+that the verb imports, and the run folder with room for a checkpoint. A cluster job runs it once, on its first node,
+before its ranks. Leaves out what only the ranks see: the data's rows, the network, whether activations fit. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_papo.config import Config, ConfigError, plain_tree
+from megatron_papo.config import Config, plain_tree
 from megatron_papo.config.derived import model_folder_or_none
-from megatron_papo.costs.hardware import GPUS
-from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, memory_faults, memory_warnings, stage_memory
-from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks
-from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
-from megatron_papo.preflight.inputs import (
-    fault_of_run_dir,
-    faults_of_fp8,
-    faults_of_inputs,
-    faults_of_ranks,
-    find_module,
-    num_engine_ranks,
-)
+from megatron_papo.costs.memory import GIB, checkpoint_bytes, gpu_bytes, stage_memory
+from megatron_papo.distributed.rank_arithmetic import data_ranks
+from megatron_papo.model.shape import ModelShape
+from megatron_papo.preflight.inputs import fault_of_run_dir, faults_of_inputs, find_module
+from megatron_papo.preflight.layout_faults import faults_of_layout, num_engine_ranks, warnings_of_layout
 from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
@@ -36,7 +29,7 @@ _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found; `summary` only where there is no fault."""
+    """The outcome of a check, a line a fault or warning; `summary` is empty where there is a fault."""
 
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -44,7 +37,7 @@ class CheckResult:
 
 
 def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
-    """Of `num_ranks` ranks of the whole run, from this machine."""
+    """Checks a verb on `num_ranks` ranks of the whole run, from this machine."""
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
     faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
@@ -73,45 +66,6 @@ def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> i
     return 0
 
 
-def faults_of_layout(verb: str, config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
-    """What `num_ranks` ranks of the whole run cannot do with a model of `shape`: heads, layers, prompts, memory."""
-    trainer = num_ranks - num_engine_ranks(verb, config)
-    faults = faults_of_ranks(verb, config, num_ranks)
-    if fault_of_ranks(config.parallel, trainer):
-        return faults or [f"parallel: {fault_of_ranks(config.parallel, num_ranks)}"]
-    if shape is None:
-        return faults
-    faults += faults_of_engine(config, shape) if verb in ("train", "certify", "eval") else []
-    try:
-        check_layout(config, shape, trainer)
-    except ConfigError as error:
-        return [*str(error).splitlines(), *faults]
-    faults += faults_of_fp8(config, shape)
-    if not config.cluster.gpus_per_node:
-        return faults
-    return [*faults, *_fp8_of_gpus(config), *memory_faults(config, shape, trainer)]
-
-
-def _fp8_of_gpus(config: Config) -> Iterator[str]:
-    """Whether the kind of GPU that the section cluster names computes the recipe; another kind is left to the ranks."""
-    recipe, gpu = config.fp8.recipe, config.cluster.gpu
-    known = GPUS[gpu].fp8_recipes if gpu in GPUS else None
-    if config.fp8.enabled and known is not None and recipe not in known:
-        yield f"fp8.recipe: {recipe} is none of what {gpu} computes: {', '.join(known) or 'no FP8 at all'}"
-
-
-def warnings_of_layout(config: Config, shape: ModelShape | None, num_ranks: int) -> list[str]:
-    """What is allowed and slow, or may not fit."""
-    cluster, found = config.cluster, []
-    each = cluster.num_ranks // cluster.nodes
-    for key, size in (("parallel.tensor", config.parallel.tensor), ("generation.tensor", config.generation.tensor)):
-        if cluster.nodes > 1 and each % size:
-            found.append(f"{key}: groups of {size} ranks lie across nodes of {each}: their exchanges leave NVLink")
-    if shape is not None and cluster.gpus_per_node:
-        found += memory_warnings(config, shape, num_ranks)
-    return found
-
-
 def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
     """Ranks and layout; of a run on GPUs the fullest stage and the size of a checkpoint."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
@@ -130,7 +84,8 @@ def summary(config: Config, shape: ModelShape | None, num_ranks: int) -> str:
 
 
 def shape_of(config: Config) -> ModelShape | None:
-    """Of the folder that names the model; None without one. Raises ValueError for one that cannot be read."""
+    """The shape of the model in the folder that the settings name; None without one. Raises ValueError for one that
+    cannot be read."""
     folder = model_folder_or_none(config)
     return None if folder is None else ModelShape.from_folder(folder)
 
@@ -143,7 +98,8 @@ def _shape(config: Config) -> tuple[ModelShape | None, list[str]]:
 
 
 def _packages(verb: str, config: Config) -> Iterator[str]:
-    """Looked for, not imported. vLLM is told by preflight/inputs.py, with the setting that asks for it."""
+    """A fault for each package that is not installed; they are looked for, not imported. vLLM is looked for by
+    preflight/inputs.py, which names the setting that needs it."""
     wanted = list(_PACKAGES)
     if verb in ("train", "sft"):
         wanted += ["tensorboard"] if config.observe.tensorboard else []
@@ -156,7 +112,8 @@ def _packages(verb: str, config: Config) -> Iterator[str]:
 
 
 def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str]:
-    """Whether the run can write there; what a checkpoint takes is asked of the disk that the folder will lie on."""
+    """Faults of the run folder: whether the run can write there, and whether a checkpoint has room on the disk that the
+    folder will lie on."""
     faults = fault_of_run_dir(config)
     yield from faults
     if faults or verb not in ("train", "sft") or shape is None:

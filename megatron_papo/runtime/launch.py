@@ -26,15 +26,13 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_papo.config import ConfigError
 from megatron_papo.runtime.failure_notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun
-from megatron_papo.runtime.failures import SAVED_EXIT, Failure, describe, print_failure, the_cause
+from megatron_papo.runtime.failures import SAVED_EXIT, describe, print_failure
 from megatron_papo.runtime.hostlist import first_host
 from megatron_papo.runtime.keeper import kept_groups
 from megatron_papo.runtime.process import (
@@ -45,14 +43,11 @@ from megatron_papo.runtime.process import (
     save_requests_held,
 )
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
+from megatron_papo.runtime.rank_watch import watch_ranks
 from megatron_papo.runtime.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
-from megatron_papo.runtime.watchdog import STALL_EXIT
-from megatron_papo.text.untrusted import LINES, as_text
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
-_SETTLE_S = 1.5
-"""After the first failure, how long other ranks have to leave their notes."""
 _OPEN_FILES = 256
 """Libraries, connections to other ranks and files of a checkpoint."""
 _PR_SET_PDEATHSIG = 1
@@ -95,7 +90,7 @@ def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or tasks == 1:
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
-    found = {
+    variables = {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
@@ -103,11 +98,12 @@ def outer_rank(environ: Mapping[str, str]) -> dict[str, str] | None:
         # the same on every rank, and another one for every job on a shared machine and every step of a job
         "MASTER_PORT": str(20_000 + (int(environ.get("SLURM_JOB_ID", "0")) + 97 * _number(environ)) % 20_000),
     }
-    return {name: environ.get(name, value) for name, value in found.items()}
+    return {name: environ.get(name, value) for name, value in variables.items()}
 
 
 def _number(environ: Mapping[str, str]) -> int:
-    """Of the job step: a job's second attempt does not meet what the first may have left listening."""
+    """Number of the Slurm job step. A second attempt thereby has another port than the first one, which may still be
+    listening on its own."""
     return int(environ["SLURM_STEP_ID"])
 
 
@@ -165,7 +161,7 @@ def _call_here(work: Work, rank: int) -> int:
 
 
 def _make_folder(run_dir: Path) -> None:
-    """Before a rank opens its first file there."""
+    """Makes the run's folder and checks that files can be written there. Raises ConfigError."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
@@ -197,7 +193,7 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
                         keep(process.pid)
                 if asked_to_save():
                     forward(ranks, signal.SIGUSR1)
-                return watch_ranks(ranks, work, notes)
+                return watch_ranks(ranks, work.run_dir, notes)
             finally:
                 ignore_ends()
                 stop(ranks)
@@ -232,58 +228,6 @@ def _rank_main(work: Work, rank: int, addresses: dict[str, str], parent: int, no
     sys.exit(code)
 
 
-def watch_ranks(ranks: list[BaseProcess], work: Work, notes: NotesInMemory) -> int:
-    """Waits until every rank has ended well, or one has not; then says which and why. The exit code."""
-    running, saved = list(ranks), False
-    while running:
-        wait([process.sentinel for process in running])
-        # asked for once: a rank's sentinel may fire before its exit code is there, and a second look would find it
-        exitcodes = [process.exitcode for process in running]
-        saved = saved or SAVED_EXIT in exitcodes
-        if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
-            failure = _explain(ranks, work, notes)
-            stalled = failure.kind == "stalled" or STALL_EXIT in [process.exitcode for process in ranks]
-            stop(ranks)
-            if stalled:
-                _print_stacks(ranks, work.run_dir)
-            print_failure(failure, work.run_dir)
-            return failure.exit_code
-        running = [process for process, code in zip(running, exitcodes) if code is None]
-    return SAVED_EXIT if saved else 0
-
-
-def _explain(ranks: list[BaseProcess], work: Work, reported: NotesInMemory) -> Failure:
-    deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline and any(process.exitcode is None for process in ranks):
-        wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
-    notes = reported.read()
-    for rank, process in enumerate(ranks):
-        if process.exitcode not in (None, 0, SAVED_EXIT) and rank not in notes:
-            notes[rank] = _without_note(rank, process.exitcode, work.run_dir)
-    return the_cause(list(notes.values()))
-
-
-def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
-    """What is known of a rank that ended without leaving a note."""
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return Failure(rank, time.time(), "killed", "killed", f"by signal {name}{hint}")
-    stacks = run_dir / "stacks" / f"rank_{rank}.txt"
-    first_line = stacks.read_text(errors="replace").partition("\n")[0] if stacks.exists() else ""
-    if first_line:
-        return Failure(rank, stacks.stat().st_mtime, "stalled", "stalled", first_line)
-    return Failure(rank, time.time(), "silent", "ended", f"with exit code {exitcode}")
-
-
-def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
-    """The stacks of ranks that the launcher ended; those that ended themselves have printed theirs."""
-    for rank, process in enumerate(ranks):
-        path = run_dir / "stacks" / f"rank_{rank}.txt"
-        if process.exitcode != STALL_EXIT and path.exists():
-            print(f"papo: rank {rank}: {as_text(path.read_text(errors='replace'), LINES)}", file=sys.stderr)
-
-
 def _tidy(run_dir: Path, made: list[Path]) -> None:
     """Removes empty stack files, and then those folders of this run that nothing was written to."""
     stacks = run_dir / "stacks"
@@ -310,12 +254,14 @@ def _most_open_files() -> int:
 
 
 def has_gpu() -> bool:
+    """Whether torch can use a GPU of this machine; imports torch."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         return holder.getsockname()[1]

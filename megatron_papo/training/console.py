@@ -19,8 +19,8 @@ _SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "res
 """The scores of an evaluation, in the order of the table's lines."""
 
 
-def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
-    """A line for every row that any rank has just left out, and how many there are by now; all ranks call it."""
+def warn_of_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
+    """Warns of every row of `data.{which}` that a rank has just left out, and counts all of them; all ranks call it."""
     shares = gather_objects(([str(bad) for bad in bad_rows.take_new()], bad_rows.counts), run.layout.data_group)
     new = sorted({text for texts, _ in shares for text in texts})
     for text in new:
@@ -33,22 +33,22 @@ def name_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
         )
 
 
-def name_skipped(run: Run, guard: UpdateGuard) -> None:
-    """A line for every update that has just been skipped."""
+def warn_of_skipped_updates(run: Run, guard: UpdateGuard) -> None:
+    """Warns of every update that has been skipped since the last call."""
     for reason in guard.take_skipped():
         warn(run, f"an update was skipped: {reason}")
 
 
-def name_missing_pictures(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
-    """A line where rows are read without pictures and nobody has said that this is meant, and where the perception
-    terms, if there are any, will find none to read."""
+def warn_of_missing_images(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
+    """Warns where the data set has no column of images although no setting says so; with `perception` (the loss has
+    perception terms) wherever rows are read without images."""
     if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
-        so = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
-        warn(run, f"data.{dataset.which}: {why}: {so}")
+        effect = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
+        warn(run, f"data.{dataset.which}: {why}: {effect}")
 
 
 def print_scores(scores: dict[str, float]) -> None:
-    """An evaluation as a table on the console."""
+    """Prints the scores of an evaluation as a table."""
     table = Table("score", "value")
     for name in _SCORES:
         if name in scores:
@@ -57,11 +57,12 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 def say(run: Run, text: str) -> None:
-    """One line on the console, once for the whole run."""
+    """Prints one line, once for the whole run."""
     if run.is_writer:
         print(f"papo: {as_text(text)}", flush=True)
 
 
 def warn(run: Run, text: str) -> None:
+    """Prints one line as a warning to stderr, once for the whole run."""
     if run.is_writer:
         print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.fingerprint import fingerprint
 from megatron_papo.data.processor import Processor
-from megatron_papo.distributed.agreement import agreed
+from megatron_papo.distributed.agreement import read_on_first_rank
 from megatron_papo.training.session import Run
 
 Origin = Mapping[str, str]
@@ -52,7 +52,7 @@ def origin_of(run: Run, dataset: PromptDataset, *columns: str) -> Origin:
 
     Raises ValueError, on every rank alike, for what cannot be read.
     """
-    origin: Origin = agreed(partial(_read, run, dataset, columns))
+    origin: Origin = read_on_first_rank(partial(_read, run, dataset, columns))
     return origin
 
 

@@ -1,4 +1,4 @@
-"""From groups and sums to what a person reads: one record of numbers a step, sample tables, lines on the console."""
+"""What a run records: one line of numbers for each step, made of sums over all ranks, and tables of samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ metrics `planned/...`. The command line hands `planning.measured_run.step_planne
 
 
 class Recorder:
-    """Logs steps from `first_step` on to every sink of `run.folder`; all ranks call it, the writer writes."""
+    """Logs steps from `first_step` on to every sink of `run.folder`. All ranks call it; the writer writes."""
 
     def __init__(self, run: Run, first_step: int, num_steps: int, planner: StepPlanner | None = None):
         """`planner`: predicts each step, whose record then has the prediction beside what was measured."""
@@ -57,18 +57,18 @@ class Recorder:
         self._sinks.close()
 
     def record_start(self, scores: dict[str, float]) -> None:
-        """An evaluation of the starting weights. Scores in the record of a step are those after it, so these are in
-        one of step -1."""
+        """Records an evaluation of the starting weights. The record of a step has the scores after that step, so these
+        are in the record of step -1."""
         times, memory = _split(self._run.clock.take())
         values = {f"eval/{name}": value for name, value in scores.items()}
         self._sinks.log(-1, values | times | _max_over_ranks(memory, self._run.layout))
 
     def record(self, step: int, groups: Sequence[Group], metrics: Metrics, scores: dict[str, float]) -> None:
-        """One step: means of the loss's sums, of rewards and lengths over all ranks, seconds and peak memory of each
-        stage, the model's FLOPs, and the scores of an evaluation when there was one.
+        """Records one step: means of the loss's sums, of rewards and lengths over all ranks, seconds and peak memory of
+        each stage, the model's FLOPs, and the scores of an evaluation where there was one.
 
-        `groups`: those trained on. Where `metrics` has the sums of all that were generated, those of `groups` stand
-        beside them under `trained/`.
+        `groups` are those that were trained on. Where `metrics` has the sums over everything that was generated, the
+        names of the sums over `groups` begin with `trained/`.
         """
         times, memory = _split(self._run.clock.take())
         work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
@@ -115,7 +115,7 @@ class Recorder:
 
 
 def _split(readings: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The clock's seconds and its bytes."""
+    """The clock's readings in seconds, and those in bytes (`memory/...`)."""
     memory = {name: value for name, value in readings.items() if name.startswith("memory/")}
     return {name: value for name, value in readings.items() if name not in memory}, memory
 
@@ -129,7 +129,7 @@ def _max_over_ranks(values: dict[str, float], layout: Layout) -> dict[str, float
 
 
 def _sample(run: Run, group: Group) -> SampleRow:
-    """The first rollout of the group: nothing is picked."""
+    """A line of the sample table: always the first rollout of the group, so that no sample is picked."""
     rollout, prompt = group.rollouts[0], group.prompt
     masked: tuple[Image.Image, ...] = ()
     if prompt.masked_pixel_values_PD is not None:

@@ -1,6 +1,6 @@
 """A Hugging Face folder written so that it appears whole: the tensors and the files beside them.
 
-Knows tensors by their published names; knows nothing of ranks. Reading is `huggingface_weights.py`.
+Knows tensors by their published names; knows nothing of ranks. Reading is `huggingface_folder.py`.
 """
 
 from __future__ import annotations

@@ -20,36 +20,26 @@ import torch
 from megatron_papo.config import Config
 from tests.parallel.certify_cases import (
     ENGINE_FAULTS,
-    MODEL,
     TRAINER_FAULTS,
     hand_over_but_one_layer,
     layer_now,
     update_every_weight,
 )
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import CERTIFIED, make_inputs, tiny_run
+from tests.support.tiny_run import CERTIFIED, tiny_run
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP 2": {"parallel__tensor": 2},
-    "PP 2": {"parallel__pipeline": 2},
-    "TP 2 SP": {"parallel__tensor": 2, "parallel__sequence": True},
-    "DP 2": {},
-}
+LAYOUTS = ("TP2", "PP2", "TP2 SP", "DP2")
 VLLM = {"generation__engine": "vllm", "generation__kv_cache_gib": 0.05}
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 ENGINES: dict[str, dict[str, Any]] = {"transformers": {}, "vllm": VLLM}
 KINDS = ("token ids", "position ids", "rotary angles", "pixel values", "image features", "log-probs")
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), **MODEL)
-
-
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=NEEDS_VLLM if name == "vllm" else ()) for name in ENGINES])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_healthy_pass_and_every_fault_is_named(layout, engine, inputs, tmp_path):
-    settings = {"generation__max_response_tokens": 12, **LAYOUTS[layout], **ENGINES[engine], **CERTIFIED}
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_healthy_pass_and_every_fault_is_named(name, engine, inputs, tmp_path):
+    settings = {"generation__max_response_tokens": 12, **layout(name).settings, **ENGINES[engine], **CERTIFIED}
     config = tiny_run(inputs, tmp_path, **settings)
     first, second = run_ranks(_certificates, 2, config)
     assert first["verdicts"] == second["verdicts"]  # all ranks hear the same
@@ -130,8 +120,8 @@ def _random_state() -> tuple:
 
 @NEEDS_VLLM
 def test_an_engine_over_two_data_parallel_ranks_and_over_a_tensor_group(inputs, tmp_path):
-    for name, layout in (("DP 2", {}), ("TP 2", {"parallel__tensor": 2})):
-        config = tiny_run(inputs, tmp_path / name, **VLLM, **layout, generation__tensor=2)
+    for name in ("DP2", "TP2"):
+        config = tiny_run(inputs, tmp_path / name, **VLLM, **layout(name).settings, generation__tensor=2)
         first, second = run_ranks(_at_start, 2, config)
         assert first == second
         assert first == "certificate: Hugging Face, trainer and engine agree on 12 parts"

@@ -12,17 +12,14 @@ import torch
 
 from megatron_papo.config import Config
 from tests.parallel.generation_cases import make_sampling, tokens
+from tests.support.inputs import FOR_VLLM
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import make_inputs, tiny_run
+from tests.support.tiny_run import tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 ENGINE = {"generation__engine": "vllm", "generation__kv_cache_gib": 0.05}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"), hidden=128, heads=4, kv_heads=2, std=0.12)
+MODEL = FOR_VLLM
 
 
 def _model_of(generator: Any) -> torch.nn.Module:

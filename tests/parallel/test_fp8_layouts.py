@@ -19,13 +19,11 @@ import torch
 
 from tests.parallel.model_cases import Case, write_case
 from tests.parallel.test_model_parity import run_rows
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
 CASE = Case("four layers", ((((6, 10),), ((4, 4),)), (((4, 2),), ())), {"layers": 4})
-TP = {
-    "TP2": ("parallel.tensor=2",),
-    "TP2 SP": ("parallel.tensor=2", "parallel.sequence=true"),
-}
+TP = ("TP2", "TP2 SP")
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +86,21 @@ def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", [(2, "parallel.pipeline=2"), (2, "parallel.tensor=1")])
-def test_stages_and_data_parallel_ranks_change_nothing(layout, single, folder):
+@pytest.mark.parametrize("name", ["PP2", "DP2"])
+def test_stages_and_data_parallel_ranks_change_nothing(name, single, folder):
     recipe, logprobs, gradients = single
-    world_size, override = layout
-    if recipe == "delayed" and "tensor" in override:
+    if recipe == "delayed" and name == "DP2":
         pytest.skip("each data-parallel rank looks back on its own rows")
-    found, found_gradients = _found(folder, world_size, (*_settings(recipe), override))
+    found, found_gradients = _found(folder, 2, (*_settings(recipe), *layout(name).overrides))
     torch.testing.assert_close(found, logprobs, atol=1e-5, rtol=0)
     assert _off(found_gradients, gradients) < 1e-5
 
 
-@pytest.mark.parametrize("layout", TP)
-def test_tensor_parallelism_rounds_as_well_as_one_rank(layout, single, plain, folder):
+@pytest.mark.parametrize("name", TP)
+def test_tensor_parallelism_rounds_as_well_as_one_rank(name, single, plain, folder):
     recipe, logprobs, gradients = single
-    found, found_gradients = _found(folder, 2, (*_settings(recipe), *TP[layout]))
-    print(recipe, layout, *(f"{_off(*pair):.2e}" for pair in (
+    found, found_gradients = _found(folder, 2, (*_settings(recipe), *layout(name).overrides))
+    print(recipe, name, *(f"{_off(*pair):.2e}" for pair in (
         (found, logprobs), (found, plain[0]), (logprobs, plain[0]),
         (found_gradients, gradients), (found_gradients, plain[1]), (gradients, plain[1]),
     )))  # fmt: skip

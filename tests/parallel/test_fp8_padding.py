@@ -18,15 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.model_cases import CASES, write_case
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-LAYOUTS = {
-    "TP1": (1, ()),
-    "TP2": (2, ("parallel.tensor=2",)),
-    "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "TP2 SP, full recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=full")),
-}
+LAYOUTS = ("TP1", "TP2", "TP2 SP", "TP2 SP, full recompute")
 CASES_OF_EVERY_COMMIT = {
     "TP1": RECIPES,
     "TP2": ("delayed",),
@@ -51,13 +47,13 @@ def _cases() -> list[Any]:
     return [pytest.param(*pair, marks=marks) for pair, marks in slow.items()]
 
 
-@pytest.mark.parametrize(("layout", "recipe"), _cases())
-def test_padding_changes_nothing(layout, recipe, case):
-    world_size, overrides = LAYOUTS[layout]
-    overrides = (*overrides, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0", "fp8.vision=true")
-    ranks = run_ranks(run_lengths, world_size, case, overrides)
+@pytest.mark.parametrize(("name", "recipe"), _cases())
+def test_padding_changes_nothing(name, recipe, case):
+    ranks = layout(name)
+    overrides = (*ranks.overrides, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0", "fp8.vision=true")
+    ranks = run_ranks(run_lengths, ranks.num_ranks, case, overrides)
     for rank in ranks:
-        for length, found in enumerate(rank) if "SP" in layout else ():
+        for length, found in enumerate(rank) if "SP" in name else ():
             # a rank's share of the tokens ends elsewhere with more padding: the maximum is that over all shares
             for what in ("forward", "backward"):
                 shares = [other[length][what] for other in ranks]
@@ -74,7 +70,7 @@ def test_padding_changes_nothing(layout, recipe, case):
                     gap = (other[what][name] - expected).abs().max()
                     # of a weight that ranks with a share of the tokens each add up, cut elsewhere: last bits
                     whole = "norm" in name or name.endswith("bias") or "patch_embed" in name
-                    shared = what == "gradients" and "SP" in layout and whole
+                    shared = what == "gradients" and "SP" in name and whole
                     assert gap <= (2.0**-20 * expected.abs().max() if shared else 0.0), (what, name, gap)
 
 

@@ -17,7 +17,7 @@ import pytest
 from megatron_papo.config import Config, dump_config
 from tests.support.commands import papo
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = {
@@ -27,11 +27,7 @@ RECIPES = {
     "mxfp8": {},
 }
 MEASURED = {"fp8/gap_mean", "fp8/gap_max", "fp8/amax_max", "fp8/saturated", "fp8/flushed"}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), layers=4)
+MODEL = {"layers": 4}
 
 
 def _train(*configs: Config) -> str:

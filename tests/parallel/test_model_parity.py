@@ -11,43 +11,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.model_cases import CASES, Reference, write_case
+from tests.parallel.model_cases import CASES, TOY_CASES, Reference, write_case
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
 TOLERANCE = 1e-4
 
-LAYOUTS = {
-    "single": (1, ()),
-    "single, selective recompute": (1, ("model.recompute=selective",)),
-    "single, mlp recompute": (1, ("model.recompute=mlp",)),
-    "single, full recompute": (1, ("model.recompute=full",)),
-    "TP2": (2, ("parallel.tensor=2",)),
-    "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "TP2 SP, selective recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=selective")),
-    "TP2 SP, mlp recompute": (2, ("parallel.tensor=2", "parallel.sequence=true", "model.recompute=mlp")),
-    "PP2": (2, ("parallel.pipeline=2",)),
-    "PP2, more layers first": (2, ("parallel.pipeline=2", "parallel.pipeline_layers=[2,1]")),
-    "PP3, full recompute": (3, ("parallel.pipeline=3", "model.recompute=full")),
-    "DP2": (2, ()),
-    "TP4 SP": (4, ("parallel.tensor=4", "parallel.sequence=true")),
-    "TP2 PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
-    "TP2 PP2 SP, full recompute": (
-        4,
-        ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "model.recompute=full"),
-    ),
-}
+LAYOUTS = (
+    "single",
+    "single, selective recompute",
+    "single, mlp recompute",
+    "single, full recompute",
+    "TP2",
+    "TP2 SP",
+    "TP2 SP, selective recompute",
+    "TP2 SP, mlp recompute",
+    "PP2",
+    "PP2, more layers first",
+    "PP3, full recompute",
+    "DP2",
+    "TP4 SP",
+    "TP2 PP2",
+    "TP2 PP2 SP, full recompute",
+)
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[tuple[Path, float, Reference]]:
-    folders = [tmp_path_factory.mktemp("case") for _ in CASES]
-    return [(folder, case.temperature, write_case(case, folder)) for case, folder in zip(CASES, folders)]
+    every = CASES + TOY_CASES
+    folders = [tmp_path_factory.mktemp("case") for _ in every]
+    return [(folder, case.temperature, write_case(case, folder)) for case, folder in zip(every, folders)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
-    world_size, overrides = LAYOUTS[name]
-    results = run_ranks(score_and_differentiate, world_size, [case[:2] for case in cases], overrides)
+    more = {"parallel__pipeline_layers": [2, 1]} if name == "PP2, more layers first" else {}
+    ranks = layout(name, **more)
+    results = run_ranks(score_and_differentiate, ranks.num_ranks, [case[:2] for case in cases], ranks.overrides)
     for number, (_, _, reference) in enumerate(cases):
         found: dict[int, torch.Tensor] = {}
         for rank in results:
@@ -63,23 +63,26 @@ def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
                 )
 
 
-@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2", "parallel.sequence=true")], ids=["single", "TP2 SP"])
-def test_computed_again_gradients_are_the_same_bits(layout, cases):
+@pytest.mark.parametrize("name", ["single", "TP2 SP"])
+def test_computed_again_gradients_are_the_same_bits(name, cases):
     """Of both stacks; rows of the second layout have padding."""
-    for rank in run_ranks(_gradients_of_each, max(1, len(layout)), cases[0][0], cases[0][1], layout):
+    ranks = layout(name)
+    for rank in run_ranks(_gradients_of_each, ranks.num_ranks, cases[0][0], cases[0][1], ranks.overrides):
         for mode in ("selective", "mlp", "full"):
             for name, kept in rank["none"].items():
                 assert torch.equal(rank[mode][name], kept), (mode, name)
 
 
-def _gradients_of_each(folder: Path, temperature: float, layout: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+def _gradients_of_each(
+    folder: Path, temperature: float, overrides: tuple[str, ...]
+) -> dict[str, dict[str, torch.Tensor]]:
     from megatron_papo.config import load_config
     from megatron_papo.distributed.accelerator import adapt_megatron
     from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     configs = {
-        mode: load_config(None, ("model.dtype=float32", f"model.recompute={mode}", *layout))
+        mode: load_config(None, ("model.dtype=float32", f"model.recompute={mode}", *overrides))
         for mode in ("none", "selective", "mlp", "full")
     }
     initialize(configs["none"].parallel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +13,10 @@ import torch.distributed as dist
 
 from megatron_papo.config import Config
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import make_inputs, tiny_run
+from tests.support.tiny_run import tiny_run
 
 RESPONSES = (((70, 71, 72), (73,)), ((80, 81), (82, 83, 84, 85)), ((90,), (91, 92)), ((65, 66, 67), (68, 69)))
 """Of the rollouts of each prompt."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 ROWS = {"train__tokens_per_micro_batch": 60}

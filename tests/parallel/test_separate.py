@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,9 +20,10 @@ import torch.distributed as dist
 from megatron_papo.config import Config
 from megatron_papo.types import Group, Prompt
 from tests.parallel.generation_cases import make_sampling, tokens
+from tests.support.inputs import FOR_VLLM
 from tests.support.ports import beyond_loopback, listening, of_the_store_at
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import make_inputs, tiny_run
+from tests.support.tiny_run import tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -32,11 +32,7 @@ SEPARATE = ENGINE | {"generation__placement": "separate"}
 TOLERANCE = 2e-4
 SAMPLING = {"max_response_tokens": 6, "temperature": 1.3}
 VERSION = 7
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), hidden=128, heads=4, kv_heads=2, std=0.12)
+MODEL = FOR_VLLM
 
 
 @dataclass

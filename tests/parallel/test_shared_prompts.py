@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from megatron_papo.config import Config
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import make_inputs, tiny_run
+from tests.support.tiny_run import tiny_run
 
 TOLERANCE = 1e-5
 LENGTHS = ((4, 1, 9, 3), (2, 5, 5), (6, 2), (3, 3, 8), (1, 1, 1, 7, 2))
@@ -31,22 +32,19 @@ SETTINGS = {
     "perception__kl": "full",
     "entropy__kind": "full",
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "single": (1, {}),
-    "single, rows split": (1, {"train__tokens_per_micro_batch": 100}),
-    "single, selective recompute": (1, {"model__recompute": "selective"}),
-    "TP2": (2, {"parallel__tensor": 2, "train__tokens_per_micro_batch": 150}),
-    "TP2 SP, full recompute": (2, {"parallel__tensor": 2, "parallel__sequence": True, "model__recompute": "full"}),
-    "PP2": (2, {"parallel__pipeline": 2}),
-    "DP2": (2, {"train__tokens_per_micro_batch": 100}),
-    "DP3": (3, {}),
-    "TP2 PP2 SP": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True}),
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "single, rows split": {"train__tokens_per_micro_batch": 100},
+    "single, selective recompute": {},
+    "TP2": {"train__tokens_per_micro_batch": 150},
+    "TP2 SP, full recompute": {},
+    "PP2": {},
+    "DP2": {"train__tokens_per_micro_batch": 100},
+    "DP3": {},
+    "TP2 PP2 SP": {},
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), std=0.08)
+"""What else differs from the run on one rank."""
+MODEL = {"std": 0.08}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +127,8 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shared_prompts_change_nothing(name, inputs, alone, tmp_path):
-    world_size, settings = LAYOUTS[name]
-    results = run_ranks(_run, world_size, _config(inputs, tmp_path, **settings), False)
+    ranks = layout(name, **LAYOUTS[name])
+    results = run_ranks(_run, ranks.num_ranks, _config(inputs, tmp_path, **ranks.settings), False)
     seen: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for rank in results:
         seen |= rank["seen"]

@@ -56,11 +56,6 @@ def _evaluate(*configs: Config) -> None:
         main(config)
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.mark.parametrize("branch", ["frozen", "joint"])
 def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
     settings = {

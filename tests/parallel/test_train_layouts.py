@@ -13,6 +13,7 @@ import pytest
 
 from megatron_papo.config import Config
 from megatron_papo.data.order import DataCursor
+from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import OVERRIDES, make_inputs, metrics, tiny_run
 
@@ -33,12 +34,12 @@ OBJECTIVES = {
     },
 }
 LAYOUTS = {
-    "TP2 SP": {"parallel__tensor": 2, "parallel__sequence": True, "train__tokens_per_micro_batch": 300},
-    "PP2 recompute": {"parallel__pipeline": 2, "model__recompute": "full"},
-    "DP2 distributed optimizer": {"parallel__distributed_optimizer": True},
-    "TP2 PP2": {"parallel__tensor": 2, "parallel__pipeline": 2, "train__tokens_per_micro_batch": 1000},
+    "TP2 SP": {"train__tokens_per_micro_batch": 300},
+    "PP2, full recompute": {},
+    "DP2": {"parallel__distributed_optimizer": True},
+    "TP2 PP2": {"train__tokens_per_micro_batch": 1000},
 }
-RANKS = {"TP2 SP": 2, "PP2 recompute": 2, "DP2 distributed optimizer": 2, "TP2 PP2": 4}
+"""What else differs from the run on one rank."""
 
 
 def _train(config: Config) -> None:
@@ -65,10 +66,11 @@ def single_rank(request, inputs, tmp_path_factory):
     return objective, metrics(folder)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_alike(layout, single_rank, inputs, tmp_path):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_alike(name, single_rank, inputs, tmp_path):
     objective, expected = single_rank
-    run_ranks(_train, RANKS[layout], tiny_run(inputs, tmp_path, **{**objective, **LAYOUTS[layout]}))
+    ranks = layout(name, **LAYOUTS[name])
+    run_ranks(_train, ranks.num_ranks, tiny_run(inputs, tmp_path, **{**objective, **ranks.settings}))
     found = metrics(tmp_path)
     assert len(found) == len(expected) == 2
     assert expected[0]["optim/grad_norm"] > 1e-3 and expected[0]["perception_kl"] > 0

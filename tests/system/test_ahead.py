@@ -14,7 +14,8 @@ import pytest
 
 from megatron_papo.config import Config, dump_config
 from tests.support.commands import Command, begin
-from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support.inputs import FOR_VLLM
+from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -33,11 +34,7 @@ AHEAD = {
     "eval__masked": False,
     **CERTIFIED,
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), hidden=128, heads=4, kv_heads=2, std=0.12)
+MODEL = FOR_VLLM
 
 
 def _start(config: Config, file: Path, *words: str) -> Command:

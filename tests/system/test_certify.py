@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import dump_config
-from tests.parallel.certify_cases import MODEL
 from tests.support import commands
-from tests.support.tiny_run import CERTIFIED, make_inputs, metrics, tiny_run
+from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
 REPO = Path(__file__).parents[2]
 TIGHT = {"certify__limits__logprobs_max": 1e-9}
 """No two programs agree so closely."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), **MODEL)
 
 
 def papo(verb: str, inputs: Path, folder: Path, ranks: int = 1, **settings: Any) -> subprocess.CompletedProcess:

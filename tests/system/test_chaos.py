@@ -24,7 +24,8 @@ import pytest
 from megatron_papo.config import dump_config
 from tests.support import commands
 from tests.support.chaos import DAMAGES, KILLS, Damage, Kill, kill_everything, kill_the_launcher, killed_at
-from tests.support.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.inputs import FOR_VLLM
+from tests.support.tiny_run import metrics, tiny_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -39,11 +40,7 @@ AHEAD = {
     "loss__correction": "truncated",
     "run__heartbeat_s": 0.5,
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"), hidden=128, heads=4, kv_heads=2, std=0.12)
+MODEL = FOR_VLLM
 
 
 @dataclass(frozen=True)

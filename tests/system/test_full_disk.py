@@ -11,14 +11,9 @@ import pytest
 from megatron_papo.config import Config, dump_config
 from tests.support.commands import Command, begin
 from tests.support.small_disk import fill, make_room, small_disk
-from tests.support.tiny_run import make_inputs, tiny_run
+from tests.support.tiny_run import tiny_run
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _start(config: Config, file: Path) -> tuple[Command, Path]:

@@ -18,7 +18,8 @@ import pytest
 
 from megatron_papo.runtime.failure_notes import NotesInMemory
 from megatron_papo.runtime.heartbeat import PEER_EXIT
-from megatron_papo.runtime.launch import Work, free_port, launch, outer_rank, watch_ranks
+from megatron_papo.runtime.launch import Work, free_port, launch, outer_rank
+from megatron_papo.runtime.rank_watch import watch_ranks
 from megatron_papo.runtime.watchdog import STALL_EXIT
 from tests.support.commands import begin
 from tests.support.interpreter import PYTHON
@@ -114,7 +115,7 @@ class _LateToSay(multiprocessing.context.ForkProcess):
 def test_a_failure_that_shows_late_is_no_success(tmp_path, capfd):
     process = _LateToSay(target=os._exit, args=(3,))
     process.start()
-    assert watch_ranks([process], Work("none:none", (), tmp_path), NotesInMemory()) == 1
+    assert watch_ranks([process], tmp_path, NotesInMemory()) == 1
     assert last_line(capfd) == "papo: rank 0 failed: ended: with exit code 3"
 
 

@@ -16,7 +16,7 @@ import pytest
 from megatron_papo.config import Config, dump_config
 from megatron_papo.runtime.run_lock import Holder, alone_in
 from tests.support.commands import Command, begin, papo
-from tests.support.tiny_run import make_inputs, metrics, tiny_run
+from tests.support.tiny_run import metrics, tiny_run
 
 KILLED_AFTER = 2
 
@@ -33,11 +33,6 @@ def _run(config: Config, file: Path, ranks: int = 2) -> None:
 
 def _whole_checkpoints(run_dir: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step_*[0-9]/state.json"))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -268,7 +268,7 @@ def test_demonstrations_are_texts_of_an_end_without_pictures(processor, tmp_path
 
 
 def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
-    from megatron_papo.training.console import name_missing_pictures
+    from megatron_papo.training.console import warn_of_missing_images
 
     text = {"problem": "2+2?", "answer": "4"}
     told = {
@@ -292,11 +292,11 @@ def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
         data = DATA.model_copy(update={"train": str(tmp_path / f"{name}.jsonl"), **settings})
         rows = PromptDataset(data, "train", processor)
         for perception, text_of_warning in zip((False, True), expected):
-            name_missing_pictures(SimpleNamespace(is_writer=True), rows, perception=perception)
+            warn_of_missing_images(SimpleNamespace(is_writer=True), rows, perception=perception)
             said = capsys.readouterr().err
             assert bool(said) == bool(text_of_warning) and re.search(text_of_warning, said)
             assert not said or said.startswith("papo: warning: data.train: ")
-        name_missing_pictures(SimpleNamespace(is_writer=False), rows, perception=True)
+        warn_of_missing_images(SimpleNamespace(is_writer=False), rows, perception=True)
     assert not capsys.readouterr().err
 
 
@@ -307,7 +307,7 @@ def _demonstrated(rows, rank, size):
         rows, DataCursor(len(rows), seed=0), num_prompts=6, updates_per_step=1, data_rank=rank, data_size=size,
         bad_rows=bad_rows,
     )  # fmt: skip
-    return [rows.group(prompt).rollouts[0].text for prompt in draw.prompts], set(bad_rows.found)
+    return [rows.group(prompt).rollouts[0].text for prompt in draw.prompts], set(bad_rows.by_row)
 
 
 @pytest.mark.parametrize(("error", "reason"), [(MemoryError, "out of memory"), (RecursionError, "nested too deep")])

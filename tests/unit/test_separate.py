@@ -24,7 +24,7 @@ from megatron_papo.generation.remote.engine_store import Address, EngineStore
 from megatron_papo.generation.remote.messages import BucketMessage
 from megatron_papo.generation.remote.weight_broadcast import BroadcastBroken, WeightBroadcast
 from megatron_papo.model.shape import ModelShape
-from megatron_papo.preflight.check import faults_of_layout
+from megatron_papo.preflight.layout_faults import faults_of_layout
 from megatron_papo.training.pending_rollouts import PendingRollouts, age, from_state, to_state
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 from tests.support.ranks import run_ranks

@@ -4,7 +4,7 @@ Queries that see several runs of keys attend to each run by itself; outputs are 
 (`merge`). Backward needs no merging: given the final output and log-sum-exp, every run's backward computes its share of
 the gradients exactly, since both stand for the softmax over all keys (Ring Attention, arXiv 2310.01889).
 Which kernel: on the CPU torch's flash attention; on a GPU in half precision variable-length flash attention
-(`attention_varlen.py`, a whole row at once); elsewhere (fp32 on a GPU) plain torch, a slice of queries at a time.
+(`varlen.py`, a whole row at once); elsewhere (fp32 on a GPU) plain torch, a slice of queries at a time.
 Suffixes: B sequences, N heads, G key-value heads, Q queries, K keys, D values of a head.
 """
 

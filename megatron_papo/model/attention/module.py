@@ -1,6 +1,6 @@
 """Megatron's core attention over a packed row, whatever its structure: language model and vision tower.
 
-A row [T, 1, H] holds segments laid end to end; `attention_layout.py` says which places see which. Written as one
+A row [T, 1, H] holds segments laid end to end; `packed_layout.py` says which places see which. Written as one
 autograd function over the row, so that what is kept for backward is the row's queries, keys, values, output and
 log-sum-exp, and nothing of the blocks that it is computed in.
 """

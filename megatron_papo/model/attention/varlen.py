@@ -1,7 +1,7 @@
 """Attention over a whole row with variable-length flash attention: a GPU in half precision, two kernels a layer.
 
 One kernel attends within every segment, one attends from responses to the prompts they share; merged as in
-`attention_kernels.py`. Nothing is padded. Torch's own operators are called, because its
+`kernels.py`. Nothing is padded. Torch's own operators are called, because its
 public `varlen_attn` has no backward that takes the log-sum-exp of more keys.
 """
 

@@ -1,0 +1,73 @@
+"""The section `data`: data sets, the names of their columns, prompts, and limits of images and lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_papo.config.basics import Count, Section
+
+
+class ColumnsConfig(Section):
+    problem: str = "problem"
+    """Column of the question: a text, or one turn of the user."""
+    answer: str = "answer"
+    """Column of the right answer, or of a list of answers, each of which counts as right."""
+    images: str | None = "images"
+    """Column of one image or several, as bytes, paths, base64 or pictures; null: only the text is read."""
+
+
+MOST_IMAGE_PIXELS = 89_000_000
+"""A little less than what Pillow takes for an attack."""
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """Training set: a file (parquet, jsonl), a pattern of files, an image folder or a name on the Hugging Face hub, as
+    `datasets` reads them."""
+    eval: str | None = None
+    """Held-out set for evaluation, in the same forms as data.train."""
+    split: str = "train"
+    """Name of the split of data.train that is read."""
+    eval_split: str | None = None
+    """Name of the split of data.eval that is read; null: the same as data.split."""
+    preset: Literal["none", "virl39k", "geometry3k"] = "none"
+    """Column names of a published data set, in place of data.columns."""
+    columns: ColumnsConfig = ColumnsConfig()
+    instruction: str = (
+        "You first think through the reasoning process as an internal monologue, enclosed within <think> </think> "
+        "tags. Then, provide your final answer enclosed within \\boxed{}."
+    )
+    """Text that follows the question in the user's turn, after a blank line; empty: only the question."""
+    system: str | None = None
+    """Text of the system turn; null: the chat template's own."""
+    min_pixels: Count | None = None
+    """Images of a smaller area, in pixels, are enlarged to it; null: the minimum of the model folder's image
+    processor."""
+    max_pixels: Count | None = None
+    """Images of a larger area, in pixels, are reduced to it; null: the maximum of the model folder's image processor.
+    Published processors allow areas of 16,384 tokens: compare data.max_prompt_tokens."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=MOST_IMAGE_PIXELS)] = 2**25
+    """An image of more pixels is a bad row and is not decoded: decoding takes about 12 bytes of memory a pixel."""
+    image_roots: list[Path] = []
+    """Further folders in which images named by path may lie; without them, only the data set's own folder."""
+    max_prompt_tokens: Count = 4096
+    """Most tokens of a prompt, image tokens included; a row with a longer prompt is a bad row."""
+    on_bad_row: Literal["skip", "stop"] = "stop"
+    """What to do with a bad row (corrupt image, wrong number of image placeholders, no answer, too long and the like):
+    leave it out, or stop and name it."""
+    shuffle: bool = True
+    """Whether the rows have a new order in each epoch; false: the order of the file."""
+    prefetch: bool = True
+    """Whether `papo train` prepares the next prompts in a thread while it trains on the present ones. Takes host memory
+    for one more batch of prompts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}")
+        if self.preset != "none" and self.columns != ColumnsConfig():
+            raise ValueError(f"data.columns: data.preset={self.preset} names the columns; give one of the two")
+        return self

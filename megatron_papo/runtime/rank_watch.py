@@ -1,0 +1,78 @@
+"""Watches the ranks that this machine's launcher started, and says which of them ended badly, and why.
+
+The first rank that ends badly ends the run. Ranks that fail because their peer is gone are given a moment to leave
+their notes, so that the reason shown is that of the rank that failed by itself.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from megatron_papo.runtime.failure_notes import NotesInMemory
+from megatron_papo.runtime.failures import SAVED_EXIT, Failure, print_failure, the_cause
+from megatron_papo.runtime.rank_signals import stop
+from megatron_papo.runtime.watchdog import STALL_EXIT
+from megatron_papo.text.untrusted import LINES, as_text
+
+_SETTLE_S = 1.5
+"""After the first failure, how long other ranks have to leave their notes."""
+
+
+def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -> int:
+    """Waits until every rank has ended well, or one has ended badly, and returns the exit code of the run.
+
+    Prints which rank ended badly and why, from the `notes` that ranks left; `run_dir` has the stacks of stalled ranks.
+    """
+    running, saved = list(ranks), False
+    while running:
+        wait([process.sentinel for process in running])
+        # asked for once: a rank's sentinel may fire before its exit code is there, and a second look would find it
+        exitcodes = [process.exitcode for process in running]
+        saved = saved or SAVED_EXIT in exitcodes
+        if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
+            failure = _explain(ranks, run_dir, notes)
+            stalled = failure.kind == "stalled" or STALL_EXIT in [process.exitcode for process in ranks]
+            stop(ranks)
+            if stalled:
+                _print_stacks(ranks, run_dir)
+            print_failure(failure, run_dir)
+            return failure.exit_code
+        running = [process for process, code in zip(running, exitcodes) if code is None]
+    return SAVED_EXIT if saved else 0
+
+
+def _explain(ranks: list[BaseProcess], run_dir: Path, reported: NotesInMemory) -> Failure:
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline and any(process.exitcode is None for process in ranks):
+        wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
+    notes = reported.read()
+    for rank, process in enumerate(ranks):
+        if process.exitcode not in (None, 0, SAVED_EXIT) and rank not in notes:
+            notes[rank] = _without_note(rank, process.exitcode, run_dir)
+    return the_cause(list(notes.values()))
+
+
+def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
+    """What is known of a rank that ended without leaving a note."""
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return Failure(rank, time.time(), "killed", "killed", f"by signal {name}{hint}")
+    stacks = run_dir / "stacks" / f"rank_{rank}.txt"
+    first_line = stacks.read_text(errors="replace").partition("\n")[0] if stacks.exists() else ""
+    if first_line:
+        return Failure(rank, stacks.stat().st_mtime, "stalled", "stalled", first_line)
+    return Failure(rank, time.time(), "silent", "ended", f"with exit code {exitcode}")
+
+
+def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
+    """The stacks of ranks that the launcher ended; those that ended themselves have printed theirs."""
+    for rank, process in enumerate(ranks):
+        path = run_dir / "stacks" / f"rank_{rank}.txt"
+        if process.exitcode != STALL_EXIT and path.exists():
+            print(f"papo: rank {rank}: {as_text(path.read_text(errors='replace'), LINES)}", file=sys.stderr)
