@@ -216,8 +216,20 @@ def _present(readings: dict[str, Reading | None]) -> dict[str, Reading]:
 
 
 def _on_all_ranks[Value](action: Callable[[], Value]) -> Value:
-    """What `action` returns on this rank; ValueError on every rank, with the reason, where it failed on any."""
+    """What `action` returns on this rank; ValueError on every rank, in one line a fault, where it failed on any.
+
+    Collectives within `action` are safe only where no rank can fail before they are through.
+    """
+    errors: list[Exception] = []
+
+    def attempt() -> Value:
+        try:
+            return action()
+        except Exception as error:  # of any type: transformers and vLLM have their own
+            errors.append(error)
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
     try:
-        return fail_together(world_group(), action)
+        return fail_together(world_group(), attempt)
     except RanksFailed as failed:
-        raise ValueError(f"certificate: {failed}") from failed
+        raise ValueError(f"certificate: {failed}") from next(iter(errors), failed)

@@ -187,7 +187,7 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared_and_what_fails_on_one
     assert first == second
     assert first == (
         "certificate: Hugging Face, trainer and engine agree on 12 parts",
-        "certificate: rank 1: no room",
+        "certificate: rank 1: OSError: no room",
     )
     tree = _written(tmp_path, 0)
     compared = {each["part"] for each in tree["findings"] if each["party"] == "engine"}
