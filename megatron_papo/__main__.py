@@ -8,7 +8,7 @@ from megatron_papo.runtime.process import command, interrupted_at_once
 
 
 def main() -> int:
-    """The exit code."""
+    """Runs the command line; returns the exit code."""
     return command(_command_line)
 
 

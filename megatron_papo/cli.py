@@ -36,7 +36,7 @@ _EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit code: 0 done, 1 a rank failed, 2 refused settings."""
+    """Runs the command line; returns the exit code: 0 done, 1 a rank failed, 2 refused settings."""
     options = _parse(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
         from megatron_papo.preflight.doctor import main as doctor
@@ -243,7 +243,7 @@ def _raise_any(faults: list[str]) -> None:
 
 
 def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
-    """Refuses a layout that the model's shape does not allow: of the trainer's ranks, and of an engine's."""
+    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow."""
     if config.model.path is None:
         return
     from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
@@ -266,7 +266,8 @@ def _speaks() -> bool:
 
 
 def _refuse(error: ConfigError, config: Config | None) -> int:
-    """A task of srun leaves a note too: what it lacks may be there on the node of rank 0, which speaks for all."""
+    """Prints why settings are refused; returns the exit code. A task of srun leaves a note too: what it lacks may be
+    there on the node of rank 0, which speaks for all."""
     from megatron_papo.runtime.failure_notes import leave_note, tell_torchrun
     from megatron_papo.runtime.failures import Failure
     from megatron_papo.runtime.launch import outer_rank

@@ -69,10 +69,10 @@ def _type(annotation: typing.Any) -> str:
 
 def _limits(metadata: list[typing.Any]) -> str:
     signs = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
-    found = [
+    limits = [
         f"{signs[type(part)][0]} {getattr(part, signs[type(part)][1]):g}" for part in metadata if type(part) in signs
     ]
-    return " " + " and ".join(found) if found else ""
+    return " " + " and ".join(limits) if limits else ""
 
 
 def _text(info: FieldInfo) -> str:

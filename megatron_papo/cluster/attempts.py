@@ -18,20 +18,22 @@ FAILURES = ("failed", "lost")
 
 @dataclass(frozen=True)
 class Attempt:
+    """One start of a run's ranks in a Slurm job."""
+
     number: int
     job: str
     nodes: str
     ranks: int
     began: float
-    """Unix time."""
+    """Unix time of the beginning."""
     steps_done: int
     """Steps recorded when it began."""
     steps_saved: int
     """The step it goes on with."""
     lost_steps: int
-    """Recorded by earlier attempts and done again by this one."""
+    """Steps recorded by earlier attempts and done again by this one."""
     lost_seconds: float
-    """What the attempt before had worked for beyond its checkpoint."""
+    """Seconds that the attempt before had worked beyond its checkpoint."""
     end: str = ""
     """done, saved, told to end, refused, stopped (by its own settings), failed, or lost (its node crashed); empty while
     it runs."""
@@ -42,7 +44,8 @@ class Attempt:
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """In their order; the newer line of an attempt counts. What a crash cut short or a disk spoilt is left out."""
+    """The attempts of a run in their order; the newer line of an attempt counts. What a crash cut short or a disk
+    spoilt is left out."""
     attempts = [made_of(Attempt, record) for record in read_records(run_dir / "attempts.jsonl")]
     return list({attempt.number: attempt for attempt in attempts if attempt is not None}.values())
 
@@ -79,7 +82,7 @@ def reason_to_stop(attempts: list[Attempt], max_failures: int) -> str:
 
 
 def _last_sign(run_dir: Path, began: float) -> float:
-    """When any rank was last heard of."""
+    """When any rank last gave a sign of life, in Unix time."""
     times = [path.stat().st_mtime for path in (run_dir / "heartbeats").glob("rank_*.json")]
     record = run_dir / "metrics.jsonl"
     return max([began, *times, *([record.stat().st_mtime] if record.exists() else [])])

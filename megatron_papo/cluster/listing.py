@@ -28,7 +28,7 @@ class ListedRun:
     nodes: str
     time: str
     steps: str
-    """Recorded, of how many."""
+    """Recorded steps, of how many."""
     attempts: str
     run: str
     reason: str

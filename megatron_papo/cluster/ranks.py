@@ -22,11 +22,12 @@ _NODE_NAME = re.compile(r"error: Node failure on (\S+)")
 _ENDED_BY_SRUN = ("Terminating StepId", "Job step aborted", "forcing job termination")
 """From such a line on, tasks die because srun ends them."""
 _LONGEST_GAP_S = 10.0
-"""Between two looks, which are a second apart and more where Slurm or the disk takes its time."""
+"""Seconds between two looks, which are a second apart and more where Slurm or the disk takes its time."""
 
 
 class RankWatch:
-    """Looks at RUN/heartbeats; `limit_s` since the last sign, or `start_limit_s` without a first one, is death."""
+    """Watches RUN/heartbeats: a rank is dead `limit_s` after its last sign, or `start_limit_s` after the start without
+    one."""
 
     def __init__(self, run_dir: Path, num_ranks: int, limit_s: float, start_limit_s: float):
         self._folder, self._num_ranks = run_dir / "heartbeats", num_ranks
@@ -41,8 +42,8 @@ class RankWatch:
         return len(self._changed) == self._num_ranks
 
     def dead_rank(self, but: set[int]) -> Failure | None:
-        """The one that has been silent for longest, beyond its limit. A rank whose file is gone has ended well, and one
-        in `but` has told why it ended."""
+        """The dead rank that has been silent for longest, beyond its limit. A rank whose file is gone has ended well,
+        and one in `but` has told why it ended."""
         now = self._clock.seconds()
         present = [rank for rank in self._look(now) if rank not in but]
         for rank in range(self._num_ranks):
@@ -69,7 +70,7 @@ class RankWatch:
         return _dead(rank, f"no sign of life from {sign['host']} for {now - self._changed[rank]:.0f} s ({stage})")
 
     def _files(self) -> list[Path]:
-        """None when the folder goes while it is read: ranks that end well take it away."""
+        """The ranks' files; none when the folder goes while it is read: ranks that end well take it away."""
         try:
             return list(self._folder.glob("rank_*.json"))
         except OSError:

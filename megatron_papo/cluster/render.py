@@ -18,11 +18,12 @@ from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
 
 LOG_NAME = "job_%j.log"
-"""Of a job's output, under RUN/cluster."""
+"""Name of a job's output, under RUN/cluster."""
 ARRAY_LOG_NAME = "job_%A_%a.log"
-"""Of a task's."""
+"""Name of the output of a job array's task."""
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*(?:[= ][\w ./:,=+@%&|()\[\]*!~-]*)?")
-"""Of sbatch, as a #SBATCH line holds it: without quotes, backslashes, # and all that begins something of its own."""
+"""An option of sbatch, as a #SBATCH line holds it: without quotes, backslashes, # and all that begins something of its
+own."""
 
 
 def sbatch_options(config: Config) -> list[str]:
@@ -78,7 +79,8 @@ def job_script(config: Config, *, home: Path, work_dir: Path, folder: Path, made
 def array_script(
     options: Sequence[str], scripts: Mapping[int, Path], *, work_dir: Path, folder: Path, made_from: str
 ) -> str:
-    """Of a job array whose task N becomes `scripts[N]`, in the same process, which is the one that Slurm signals.
+    """The script of a job array whose task N becomes `scripts[N]`, in the same process, which is the one that Slurm
+    signals.
 
     `options`: of sbatch, for every task, --array among them; `folder`: where the tasks' output goes.
     """
@@ -145,6 +147,7 @@ def _setup(cluster: ClusterConfig) -> list[str]:
 
 
 def _quoted(option: str) -> str:
-    """As sbatch reads a line of its own: a value with spaces in quotes, of which it holds none itself."""
+    """An option as sbatch reads it in a line of its own: a value with spaces in quotes, of which it holds none
+    itself."""
     name, equals, value = option.partition("=")
     return f'{name}="{value}"' if equals and any(letter.isspace() for letter in value) else option

@@ -18,10 +18,10 @@ class Submission:
 
     job: str
     submitted: float
-    """Unix time."""
+    """Unix time of the submission."""
     nodes: int
     chain_position: int
-    """From 1."""
+    """Place in its chain of jobs, from 1."""
     chain_length: int
     work_dir: str
     """Where relative paths of the settings begin."""
@@ -36,13 +36,14 @@ def record(run_dir: Path, submission: Submission) -> None:
 
 
 def submissions(run_dir: Path) -> list[Submission]:
-    """In their order, but lines that a disk has spoilt; empty for a run that was never submitted."""
+    """The submissions of a run in their order, without lines that a disk has spoilt; empty for a run that was never
+    submitted."""
     found = [made_of(Submission, record) for record in read_records(folder_of(run_dir) / "jobs.jsonl")]
     return [entry for entry in found if entry is not None]
 
 
 def jobs_of(run_dir: Path, jobs: Sequence[QueuedJob] | None = None) -> list[QueuedJob]:
-    """Those of a run that Slurm remembers, oldest first, by their comment or by jobs.jsonl."""
+    """The jobs of a run that Slurm remembers, oldest first, by their comment or by jobs.jsonl."""
     known = {entry.job for entry in submissions(run_dir)}
     real = os.path.realpath(run_dir)
     found = my_jobs() if jobs is None else jobs

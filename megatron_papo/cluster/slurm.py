@@ -19,7 +19,7 @@ _FIELDS = "%i|%T|%D|%r|%M|%k"  # the comment comes last: it may hold any sign
 
 
 class SlurmError(ValueError):
-    """Slurm is not there, or refuses; one line."""
+    """Slurm is not there, or refuses; the reason in one line."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QueuedJob:
     """Why it waits; `None` where there is nothing to say."""
     running_for: str
     run_dir: str | None
-    """None: no job of ours."""
+    """The run's folder; None: no job of this package."""
 
     @property
     def is_over(self) -> bool:
@@ -56,7 +56,7 @@ def my_jobs() -> list[QueuedJob]:
 
 
 def find_job(job_id: str) -> QueuedJob | None:
-    """None: Slurm does not know the job, or has forgotten it."""
+    """The job; None where Slurm does not know it, or has forgotten it."""
     return next((job for job in my_jobs() if job.id == job_id), None)
 
 

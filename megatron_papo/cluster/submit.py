@@ -24,7 +24,7 @@ HOME = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class SubmissionPlan:
-    """What is about to be submitted."""
+    """A checked run that is about to be submitted."""
 
     config: Config
     script: str

@@ -91,7 +91,7 @@ class ClusterConfig(Section):
 
     @property
     def num_ranks(self) -> int:
-        """Of the whole job."""
+        """Number of ranks of the whole job."""
         return self.nodes * (self.ranks_per_node or self.gpus_per_node)
 
 

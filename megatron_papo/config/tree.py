@@ -60,17 +60,17 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and doubtful, each with its reason: without effect, or likely to end a run."""
-        found = []
+        doubts = []
         frozen = self.perception.masked_branch == "frozen"
         if frozen and self.loss.masked_entropy_coef > 0:
-            found.append(
+            doubts.append(
                 "loss.masked_entropy_coef has no gradient with perception.masked_branch=frozen: "
                 "the masked log-probs are constants; use joint"
             )
         if self.perception.guard.action != "off" and not self.reads_masked_view:
-            found.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
+            doubts.append("perception.guard watches a term whose coefficient loss.perception_coef is 0")
         if self.train.ahead and self.loss.correction == "none" and self.loss.old_logprobs == "recomputed":
-            found.append(
+            doubts.append(
                 "train.ahead: rollouts are one step old, which no term of the loss sees with loss.correction=none; "
                 "use truncated"
             )
@@ -78,12 +78,12 @@ class Config(Section):
         needed = longest * (2 if self.reads_joint_rows else 1)
         if self.train.tokens_per_micro_batch < needed:
             views = " in two views" if self.reads_joint_rows else ""
-            found.append(
+            doubts.append(
                 f"train.tokens_per_micro_batch={self.train.tokens_per_micro_batch} is less than the {needed} tokens of "
                 f"the longest sequence{views} (data.max_prompt_tokens + generation.max_response_tokens = {longest}): "
                 "a longer sequence than the budget ends the run"
             )
-        return found
+        return doubts
 
     @model_validator(mode="after")
     def _check(self) -> Config:

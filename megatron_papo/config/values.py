@@ -26,7 +26,7 @@ _LONGEST_PART = 255
 """Bytes of one name in a path: of Linux's file systems."""
 _LONGEST_PATH = 4095
 _BITS = 62
-"""Of whole numbers: seeds and counts go into 64 bits, and what is added to them must find room."""
+"""Most bits of a whole number: seeds and counts are stored in 64 bits, with room for what is added to them."""
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -58,8 +58,8 @@ def faults_of_values(tree: object, path: str = "", keep: str = "", *, left_out: 
 
 
 def faults_of_variables(variables: dict[str, str], setup: list[str]) -> Iterator[str]:
-    """Of `cluster.variables` names that a shell would not take for one variable's; of these and of the lines of
-    `cluster.setup` what is named like a secret."""
+    """One line for each fault: names in `cluster.variables` that a shell does not accept for a variable, and variables,
+    there or set in the lines of `cluster.setup`, whose name is that of a secret."""
     for name, value in variables.items():
         if not _VARIABLE.fullmatch(name):
             yield (

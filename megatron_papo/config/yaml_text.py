@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 
 _MOST_BYTES = 4 * 2**20
 _MOST_VALUES = 100_000
-"""Of a whole tree with its aliases written out."""
+"""Most values of a whole tree, with its aliases written out."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -59,12 +59,12 @@ def parse(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
-                if key.value in found:
+                if key.value in keys:
                     raise ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
-                found.add(key.value)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -1,7 +1,9 @@
 """The workers of one conversion among themselves, and the progress that the first of them shows.
 
 A worker works by itself, or is one of the ranks that a launcher started. Workers exchange no tensors, only what each
-has done. No Megatron is needed: they use a gloo group and its key-value store. Progress is a bar on a terminal, and
+has done. No Megatron is needed: they use a gloo group and its key-value store. What rank 0 does alone fails on all of
+them together (distributed/agreement.py). A worker that fails amid its own files tells the others through the store, at
+which they look as they work: they share no collective until all files are done. Progress is a bar on a terminal, and
 elsewhere a line every few seconds.
 """
 
@@ -20,6 +22,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
+from megatron_papo.distributed.agreement import InputFailed, on_first_rank
+from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.distributed.rendezvous import world_store
 
 _TIMEOUT = datetime.timedelta(days=7)
@@ -47,6 +51,7 @@ class Workers:
         self.rank, self.size = 0, 1
         self._bytes = 0
         self._store: Any = None
+        self._group: dist.ProcessGroup | None = None
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             self._store = world_store(_TIMEOUT.total_seconds())
@@ -54,6 +59,7 @@ class Workers:
                 "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.size,
                 timeout=_TIMEOUT,
             )  # fmt: skip
+            self._group = dist.group.WORLD
 
     def __enter__(self) -> Workers:
         return self
@@ -65,24 +71,21 @@ class Workers:
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all workers, by rank, on every worker."""
-        if self._store is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self._group is None else gather_objects(value, self._group)
 
     def first(self, work: Callable[[], Value]) -> Value:
         """What `work` returns on rank 0, on every worker; its ValueError or OSError is a ValueError on every worker."""
-        outcome: tuple[Any, str | None] = (None, None)
-        if self.rank == 0:
+
+        def in_one_line() -> Value:
             try:
-                outcome = (work(), None)
-            except (ValueError, OSError) as error:
-                outcome = (None, reason_of(error))
-        value, fault = self.gather(outcome)[0]
-        if fault is not None:
-            raise ValueError(fault)
-        return value
+                return work()
+            except OSError as error:
+                raise ValueError(reason_of(error)) from error
+
+        try:
+            return on_first_rank(self._group, in_one_line)
+        except InputFailed as failed:
+            raise ValueError(failed.faults[0].reason) from None
 
     def fail(self, reason: str) -> None:
         """Ends the other workers, with this worker's reason, at their next `advance`."""

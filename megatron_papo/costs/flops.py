@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one or several passes, by part of the model."""
+    """FLOPs of one or several passes, by part of the model."""
 
     language: int = 0
-    """Matrices of the language model's layers."""
+    """The matrices of the language model's layers."""
     attention: int = 0
     """Scores and weighted values of the language model."""
     vision: int = 0
@@ -44,7 +44,7 @@ class Flops:
 
 
 def row_flops(row: MicroBatch, shape: ModelShape) -> Flops:
-    """One forward pass over a row, of one view or of both."""
+    """FLOPs of one forward pass over a row, of one view or of both."""
     num_pairs = sum(
         causal_pairs(segment.length, 0 if segment.parent is None else row.segments[segment.parent].length)
         for segment in row.segments
@@ -55,15 +55,16 @@ def row_flops(row: MicroBatch, shape: ModelShape) -> Flops:
 
 
 def group_flops(prompt_tokens: int, response_lengths: Sequence[int], grids: Sequence[Grid], shape: ModelShape) -> Flops:
-    """One forward pass over a prompt and its responses, which share the prompt's tokens and images: what a group costs
-    before it is packed. `grids`: the prompt's images."""
+    """FLOPs of one forward pass over a prompt and its responses, which share the prompt's tokens and images: what a
+    group costs before it is packed. `grids`: the prompt's images."""
     num_tokens = sum(response_lengths)
     num_pairs = causal_pairs(prompt_tokens) + sum(causal_pairs(length, prompt_tokens) for length in response_lengths)
     return _flops(prompt_tokens + num_tokens, num_pairs, num_tokens, grids, shape)
 
 
 def causal_pairs(length: int, parent_length: int = 0) -> int:
-    """Query and key pairs of a segment: each of its tokens attends to all of the parent, to those before and itself."""
+    """The number of query and key pairs of a segment: each of its tokens attends to all of the parent, to the tokens
+    before it and to itself."""
     return length * (length + 1) // 2 + length * parent_length
 
 
@@ -91,20 +92,21 @@ class Meter:
         self._tokens = 0
 
     def scored(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
-        """Forward passes that left log-probs in the rows: old, masked, reference, as many as there are."""
+        """Counts the forward passes that left log-probs in the rows: old, masked, reference, as many as there are."""
         for row in _rows_that_count(row for batch in batches for row in batch):
-            found = (row.old_logprobs_R, row.masked_logprobs_R, row.ref_logprobs_R)
-            num_passes = len({id(logprobs_R) for logprobs_R in found if logprobs_R is not None})  # one may serve twice
+            passes = (row.old_logprobs_R, row.masked_logprobs_R, row.ref_logprobs_R)
+            num_passes = len({id(logprobs_R) for logprobs_R in passes if logprobs_R is not None})  # one may serve twice
             self._scored += row_flops(row, self._shape) * num_passes
 
     def updated(self, rows: Iterable[MicroBatch]) -> None:
-        """Forward and backward of the rows of an update."""
+        """Counts forward and backward of the rows of an update."""
         for row in _rows_that_count(rows):
             self._updated += row_flops(row, self._shape) * 3
             self._tokens += row.num_tokens
 
     def take(self) -> dict[str, int]:
-        """Since the last call: `flops/<part>` of all passes; `update_flops` and `update_tokens` of updates alone."""
+        """The work since the last call: `flops/<part>` of all passes; `update_flops` and `update_tokens` of updates
+        alone."""
         passes = asdict(self._scored + self._updated)
         taken = {f"flops/{part}": value for part, value in passes.items()}
         taken |= {"update_flops": self._updated.total, "update_tokens": self._tokens}

@@ -38,7 +38,7 @@ class StageMemory:
     engine_sleeps: bool
     """Whether it is given back while the policy trains."""
     activations: int
-    """Estimated, of one pipeline's rows in flight."""
+    """Estimated, for one pipeline's rows in flight."""
 
     @property
     def counted(self) -> int:
@@ -73,13 +73,13 @@ def stage_parameters(
 
 
 def num_parameters(shape: ModelShape) -> int:
-    """Of the whole model without padding, a tied matrix once: what a checkpoint stores."""
+    """The number of parameters of the whole model without padding, a tied matrix once: what a checkpoint stores."""
     (pieces,) = stage_parameters(shape, (shape.language.num_layers,))
     return sum(piece.split + piece.whole for piece in pieces)
 
 
 def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[StageMemory, ...]:
-    """Of every pipeline stage, on `num_ranks` ranks of the whole run, each with a GPU to itself."""
+    """The memory of a GPU of every pipeline stage, on `num_ranks` trainer ranks, each with a GPU to itself."""
     parallel = config.parallel
     data = data_ranks(parallel, num_ranks)
     stays = 1.0 - config.optim.offload_fraction
@@ -108,25 +108,26 @@ def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[Sta
 
 @dataclass(frozen=True)
 class UpdateBytes:
-    """Of an update of given rows on one GPU: what stays between updates, and the peaks of its two halves."""
+    """Bytes of an update of given rows on one GPU: what stays between updates, and the peaks of its two halves."""
 
     states: int
     passes: int
-    """Of forward and backward."""
+    """The peak of forward and backward."""
     step: int
-    """Of the optimizer's step: its Adam works in place, one kernel for all."""
+    """The peak of the optimizer's step: its Adam works in place, one kernel for all."""
 
 
 def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: int, stage: int = 0) -> UpdateBytes:
-    """Of rows of that size on a GPU of pipeline stage `stage`; traced in tests/cuda/test_update.py."""
-    of = stage_memory(config, shape, num_ranks)[stage]
-    states = of.weights + of.gradients + of.optimizer
+    """The bytes of an update of rows of that size on a GPU of pipeline stage `stage`; traced in
+    tests/cuda/test_update.py."""
+    memory = stage_memory(config, shape, num_ranks)[stage]
+    states = memory.weights + memory.gradients + memory.optimizer
     held = held_bytes(config, shape, stage, row, config.parallel.pipeline - stage, fused=config.model.spec != "local")
     return UpdateBytes(states, states + held, states)
 
 
 def gpu_bytes(config: Config) -> int | None:
-    """Of one GPU of `cluster.gpu`; None where nothing is known of it."""
+    """The memory of one GPU of `cluster.gpu` in bytes; None where nothing is known of it."""
     gpu = GPUS.get(config.cluster.gpu)
     gib = config.cluster.gpu_memory_gib or (gpu.memory_gib if gpu else None)
     return None if gib is None else int(gib * GIB)
@@ -173,13 +174,13 @@ def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[s
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
-    """One checkpoint on disk: weights, Adam's moments and, beside bfloat16 weights, their fp32 master copy."""
+    """Bytes of one checkpoint on disk: weights, Adam's moments and, beside bfloat16 weights, their fp32 master copy."""
     return num_parameters(shape) * (weight_bytes(config) + state_bytes(config))
 
 
 def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
-    """Of full rows in flight, the stages from this one on, as `costs/activations.py` counts; half of a row's tokens are
-    taken to be of images, and half to be responses."""
+    """Bytes of activations of full rows, as many in flight as there are stages from this one on; half of a row's tokens
+    are taken to be of images, and half to be responses."""
     tokens = config.train.tokens_per_micro_batch
     row = RowSize(tokens, tokens // 2 * shape.vision.merge_unit, tokens // 2)
     in_flight = config.parallel.pipeline - stage
@@ -187,12 +188,12 @@ def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
 
 
 def weight_bytes(config: Config) -> int:
-    """Of one parameter; `auto` is bfloat16 where there is a GPU."""
+    """Bytes of one parameter's weight; `auto` is bfloat16 where there is a GPU."""
     return 4 if config.model.dtype == "float32" else 2
 
 
 def state_bytes(config: Config) -> int:
-    """Of one parameter's moments and, beside bfloat16 weights, its master copy."""
+    """Bytes of one parameter's moments and, beside bfloat16 weights, of its master copy."""
     return (4 if config.optim.precision_aware else 8) + (0 if config.model.dtype == "float32" else 4)
 
 
@@ -201,12 +202,13 @@ def frozen(part: Part, freeze: FreezeConfig) -> bool:
 
 
 def _engine(config: Config, shape: ModelShape) -> int:
-    """On a GPU of the trainer: none where engines have GPUs of their own."""
+    """Bytes of the engine on a GPU of the trainer: 0 where engines have GPUs of their own."""
     return 0 if config.generation.placement == "separate" else _engine_share(config, shape)
 
 
 def _engine_share(config: Config, shape: ModelShape) -> int:
-    """vLLM's fraction of the GPU, or its weights and its cache where that is given; a whole model of transformers."""
+    """Bytes of the engine on its GPU: vLLM's fraction of the GPU, or its weights and its cache where that is given; a
+    whole model of transformers."""
     generation = config.generation
     if generation.engine == "transformers":
         return _engine_weights(config, shape)

@@ -25,33 +25,34 @@ class BadRows:
     """What to do about bad rows, and which were met: each row counts once."""
 
     action: Literal["skip", "stop"]
-    found: dict[int, BadRow] = field(default_factory=dict)
+    by_row: dict[int, BadRow] = field(default_factory=dict)
+    """Row number -> why that row is bad, in the order in which they were met."""
     _num_named: int = 0
 
     def add(self, bad: BadRow) -> None:
         """Notes the row; with `stop`, raises it."""
         if self.action == "stop":
             raise bad
-        self.found[bad.row] = bad
+        self.by_row[bad.row] = bad
 
     def copy(self) -> BadRows:
         """The same rows, for a thread to add to; `merge` brings what it met back."""
-        return BadRows(self.action, dict(self.found))
+        return BadRows(self.action, dict(self.by_row))
 
     def merge(self, other: BadRows) -> None:
         """Notes the rows of a copy too, in the order in which it met them."""
-        self.found.update(other.found)
+        self.by_row.update(other.by_row)
 
     def take_new(self) -> list[BadRow]:
         """Those met since the last call, to be named to the user."""
-        new = list(self.found.values())[self._num_named :]
-        self._num_named = len(self.found)
+        new = list(self.by_row.values())[self._num_named :]
+        self._num_named = len(self.by_row)
         return new
 
     @property
     def counts(self) -> dict[str, int]:
         """reason -> rows."""
-        return dict(Counter(bad.reason for bad in self.found.values()))
+        return dict(Counter(bad.reason for bad in self.by_row.values()))
 
     def __str__(self) -> str:
-        return "\n".join(str(self.found[row]) for row in sorted(self.found)) or "no bad rows"
+        return "\n".join(str(self.by_row[row]) for row in sorted(self.by_row)) or "no bad rows"

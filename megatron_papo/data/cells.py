@@ -24,7 +24,7 @@ from megatron_papo.text.untrusted import shortened
 VIDEO = "<video>"
 """Where other programs put a video; a text that has one asks about something that is not read here."""
 MOST_LETTERS = 65_536
-"""Of all answers of a row together. Every response is compared with all of them."""
+"""Most letters of all answers of a row together. Every response is compared with all of them."""
 MOST_ANSWERS = 100
 """Alternatives of a row: each may take as long as `reward.timeout_s` to be compared."""
 
@@ -85,8 +85,8 @@ def _user_turn(turns: list[dict[str, Any]], system: str | None) -> Any:
 
 
 def _content(turn: dict[str, Any]) -> Any:
-    """Of a turn: the parts of a list joined, as chat templates join them. Columns of `datasets` give every part all
-    keys, so a key without a value is no part."""
+    """The content of a turn; parts in a list are joined as chat templates join them. Columns of
+    `datasets` give every part all keys, so a key without a value is no part."""
     content = turn.get("content")
     return "".join(map(_part, content)) if isinstance(content, (list, tuple)) else content
 

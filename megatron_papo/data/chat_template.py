@@ -25,9 +25,9 @@ _START_S = 120.0
 _WALL_S = 60.0
 """For the same on a busy machine."""
 _MOST_BYTES = 128 * 2**20
-"""Of a reply; the worker says less by itself."""
+"""Most bytes of a reply; the worker by itself sends less."""
 _MOST_LETTERS = 2**20
-"""Of a template."""
+"""Most letters of a template."""
 
 
 class TemplateFailed(ValueError):
@@ -105,17 +105,17 @@ class _Worker:
 
     def _read_line(self, until: float) -> bytes | None:
         assert self._process.stdout is not None
-        descriptor, found = self._process.stdout.fileno(), bytearray()
+        descriptor, received = self._process.stdout.fileno(), bytearray()
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
-            while not found.endswith(b"\n"):
-                if len(found) > _MOST_BYTES or not selector.select(max(0.0, until - time.monotonic())):
+            while not received.endswith(b"\n"):
+                if len(received) > _MOST_BYTES or not selector.select(max(0.0, until - time.monotonic())):
                     return None
                 piece = os.read(descriptor, 2**20)
                 if not piece:
                     return None
-                found += piece
-        return bytes(found)
+                received += piece
+        return bytes(received)
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -72,9 +72,9 @@ def find_form(render: Render, system: str | None) -> Form:
 def check_rendered(text: str, question: str, system: str | None) -> None:
     """Raises TemplateFailed unless the pieces of the question and its pictures stand in `text` whole and in order."""
     pieces = question.split(PLACEHOLDER)
-    found = text.count(IMAGE_PAD)
-    if found != len(pieces) - 1:
-        raise TemplateFailed(f"writes {found} image tokens for {len(pieces) - 1}")
+    num_images = text.count(IMAGE_PAD)
+    if num_images != len(pieces) - 1:
+        raise TemplateFailed(f"writes {num_images} image tokens for {len(pieces) - 1}")
     if system is not None and system.strip() not in text:
         raise TemplateFailed("drops or changes the system turn")
     place = 0

@@ -141,7 +141,7 @@ class PromptDataset:
         return f"none of {len(places)} rows of {self.name}, which has {len(cells)}, holds a picture in {column!r}"
 
     def fingerprints(self, more_columns: Sequence[str] = ()) -> dict[str, str]:
-        """Of what is read of the rows, cells of `more_columns` included; see `fingerprint.py`."""
+        """Fingerprints of what is read of the rows, cells of `more_columns` included; see `fingerprint.py`."""
         read = (self._columns.problem, self._columns.answer, *more_columns)
         columns = [name for name in dict.fromkeys(read) if name in self._rows.column_names]
         return fingerprints_of_rows(self._rows, columns, self.images)
@@ -198,7 +198,7 @@ class PromptDataset:
         return partial(spoil_image, row=row, mask=mask, random=random, swap_pool=self)
 
     def _view(self, data: bytes, spoil: Spoiler | None) -> tuple[Pixels, list[Pixels]]:
-        """Of one picture, which is gone when the next is decoded."""
+        """Pixels of one picture and of its spoiled versions; the decoded picture is released before the next one."""
         image = self.decoded(data)
         pixels = self._processor.pixel_values([image])
         return pixels, [] if spoil is None else [self._processor.pixel_values([spoil(image)])]

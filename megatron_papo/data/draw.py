@@ -30,7 +30,7 @@ class Draw:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Of all updates, in order."""
+        """The prompts of all updates, in order."""
         return [prompt for chunk in self.updates for prompt in chunk]
 
     @property
@@ -82,7 +82,7 @@ def prompts_of(
 def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows, masks: Masks | None) -> Prompt:
     for attempt in range(cursor.num_rows):
         row = cursor.row(position, attempt)
-        if row in bad_rows.found:
+        if row in bad_rows.by_row:
             continue
         try:
             return dataset.prompt(row, masks, visit=position)

@@ -31,11 +31,11 @@ _MOST_SCANS = 100
 """Encoders write about ten."""
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""Of a JPEG, but for those that stand in the data of a scan."""
+"""A marker of a JPEG, except those that may occur in the data of a scan."""
 _DATA_ADDRESS = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|UklGR|R0lGOD|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{32,}+={0,2}+\s*+")
-"""Of a picture's bytes: it begins as one of `FORMATS` does, and no name of a file is so long without a dot. Goes over a
-text once, whatever it is."""
+"""Base64 of a picture's bytes: it begins as one of `FORMATS` does, and no file name is so long without a dot. The
+expression reads any text only once."""
 
 
 def image_items(cell: Any) -> list[Any]:
@@ -51,11 +51,11 @@ def image_bytes(items: list[Any], files: ImageFiles, max_pixels: int) -> tuple[b
     Raises BadImage.
     """
     room = max_pixels * _BYTES_OF_A_PIXEL + _METADATA_BYTES
-    found: list[bytes] = []
+    pictures: list[bytes] = []
     for item in items:
-        found.append(_one(item, files, room))
-        room -= len(found[-1])
-    return tuple(found)
+        pictures.append(_one(item, files, room))
+        room -= len(pictures[-1])
+    return tuple(pictures)
 
 
 def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Image:
@@ -80,7 +80,8 @@ def decode_image(data: bytes, max_pixels: int = MOST_IMAGE_PIXELS) -> Image.Imag
 
 
 def _num_scans(data: bytes) -> int:
-    """Of a JPEG's first picture. Each scan goes over all pixels, which 50 bytes of a progressive one can ask for."""
+    """Number of scans of a JPEG's first picture. Each scan goes over all pixels, and 50 bytes of a
+    progressive JPEG can ask for one."""
     at = num = 0
     while (marker := _MARKER.search(data, at)) and marker[0] != _END:
         at = marker.end()
@@ -105,8 +106,8 @@ def _one(item: Any, files: ImageFiles, max_bytes: int) -> bytes:
 def _named_in(item: dict[str, Any]) -> Any:
     """What a dict holds of a picture: bytes before a path before what a message of a chat has."""
     for name in ("bytes", "path", "image", "image_url", "url"):
-        if found := item.get(name):
-            return _named_in(found) if isinstance(found, dict) and name == "image_url" else found
+        if value := item.get(name):
+            return _named_in(value) if isinstance(value, dict) and name == "image_url" else value
     return item
 
 

@@ -38,7 +38,7 @@ class Masks:
 
     settings: MaskConfig
     seed: int
-    """The run's."""
+    """Seed of the run, `run.seed`."""
 
     def for_patches_of(self, processor: Processor) -> Masks:
         """With what the settings leave to the model folder: a cell is a patch."""

@@ -148,7 +148,8 @@ class Processor:
             raise self._fault(error) from None
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Pixels:
-        """Of pictures alone: the masked view goes the same way as the original. Raises ImageTooExtreme."""
+        """Normalised pixels of pictures without a text: the masked view goes the same way as the original.
+        Raises ImageTooExtreme."""
         for image in images:
             _check_aspect(image)
         batch = self.image_processor(images=list(images), return_tensors="pt")
@@ -191,9 +192,9 @@ class Processor:
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, the end of turn first: template, tokenizer and generation_config.json agree."""
-        found = [self.end_of_turn_id, self.tokenizer.eos_token_id]
-        found += listed_ends(self.folder / "generation_config.json")
-        return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+        token_ids = [self.end_of_turn_id, self.tokenizer.eos_token_id]
+        token_ids += listed_ends(self.folder / "generation_config.json")
+        return tuple(dict.fromkeys(token_id for token_id in token_ids if token_id is not None))
 
     @cached_property
     def most_letters_of_a_token(self) -> int:

@@ -48,17 +48,17 @@ def default_template(processor: Any, folder: Path) -> str:
 
     Raises ValueError where there is none.
     """
-    found = processor.chat_template or processor.tokenizer.chat_template
-    if isinstance(found, dict) and found:
-        if "default" not in found:
-            names = ", ".join(sorted(map(str, found)))[:80]
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict) and template:
+        if "default" not in template:
+            names = ", ".join(sorted(map(str, template)))[:80]
             raise ValueError(
                 f"model.path: {folder} has chat templates by name, {names}, and none that is named default"
             )
-        found = found["default"]
-    if not found or not isinstance(found, str):
+        template = template["default"]
+    if not template or not isinstance(template, str):
         raise ValueError(f"model.path: {folder} has no chat template")
-    return found
+    return template
 
 
 def pixel_bounds(image_processor: Any, folder: Path, data: DataConfig) -> tuple[int, int]:

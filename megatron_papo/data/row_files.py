@@ -18,14 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_papo.files.data_suffixes import BUILDERS
 from megatron_papo.text.untrusted import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-BUILDERS = {
-    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow",
-}  # fmt: skip
 _MAGIC = "*?["
 
 
@@ -62,11 +60,11 @@ def files_of_folder(folder: Path, split: str) -> list[str]:
     patterns = get_data_patterns(escaped(folder))
     if split not in patterns:
         raise ValueError(f"no split {split}, has {', '.join(map(str, patterns))}")
-    found: list[str] = []
+    files: list[str] = []
     for pattern in patterns[split]:
         with suppress(FileNotFoundError):  # one of several ways to name a split
-            found += resolve_pattern(f"{escaped(folder)}/{pattern}", "")
-    return list(dict.fromkeys(found))
+            files += resolve_pattern(f"{escaped(folder)}/{pattern}", "")
+    return list(dict.fromkeys(files))
 
 
 def escaped(path: Path | str) -> str:
@@ -120,7 +118,7 @@ def load(name: str, split: str, **more: Any) -> Dataset:
 
 
 def missing_columns(files: Sequence[str], columns: Iterable[str]) -> str | None:
-    """Of several files, the first that lacks one of `columns`, in words; None where each has all."""
+    """Names the first of several files that lacks one of `columns`, and that column; None where each has all."""
     for file in files if len(files) > 1 else ():
         has = _columns_of(file, set(columns))
         for column in columns:
@@ -162,16 +160,16 @@ def _columns_of(file: str, wanted: set[str]) -> set[str] | None:
         return set(read_schema(file).names)
     if kind != ".jsonl":
         return None
-    found: set[str] = set()
+    columns: set[str] = set()
     with open(file, encoding="utf-8-sig") as lines:
         for line in lines:
             try:
-                found |= set(json.loads(line)) if line.strip() else set()
+                columns |= set(json.loads(line)) if line.strip() else set()
             except (ValueError, TypeError):  # one list of all rows, written over several lines
                 return None
-            if wanted <= found:
+            if wanted <= columns:
                 break
-    return found
+    return columns
 
 
 def _fault_of(files: Sequence[str], split: str) -> str | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_papo.data.image_files import ImageFiles
 from megatron_papo.data.row_files import (
-    BUILDERS,
     escaped,
     files_of_folder,
     files_of_pattern,
@@ -27,6 +26,7 @@ from megatron_papo.data.row_files import (
     load_files,
     load_folder,
 )
+from megatron_papo.files.data_suffixes import BUILDERS
 
 if TYPE_CHECKING:
     from datasets import Dataset

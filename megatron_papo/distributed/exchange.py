@@ -26,17 +26,17 @@ def broadcast_from_last_stage(tensor: Tensor | None, shape: tuple[int, ...], dty
 
     Every stage knows `shape` and `dtype`. No gradient flows.
     """
-    here = layout()
-    if here.is_last_stage:
+    own = layout()
+    if own.is_last_stage:
         assert tensor is not None, "the last stage has the tensor"
         tensor = tensor.detach().contiguous()
         assert tuple(tensor.shape) == shape and tensor.dtype == dtype
-        if here.pipeline_size == 1:
+        if own.pipeline_size == 1:
             return tensor
     else:
         tensor = torch.empty(shape, dtype=dtype, device=_device())
-    source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)
-    dist.broadcast(tensor, src=source, group=here.pipeline_group)
+    source = dist.get_global_rank(own.pipeline_group, own.pipeline_size - 1)
+    dist.broadcast(tensor, src=source, group=own.pipeline_group)
     return tensor
 
 
@@ -58,10 +58,10 @@ def share_of_cores() -> int:
 
 
 def any_rank(value: bool) -> bool:
-    """Whether `value` holds on any rank of the world; every rank calls it and hears the same."""
-    found = torch.tensor(int(value), device=_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    """Whether `value` is true on any rank of the world. Collective; the result is the same on every rank."""
+    largest = torch.tensor(int(value), device=_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return bool(largest.item())
 
 
 def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], group: dist.ProcessGroup) -> list[Any]:
@@ -102,15 +102,15 @@ def sum_metrics(metrics: Metrics) -> Metrics:
 
     Every rank of the world gets the same result, whatever it passed itself; a name may be missing on some ranks.
     """
-    here = layout()
+    own = layout()
     totals: Metrics = {}
-    for part in gather_objects(metrics, here.data_group):
+    for part in gather_objects(metrics, own.data_group):
         for name, (numerator, count) in part.items():
             totals[name] = merge_metric(name, totals.get(name), (float(numerator), float(count)))
     summed: list[Any] = [dict(sorted(totals.items()))]
-    if here.pipeline_size > 1:
-        source = dist.get_global_rank(here.pipeline_group, here.pipeline_size - 1)
-        dist.broadcast_object_list(summed, src=source, group=here.pipeline_group)
+    if own.pipeline_size > 1:
+        source = dist.get_global_rank(own.pipeline_group, own.pipeline_size - 1)
+        dist.broadcast_object_list(summed, src=source, group=own.pipeline_group)
     return summed[0]
 
 

@@ -1,8 +1,7 @@
-"""Process groups from the settings, and the few exchanges that stages of a step need between ranks.
+"""Process groups from the settings, and where this rank stands among them.
 
-Ranks are laid out by Megatron-Core's `parallel_state`: tensor fastest, then data, then pipeline. The exchanges are
-for values (metrics, log-probs); gradients and activations travel inside Megatron-Core. On a machine without a GPU
-call `accelerator.adapt_megatron` first.
+Ranks are laid out by Megatron-Core's `parallel_state`: tensor fastest, then data, then pipeline. Exchanges of
+values between ranks are in exchange.py. On a machine without a GPU call `accelerator.adapt_megatron` first.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Layout:
 
 _layout: Layout | None = None
 _worlds = itertools.count()
-"""Of this process: a second world finds nothing of the first in the store."""
+"""Numbers the worlds of this process, so that a second world reads nothing of the first in the store."""
 
 
 def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:

@@ -19,7 +19,7 @@ LOOPBACK = "127.0.0.1"
 _ONE_MACHINE = (LOOPBACK, "localhost")
 """As written, not resolved: a machine's own name may mean 127.0.1.1 on itself and something else on all others."""
 _KEPT_LOCAL = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": LOOPBACK}
-"""Of gloo, NCCL and vLLM; whoever has set one of them wants another interface."""
+"""Network interfaces for gloo, NCCL and vLLM. A variable that is set already is kept."""
 
 _store: dist.Store | None = None
 

@@ -12,7 +12,8 @@ from megatron_papo.files.held_file import read_small
 MAX_JSON_BYTES = 64 * 2**20
 """The index of a thousand layers has a tenth of it."""
 _MOST = 2**24
-"""Of any count: more of nothing has ever been in a model, and a page of zeros would be allocated before it fails."""
+"""Largest value of any count: no model has ever had more of anything, and a page of zeros would be allocated
+before it fails."""
 
 _MOST_LISTED = 4096
 _SHOWN = 80

@@ -54,11 +54,15 @@ class LanguageShape:
     qkv_bias: bool = False
     """Whether the linear layer of queries, keys and values has a bias."""
     linear_bias: bool = False
-    """Whether the attention's output and the MLP's two linear layers have biases."""
+    """Whether the attention's output and the MLP's two linear layers have biases. Megatron-Core then gives queries,
+    keys and values one too, so `qkv_bias` must be set."""
     qk_norm: bool = False
     """Whether the queries and keys of each head are normed, with the layers' kind of norm, before they are rotated."""
     interleaved_mrope: bool = False
     """Whether time, height and width take frequencies in turn; otherwise each takes one run of `mrope_section`."""
+
+    def __post_init__(self) -> None:
+        assert self.qkv_bias or not self.linear_bias, "Megatron-Core has no linear biases without those of qkv"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What a run shows of itself: stages and their times, metrics, samples, reports, and why it ended when it failed."""
+"""What a run shows: stages and their times, metrics and where they are written, samples, and reports."""

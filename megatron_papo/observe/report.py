@@ -30,7 +30,7 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, float]]:
 
 
 def _number(value: Any) -> float | None:
-    """Of JSON: `nan` and `inf` are strings there."""
+    """The number that a JSON value is; `nan` and `inf` are strings in JSON."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -54,18 +54,18 @@ def curves_png(
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics_jsonl)
-    found = [(key, *series(records, key)) for key in keys]
-    found = [panel for panel in found if panel[1]]
-    if not found:
+    curves = [(key, *series(records, key)) for key in keys]
+    curves = [curve for curve in curves if curve[1]]
+    if not curves:
         raise ValueError(f"{metrics_jsonl}: has none of {', '.join(keys)}")
-    columns = 2 if len(found) == 4 else min(_COLUMNS, len(found))
-    num_rows = math.ceil(len(found) / columns)
+    columns = 2 if len(curves) == 4 else min(_COLUMNS, len(curves))
+    num_rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * num_rows + (0.4 if heading else 0)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(num_rows, columns, squeeze=False).flat)
-    for panel, (key, steps, values) in zip(panels, found):
+    for panel, (key, steps, values) in zip(panels, curves):
         _draw(panel, (titles or {}).get(key, key), steps, values, len(records))
-    for panel in panels[len(found) :]:
+    for panel in panels[len(curves) :]:
         panel.set_visible(False)
     if heading:
         figure.suptitle(heading, color=_INK, fontsize=13, fontweight="bold")

@@ -16,12 +16,14 @@ from megatron_papo.files.small_files import read_object
 
 @dataclass(frozen=True)
 class Assumptions:
+    """Shares of the rates in data sheets, latencies and fitted factors."""
+
     matmul: float = 0.62
     """Share of the peak in bf16 products of the layers, with what clocks lose under load."""
     fp8_matmul: float = 0.6
-    """Of FP8's peak, rounding included."""
+    """Share of FP8's peak, rounding included."""
     attention: float = 0.45
-    """Of the bf16 peak: variable-length flash attention, forward and backward together."""
+    """Share of the bf16 peak in variable-length flash attention, forward and backward together."""
     memory: float = 0.85
     """Share of the memory's rate in element-wise kernels, the optimizer and decoding."""
     link: float = 0.75
@@ -33,31 +35,31 @@ class Assumptions:
     hidden_data: float = 0.9
     """Share of the exchange of gradients and weights that computation hides with parallel.overlap_data."""
     latency_s: float = 12e-6
-    """Of one collective on a node, its launch included."""
+    """Seconds of one collective on a node, its launch included."""
     network_latency_s: float = 8e-6
-    """Of one hop between nodes: a tree of n nodes has log2(n)."""
+    """Seconds of one hop between nodes: a tree of n nodes has log2(n)."""
     layer_launch_s: float = 60e-6
     """Host time of a layer's kernels without CUDA graphs, forward; computation shorter than this does not count."""
     row_spread: float = 0.05
     """By how much a row's cost may differ from the mean after balancing: what ranks wait for each other."""
     decode_launch_s: float = 1.5e-3
-    """Of one decoding pass beside what memory and links take: scheduler, sampling, graph launch."""
+    """Seconds of one decoding pass beside what memory and links take: scheduler, sampling, graph launch."""
     length_tail: float = 2.5
     """Passes of decoding over the mean length: the longest response of a batch, at most the limit."""
     handover: float = 0.5
     """Share of links' rates in the weight hand-over, the engine's loading included."""
     update_factor: float = 1.0
-    """Fitted: measured over planned seconds of the updates."""
+    """Fitted by `--calibrate`: measured over planned seconds of the updates."""
     score_factor: float = 1.0
-    """Fitted: of scoring."""
+    """The same for scoring."""
     generate_factor: float = 1.0
-    """Fitted: of generation."""
+    """The same for generation."""
     handover_factor: float = 1.0
-    """Fitted: of the hand-over."""
+    """The same for the hand-over."""
 
     @classmethod
     def load(cls, path: Path) -> Assumptions:
-        """From a file that `save` wrote, or by hand. Raises ValueError naming file and key."""
+        """The assumptions in a file that `save` wrote, or a person. Raises ValueError naming file and key."""
         values = read_object(path)
         known = {field.name for field in fields(cls)}
         for key, value in values.items():

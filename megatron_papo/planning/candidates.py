@@ -11,7 +11,7 @@ from megatron_papo.costs.hardware import Cluster
 from megatron_papo.model.shape import ModelShape, check_layout
 
 RECOMPUTE = ("none", "selective", "mlp", "full")
-"""By what it costs; each keeps less than the one before it."""
+"""The values of `model.recompute` in the order of what they cost; each keeps less than the one before it."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fp32 moments": {},
     "bf16 moments": {"precision_aware": True},
@@ -21,6 +21,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Candidate:
+    """One layout with its settings for memory and its engines: what the planner estimates."""
+
     tensor: int
     pipeline: int
     data: int
@@ -35,7 +37,7 @@ class Candidate:
         return f"TP{self.tensor} PP{self.pipeline} DP{self.data}"
 
     def overrides(self) -> dict[str, Any]:
-        """The settings that make a run this one."""
+        """The settings that give a run this layout."""
         settings = {
             "parallel.tensor": self.tensor,
             "parallel.pipeline": self.pipeline,
@@ -60,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refused:
-    """A layout that cannot be, whatever its memory."""
+    """A layout that is impossible, whatever its memory, and the reason."""
 
     name: str
     reason: str
@@ -94,7 +96,7 @@ def stage_layers_by_cost(num_layers: int, pipeline: int, before: float, after: f
 
 
 def engines_of(shape: ModelShape, cluster: Cluster) -> Iterator[int]:
-    """Tensor parallelism of an engine: within a node, and as its heads divide."""
+    """The possible tensor ranks of an engine: within a node, and such that they divide the heads."""
     for size in _divisors(cluster.gpus_per_node):
         if shape.language.num_heads % size == 0 and shape.vision.num_heads % size == 0:
             yield size

@@ -13,7 +13,8 @@ from megatron_papo.planning.assumptions import Assumptions
 
 
 def gather_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int = 1) -> float:
-    """All-gather to `num_bytes` on every rank, or reduce-scatter from them."""
+    """Seconds of an all-gather to `num_bytes` on every rank, or of a reduce-scatter from them. The ranks of the group
+    stand `stride` apart."""
     if ranks == 1:
         return 0.0
     return (ranks - 1) / ranks * num_bytes / _rate(ranks, stride, cluster, assumed) + _latency(
@@ -22,19 +23,20 @@ def gather_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumption
 
 
 def all_reduce_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int = 1) -> float:
+    """Seconds of an all-reduce of `num_bytes` on every rank."""
     return 2 * gather_s(num_bytes, ranks, cluster, assumed, stride)
 
 
 def along_s(num_bytes: float, ranks: int, cluster: Cluster, assumed: Assumptions, stride: int) -> float:
-    """From one rank of a group to the next or, in pieces, to all of it: at the rate of the slowest step, which leaves
-    the node where the group does."""
+    """Seconds to send from one rank of a group to the next or, in pieces, to all of it, at the rate of the slowest
+    step, which leaves the node where the group does."""
     if ranks == 1:
         return 0.0
     return num_bytes / _rate(ranks, stride, cluster, assumed) + _latency(ranks, stride, cluster, assumed)
 
 
 def _rate(ranks: int, stride: int, cluster: Cluster, assumed: Assumptions) -> float:
-    """Bytes a second of one rank."""
+    """Bytes per second of one rank."""
     within = ranks * stride <= cluster.gpus_per_node
     return cluster.rate_gb_s(ranks, stride) * 1e9 * (assumed.link if within else assumed.network)
 

@@ -16,15 +16,15 @@ from megatron_papo.planning.collectives import all_reduce_s, gather_s
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Of one row."""
+    """Seconds of one row on each pipeline stage."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     """Recomputation included."""
     exchange: float
-    """Of the forward seconds of the slowest stage, what tensor exchanges take."""
+    """Seconds of tensor exchanges in the forward pass of the slowest stage."""
     vision: float
-    """Of the first stage's forward seconds, what the vision tower takes."""
+    """Seconds of the vision tower in the forward pass of the first stage."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Rates:
 def stage_seconds(
     config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, flops: Flops, size: RowSize
 ) -> StageSeconds:
-    """`flops`: one forward pass over the row."""
+    """The seconds of a row of that size; `flops`: of one forward pass over it."""
     layers = config.parallel.pipeline_layers or [shape.language.num_layers]
     rates, tensor = _rates(config, cluster, assumed), config.parallel.tensor
     num_layers = shape.language.num_layers
@@ -76,7 +76,7 @@ def _vision_s(
     size: RowSize,
     rates: _Rates,
 ) -> tuple[float, float]:
-    """Of the tower on the first stage: computing and exchanging."""
+    """Seconds of the vision tower on the first stage, forward: of computing, of exchanging."""
     if not size.patches:
         return 0.0, 0.0
     tensor, vision = config.parallel.tensor, shape.vision
@@ -86,7 +86,8 @@ def _vision_s(
 
 
 def _exchange_s(num_bytes: float, config: Config, cluster: Cluster, assumed: Assumptions) -> float:
-    """Of a layer's forward: two sums over the tensor ranks, or as much as gathers and scattered sums."""
+    """Seconds of the exchanges in a layer's forward pass: two sums over the tensor ranks, or as much in gathers and
+    scattered sums."""
     return 2 * all_reduce_s(num_bytes, config.parallel.tensor, cluster, assumed) * _exposed_fraction(config, assumed)
 
 
@@ -98,7 +99,8 @@ def _exposed_fraction(config: Config, assumed: Assumptions) -> float:
 def _gathers_s(
     config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, size: RowSize, count: int
 ) -> float:
-    """Under sequence parallelism backward gathers the inputs of a layer's two column-parallel products once more."""
+    """Seconds of backward's gathers in `count` layers: sequence parallelism gathers the inputs of a layer's two
+    column-parallel products once more."""
     if not config.parallel.sequence:
         return 0.0
     num_bytes = size.tokens * shape.language.hidden_size * 2
@@ -108,7 +110,7 @@ def _gathers_s(
 
 
 def _elementwise_again_s(config: Config, shape: ModelShape, size: RowSize, rates: _Rates) -> float:
-    """Of a layer's SwiGLU, and norms where they are computed again: they read at most twice what they write."""
+    """Seconds to compute a layer's activation function and norms again: they read at most twice what they write."""
     fused = config.model.spec != "local"
     whole, kept = (_layer_bytes(config, shape, size, which, fused=fused) for which in ("none", "selective"))
     return 3 * (whole - kept) / rates.memory
@@ -117,7 +119,7 @@ def _elementwise_again_s(config: Config, shape: ModelShape, size: RowSize, rates
 def _layer_bytes(
     config: Config, shape: ModelShape, size: RowSize, recompute: str = "none", *, fused: bool = True
 ) -> float:
-    """What a layer keeps for backward; with nothing computed again a measure of its element-wise work."""
+    """Bytes that a layer keeps for backward; with nothing computed again a measure of its element-wise work."""
     alone = RowSize(size.tokens, 0, 0)
     model = config.model.model_copy(update={"recompute": recompute})
     parallel = config.parallel.model_copy(update={"pipeline": 1, "pipeline_layers": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_papo.config import Config
 from megatron_papo.config.derived import engine_weight_bytes
@@ -19,9 +20,9 @@ from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Rows, Workload
 
 RESERVE_BYTES = 6 * GIB
-"""Of every GPU: CUDA, NCCL's buffers, what the allocator loses."""
+"""Bytes of every GPU that CUDA, NCCL's buffers and the allocator's losses take."""
 _LEAST_SEQUENCES = 8
-"""Of the longest kind, that an engine must have room for."""
+"""Sequences of the greatest length that an engine must have room for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Memory:
     optimizer: int
     activations: int
     engine: int
-    """Weights, at generation, beside the three first."""
+    """The engine's weights, during generation, beside the first three."""
     kv: int
 
     @property
@@ -51,19 +52,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
+    """The predicted memory and seconds of a candidate."""
+
     candidate: Candidate
     stages: tuple[Memory, ...]
     seconds: dict[str, float]
-    """By stage of a step: generate, score, update, hand over; update's parts under `update/...`."""
+    """Seconds by stage of a step: generate, score, update, hand over; parts of the update under `update/...`."""
     bubble: float
-    """Share of the updates that stages stand still in."""
+    """Share of the updates' time in which stages stand still."""
     num_rows: int
-    """Of an update, on a data-parallel rank."""
+    """Rows of an update on a data-parallel rank."""
     waves: int
     tokens_per_s: float
-    """Per GPU, of rollouts with their prompts, over the whole step."""
+    """Tokens of rollouts with their prompts, per second of the whole step and GPU."""
     mfu: float
-    """Of the updates, in bf16's peak."""
+    """Share of bf16's peak that the updates reach."""
     reason: str = ""
     """Why it does not fit; empty when it does."""
 
@@ -79,14 +82,14 @@ class Estimate:
 def estimate(
     candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload
 ) -> Estimate:
-    """`config` with the candidate's settings or without them."""
+    """The estimate of a candidate; `config` may have its settings or not."""
     return estimate_applied(candidate, candidate.applied(config), shape, cluster, assumed, work)
 
 
 def estimate_applied(
     candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload
 ) -> Estimate:
-    """Of settings that are the candidate's already."""
+    """The estimate of a candidate whose settings `config` has already."""
     rows = work.rows(shape, candidate.data, candidate.pipeline)
     counted = stage_memory(config, shape, cluster.num_gpus)
     stages, room = _memory(candidate, config, shape, cluster, rows, counted)
@@ -119,7 +122,7 @@ def _memory(
     rows: Rows,
     counted: tuple[StageMemory, ...],
 ) -> tuple[tuple[Memory, ...], float]:
-    """Of every stage, keys and values left out; and the room for those on the fullest GPU."""
+    """The memory of every stage without keys and values, and the bytes that are left for those on the fullest GPU."""
     size, has = rows.fullest(shape), cluster.gpu.memory_gib * GIB - RESERVE_BYTES
     engine = num_parameters(shape) * engine_weight_bytes(config) // candidate.engine_tensor
     if config.generation.placement == "separate":
@@ -167,12 +170,12 @@ def _seconds(
     each: StageSeconds,
     counted: tuple[StageMemory, ...],
 ) -> tuple[dict[str, float], float]:
-    """Of all stages but generation; and the bubble of the updates."""
+    """Seconds of all stages of a step but generation, and the bubble of the updates."""
     work, size = rows.work, rows.size(shape)
     apart = candidate.tensor * candidate.data  # ranks of two stages
     states = size.tokens * shape.language.hidden_size * 2 / candidate.tensor
     send = along_s(states, candidate.pipeline, cluster, assumed, apart)
-    schedule, bubble = forward_backward_s(each.forward, each.backward, rows.num, send)
+    schedule, bubble = _pipeline_s(each.forward, each.backward, rows.num, send)
     schedule *= 1 + assumed.row_spread
     # views of a joint row are halves of it; scoring reads rows of one view
     reduce, step = _after_backward_s(candidate, config, cluster, assumed, counted)
@@ -190,10 +193,15 @@ def _seconds(
     return seconds, bubble
 
 
+_pipeline_s = lru_cache(maxsize=256)(forward_backward_s)
+"""Candidates that differ in optimizer or engine alone have the same schedule, and its simulation is what a plan waits
+for."""
+
+
 def _after_backward_s(
     candidate: Candidate, config: Config, cluster: Cluster, assumed: Assumptions, counted: tuple[StageMemory, ...]
 ) -> tuple[float, float]:
-    """Of the data-parallel exchange (fp32 gradients scattered, bf16 weights gathered) and of Adam."""
+    """Seconds of the data-parallel exchange (fp32 gradients scattered, bf16 weights gathered) and of Adam."""
     parameters = max(stage.gradients for stage in counted) / 4
     stride = candidate.tensor
     hidden = assumed.hidden_data if config.parallel.overlap_data else 0.0
@@ -208,11 +216,13 @@ def _after_backward_s(
 
 
 HOST_ADAM_BYTES_S = 20e9
-"""Of a rank's share of the host's memory rate: eight ranks on a node of about 400 GB/s, less what else it does."""
+"""A rank's share of the host's memory rate, in bytes per second: eight ranks on a node of about 400 GB/s, less what
+else it does."""
 
 
 def _handover_s(candidate: Candidate, shape: ModelShape, cluster: Cluster, assumed: Assumptions) -> float:
-    """Every rank hears the whole model: over NVLink from its tensor group, then from the other stages."""
+    """Seconds of the weight hand-over: every rank receives the whole model, over NVLink from its tensor group, then
+    from the other stages."""
     num_bytes = 2.0 * num_parameters(shape)
     gathered = gather_s(num_bytes, candidate.tensor, cluster, assumed)
     sent = along_s(num_bytes, candidate.pipeline, cluster, assumed, candidate.tensor * candidate.data)

@@ -22,15 +22,18 @@ from megatron_papo.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Rollouts:
+    """The predicted generation of a step's rollouts."""
+
     seconds: float
     waves: int
     """1 where keys and values of all sequences of an engine have room at once."""
     kv_bytes: int
-    """On one GPU, of all sequences at their mean length, as far as there is room."""
+    """Bytes on one GPU for all sequences at their mean length, as far as there is room."""
 
 
 def kv_bytes_per_token(shape: ModelShape, engine_tensor: int) -> float:
-    """On one GPU of the engine, in bfloat16; an engine that has more ranks than key-value heads repeats them."""
+    """Bytes of a token's keys and values on one GPU of the engine, in bfloat16; an engine that has more ranks than
+    key-value heads repeats them."""
     heads = max(shape.language.num_kv_heads / engine_tensor, 1)
     return 2 * shape.language.num_layers * heads * shape.language.head_dim * 2
 
@@ -38,7 +41,7 @@ def kv_bytes_per_token(shape: ModelShape, engine_tensor: int) -> float:
 def rollouts(
     config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload, room: float
 ) -> Rollouts:
-    """`room`: bytes for keys and values on one GPU."""
+    """The rollouts of one step; `room`: bytes for keys and values on one GPU."""
     size = config.generation.tensor
     engines = cluster.num_gpus / size
     groups = work.prompts / engines
@@ -56,7 +59,7 @@ def rollouts(
 def _pass_s(
     config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload, batch: float
 ) -> float:
-    """Of one decoding pass over `batch` sequences."""
+    """Seconds of one decoding pass over `batch` sequences."""
     size, gpu = config.generation.tensor, cluster.gpu
     parameters, memory = num_parameters(shape) / size, gpu.memory_gb_s * 1e9 * assumed.memory
     length = work.prompt_tokens(shape) + work.response_tokens / 2

@@ -32,7 +32,7 @@ _LENGTHS = ("prompt_tokens", "image_tokens", "response_tokens")
 def planned(
     config: Config, shape: ModelShape, gpu: Gpu, num_ranks: int, assumed: Assumptions, record: Mapping[str, Any]
 ) -> Estimate:
-    """Of the step that `record` tells of, by the names of its metrics: the mean tokens of prompts, images and responses
+    """The estimate of the step whose metrics `record` holds by name: the mean tokens of prompts, images and responses
     (`_LENGTHS`), and what dynamic sampling drew."""
     parallel = config.parallel
     layers = stage_layers(parallel, shape)
@@ -54,10 +54,10 @@ def planned(
     rounds = float(record["sampling/rounds"])
     generated = replace(generated, prompts=max(1, round(float(record["sampling/prompts"]) / rounds)))
     trained = _workload(config, shape, {name: float(record[f"trained/{name}"]) for name in _LENGTHS})
-    found, each_round = (
+    step, each_round = (
         estimate_applied(candidate, config, shape, cluster, assumed, work) for work in (trained, generated)
     )
-    return replace(found, seconds=found.seconds | {"generate": rounds * each_round.seconds["generate"]})
+    return replace(step, seconds=step.seconds | {"generate": rounds * each_round.seconds["generate"]})
 
 
 def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> Workload:

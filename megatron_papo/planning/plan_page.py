@@ -26,7 +26,7 @@ HEADERS = (
 
 
 def cells(found: Estimate) -> list[str]:
-    """One row of the table: the fullest stage's memory."""
+    """The cells of one row of the table; memory is the fullest stage's."""
     candidate, memory = found.candidate, found.fullest
     return [
         candidate.name,
@@ -140,7 +140,7 @@ def scale_markdown(points: Sequence[ScalePoint]) -> str:
 
 
 def _stages(candidate: Candidate) -> str:
-    """Runs of equal stages: `19, 20 x2, 21`."""
+    """The layers of each stage, equal neighbours together: `19, 20 x2, 21`."""
     runs: list[tuple[int, int]] = []
     for layers in candidate.layers:
         if runs and runs[-1][0] == layers:

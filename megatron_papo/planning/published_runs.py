@@ -26,6 +26,8 @@ from megatron_papo.planning.compute import stage_seconds
 
 @dataclass(frozen=True)
 class PublishedRun:
+    """A run of Megatron with its published speed."""
+
     name: str
     layers: int
     hidden: int
@@ -38,11 +40,11 @@ class PublishedRun:
     pipeline: int
     virtual: int
     batch: int
-    """Sequences of a step."""
+    """Sequences per step."""
     length: int
     fp8: bool
     published: tuple[float, float]
-    """TFLOP/s a GPU, least and most."""
+    """TFLOP/s per GPU, least and most."""
 
 
 _LLAMA_70B = ("Llama-3 70B", 80, 8192, 28672, 64, 8, 128256)
@@ -58,7 +60,7 @@ same batch, here of 989.5 TFLOP/s; its layout is not, and is taken as TP 8, PP 1
 
 
 def predicted_tflops(run: PublishedRun, assumed: Assumptions) -> float:
-    """Of one GPU, model FLOPs over the whole step."""
+    """Model TFLOP/s of one GPU over the whole step."""
     words = ["model.dtype=bfloat16", f"fp8.recipe={'tensorwise' if run.fp8 else 'off'}"]
     data = data_ranks(run, run.gpus)
     layers = (run.layers // run.pipeline,) * run.pipeline
@@ -85,7 +87,7 @@ def beside_published(assumed: Assumptions) -> Iterator[tuple[PublishedRun, float
 
 
 def _flops(run: PublishedRun) -> Flops:
-    """One forward pass over one sequence; every token is predicted."""
+    """FLOPs of one forward pass over one sequence; every token is predicted."""
     head = run.hidden // run.heads
     layer = run.hidden * (run.heads + 2 * run.kv_heads) * head + run.hidden**2 + 3 * run.hidden * run.ffn
     return Flops(

@@ -21,7 +21,7 @@ from megatron_papo.planning.workload import Workload
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """What was found; `fitting` by seconds of a step."""
+    """All estimates of a plan; `fitting` is sorted by seconds of a step."""
 
     fitting: tuple[Estimate, ...]
     too_large: tuple[Estimate, ...]
@@ -39,11 +39,11 @@ class LayoutPlan:
         return list(seen.values())
 
     def every(self) -> list[Estimate]:
-        """What does not fit too, the fastest first: the peak says by how much."""
+        """All estimates, those too that do not fit, the fastest first: the peak says by how much."""
         return sorted((*self.fitting, *self.too_large), key=lambda found: found.step_s)
 
     def reasons(self) -> list[Refused]:
-        """Of every layout that fits in no way: the fault, or what is nearest to fitting lacks."""
+        """The reason for every layout that fits in no way: the fault, or what its nearest candidate lacks."""
         fits = {found.candidate.name for found in self.fitting}
         nearest: dict[str, Estimate] = {}
         for found in sorted(self.too_large, key=lambda found: found.fullest.peak):
@@ -56,8 +56,8 @@ class LayoutPlan:
 
 
 def plan(config: Config, shape: ModelShape, cluster: Cluster, assumed: Assumptions, work: Workload) -> LayoutPlan:
-    """Every layout with every recomputation, optimizer and engine. Raises ConfigError when the GPUs together cannot
-    hold the model."""
+    """Estimates every layout with every recomputation, optimizer and engine. Raises ConfigError when the GPUs together
+    cannot hold the model."""
     _must_hold(shape, cluster)
     possible, refused = splits(config, shape, cluster)
     found = [
@@ -91,7 +91,7 @@ def _layers(
     assumed: Assumptions,
     work: Workload,
 ) -> tuple[int, ...]:
-    """By what the vision tower and the head take beside a language layer."""
+    """Layers of each stage, by what the vision tower and the head take beside a language layer."""
     tensor, pipeline, data = split
     num_layers = shape.language.num_layers
     if pipeline == 1:

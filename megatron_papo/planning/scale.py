@@ -16,12 +16,14 @@ from megatron_papo.planning.workload import Workload
 
 @dataclass(frozen=True)
 class ScalePoint:
+    """The best layout of one number of GPUs."""
+
     gpus: int
     prompts: int
-    """Of a step."""
+    """Prompts per step."""
     best: Estimate | None
     efficiency: float
-    """Tokens a second and GPU, of those of the first point; 0 where nothing fits."""
+    """Tokens per second and GPU as a share of the first point's; 0 where nothing fits."""
     breaks: str
     """The stage that costs most of what exceeds the ideal line, or why nothing fits."""
 
@@ -36,7 +38,8 @@ def scale(
     *,
     weak: bool,
 ) -> list[ScalePoint]:
-    """`lengths`: text_tokens, image_tokens and response_tokens of `Workload.of`."""
+    """The best layout of each number of nodes; `lengths`: text_tokens, image_tokens and response_tokens of
+    `Workload.of`."""
     points: list[ScalePoint] = []
     for num in nodes:
         prompts = config.train.prompts_per_step * num // nodes[0] if weak else config.train.prompts_per_step
@@ -59,7 +62,7 @@ def scale(
 
 
 def _breaks(best: Estimate, first: Estimate | None, times: float, weak: bool) -> str:
-    """With the pipeline's bubble where the stage is one that fills it."""
+    """The stage that exceeds the ideal line most; with the pipeline's bubble where the stage is one that has it."""
     if first is None or best is first:
         return ""
     ideal = 1.0 if weak else 1 / times

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 def forward_backward_s(
     forward: Sequence[float], backward: Sequence[float], num_rows: int, send: float = 0.0
 ) -> tuple[float, float]:
-    """(seconds from the first pass to the last, share of them that the stages stand still on average).
+    """Returns (seconds from the first pass to the last, share of them that the stages stand still on average).
 
     `forward` and `backward`: of one row on each stage; `send`: of a row between two stages.
     """
     stages = len(forward)
-    lines = [_Line(min(stages - stage - 1, num_rows)) for stage in range(stages)]
+    lines = [_StageSchedule(min(stages - stage - 1, num_rows)) for stage in range(stages)]
     while any(len(line.backward) < num_rows for line in lines):
         before = sum(len(line.forward) + len(line.backward) for line in lines)
         for stage, line in enumerate(lines):
@@ -33,7 +33,7 @@ def forward_backward_s(
 
 
 @dataclass
-class _Line:
+class _StageSchedule:
     """The passes of one stage, in their order."""
 
     warm_up: int
@@ -52,8 +52,8 @@ class _Line:
         below: list[float] | None,
         send: float,
     ) -> None:
-        """As many passes as have their input. `above`: forward ends of the stage before; `below`: backward ends of the
-        stage after; None where there is none."""
+        """Runs as many passes as have their input. `above`: forward ends of the stage before; `below`: backward ends of
+        the stage after; None where there is none."""
         forward, backward, free = self.forward, self.backward, self.free
         while (row := len(backward)) < num_rows:
             ahead = len(forward)
@@ -71,7 +71,7 @@ class _Line:
 
 
 def forward_s(forward: Sequence[float], num_rows: int, send: float = 0.0) -> float:
-    """Of `num_rows` rows through all stages, forward only: filling, then the slowest stage row by row."""
+    """Seconds of `num_rows` rows through all stages, forward only: filling, then the slowest stage row by row."""
     if not num_rows:
         return 0.0
     return sum(forward) + (len(forward) - 1) * send + (num_rows - 1) * max(forward)

@@ -12,26 +12,28 @@ from megatron_papo.model.layer_costs import Grid
 from megatron_papo.model.shape import ModelShape
 
 SLOTS_PER_STAGE = 2
-"""Rows that a pipeline stage gets at least (`run.pack_rows`)."""
+"""Rows that a pipeline stage gets at least (`training.batching`)."""
 
 
 @dataclass(frozen=True)
 class Workload:
+    """The batch of one step, in means."""
+
     prompts: int
-    """Of a step, over all ranks."""
+    """Prompts per step, over all ranks."""
     group_size: int
     updates: int
     text_tokens: int
-    """Of a prompt, beside its image tokens."""
+    """Text tokens of a prompt, beside its image tokens."""
     grids: tuple[Grid, ...]
     """A prompt's images, in patches."""
     response_tokens: int
-    """Mean."""
+    """Mean tokens of a response."""
     longest_response: int
     row_tokens: int
-    """Budget of a row."""
+    """Token budget of a row."""
     joint: bool
-    """Both views in a row, with gradient through both."""
+    """Whether both views are in a row, with gradient through both."""
     score_passes: float
     """Forward passes over all rows of a step beside the updates: old, masked and reference log-probs."""
 
@@ -45,7 +47,7 @@ class Workload:
         image_tokens: int = 600,
         response_tokens: int | None = None,
     ) -> Workload:
-        """The settings' batch; lengths are of the data, and what the settings do not say."""
+        """The batch of these settings; lengths depend on the data, so they are arguments."""
         train, longest = config.train, config.generation.max_response_tokens
         joint = config.reads_joint_rows
         masked = 1.0 if config.reads_masked_view and not joint else 0.0
@@ -70,11 +72,11 @@ class Workload:
         return self.text_tokens + self.image_tokens(shape)
 
     def step_tokens(self, shape: ModelShape) -> int:
-        """As `tokens_per_s` counts them: every rollout with its prompt."""
+        """Tokens of a step as `tokens_per_s` counts them: every rollout with its prompt."""
         return self.prompts * self.group_size * (self.prompt_tokens(shape) + self.response_tokens)
 
     def rows(self, shape: ModelShape, data: int, pipeline: int = 1) -> Rows:
-        """Of one update on one of `data` data-parallel ranks; a pipeline gets two a stage, as far as there are
+        """The rows of one update on one of `data` data-parallel ranks; a pipeline gets two a stage, as far as there are
         prompts, as the trainer packs them."""
         views = 2 if self.joint else 1
         prompts = self.prompts / self.updates / data
@@ -101,10 +103,10 @@ class Rows:
     groups: float
     """Prompts in a row."""
     responses: float
-    """Of each."""
+    """Responses of each prompt in a row."""
 
     def flops(self, shape: ModelShape) -> Flops:
-        """One forward pass over one row."""
+        """FLOPs of one forward pass over one row."""
         whole = round(self.responses) or 1
         lengths = [round(self.work.response_tokens * self.responses / whole)] * whole
         one = group_flops(self.work.prompt_tokens(shape), lengths, self.work.grids, shape)
@@ -122,14 +124,14 @@ class Rows:
         )
 
     def fullest(self, shape: ModelShape) -> RowSize:
-        """Of a row that fills its budget, in the proportions of the mean: what memory must hold."""
+        """The size of a row that fills its budget, in the proportions of the mean: what memory must hold."""
         size = self.size(shape)
         times = max(1.0, self.work.row_tokens / size.tokens)
         return RowSize(*(round(times * value) for value in (size.tokens, size.patches, size.responses)))
 
 
 def _grid(image_tokens: int, shape: ModelShape) -> Grid:
-    """About a square of so many tokens."""
+    """The patches of about a square image of so many tokens."""
     edge = shape.vision.spatial_merge_size
     height = max(1, math.isqrt(image_tokens))
     return 1, edge * height, edge * max(1, round(image_tokens / height))

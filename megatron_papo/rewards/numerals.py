@@ -63,9 +63,9 @@ def near(value: Fraction, gold: Fraction) -> bool:
     return abs(value - gold) <= min(_MILLIONTH, 5 * _MILLIONTH * max(abs(value), abs(gold)))
 
 
-def _mixed(found: re.Match[str]) -> Fraction | None:
+def _mixed(match: re.Match[str]) -> Fraction | None:
     """`7 1/2`, whose fraction is less than one: `7 3/2` may be a product."""
-    sign, whole, *parts = found.groups()
+    sign, whole, *parts = match.groups()
     top, bottom = (int(part) for part in parts if part is not None)
     if not 0 < top < bottom:
         return None

@@ -67,13 +67,13 @@ class Rewarder:
     def parts(self, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         """The parts of one rollout: accuracy and format always, repetition and overlong where they count."""
         accuracy = max(self._accuracy(prompt.problem, answer, rollout.text) for answer in prompt.answers)
-        found = {"accuracy": accuracy, "format": format_reward(self._response_prefix + rollout.text)}
+        parts = {"accuracy": accuracy, "format": format_reward(self._response_prefix + rollout.text)}
         if self._config.repetition_weight:
-            found["repetition"] = repetition(rollout.text, self._config.repetition_ngram)
+            parts["repetition"] = repetition(rollout.text, self._config.repetition_ngram)
         if self._config.overlong.enabled:
             assert self._max_response_tokens is not None
-            found["overlong"] = overlong(len(rollout.response_ids), self._max_response_tokens, self._config.overlong)
-        return found
+            parts["overlong"] = overlong(len(rollout.response_ids), self._max_response_tokens, self._config.overlong)
+        return parts
 
     def _reward_group(self, group: Group) -> Group:
         parts = [self.parts(group.prompt, rollout) for rollout in group.rollouts]

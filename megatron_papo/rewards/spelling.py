@@ -117,8 +117,8 @@ def tight(text: str) -> str:
 def _as_latex(text: str) -> str:
     """Unicode's signs as LaTeX writes them, full-width and styled letters as plain ones."""
     text = _ROOT.sub(_root, text)
-    text = _RAISED.sub(lambda found: f"^{{{_flat(found[0])}}}", text)
-    text = _LOWERED.sub(lambda found: f"_{{{_flat(found[0])}}}", text)
+    text = _RAISED.sub(lambda match: f"^{{{_flat(match[0])}}}", text)
+    text = _LOWERED.sub(lambda match: f"_{{{_flat(match[0])}}}", text)
     return unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
 
 
@@ -126,13 +126,13 @@ def _flat(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("−", "-")
 
 
-def _root(found: re.Match[str]) -> str:
-    under = found[2] or found[3]
-    return _ROOTS[found[1]] + (f"{{{under}}}" if under else " ")
+def _root(match: re.Match[str]) -> str:
+    under = match[2] or match[3]
+    return _ROOTS[match[1]] + (f"{{{under}}}" if under else " ")
 
 
-def _long_fraction(found: re.Match[str]) -> str:
-    top, bottom = (part for part in found.groups() if part is not None)
+def _long_fraction(match: re.Match[str]) -> str:
+    top, bottom = (part for part in match.groups() if part is not None)
     return f"\\frac{{{top}}}{{{bottom}}}"
 
 

@@ -28,7 +28,7 @@ Unit = frozenset[tuple[str, int]]
 """Names of the table, or a noun, with their powers."""
 
 _MOST_TOKENS = 40
-"""Of a unit, blanks included."""
+"""Most tokens of a unit, blanks included."""
 _HAN = "|".join(sorted([*CHINESE, "平方", "立方", "每"], key=len, reverse=True))
 _TOKEN = re.compile(
     rf"(?P<degree>\^ ?(?:\\circ|\{{ ?\\circ ?\}}))|(?P<power>\^ ?(?:-?\d|\{{ ?-?\d ?\}}))|"
@@ -74,7 +74,7 @@ def split_units(spelled: str) -> tuple[str, frozenset[Unit]]:
 
 
 def _split_members(spelled: str) -> tuple[str, frozenset[Unit]]:
-    """Of `3 cm and 4 cm` or `(3 m, 4 m)`."""
+    """The text without the units of its members, and those units: of `3 cm and 4 cm` or `(3 m, 4 m)`."""
     units: set[Unit] = set()
     members = _BETWEEN.split(spelled)
     for index in range(0, len(members), 2):
@@ -154,11 +154,11 @@ def _named(word: str) -> str | None:
 
 
 def _in_base_units(powers: dict[str, int]) -> Unit:
-    found: dict[str, int] = {}
+    base_powers: dict[str, int] = {}
     for name, power in powers.items():
         for base, times in DERIVED.get(name, {name: 1}).items():
-            found[base] = found.get(base, 0) + power * times
-    return frozenset((name, power) for name, power in found.items() if power)
+            base_powers[base] = base_powers.get(base, 0) + power * times
+    return frozenset((name, power) for name, power in base_powers.items() if power)
 
 
 def _measures(value: str, tokens: list[re.Match[str]]) -> bool:

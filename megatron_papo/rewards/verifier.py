@@ -22,7 +22,7 @@ from megatron_papo.runtime.process import save_requests_held
 _START_S = 120.0
 """Importing sympy on a busy machine."""
 _SHARE = 0.95
-"""Of the limit, for the comparison itself; the rest is for ending the one and handing over the next."""
+"""Share of the time limit for the comparison itself; the rest is for ending it and handing over the next one."""
 _GRACE_S = 10.0
 """Beyond the limit of a comparison, which the worker keeps by itself, before the worker too is given up."""
 _REMEMBERED = 100_000

@@ -140,8 +140,8 @@ def _line(failure: Failure) -> bytes:
 
 def _parsed(text: bytes) -> Failure | None:
     try:
-        found = json.loads(text)
-        note = Failure(**{each.name: found[each.name] for each in fields(Failure) if each.name in found})
+        record = json.loads(text)
+        note = Failure(**{each.name: record[each.name] for each in fields(Failure) if each.name in record})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     words = (note.name, note.message, note.traceback, note.attempt)

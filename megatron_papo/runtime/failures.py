@@ -3,8 +3,8 @@
 A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
 theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
 one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
-its traceback goes to a file, and the console shows the reason alone. Leaves out how the others hear of it (notes.py)
-and what the operating system knows (signals, exit codes): that is for the launcher.
+its traceback goes to a file, and the console shows the reason alone. Leaves out how the other ranks learn of it
+(failure_notes.py) and what the operating system knows (signals, exit codes): that is for the launcher.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Failure:
     message: str
     traceback: str = ""
     attempt: str = ""
-    """Of which attempt of the run; empty before its ranks have met (notes.py)."""
+    """Name of the attempt of the run; empty before its ranks have met (failure_notes.py)."""
 
     def reason(self) -> str:
         """The line that the run ends with."""
@@ -88,9 +88,9 @@ def the_cause(failures: list[Failure]) -> Failure:
     """The failure that explains the others."""
     assert failures, "a run that failed has a failure"
     for kinds in _ORDER:
-        found = [failure for failure in failures if failure.kind in kinds]
-        if found:
-            return min(found, key=lambda failure: failure.time)
+        candidates = [failure for failure in failures if failure.kind in kinds]
+        if candidates:
+            return min(candidates, key=lambda failure: failure.time)
     raise AssertionError("every kind stands in _ORDER")
 
 

@@ -5,7 +5,7 @@ A thread writes RUN/heartbeats/rank_N.json every `run.heartbeat_s`: host, proces
 looks for the note that a failing rank leaves in RUN/failures. On a note of a stall it writes this rank's stacks; on
 any note it ends this process, which may well wait in a collective for the rank that is gone. Files on the disk that all
 nodes share are what works under srun, torchrun and by hand alike. What lay there when this rank began is another
-attempt's, and so is a note that says so (notes.py).
+attempt's, and so is a note that says so (failure_notes.py).
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ class Heartbeat:
 
     def _notes(self) -> dict[Path, tuple[str, int, int]]:
         """The files there are, and what tells each from one that takes its place; without a look at any clock."""
-        found = {}
+        states = {}
         with suppress(OSError):
             for path in sorted((self._run.dir / "failures").glob("rank_*.json")):
                 with suppress(OSError):
                     state = path.stat()
-                    found[path] = (path.name, state.st_ino, state.st_mtime_ns)
-        return found
+                    states[path] = (path.name, state.st_ino, state.st_mtime_ns)
+        return states
 
     def _say_once(self, error: Exception) -> None:
         if not self._said:
@@ -147,10 +147,10 @@ def silent_rank(run: RunConfig) -> Failure | None:
 
 def _signs(folder: Path) -> dict[int, tuple[float, dict[str, Any]]]:
     """By rank: when it was written and what it says; those of this attempt."""
-    found = {}
+    signs = {}
     for path in folder.glob("rank_*.json"):
         with suppress(OSError, ValueError):
             written, sign = path.stat().st_mtime, json.loads(path.read_text())
             if isinstance(sign, dict) and sign.get("attempt") == own_attempt():
-                found[int(path.stem.removeprefix("rank_"))] = (written, sign)
-    return found
+                signs[int(path.stem.removeprefix("rank_"))] = (written, sign)
+    return signs

@@ -33,12 +33,12 @@ def hosts(nodelist: str) -> Iterator[str]:
 
 
 def _numbers(bracket: str, nodelist: str) -> list[str]:
-    """Of `001-010,15`: as wide as the first of a range is written."""
-    found: list[str] = []
+    """Numbers in a bracket such as `001-010,15`, as texts: each as wide as the first number of its range."""
+    numbers: list[str] = []
     for part in bracket.split(","):
         match = _RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if match is None or not first <= last < first + _MOST_OF_A_RANGE:
             raise ValueError(f"{nodelist!r} is no list of Slurm's hosts: [{bracket}] holds {part!r}")
-        found += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
-    return found
+        numbers += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return numbers

@@ -36,7 +36,7 @@ class RunProgress:
 
 
 def read_progress(run_dir: Path) -> RunProgress:
-    """Of a run folder in any state, an empty one too."""
+    """Progress of the run in `run_dir`, which may be in any state, also empty."""
     records = [each for each in read_records(run_dir / "metrics.jsonl") if isinstance(each.get("step"), int)]
     done = records[-1]["step"] + 1 if records else 0
     saved, written_at = _newest_checkpoint(run_dir / "checkpoints")

@@ -49,9 +49,9 @@ class Holder:
     started: int
     """When the process began, in clock ticks since the boot: tells it from a later one of the same number."""
     since: float
-    """Unix time."""
+    """When the lock was taken, in seconds of Unix time."""
     job: str
-    """Of Slurm; empty without."""
+    """Number of the Slurm job; empty outside Slurm."""
     restarts: str
     """How often Slurm has queued that job again."""
     launch: str

@@ -29,7 +29,7 @@ Record = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one figure over the measured steps."""
+    """Median and range of one figure over the measured steps."""
 
     median: float
     low: float
@@ -38,17 +38,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One point of the table."""
+    """One point of the sweep: a row of the table."""
 
     name: str
     state: State
     ranks: int
     layout: str = ""
-    """Tensor x pipeline x data: `2x1x4`."""
+    """Ranks along tensor x pipeline x data: `2x1x4`."""
     prompts: int | None = None
-    """Of a step."""
+    """Prompts per step."""
     num_steps: int = 0
-    """Measured."""
+    """Measured steps."""
     figures: Mapping[str, Spread] = field(default_factory=dict)
     """`tokens_per_s`, `step_s`, seconds by stage, `mfu`, `memory_gib`, `planned_step_s`, `planned_tokens_per_s` and the
     planner's seconds by stage; those that the run recorded."""
@@ -61,12 +61,12 @@ class Row:
         return None if self.speed_up is None or not self.ideal else self.speed_up / self.ideal
 
     def median(self, figure: str) -> float | None:
-        found = self.figures.get(figure)
-        return None if found is None else found.median
+        spread = self.figures.get(figure)
+        return None if spread is None else spread.median
 
 
 def gather(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -> list[Row]:
-    """In the order of the file. Points without a measured step have a row without figures."""
+    """The rows of the table in the order of the file. Points without a measured step have a row without figures."""
     factors: dict[str, float] = {}
     rows = []
     for point in points:
@@ -88,22 +88,22 @@ def _row(point: Point, state: State, config: Config | None, records: Sequence[Re
 
 
 def against_first(rows: Sequence[Row]) -> list[Row]:
-    """With speed-up and its ideal, from the first row that has tokens a second."""
+    """The rows with speed-up and its ideal, from the first row that has tokens a second."""
     first = next((row for row in rows if row.median("tokens_per_s")), None)
     base = None if first is None else first.median("tokens_per_s")
     if first is None or not base:
         return list(rows)
-    found = []
+    compared = []
     for row in rows:
         speed = row.median("tokens_per_s")
         if speed:
             row = replace(row, speed_up=speed / base, ideal=row.ranks / first.ranks)
-        found.append(row)
-    return found
+        compared.append(row)
+    return compared
 
 
 def measured_steps(point: Point, warm_up: int) -> list[Record]:
-    """Without the `warm_up` steps after every start, the first and those after a checkpoint."""
+    """The records of steps without the `warm_up` steps after every start, the first and those after a checkpoint."""
     starts = {0, *(attempt.steps_saved for attempt in read_attempts(point.run_dir))}
     left_out = {start + step for start in starts for step in range(warm_up)}
     records: dict[int, dict[str, Any]] = {}
@@ -114,7 +114,8 @@ def measured_steps(point: Point, warm_up: int) -> list[Record]:
 
 
 def figures_of(records: Sequence[Record], factors: Mapping[str, float]) -> dict[str, Spread]:
-    """`factors`: what the planner's seconds of a stage are multiplied with; 1 for those that it lacks."""
+    """The figures of a row. `factors`: what the planner's seconds of a stage are multiplied with; 1 for those that it
+    lacks."""
     if not records:
         return {}
     taken: dict[str, Callable[[Record], float | None]] = {
@@ -136,14 +137,14 @@ def figures_of(records: Sequence[Record], factors: Mapping[str, float]) -> dict[
 
 
 def fitted(records: Sequence[Record]) -> dict[str, float]:
-    """Measured over planned seconds by stage, medians: as `tools/plan.py --calibrate` fits them to a run."""
-    found = {}
+    """Measured over planned seconds by stage, as medians: as `tools/plan.py --calibrate` fits them to a run."""
+    factors = {}
     for stage in PLANNED_STAGES:
         plans = [record.get(f"planned/time/{stage}", 0.0) for record in records]
         ratios = [record.get(f"time/{stage}", 0.0) / plan for record, plan in zip(records, plans) if plan > 0]
         if ratios:
-            found[stage] = statistics.median(ratios)
-    return found
+            factors[stage] = statistics.median(ratios)
+    return factors
 
 
 def step_seconds(record: Record) -> float:
@@ -151,7 +152,7 @@ def step_seconds(record: Record) -> float:
 
 
 def planned_seconds(record: Record, factors: Mapping[str, float]) -> float | None:
-    """Of the stages that the planner knows; None where it did not know the GPU."""
+    """Planned seconds of a step, of the stages that the planner knows; None where it did not know the GPU."""
     stages = [_planned_stage(record, stage, factors) for stage in PLANNED_STAGES]
     known = [seconds for seconds in stages if seconds is not None]
     return sum(known) if known else None
@@ -168,18 +169,18 @@ def _planned_speed(record: Record, factors: Mapping[str, float]) -> float | None
 
 
 def _memory_gib(record: Record) -> float | None:
-    """The highest of any stage, on the rank that holds most."""
+    """The highest memory of any stage, on the rank that holds most."""
     peaks = [value for name, value in record.items() if name.startswith("memory/")]
     return max(peaks) / GIB if peaks else None
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:
-    found = [value for value in values if value is not None]
-    return Spread(statistics.median(found), min(found), max(found)) if found else None
+    known = [value for value in values if value is not None]
+    return Spread(statistics.median(known), min(known), max(known)) if known else None
 
 
 def _settings(point: Point) -> Config | None:
-    """As the point was submitted last; None before, and where they cannot be read."""
+    """The settings with which the point was submitted last; None before, and where they cannot be read."""
     kept = run_records.folder_of(point.run_dir) / "settings.yaml"
     try:
         return load_config(kept, to_run=False) if kept.exists() else None

@@ -17,7 +17,7 @@ from megatron_papo.sweep.submit_points import CheckedPoints
 
 
 def run_points(chosen: Sequence[CheckedPoints], say: Callable[[str], None]) -> None:
-    """Interrupted, the running point is written down as such, and the rest is not begun."""
+    """Runs the points. Interrupted, the running point is written down as such, and the rest is not begun."""
     for each in chosen:
         assert each.plan is not None
         say(f"{each.point.name}: {each.plan.checked}")

@@ -83,7 +83,7 @@ def _draw_planned(panel: Any, rows: Sequence[Row], top: float, line: str) -> Non
 
 
 def _draw_shares(panel: Any, rows: Sequence[Row]) -> None:
-    """Of the stages' medians; what the planner does not know is `other`."""
+    """Shares of the stages' medians in a step; stages that the planner does not know are `other`."""
     places = range(len(rows))
     bottom = [0.0] * len(rows)
     for name, color in zip((*PLANNED_STAGES, "other"), _SHARES):

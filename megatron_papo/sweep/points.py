@@ -37,13 +37,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 class PointConfig(Section):
     ranks: Count | None = None
-    """Of the whole job, on as few nodes as hold them: a node has cluster.gpus_per_node (or ranks_per_node) of them."""
+    """Ranks of the whole job, on as few nodes as hold them: a node has cluster.gpus_per_node (or ranks_per_node) of
+    them."""
     nodes: Count | None = None
-    """Whole nodes instead."""
+    """Whole nodes, instead of ranks."""
     name: str | None = None
-    """Of its folder; null: `ranks_4` or `nodes_2`."""
+    """Name of its folder; null: `ranks_4` or `nodes_2`."""
     overrides: tuple[str, ...] = ()
-    """`key.path=value`, over the sweep's."""
+    """`key.path=value`, which win over the sweep's."""
 
     @model_validator(mode="after")
     def _check(self) -> PointConfig:
@@ -59,7 +60,7 @@ class PointConfig(Section):
 
 class Sweep(Section):
     name: str
-    """Of its jobs and figures."""
+    """Name of the sweep, of its jobs and figures."""
     dir: Path
     """Everything lies under it: points/NAME is a run, beside table and plot. Relative to the working folder."""
     config: Path | None = None
@@ -71,7 +72,7 @@ class Sweep(Section):
     points: Annotated[list[PointConfig], Field(min_length=1)]
     """In the order of the table; speed-up is counted from the first that ran."""
     steps: Annotated[int, Field(ge=1)] = 6
-    """Of each run."""
+    """Steps of each run."""
     warm_up: Annotated[int, Field(ge=0)] = 1
     """Steps that the figures leave out, after every start of a run."""
     limit: Count | None = None
@@ -111,13 +112,14 @@ class Point:
     run_dir: Path
     """Absolute."""
     overrides: tuple[str, ...]
-    """Over the recipe."""
+    """The settings of this point, which win over the recipe's."""
     fault: str = ""
-    """Why these ranks cannot be; empty when they can."""
+    """Why these ranks are impossible; empty when they are possible."""
 
 
 def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
-    """`more`: overrides behind the file's. Raises ConfigError, a line a fault, each with file and key."""
+    """Reads SWEEP.yaml. `more`: overrides behind the file's. Raises ConfigError, a line a fault, each with file and
+    key."""
     try:
         tree = read_mapping(path)
     except FileNotFoundError:
@@ -137,7 +139,7 @@ def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
 
 
 def points_of(sweep: Sweep) -> list[Point]:
-    """Raises ConfigError for common settings that cannot be."""
+    """The points in the order of the file. Raises ConfigError for common settings that are impossible."""
     common = load_config(sweep.config, [*BASICS, *sweep.overrides])
     each = common.cluster.gpus_per_node or common.cluster.ranks_per_node
     assert each is not None, "refused by the section cluster"

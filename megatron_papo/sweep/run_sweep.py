@@ -103,7 +103,7 @@ def _tell(each: CheckedPoints, state: State, kept: bool) -> None:
 
 
 def _settled_jobs(points: Sequence[Point]) -> list[QueuedJob]:
-    """Once none of the points' jobs is ending any more: of one that was just cancelled it shows then what it was."""
+    """The jobs, once none of the points' jobs is ending any more: one that was just cancelled shows its state then."""
     deadline, said = time.monotonic() + _SETTLE_S, False
     while True:
         jobs = my_jobs()
@@ -127,7 +127,8 @@ def _jobs_if_any() -> list[QueuedJob]:
 
 
 def _drop_checkpoints(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -> None:
-    """Of a 72B model each is a terabyte, and only figures are wanted."""
+    """Removes the checkpoints of points that are done: of a 72B model each is a terabyte, and only figures are
+    wanted."""
     for point in points:
         if states[point.name].word == "done" and not sweep.keep_checkpoints:
             shutil.rmtree(point.run_dir / "checkpoints", ignore_errors=True)

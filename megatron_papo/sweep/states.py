@@ -65,7 +65,7 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
 
 
 def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJob | None) -> State:
-    """Of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
+    """The state of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
     if attempts and attempts[-1].end in ("failed", "refused", "stopped"):
         return State("failed", _reason(run_dir, attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:

@@ -31,7 +31,7 @@ _MAY_CHANGE = ("cluster.", "train.steps", "run.", "observe.")
 class CheckedPoints:
     point: Point
     plan: SubmissionPlan | None
-    """None: it cannot be."""
+    """None: the point is refused."""
     reason: str = ""
 
 

@@ -28,7 +28,8 @@ _FIGURES = (
 
 
 def cells(row: Row) -> list[str]:
-    """Medians; of tokens a second and of a step's seconds the spread too. In one line, and nothing hidden."""
+    """The cells of one row: medians, and the spread of tokens a second and of a step's seconds. Control characters are
+    shown, not printed."""
     shown = [
         row.name,
         str(row.ranks),
@@ -102,7 +103,7 @@ _CSV_HEAD = (
 
 
 def _csv_row(row: Row) -> list[object]:
-    """As they are, not rounded; nothing where there is nothing."""
+    """The values of one row, not rounded; empty where there is none."""
     head = [
         row.name, row.ranks, row.layout, row.prompts, row.state.word, row.state.reason, row.num_steps, row.speed_up,
         row.ideal, row.efficiency,
@@ -110,12 +111,12 @@ def _csv_row(row: Row) -> list[object]:
     spreads = [row.figures.get(figure) for figure in _FIGURES]
     return [
         *head,
-        *(value for found in spreads for value in ((found.median, found.low, found.high) if found else [None] * 3)),
+        *(value for each in spreads for value in ((each.median, each.low, each.high) if each else [None] * 3)),
     ]
 
 
 def _columns(filled: Sequence[Sequence[str]]) -> list[int]:
-    """Those that any row has something in."""
+    """The columns in which any row has something."""
     return [column for column in range(len(filled[0])) if any(row[column] for row in filled)]
 
 
@@ -132,8 +133,8 @@ def _other(row: Row) -> float | None:
 
 
 def _with_spread(row: Row, figure: str) -> str:
-    found = row.figures.get(figure)
-    return "" if found is None else f"{_number(found.median)} ({_number(found.low)} to {_number(found.high)})"
+    spread = row.figures.get(figure)
+    return "" if spread is None else f"{_number(spread.median)} ({_number(spread.low)} to {_number(spread.high)})"
 
 
 def _number(value: float | None, digits: int | None = None) -> str:

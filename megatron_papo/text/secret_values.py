@@ -65,8 +65,8 @@ def names_a_secret(name: str) -> bool:
 
 def assigned(line: str) -> list[tuple[str, str]]:
     """The variables that a line of shell sets to texts written there, with them; not what it sets to `$(cat FILE)`."""
-    found = ((name, value.strip("\"'")) for name, value in _ASSIGNED.findall(line))
-    return [(name, value) for name, value in found if not value.startswith(("$", "`", "/", "~"))]
+    assignments = ((name, value.strip("\"'")) for name, value in _ASSIGNED.findall(line))
+    return [(name, value) for name, value in assignments if not value.startswith(("$", "`", "/", "~"))]
 
 
 def fault_of_variable(key: str, name: str, value: str) -> str:

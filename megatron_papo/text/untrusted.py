@@ -21,12 +21,12 @@ LINES = "\n\t"
 def as_text(value: object, keep: str = "") -> str:
     """`str(value)`, in which what a terminal would obey is visible: `\\x1b`, `\\n`, `\\u202e`. Characters of `keep`
     stay as they are. What was made visible once stays the same."""
-    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(value))
+    return _HIDDEN.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(value))
 
 
 def hidden_in(text: str, keep: str = "") -> str:
     """The first character of `text` that `as_text` would replace, as it would show it; empty where there is none."""
-    return next((_escape(found) for found in _HIDDEN.findall(text) if found not in keep), "")
+    return next((_escape(character) for character in _HIDDEN.findall(text) if character not in keep), "")
 
 
 def _escape(character: str) -> str:

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen2_5_VLConfig
 
+from megatron_papo.model.positions import positions_of
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import MicroBatch, Segment
-from tests.support.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model, wide_weights
+from tests.toy_family.reference import Toy, toy_config
 
 Grid = tuple[int, int]
-PATCH_DIM = 1176
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Case:
     """rows -> prompts -> images of the prompt."""
     model: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
+    toy: bool = False
+    """A model of the toy family, which lies outside the package."""
 
 
 CASES = (
@@ -44,6 +49,10 @@ CASES = (
         {"kv_heads": 1},
     ),
 )
+TOY_CASES = (
+    Case("toy family", ((((6, 10),), ((2, 14), (4, 4)), ()), (((4, 2),),)), temperature=0.8, toy=True),
+    Case("toy family, tied", (((), ((2, 2),)),), {"tie": True}, toy=True),
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,15 @@ class Reference:
 
 def write_case(case: Case, folder: Path) -> Reference:
     """Writes the model to `folder` and its rows to `folder`/rows.pt; returns the reference."""
-    sizes = {"layers": 3, "heads": 4, "vision_heads": 4, **case.model}
-    model = tiny_model(tiny_config(**sizes), seed=len(case.rows))
+    if case.toy:
+        model: Any = wide_weights(Toy(toy_config(**case.model)), seed=len(case.rows))
+    else:
+        sizes = {"layers": 3, "heads": 4, "vision_heads": 4, **case.model}
+        model = tiny_model(tiny_config(**sizes), seed=len(case.rows))
     model.save_pretrained(folder)
+    shape = ModelShape.from_folder(folder)
     generator = torch.Generator().manual_seed(7)
-    prompts = [[_prompt(model.config, images, generator) for images in row] for row in case.rows]
+    prompts = [[_prompt(model.config, shape, images, generator) for images in row] for row in case.rows]
     logprobs = []
     for row in prompts:
         logprobs.append(torch.cat([_score(model, prompt, case.temperature) for prompt in row]))
@@ -82,7 +95,7 @@ class _Prompt:
     positions: Tensor
 
 
-def _prompt(config: Any, images: tuple[Grid, ...], generator: torch.Generator) -> _Prompt:
+def _prompt(config: Any, shape: ModelShape, images: tuple[Grid, ...], generator: torch.Generator) -> _Prompt:
     def text(num: int) -> list[int]:
         return torch.randint(0, 255, (num,), generator=generator).tolist()
 
@@ -95,8 +108,11 @@ def _prompt(config: Any, images: tuple[Grid, ...], generator: torch.Generator) -
     if not images:
         return _Prompt(token_ids, num_response, None, None, torch.arange(len(token_ids)).expand(3, -1))
     grids = torch.tensor([[1, height, width] for height, width in images])
-    pixels = torch.randn(int(grids.prod(1).sum()), PATCH_DIM, generator=generator)
-    return _Prompt(token_ids, num_response, pixels, grids, _positions(config, token_ids, grids))
+    pixels = torch.randn(int(grids.prod(1).sum()), shape.vision.patch_dim, generator=generator)
+    positions = positions_of(shape)(token_ids, grids)
+    if isinstance(config, Qwen2_5_VLConfig):
+        assert torch.equal(positions, _positions(config, token_ids, grids))
+    return _Prompt(token_ids, num_response, pixels, grids, positions)
 
 
 def _positions(config: Any, token_ids: Tensor, grids: Tensor) -> Tensor:

@@ -57,7 +57,11 @@ def tiny_config(
 
 def tiny_model(config: Qwen2_5_VLConfig, *, seed: int = 0, std: float = 0.15) -> Qwen2_5_VLForConditionalGeneration:
     """An fp32 model with matrices and biases of standard deviation `std`, norm weights around one."""
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    return wide_weights(Qwen2_5_VLForConditionalGeneration(config).float().eval(), seed=seed, std=std)
+
+
+def wide_weights[Model: torch.nn.Module](model: Model, *, seed: int = 0, std: float = 0.15) -> Model:
+    """The model with weights drawn anew, as wide as `tiny_model` says."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -13,8 +13,7 @@ import yaml
 
 from megatron_papo.cli import main
 from megatron_papo.config import dump_config, load_config
-from megatron_papo.data import row_files
-from megatron_papo.preflight.inputs import DATA_SUFFIXES, faults_of_inputs
+from megatron_papo.preflight.inputs import faults_of_inputs
 from megatron_papo.preflight.layout_faults import faults_of_ranks
 from tests.support import commands
 from tests.support.tiny_run import make_inputs, metrics, tiny_run
@@ -325,10 +324,6 @@ def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkey
     config = load_config(None, [f"model.path={model}", "data.train=org/name", *settings])
     key = settings[0].partition("=")[0]
     assert faults_of_inputs("train", config) == [f"{key}: needs Transformer Engine, which is not installed"]
-
-
-def test_the_kinds_of_files_are_those_that_can_be_opened():
-    assert set(DATA_SUFFIXES) == set(row_files.BUILDERS)
 
 
 def test_given_weights_win_over_those_of_the_file(tmp_path, model):

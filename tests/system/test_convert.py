@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.convert import write_folder
 from megatron_papo.conversion import journal as journal_module
 from megatron_papo.conversion import stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
@@ -30,7 +29,7 @@ from megatron_papo.conversion.workers import memory
 from tests.parallel.generation_cases import make_folder
 from tests.support import commands
 from tests.support.processes import interpreter
-from tests.support.tiny import make_tiny_folder
+from tests.support.tiny import make_tiny_folder, tiny_config, tiny_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 KEY = "model.layers.1.self_attn.k_proj.weight"
@@ -604,12 +603,9 @@ def _bounded(source: Path, target: Path, budget: int, out: Path) -> None:
 
 def test_memory_stays_below_its_bound_whatever_the_size(tmp_path):
     """22 buffers of some 150 KiB, and what libraries take while they work, for tensors of up to 20 MB, 130 in all."""
-    config = json.loads((make_tiny_folder(tmp_path / "tiny") / "config.json").read_text())
-    text = {"vocab_size": 26_000, "hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 3,
-            "num_attention_heads": 16, "num_key_value_heads": 2}  # fmt: skip
-    config["text_config"] |= text | {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
-    config["vision_config"]["out_hidden_size"] = 512
-    write_folder(tmp_path / "hf", config)
+    config = tiny_config(hidden=512, layers=3, heads=16, kv_heads=2, vocab=26_000)
+    config.text_config.intermediate_size = 8192
+    tiny_model(config).bfloat16().save_pretrained(tmp_path / "hf")
     budget = 58 * 2**20
     assert _in_a_process(_bounded, tmp_path / "hf", tmp_path / "m", budget, tmp_path / "took") == 0
     resident, anonymous, num_bytes = map(int, (tmp_path / "took").read_text().split())

@@ -307,7 +307,7 @@ def _demonstrated(rows, rank, size):
         rows, DataCursor(len(rows), seed=0), num_prompts=6, updates_per_step=1, data_rank=rank, data_size=size,
         bad_rows=bad_rows,
     )  # fmt: skip
-    return [rows.group(prompt).rollouts[0].text for prompt in draw.prompts], set(bad_rows.found)
+    return [rows.group(prompt).rollouts[0].text for prompt in draw.prompts], set(bad_rows.by_row)
 
 
 @pytest.mark.parametrize(("error", "reason"), [(MemoryError, "out of memory"), (RecursionError, "nested too deep")])

@@ -21,6 +21,7 @@ from megatron_papo.costs.memory import (
     stage_memory,
 )
 from megatron_papo.logprobs.tiling import CUDA_TILE
+from megatron_papo.model.layer_costs import ActivationSettings, LayerWidths, ParameterCount, layer_saved_bytes
 from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.shape import ModelShape
@@ -195,3 +196,13 @@ def test_every_recipe_fits_the_nodes_it_names():
 def test_a_recipe_that_the_gpu_does_not_compute_is_refused(gpu, fp8, told):
     config = recipe("papo_g_7b", f"cluster.gpu={gpu}", f"fp8.recipe={fp8}")
     assert [line for line in faults_of_layout("train", config, shape_of("7B"), 8) if line.startswith("fp8")] == told
+
+
+def test_a_layer_with_layernorm_and_a_plain_mlp_is_counted_as_by_hand():
+    """Width 8, two heads of 6, FFN of 10 padded to 16, biases everywhere; bfloat16, two tensor ranks, nothing fused."""
+    layer = LayerWidths(8, 2, 2, 6, 10, gated=False, qkv_bias=True, linear_bias=True, norm="layer")
+    split = 3 * 12 * (8 + 1) + 12 * 8 + 16 * (8 + 1) + 8 * 16
+    assert layer.parameters("language", 5, lambda width: 16) == ParameterCount("language", 5 * split, 5 * (4 * 8 + 16))
+    settings = ActivationSettings(value_bytes=2, tensor=2, sequence=1, recompute="none", fused=False)
+    norms, attention = 2 * (2 * 8 * 2 + 8), 2 * 2 * (6 + 6) + 4
+    assert layer_saved_bytes(layer, settings) == norms + attention + 2 * (8 + 8)  # first linear's output, activated

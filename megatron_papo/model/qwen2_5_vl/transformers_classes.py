@@ -1,4 +1,4 @@
-"""transformers' classes of Qwen2.5-VL and how they are called: a `TransformersModule` (generation/reference_model.py)."""
+"""transformers' classes of Qwen2.5-VL, as a `TransformersModule` (generation/reference_model.py)."""
 
 from __future__ import annotations
 
