@@ -178,9 +178,7 @@ def open_training(run: Run) -> Iterator[Training]:
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             reference = None
-            if (
-                config.loss.reference_coef > 0
-            ):  # before a checkpoint is resumed: the reference is the policy at its start
+            if config.loss.reference_coef > 0:  # the policy at its start, so before a checkpoint is resumed
                 folder = config.checkpoint.reference
                 reference = starting_reference(run.policy, run.shape, folder, run.layout)
             wrapped = wrap_policy(run.policy, config)
