@@ -37,6 +37,7 @@ from megatron_papo.conversion.workers import GB, ByteProgress, Workers, memory
 from megatron_papo.files.atomic_folder import publish
 from megatron_papo.files.small_files import make_way, print_warning, write_whole
 from megatron_papo.model.parameter_map import ParameterEntry
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.publishing import check_side_files, copy_side_files, set_dtype
 from megatron_papo.weights.weight_files import weight_files
 
@@ -79,7 +80,7 @@ def convert(
     if direction == "hf-to-megatron" and (note := weight_files(source).note()):
         left_out.insert(0, note)
     chunk_bytes = chunk_for(memory_bytes, plan.table, plan.source, plan.target)
-    compare_with_library(workers, source)
+    compare_with_library(workers, ModelShape.from_folder(plan.files), source)
     lock: list[IO[str]] = []
     start = workers.first(lambda: _prepare(plan, target, partial, lock))
     for line in [start.message, *left_out] if workers.rank == 0 else []:

@@ -84,21 +84,22 @@ def plan_file(
     return placed, len(text).to_bytes(8, "little") + text
 
 
-def compare_with_library(workers: Workers, *folders: Path) -> None:
+def compare_with_library(workers: Workers, shape: ModelShape, *folders: Path) -> None:
     """Compares, on the first worker, how the safetensors library reads those `folders` that are Hugging Face folders.
 
-    Raises ValueError on every worker, naming the tensor that the library reads differently.
+    They hold weights of a model of `shape` and need no config.json of their own. Raises ValueError on every worker,
+    naming the tensor that the library reads differently.
     """
-    workers.first(lambda: _compare([folder for folder in folders if not names_checkpoint(folder)]))
+    workers.first(lambda: _compare([folder for folder in folders if not names_checkpoint(folder)], shape))
 
 
-def _compare(folders: list[Path]) -> None:
+def _compare(folders: list[Path], shape: ModelShape) -> None:
     for folder in folders:
-        _compare_folder(folder)
+        _compare_folder(folder, shape)
 
 
-def _compare_folder(folder: Path) -> None:
-    weights = find_weights(folder, ModelShape.from_folder(folder))
+def _compare_folder(folder: Path, shape: ModelShape) -> None:
+    weights = find_weights(folder, shape)
     with Files(folder) as files:
         for name, stored in weights.tensors.items():
             try:

@@ -54,7 +54,7 @@ def verify(folder: Path, memory_bytes: int, workers: Workers, source: Path | Non
     # no checksums of boxes: the manifest's hashes say more, and name the tensors that differ
     stores = [open_store(each, shape, checked=False) for each in (folder, source) if each]
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
-    compare_with_library(workers, *(store.folder for store in stores))
+    compare_with_library(workers, shape, *(store.folder for store in stores))
     total = sum(parameter_bytes(store, entry) for store in stores for entry in table.values())
     own = _own(list(table.values()), stores[0], workers)
     faults: list[str] = []
@@ -169,7 +169,7 @@ def compare(first: Path, second: Path, memory_bytes: int, workers: Workers, limi
     stores = open_store(first, shape), open_store(second, _shape_of(second, shape))
     table = parameter_table(shape)
     chunk_bytes = chunk_for(memory_bytes, table, *stores)
-    compare_with_library(workers, first, second)
+    compare_with_library(workers, shape, first, second)
     faults: dict[int, list[str]] = {}
     total = sum(parameter_bytes(stores[0], entry) for entry in table.values())
     with Files(first) as left, Files(second) as right, ByteProgress(workers, "verify", total) as progress:
