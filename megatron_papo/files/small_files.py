@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
+def write_atomically(path: Path, content: bytes | str, *, private: bool = False) -> None:
     """The file as a whole or, with an OSError that names it, as it was before; also when the machine stops. `private`:
     nobody but its owner reads it."""
     draft = path.with_name(path.name + ".tmp")

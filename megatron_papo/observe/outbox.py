@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 
 MAX_FILES = 32
 """Whole files that wait at most."""
@@ -67,7 +67,7 @@ class Outbox:
 
     def _put(self, path: Path) -> OSError | None:
         try:
-            write_whole(path, self._files[path])
+            write_atomically(path, self._files[path])
         except OSError as error:
             return error
         del self._files[path]

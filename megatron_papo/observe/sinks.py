@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files.small_files import parse_record, set_aside, write_whole
+from megatron_papo.files.small_files import parse_record, set_aside, write_atomically
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 from megatron_papo.text.untrusted import LINES, as_text
@@ -149,7 +149,7 @@ def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] =
         return path
     if spoilt := sum(math.isinf(_step_of(line)) for line in lines[:-1]):
         warn(f"{path}: {spoilt} lines are no records: left out, and the file kept as {set_aside(path, 'damaged').name}")
-    write_whole(path, b"".join(kept))
+    write_atomically(path, b"".join(kept))
     return path
 
 

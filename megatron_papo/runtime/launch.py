@@ -36,11 +36,11 @@ from megatron_papo.runtime.failures import SAVED_EXIT, describe, print_failure
 from megatron_papo.runtime.hostlist import first_host
 from megatron_papo.runtime.keeper import kept_groups
 from megatron_papo.runtime.process import (
-    asked_to_save,
     begin,
     go_on_without_readers,
     interrupted_at_once,
-    save_requests_held,
+    save_requested,
+    save_requests_blocked,
 )
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
 from megatron_papo.runtime.rank_watch import watch_ranks
@@ -188,11 +188,11 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
         ]
         with signals_to(ranks):
             try:
-                with save_requests_held():  # until each rank is there and knows what it means
+                with save_requests_blocked():  # until each rank is there and knows what it means
                     for process in ranks:
                         process.start()
                         keep(process.pid)
-                if asked_to_save():
+                if save_requested():
                     forward(ranks, signal.SIGUSR1)
                 return watch_ranks(ranks, work.run_dir, notes)
             finally:

@@ -85,7 +85,7 @@ def go_on_without_readers() -> None:
 
 
 @contextmanager
-def save_requests_held() -> Iterator[None]:
+def save_requests_blocked() -> Iterator[None]:
     """SIGUSR1 waits within. A process that is started meanwhile never gets it, unless it calls `begin`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
@@ -100,7 +100,7 @@ def remember(*_: object) -> None:
     _asked_to_save = True
 
 
-def asked_to_save() -> bool:
+def save_requested() -> bool:
     """Whether SIGUSR1 has come so far; a forked process knows it too."""
     return _asked_to_save
 

@@ -1,15 +1,15 @@
 """RUN/lock: one run at a time trains in a folder; two would mix their checkpoints, records and notes of failures.
 
-The file names who has the folder: host, process, since when, job of Slurm. It is made in one step that fails where
-there is one (O_EXCL), which holds on shared disks too, and goes at the end. What a killed run left is known:
+The file names who has the folder: host, process, since when, job of Slurm. It is created with O_EXCL, which fails if
+it exists, on shared disks too, and is removed at the end. The lock of a killed run is recognised:
 
-    on the same machine   its process is gone, or another one has its number by now
-    on another one        nobody has touched the file for its limit, by the disk's own clock: a living run does so with
-                          every sign of life (heartbeat.py). Whoever comes earlier waits and looks
-    the same Slurm job, queued again: Slurm has ended what it ran before
+    on the same machine   its process no longer exists, or another process has its number
+    on another machine    the file was not touched for its limit, by the disk's own clock: a living run touches it with
+                          every sign of life (heartbeat.py). A run that starts earlier waits and looks again
+    by the same Slurm job, queued again: Slurm has ended what the job ran before
 
-Standard library alone, for Python 3.9 and later: the supervisor of a cluster job looks too. A full disk or one without
-permission is no reason to end: the run goes on without a lock, and says so.
+Imports the standard library only, for Python 3.9 and later, since the supervisor of a cluster job looks at the lock
+too. If the disk is full or gives no permission, the run goes on without a lock, and says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 
 
 class RunHeld(ValueError):
-    """Another run is alive in the folder; names it, and the way out."""
+    """Another run is alive in the folder. The message names it, and what the user can do."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Holder:
     host: str
     pid: int
     machine: str
-    """Boot and process namespace: where they are the same, so is what `pid` says."""
+    """Boot and process namespace: where both are the same, `pid` means the same process."""
     started: int
-    """When the process began, in clock ticks since the boot: tells it from a later one of the same number."""
+    """When the process began, in clock ticks since the boot: distinguishes it from a later process of that number."""
     since: float
     """When the lock was taken, in seconds of Unix time."""
     job: str
@@ -57,7 +57,7 @@ class Holder:
     launch: str
     """The same for all ranks of a run that torchrun or srun started; empty for one that papo started itself."""
     limit_s: float
-    """Without a sign of life for so long it is gone."""
+    """After so many seconds without a sign of life the run counts as ended."""
 
     @classmethod
     def here(cls, verb: str, environ: Mapping[str, str], heartbeat_limit_s: float) -> Holder:
@@ -75,9 +75,12 @@ class Holder:
 
 
 @contextmanager
-def alone_in(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
-    """Raises RunHeld where another run is alive in the folder. `takes`: and none may begin there during the block;
-    without, for what writes no checkpoint, and for the other ranks of a run."""
+def exclusive_run(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
+    """A context in which no other run may use the folder; raises RunHeld where another run is alive in it.
+
+    `takes`: take the lock for the block. False for verbs that write no checkpoint, and on all ranks of a run but the
+    first: they only look whether the folder is free.
+    """
     made: list[Path] = []
     try:
         if takes:
