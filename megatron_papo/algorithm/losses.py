@@ -40,7 +40,7 @@ class Term(NamedTuple):
 def papo_loss(
     outputs: HeadOutputs, row: MicroBatch, settings: LossSettings, credit: Credit = equal_credit
 ) -> tuple[Tensor, Metrics]:
-    """This micro-batch's part of the loss, a scalar to be summed over micro-batches and never averaged; and its metrics.
+    """This micro-batch's part of the loss, a scalar that is summed over micro-batches, never averaged; its metrics.
 
     In the first update of a rollout batch `row` may lack old log-probs: the policy is the old policy then.
     """
