@@ -12,7 +12,7 @@ signals reach it. `srun COMMAND` is an attempt. When one ends:
                              all of them answer, else the job queues itself again, and Slurm chooses others
     three failures at one step, or refused settings      the job ends with the reason
 
-Standard library alone, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
+Imports the standard library only, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
 container. Leaves out how ranks learn of each other's failures (runtime/heartbeat.py).
 """
 

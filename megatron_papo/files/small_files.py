@@ -1,7 +1,7 @@
 """Small files and folders on a disk that may fail: written whole, read without trust, moved out of the way.
 
-Standard library alone, for Python 3.9 and later: the supervisor of a cluster job reads by it, outside the environment
-of the ranks. Leaves out what the files mean, and tensors.
+Imports the standard library only, for Python 3.9 and later: the supervisor of a cluster job reads by it, outside the
+environment of the ranks. Leaves out what the files mean, and tensors.
 """
 
 from __future__ import annotations

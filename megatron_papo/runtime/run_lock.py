@@ -28,7 +28,7 @@ from megatron_papo.files.small_files import made_of, parse_record, print_warning
 
 LOCK_FILE = "lock"
 _START_S = 60.0
-"""A run that begins imports its libraries before its first sign of life."""
+"""Seconds for a run that begins to import its libraries, before its first sign of life."""
 _LOOK_S = 0.5
 _HERE = ("127.0.0.1", "localhost", "::1")
 
@@ -97,9 +97,9 @@ def exclusive_run(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
 
 
 def look(run_dir: Path, mine: Holder, *, of_own_run: bool = True) -> bytes | None:
-    """The lock of a run that is gone; None where there is none or, with `of_own_run`, it is of this process's run.
+    """The lock that a run which has ended left; None if there is no lock or, with `of_own_run`, it belongs to this run.
 
-    Raises RunHeld for one that is alive. Waits where only time can tell.
+    Raises RunHeld if the run is alive. Waits if only a later sign of life, or its absence, can tell.
     """
     path = run_dir / LOCK_FILE
     before: tuple[bytes, float] | None = None
@@ -137,7 +137,7 @@ def drop_own(run_dir: Path, job: str) -> None:
 
 
 def touch(run_dir: Path) -> None:
-    """A sign of life: from the process that has the lock, or one that it started."""
+    """Gives a sign of life, by the process that has the lock or by one that it started."""
     with suppress(OSError):
         seen = _read(run_dir / LOCK_FILE)
         holder = None if seen is None else made_of(Holder, parse_record(seen[0]) or {})
@@ -146,7 +146,7 @@ def touch(run_dir: Path) -> None:
 
 
 def _take(run_dir: Path, mine: Holder) -> list[Path]:
-    """Makes the lock; the folders that were made for it, the innermost first."""
+    """Makes the lock. Returns the folders that were made for it, the innermost first."""
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK_FILE
@@ -170,8 +170,8 @@ def _take(run_dir: Path, mine: Holder) -> list[Path]:
 
 
 def _clear(path: Path, left: bytes) -> None:
-    """Removes the lock whose text is `left`. Two may want to at once: what has meanwhile become another's lock is
-    given back."""
+    """Removes the lock whose text is `left`. Two runs may try at once: a lock that has meanwhile become another run's
+    is restored."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.rename(aside)
@@ -197,14 +197,15 @@ def _text(holder: Holder) -> bytes:
 
 
 def _is_gone(holder: Holder, mine: Holder) -> bool | None:
-    """None: time will tell."""
+    """Whether the run that left the lock has ended; None if only waiting can tell."""
     if holder.machine and holder.machine == mine.machine:
         return started_at(holder.pid) != holder.started
     return True if holder.job and holder.job == mine.job and holder.restarts != mine.restarts else None
 
 
 def _read(path: Path) -> tuple[bytes, float] | None:
-    """Text and time of the last sign of life. Opened for it: only then does a shared disk ask its server."""
+    """The lock's text and the time of its last sign of life. The file is opened for it, since a shared disk asks its
+    server only then."""
     try:
         with path.open("rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime
@@ -213,7 +214,7 @@ def _read(path: Path) -> tuple[bytes, float] | None:
 
 
 def _disk_time(folder: Path) -> float:
-    """Now, by the clock that the files of `folder` have their times from; else by this machine's."""
+    """The present time by the clock that dates the files of `folder`; if that fails, by this machine's clock."""
     with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
     return time.time()
