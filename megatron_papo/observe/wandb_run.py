@@ -92,7 +92,8 @@ class WandbRun:
         return run
 
     def _id(self) -> str:
-        """The same again after a resume; a new one, with a warning, where the file holds none any more."""
+        """The run's id in wandb, the same after a resume; a new one, with a warning, if its file holds none any
+        more."""
         name_file = self._run_dir / "wandb_id.txt"
         if name_file.exists():
             kept = name_file.read_bytes().decode(errors="replace").strip()
