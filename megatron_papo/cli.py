@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         module = "train_ahead"
     work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
     try:
-        with _alone(options.verb, config), caches_that_can_be_written(os.environ) as instead:
+        with _run_lock(options.verb, config), caches_that_can_be_written(os.environ) as instead:
             if instead is not None and _speaks():
                 text = f"HOME: is no folder that can be written to: caches of libraries are in {instead} until the end"
                 print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
@@ -105,16 +105,16 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         return 2
 
 
-def _alone(verb: str, config: Config) -> AbstractContextManager[None]:
+def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:
     """The lock of run.dir, for the verbs that write what a later run goes on with; the others look at it."""
     from megatron_papo.runtime.launch import outer_rank
-    from megatron_papo.runtime.run_lock import Holder, alone_in
+    from megatron_papo.runtime.run_lock import Holder, exclusive_run
 
     outer = outer_rank(os.environ)
     environ = os.environ | (outer or {})
     first = outer is None or environ["RANK"] == "0"
     mine = Holder.here(verb, environ, config.run.heartbeat_limit_s)
-    return alone_in(config.run.dir, mine, takes=first and verb in _LOCKING)
+    return exclusive_run(config.run.dir, mine, takes=first and verb in _LOCKING)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import share_of
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import score_views
 from megatron_papo.packing import supervised_group
@@ -73,7 +73,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) -> Group:

@@ -96,7 +96,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                     metrics = _update(run, optimizer, groups)
                 recorder.record(step, groups, metrics, {})
                 stopped = optimizer.guard.reason_to_stop
-                leaving = stop.asked()
+                leaving = stop.requested()
                 state = {"cursor": cursor.state_dict(), "updates": optimizer.guard.state()}
                 checkpoints.save_when_due(step, config.sft.steps, state, now=bool(stopped) or leaving)
                 if stopped:

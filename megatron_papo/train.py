@@ -59,7 +59,7 @@ class Training:
     """All state of a training run beside the policy's weights; everything else in a step is a value."""
 
     run: Run
-    """The policy on this rank, and what else every verb holds."""
+    """The policy on this rank, and everything else that all verbs need."""
     optimizer: Optimizer
     reference: ReferencePolicy | None
     """The frozen policy that the reference KL compares with; None where `loss.reference_coef` is 0."""
@@ -109,7 +109,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                 scores = evaluate_heldout(training) if evaluation_is_due(training, step) else {}
                 recorder.record(step, groups, metrics, scores)
                 stopped = reason_to_stop(training, metrics)
-                leaving = stop.asked()
+                leaving = stop.requested()
                 now = bool(stopped) or leaving
                 checkpoints.save_when_due(step, config.train.steps, state_of(training), scores, now=now)
                 if stopped:
@@ -121,7 +121,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
 
 
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
-    """Generates one rollout batch and trains on it; the groups that were trained on, and what was measured."""
+    """Generates one rollout batch and trains on it. Returns the groups that were trained on, and the step's metrics."""
     run, config, clock = training.run, training.run.config, training.run.clock
     chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
     while not chosen.enough:
@@ -140,12 +140,15 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
 
 
 def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Group], Metrics]:
-    """The second half of a step, which both drivers share: one optimizer update for each chunk of the chosen groups."""
+    """The second half of a step, which both drivers share: one optimizer update for each chunk of the chosen groups.
+    Returns the groups that were trained on, and the metrics."""
     run, config, clock = training.run, training.run.config, training.run.clock
     with clock.stage("advantage"):
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
     with clock.stage("pack"):
-        batches = [pack_update(run, groups, chosen.spare, config.loss, config.reads_joint_rows) for groups in updates]
+        batches = [
+            pack_update(run, groups, chosen.placeholder, config.loss, config.reads_joint_rows) for groups in updates
+        ]
     with clock.stage("score"):
         metrics = _watch_precision(training, batches[0], step)
         unchanged = step == 0 and config.checkpoint.reference is None
@@ -178,7 +181,7 @@ def open_training(run: Run) -> Iterator[Training]:
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
             reference = None
-            if config.loss.reference_coef > 0:  # the policy at its start, so before a checkpoint is resumed
+            if config.loss.reference_coef > 0:  # before a resume: the reference is the policy as the run began
                 folder = config.checkpoint.reference
                 reference = starting_reference(run.policy, run.shape, folder, run.layout)
             wrapped = wrap_policy(run.policy, config)
@@ -227,7 +230,7 @@ def _rows_with_gradient(batch: Batch, config: Config) -> Batch:
 
 
 def _watch_precision(training: Training, rows: Batch, step: int) -> Metrics:
-    """Compares FP8 with `model.dtype` where that is due, before the step scores and updates; what was measured."""
+    """Compares FP8 with `model.dtype` where that is due, before the step scores and updates. Returns the metrics."""
     run = training.run
     training.precision, metrics, reason = watch_precision(training.precision, run.policy, rows, _head(run), step)
     if reason:
@@ -242,7 +245,7 @@ def reason_to_stop(training: Training, metrics: Metrics) -> str:
 
 
 def watch_for_collapse(training: Training, metrics: Metrics) -> str:
-    """Shows the step's means to the guard against collapse; its reason to stop, or an empty text."""
+    """Gives the step's metrics to the guard against collapse. Returns its reason to stop, or an empty text."""
     training.guard, decision = training.guard.observe_step(metrics)
     if decision.action == "lower":
         warn(training.run, f"perception.guard lowered the coefficient: {decision.reason}")
@@ -257,8 +260,8 @@ def evaluation_is_due(training: Training, step: int) -> bool:
 
 
 def evaluate_heldout(training: Training) -> dict[str, float]:
-    """Scores of the weights that the generator has. Where every held-out row is bad there are none, and a warning:
-    data that a run does not train on is no reason to end it."""
+    """Evaluates the weights that the generator has. If every held-out row is bad, there are no scores but a warning:
+    a run does not end because of data that it does not train on."""
     assert training.heldout is not None
     try:
         return evaluate(training.run, training.heldout, training.generator, training.rewarder, BadRows("skip"))

@@ -71,7 +71,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                     scores = evaluate_heldout(training)
                 recorder.record(step, groups, metrics, scores)
                 stopped = reason_to_stop(training, metrics)
-                leaving = stop.asked()
+                leaving = stop.requested()
                 now = bool(stopped) or leaving
                 if checkpoints.is_due(step, num_steps, scores, now=now):
                     pending = wait_for(training, pending) if pending else None

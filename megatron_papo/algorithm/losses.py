@@ -32,7 +32,7 @@ class Term(NamedTuple):
 
     name: str
     coef: float
-    """With its sign: the perception term is subtracted from the loss."""
+    """Positive where the loss minimises the term; negative for the perception term, which is maximised."""
     weights_R: Tensor
     values_R: Tensor
 
@@ -40,9 +40,9 @@ class Term(NamedTuple):
 def papo_loss(
     outputs: HeadOutputs, row: MicroBatch, settings: LossSettings, credit: Credit = equal_credit
 ) -> tuple[Tensor, Metrics]:
-    """This micro-batch's part of the loss (a scalar to be summed, never averaged), and its metrics, detached.
+    """This micro-batch's part of the loss, a scalar that is summed over micro-batches, never averaged; its metrics.
 
-    The first update of a rollout batch may come without old log-probs: the policy is the old policy then.
+    In the first update of a rollout batch `row` may lack old log-probs: the policy is the old policy then.
     """
     scores = token_scores(outputs, row, settings)
     terms = {
@@ -76,7 +76,8 @@ def _objective(scores: TokenScores, row: MicroBatch, settings: LossSettings, cre
 def perception_term(kl_R: Tensor, row: MicroBatch, perception: PerceptionConfig) -> Tensor:
     """[R] the perception KL as the loss reads it: bounded by `clamp`, zero outside each response's `top_fraction`.
 
-    The denominator stays all response tokens, so a smaller fraction is never a larger push on a token.
+    The mean is still over all response tokens whose prompt has an image, so that a smaller fraction does not increase
+    the gradient of any token.
     """
     bounded_R = kl_R if perception.clamp is None else kl_R.clamp(0, perception.clamp)
     if perception.top_fraction == 1.0:

@@ -1,7 +1,7 @@
 """RUN/attempts.jsonl: what became of each attempt of a run under Slurm, and when failing again and again is enough.
 
 A line when an attempt begins and one when it ends; a beginning without an end is an attempt whose supervisor was taken
-away with its node. Standard library alone, as `supervise.py`, which writes it.
+away with its node. Imports the standard library only, as `supervise.py`, which writes it.
 """
 
 from __future__ import annotations

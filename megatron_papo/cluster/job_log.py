@@ -1,6 +1,6 @@
 """The lines that a supervised job prints: its own, the ranks' output, and how an attempt begins and ends.
 
-Standard library alone, for Python 3.9 and later, as `supervise.py`.
+Imports the standard library only, for Python 3.9 and later, as `supervise.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which rank of a cluster job is dead: from the signs of life that ranks write (runtime/heartbeat.py), or srun's words.
 
 A sign's age is counted from when it was last seen to change, by the watcher's own clock, without the time for which the
-watcher itself was stopped: a job that was suspended is alive. Standard library alone.
+watcher itself was stopped: a job that was suspended is alive. Imports the standard library only.
 """
 
 from __future__ import annotations

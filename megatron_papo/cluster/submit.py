@@ -15,7 +15,7 @@ from megatron_papo.cluster import run_records
 from megatron_papo.cluster.render import job_script
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.preflight.check import check_everything
 
 HOME = Path(__file__).resolve().parents[2]
@@ -81,8 +81,8 @@ def write(plan: SubmissionPlan) -> Path:
     """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
     folder = run_records.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
-    write_whole(folder / "job.sh", plan.script, private=True)
+    write_atomically(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
+    write_atomically(folder / "job.sh", plan.script, private=True)
     return folder
 
 

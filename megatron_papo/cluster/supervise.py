@@ -12,7 +12,7 @@ signals reach it. `srun COMMAND` is an attempt. When one ends:
                              all of them answer, else the job queues itself again, and Slurm chooses others
     three failures at one step, or refused settings      the job ends with the reason
 
-Standard library alone, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
+Imports the standard library only, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
 container. Leaves out how ranks learn of each other's failures (runtime/heartbeat.py).
 """
 
@@ -39,7 +39,7 @@ from megatron_papo.cluster.ranks import RankWatch, killed_tasks
 from megatron_papo.cluster.supervised_job import CLEARING_S, SupervisedJob, running
 from megatron_papo.runtime.failure_notes import read_failures
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
-from megatron_papo.runtime.process import asked_to_save, command, go_on_without_readers, remember
+from megatron_papo.runtime.process import command, go_on_without_readers, remember, save_requested
 from megatron_papo.runtime.progress import RunProgress, read_progress
 from megatron_papo.runtime.run_lock import Holder, RunHeld, drop_own, look
 
@@ -79,7 +79,7 @@ class Supervisor:
         self._run_dir = Path(str(run["dir"]))
         self._max_failures = int(str(run["max_failures"]))
         self._beat_limit_s, self._start_limit_s = float(str(run["heartbeat_limit_s"])), float(str(run["stall_limit_s"]))
-        self._asked_to_save = asked_to_save()
+        self._asked_to_save = save_requested()
         self._told_to_end = False
         self._noted: dict[int, Failure] = {}
         """Failures of the present attempt, up to when it was told to end: later ones are of that."""

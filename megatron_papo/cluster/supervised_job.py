@@ -1,6 +1,6 @@
 """The Slurm job that the supervisor runs in, and what it has Slurm do: end a step, try the nodes, queue the job again.
 
-Standard library alone, for Python 3.9 and later, as `supervise.py`.
+Imports the standard library only, for Python 3.9 and later, as `supervise.py`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def dump_config(config: Config, *, secrets: bool = False) -> str:
 
 
 def _read_yaml(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """With what it extends; `extended_by`: the files on the way here."""
+    """The file's settings over those of the file that it extends. `extended_by`: the files that led to this one."""
     try:
         tree = read_mapping(path)
     except FileNotFoundError:
@@ -73,11 +73,11 @@ def _read_yaml(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or not base or hidden_in(base):
         raise ConfigError(f"{path}: extends: must be the name of one file, got {_short(base)}")
-    here = (*extended_by, os.path.realpath(path))
+    chain = (*extended_by, os.path.realpath(path))
     below = path.parent / base
-    if os.path.realpath(below) in here:
+    if os.path.realpath(below) in chain:
         raise ConfigError(f"{path}: extends: {base} extends this file in turn")
-    return _merge(_read_yaml(below, here), tree)
+    return _merge(_read_yaml(below, chain), tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from megatron_papo.conversion.stores import Store, width
 from megatron_papo.conversion.stream import CHUNK_BYTES, SHARES
 from megatron_papo.conversion.workers import GB, ByteProgress, Workers, memory
 from megatron_papo.files.atomic_folder import publish
-from megatron_papo.files.small_files import make_way, print_warning, write_whole
+from megatron_papo.files.small_files import make_way, print_warning, write_atomically
 from megatron_papo.model.parameter_map import ParameterEntry
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.publishing import check_side_files, copy_side_files, set_dtype
@@ -137,7 +137,7 @@ def _prepare(plan: ConversionPlan, target: Path, partial: Path, lock: list[IO[st
     if not lock:
         _lock(journals, partial, lock)
     if not same:
-        write_whole(known, plan.fingerprint)
+        write_atomically(known, plan.fingerprint)
     return _Start(False, message)
 
 

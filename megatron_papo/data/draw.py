@@ -1,4 +1,4 @@
-"""The first stage of a step: the next prompts of the order, each rank its own share, bad rows replaced or fatal."""
+"""The first stage of a step: each rank draws its share of the next prompts; a bad row is replaced, or ends the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_papo.types import Prompt
 
 
 class DrawCancelled(Exception):
-    """Nobody wants the draw any more."""
+    """The draw is no longer needed."""
 
 
 @dataclass(frozen=True)

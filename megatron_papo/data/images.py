@@ -2,10 +2,10 @@
 
 A cell may hold one image or a list of them, each as bytes, base64 (a `data:` address, or the text alone), a path or a
 dict of those (how `datasets` stores an image it has not decoded, and how chat interfaces write one); bytes win.
-Compressed bytes are what is kept; pixels live as long as a step. What those pixels are says `pixels.py`.
+Compressed bytes are kept; pixels live as long as a step. How pixels become RGB is in `pixels.py`.
 
 Bytes are not trusted: only the formats below are tried (Pillow knows others that start programs), and the size that a
-header states is looked at before any pixel is decoded.
+header states is checked before any pixel is decoded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From a picture of any mode to RGB pixels of 8 bits, as somebody sees it on white paper.
+"""From a picture of any mode to RGB pixels of 8 bits, as it looks on white paper.
 
-What is transparent shows white, as in vLLM's loader: a drawing on transparency is most often black, and
+What is transparent becomes white, as in vLLM's loader: a drawing on transparency is most often black, and
 its hidden pixels are black too. Grey of 16 bits loses its lower byte, as Pillow does with colours of 16 bits; its own
 conversion would make everything above 255 white. A picture of 32-bit whole numbers or fractions (TIFF) does not say
 which of them is white: its least becomes black and its greatest white.

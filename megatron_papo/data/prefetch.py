@@ -1,10 +1,10 @@
 """The next draw, prepared in a thread while the ranks generate, score and update.
 
-What `take` gives is what drawing in its place would have given: prompts, masks, cursor, bad rows in the order in which
-they are met, and errors, which are raised where the draw is taken. A draw depends on the cursor alone, so whether it
-becomes the next round of a dynamically sampled step or the first of another, which nobody knows beforehand, is all one.
-Views of prompts that dynamic sampling then drops are made for nothing: time of the thread's, while masking the kept
-ones later would decode their pictures again.
+`take` gives exactly what drawing at that moment would have given: prompts, masks, cursor, bad rows in the order in
+which they were met, and errors, which are raised where the draw is taken. A draw depends on the cursor alone, so it
+does not matter whether it becomes the next round of a dynamically sampled step or the first round of the next step,
+which nobody knows beforehand. Masked views of prompts that dynamic sampling then drops are made in vain; masking only
+the kept prompts later would decode their pictures a second time.
 
 The thread touches nothing that anyone else uses: the dataset and its processor are its own, bad rows a copy. It joins
 no collective.
@@ -21,11 +21,11 @@ from megatron_papo.data.draw import Draw
 from megatron_papo.data.order import DataCursor
 
 _CLOSE_S = 5.0
-"""How long the end of a run waits for the prompt at hand; a thread that hangs is left behind."""
+"""Seconds that the end of a run waits for the prompt that the thread is at; a thread that hangs is abandoned."""
 
 
 class DrawFunction(Protocol):
-    """`draw_prompts`, with what stays the same over a run filled in."""
+    """`draw_prompts`, with the arguments that stay the same over a run already given."""
 
     def __call__(self, cursor: DataCursor, *, bad_rows: BadRows, cancelled: threading.Event | None = None) -> Draw: ...
 
@@ -33,7 +33,7 @@ class DrawFunction(Protocol):
 class Prefetch:
     """Draws of a run, each prepared while the one before is in use; with `ahead=False` each when it is taken.
 
-    In the last of `num_steps` none is prepared: more rounds of it are drawn when they are taken.
+    In the last of `num_steps` nothing is prepared: further rounds of that step are drawn when they are taken.
     """
 
     def __init__(self, draw: DrawFunction, *, num_steps: int, ahead: bool) -> None:
@@ -48,13 +48,13 @@ class Prefetch:
         return draw
 
     def close(self) -> None:
-        """Drops what is under way."""
+        """Ends the thread, whose draw is discarded."""
         if self._work is not None:
             self._work.cancel(_CLOSE_S)
             self._work = None
 
     def _prepared(self, cursor: DataCursor, bad_rows: BadRows) -> Draw | None:
-        """What the thread has made of it, waited for; None when that was another draw."""
+        """The draw at `cursor` that the thread has prepared, which is waited for; None if it prepared another."""
         work, self._work = self._work, None
         if work is None:
             return None
@@ -67,7 +67,7 @@ class Prefetch:
 
 
 class _Work:
-    """A draw on its way, in a thread that does not outlive the process."""
+    """A draw in preparation, in a thread that does not outlive the process."""
 
     def __init__(self, draw: DrawFunction, cursor: DataCursor, bad_rows: BadRows) -> None:
         self.cursor = cursor
@@ -78,14 +78,14 @@ class _Work:
         self._thread.start()
 
     def cancel(self, timeout_s: float | None = None) -> None:
-        """Ends the thread after the prompt at hand."""
+        """Ends the thread after the prompt that it is at."""
         self._cancelled.set()
         self._thread.join(timeout_s)
 
     def _run(self, draw: DrawFunction) -> None:
         try:
-            made = draw(self.cursor, bad_rows=self.bad_rows, cancelled=self._cancelled)
+            drawn = draw(self.cursor, bad_rows=self.bad_rows, cancelled=self._cancelled)
         except BaseException as error:  # raised where the draw is taken
             self.outcome.set_exception(error)
         else:
-            self.outcome.set_result(made)
+            self.outcome.set_result(drawn)

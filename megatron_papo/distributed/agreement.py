@@ -4,7 +4,7 @@
 the action has succeeded wherever it runs. Without this, the ranks that succeed would wait for ever, in their next
 collective, for the one that failed.
 
-A group of None is a process by itself: nothing is exchanged, and errors are raised in the same classes and words.
+A group of None stands for a single process: nothing is exchanged, and errors have the same classes and messages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fault:
 
 
 class DamagedCheckpoint(ValueError):
-    """The content of a checkpoint is not what was written, or cannot be read: another checkpoint may be whole.
+    """The content of a checkpoint is not what was written, or cannot be read; another checkpoint may be undamaged.
 
     The message names the folder, and the file where one is known. Raised on every rank alike.
     """
@@ -44,8 +44,8 @@ class DamagedCheckpoint(ValueError):
 class RanksFailed(Exception):
     """Some ranks failed. Raised on every rank alike; the message names each of them and its reason.
 
-    As `InputFailed`, a ValueError, where a user can put it right; as this class itself where a mistake in the program
-    is among the faults.
+    What is raised is an `InputFailed`, which is a ValueError, if a user can put all faults right; and this class itself
+    if a mistake in the program is among them.
     """
 
     def __init__(self, faults: list[Fault]):
@@ -74,7 +74,8 @@ def failure(faults: list[Fault]) -> RanksFailed:
 
 
 def fault_of(rank: int, error: BaseException) -> Fault:
-    """The fault that `error` is on `rank`. A disk's (no room, quota, permission) names its file where one is known."""
+    """The fault of `rank` that `error` stands for. The fault of a disk (no space, quota, permission) names its file, if
+    it is known."""
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return Fault(rank, f"{error.strerror or error}{where}")
@@ -97,8 +98,8 @@ def fail_together[Value](group: dist.ProcessGroup | None, action: Callable[[], V
 def on_first_rank[Value](group: dist.ProcessGroup | None, action: Callable[[], Value]) -> Value:
     """What `action` returns on the first rank of `group`, on every rank; the other ranks do not call it.
 
-    For what must be looked at once, as a shared disk of which another node's view may lag, or done once. Collective
-    over `group`; the value is pickled. When it fails, raises RanksFailed or InputFailed on all ranks.
+    For what must be done once, or looked at once: other nodes may see a change on a shared disk later. Collective over
+    `group`; the value is pickled. When it fails, raises RanksFailed or InputFailed on all ranks.
     """
     is_first = group is None or dist.get_rank(group) == 0
     own = _attempt(group, action) if is_first else (None, None)
@@ -108,8 +109,8 @@ def on_first_rank[Value](group: dist.ProcessGroup | None, action: Callable[[], V
 
 
 def read_on_first_rank[Value](action: Callable[[], Value]) -> Value:
-    """`on_first_rank` of the world, or of this process where torch.distributed was not started, for what a user asked
-    to be read: a ValueError gives the reason without the rank."""
+    """`on_first_rank` of the world, or of this process where torch.distributed was not started, for reading what a user
+    named: a ValueError gives the reason without the rank."""
     try:
         return on_first_rank(dist.group.WORLD if dist.is_initialized() else None, action)
     except InputFailed as failed:

@@ -67,8 +67,8 @@ def any_rank(value: bool) -> bool:
 def move_items(items: Sequence[Any], moves: Sequence[tuple[int, int, int]], group: dist.ProcessGroup) -> list[Any]:
     """This rank's items without those it gives away, followed by those it is given; anything that pickles.
 
-    `moves`: (rank of the group that gives, place among its items, rank that receives), equal on every rank. One at a
-    time and from rank to rank, so that no other rank ever holds what is moved.
+    `moves`: (rank of the group that gives, place among its items, rank that receives), equal on every rank. Items
+    are sent one at a time and from rank to rank, so that no third rank ever has a copy.
     """
     own = dist.get_rank(group)
     kept: dict[int, Any] = dict(enumerate(items))

@@ -1,4 +1,4 @@
-"""Process groups from the settings, and where this rank stands among them.
+"""Process groups from the settings, and this rank's place in them.
 
 Ranks are laid out by Megatron-Core's `parallel_state`: tensor fastest, then data, then pipeline. Exchanges of
 values between ranks are in exchange.py. On a machine without a GPU call `accelerator.adapt_megatron` first.
@@ -22,7 +22,7 @@ from megatron_papo.distributed.rendezvous import world_store
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands, and the groups it belongs to."""
+    """This rank's place in each group, and the groups it belongs to."""
 
     rank: int
     world_size: int
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def model_rank(self) -> int:
-        """This rank's place among them, tensor fastest: its rank in `model_group`."""
+        """This rank's rank in `model_group`; the tensor rank changes fastest."""
         return self.pipeline_rank * self.tensor_size + self.tensor_rank
 
     @property
@@ -65,7 +65,7 @@ _worlds = itertools.count()
 def initialize(parallel: ParallelConfig, num_engine_ranks: int = 0) -> Layout:
     """Starts torch.distributed (from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and Megatron's groups.
 
-    A process that was started alone, without these, becomes rank 0 of 1. A process group that exists already is
+    A process that was started without these variables becomes rank 0 of 1. A process group that exists already is
     used. The last `num_engine_ranks` of those that were started belong to separate engines and not to this world.
     Raises ValueError when the world does not divide by tensor x pipeline.
     """
@@ -140,10 +140,10 @@ def tensor_layout(rank: int, size: int) -> Layout:
     A collective of all ranks of the world, which has been started; Megatron's groups are not made.
     """
     world = world_group()
-    alone = [dist.new_group([each]) for each in range(size)][rank]
+    single = [dist.new_group([each]) for each in range(size)][rank]
     return Layout(
         rank=rank, world_size=size, tensor_rank=rank, tensor_size=size, pipeline_rank=0, pipeline_size=1, data_rank=0,
-        data_size=1, tensor_group=world, pipeline_group=alone, data_group=alone, model_group=world,
+        data_size=1, tensor_group=world, pipeline_group=single, data_group=single, model_group=world,
     )  # fmt: skip
 
 

@@ -27,18 +27,18 @@ _store: dist.Store | None = None
 def world_store(timeout_s: float) -> dist.Store:
     """Names and values that all ranks share, those of separate engines too: on rank 0 or with torchrun.
 
-    The first call waits until all have come. A process that was started alone, without RANK, shares with nobody.
+    The first call waits until all have come. A process that was started without RANK shares with nobody.
     Raises OSError when MASTER_PORT of one machine is taken.
     """
     global _store
     if _store is None:
         timeout, environ = datetime.timedelta(seconds=timeout_s), os.environ
-        alone, local = "RANK" not in environ, environ.get("MASTER_ADDR") in _ONE_MACHINE
+        single, local = "RANK" not in environ, environ.get("MASTER_ADDR") in _ONE_MACHINE
         # torchrun names the machine, and says how many of the ranks are on it
-        if alone or local or environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
+        if single or local or environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
             for name, value in _KEPT_LOCAL.items():
                 environ.setdefault(name, value)
-        if alone:
+        if single:
             _store = dist.HashStore()
         elif local and environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             _store = _listening(int(environ["MASTER_PORT"]), timeout)

@@ -2,7 +2,7 @@
 
 A folder is written as `NAME.tmp`, every file and directory of it is forced to disk, then it is renamed. A folder that
 it replaces is `NAME.old` for the moment between two renames, and `recover` gives it its name back. Leftovers that
-cannot be removed (permissions, a file that a network disk holds open) are told of and stand in nobody's way.
+cannot be removed (permissions, a file that a network disk holds open) are reported and do not disturb later runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def publish(partial: Path, final: Path, warn: Warn = print_warning) -> None:
 
 
 def remove(folder: Path, warn: Warn = print_warning) -> None:
-    """Deletes a folder; killed half way, what is left is a `.tmp` that nobody takes for whole."""
+    """Deletes a folder. If the process is killed meanwhile, a `.tmp` remains, which never counts as complete."""
     doomed = folder.with_name(f"{folder.name}.tmp")
     make_way(doomed, warn)
     folder.rename(doomed)

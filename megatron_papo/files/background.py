@@ -17,13 +17,13 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, task: Callable[[], None]) -> None:
-        """Waits for the task before, then returns at once."""
+        """Waits for the previous task, starts this one, and returns at once."""
         self.wait()
         self._thread = threading.Thread(target=self._call, args=(task,), name=self._name, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the task is over; raises what it raised."""
+        """Waits until the task is over; raises what it raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

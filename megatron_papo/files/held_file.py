@@ -1,7 +1,8 @@
-"""A file held for a look at what it is before it is read: for files that others put there.
+"""Opens files that are not trusted: what a file is can be checked before it is read, without a race between the two.
 
-Opening by name follows links, waits at a pipe without a writer and wakes devices; a descriptor of kind O_PATH does none
-of that, and what it shows and what is then read are one file, whoever exchanges names meanwhile. Needs Linux's /proc.
+Opening by name follows links, waits at a pipe without a writer and wakes devices. A descriptor of kind O_PATH does none
+of that, and what is checked and then read is the same file, even if its name is exchanged meanwhile. Needs Linux's
+/proc.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import BinaryIO
 @dataclass(frozen=True)
 class HeldFile:
     place: Path
-    """Where the file really lies, links followed."""
+    """The file's real path, with links resolved."""
     is_file: bool
-    """A regular one: no folder, pipe, socket or device."""
+    """Whether it is a regular file: no folder, pipe, socket or device."""
     num_bytes: int
     _descriptor: int
 
     def open(self) -> BinaryIO:
-        """For reading. Raises OSError."""
+        """Opens the file for reading. Raises OSError."""
         assert self.is_file, "anything else may block whoever opens it"
         return open(f"/proc/self/fd/{self._descriptor}", "rb")
 
@@ -43,7 +44,7 @@ def hold(path: Path) -> Iterator[HeldFile]:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """A regular file as a whole. Raises ValueError that names it for anything else, and for a larger one."""
+    """The content of a regular file. Raises ValueError that names it for anything else, and for a larger one."""
     try:
         with hold(path) as held:
             if not held.is_file:

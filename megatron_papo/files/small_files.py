@@ -1,7 +1,7 @@
-"""Small files and folders on a disk that may fail: written whole, read without trust, moved out of the way.
+"""Small files and folders on a disk that may fail: written atomically, read without trust, moved out of the way.
 
-Standard library alone, for Python 3.9 and later: the supervisor of a cluster job reads by it, outside the environment
-of the ranks. Leaves out what the files mean, and tensors.
+Imports the standard library only, for Python 3.9 and later: the supervisor of a cluster job reads by it, outside the
+environment of the ranks. Leaves out what the files mean, and tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 Made = TypeVar("Made")
 
 STEP_NAME = re.compile(r"step_[0-9]{8,}")
-"""What a run calls the checkpoint of a step, whole: `step_00000006_backup` or `step_6` is somebody's own."""
+"""The name that a run gives the checkpoint of a step; `step_00000006_backup` or `step_6` is a user's own folder."""
 
 
 def sync(path: Path) -> None:
@@ -33,9 +33,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
-    """The file as a whole or, with an OSError that names it, as it was before; also when the machine stops. `private`:
-    nobody but its owner reads it."""
+def write_atomically(path: Path, content: bytes | str, *, private: bool = False) -> None:
+    """Writes the whole file or, with an OSError that names it, leaves it as it was before, also when the machine stops.
+    `private`: only its owner can read it."""
     draft = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """A line more; also behind one that a crash cut short. The folder is made."""
+    """Appends a line, also after one that a crash cut short. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0, 2)
@@ -86,7 +86,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def made_of(kind: type[Made], record: Mapping[str, Any]) -> Made | None:  # noqa: UP047 - Python 3.9 too
-    """A dataclass of numbers and texts, of its `asdict`; None where keys or types are others."""
+    """A dataclass of numbers and texts, made from its `asdict`; None if keys or types differ."""
     try:
         made = kind(**record)
     except TypeError:
@@ -111,7 +111,7 @@ def print_warning(text: str) -> None:
 
 
 def set_aside(path: Path, word: str) -> Path:
-    """Renames a file, folder or link to `NAME.word`, or `NAME.word-2` and so on; the name that was free."""
+    """Renames a file, folder or link to `NAME.word`, or `NAME.word-2` and so on. Returns the new path."""
     for number in itertools.count(1):
         free = path.with_name(f"{path.name}.{word}" + (f"-{number}" if number > 1 else ""))
         if not os.path.lexists(free):
@@ -121,8 +121,8 @@ def set_aside(path: Path, word: str) -> Path:
 
 
 def make_way(path: Path, warn: Callable[[str], None] = print_warning) -> None:
-    """Afterwards nothing has this name. A folder of ours is removed, a link too, but not what it points to; what
-    cannot be removed, or is a plain file, is set aside. Raises OSError when even that fails."""
+    """Frees the name `path`. A folder of ours is removed, a link too, but not what it points to; a plain file, or what
+    cannot be removed, is set aside. Raises OSError when even that fails."""
     if not os.path.lexists(path):
         return
     reason = "is a file where a folder belongs"

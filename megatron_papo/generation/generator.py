@@ -1,4 +1,4 @@
-"""What every engine offers: the `Generator` protocol. One folder an engine, nothing shared by inheritance;
+"""The `Generator` protocol, which every engine implements. Each engine has a folder and inherits from no other;
 `build_generator` chooses between them.
 """
 
@@ -19,7 +19,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call of `generate` draws tokens. A prompt's number of visits makes each visit draw anew."""
+    """How one call of `generate` draws tokens. Random numbers depend on `seed` and on each prompt's visit."""
 
     group_size: int
     temperature: float
@@ -52,8 +52,8 @@ class Generator(Protocol):
     """Version of the weights in the engine; None before the first hand-over, after a restart, and while the engine has
     forgotten its weights."""
     forgotten_version: int | None
-    """Version of the weights that the engine forgot as it fell asleep: they have to be handed over again. None while
-    it has weights, and where it never had any."""
+    """Version of the weights that the engine dropped when it went to sleep and that must be handed over again. None
+    while it has weights, and if it never had any."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.group_size` rollouts of each prompt, in the order of `prompts`.

@@ -1,4 +1,4 @@
-"""Times every stage of a step, and its memory; shows its progress, and lets the watchdog know of it.
+"""Measures time and memory of every stage of a step, shows the stage's progress, and reports it to the watchdog.
 
 Progress is what a stage reports, and every stage that begins or ends.
 """
@@ -24,7 +24,7 @@ PLAIN_EVERY_S = 10.0
 
 
 class StageProgress:
-    """Handed out by `StageClock.stage`: how much of the stage is done."""
+    """How much of a stage is done; `StageClock.stage` returns it."""
 
     def __init__(self, clock: StageClock, path: str, name: str, total: int | None):
         self.path = path
@@ -61,7 +61,7 @@ class StageClock:
     """One a rank. `with clock.stage("generate", total=64) as progress: ... progress.advance()`; stages may nest: one
     within another counts as `outer/inner`, beside the outer one that it is part of.
 
-    As a context manager it has the watchdog watch from its beginning to its end, and then ends the display.
+    As a context it runs the watchdog from its beginning to its end, and then ends the display.
     """
 
     def __init__(self, run: RunConfig, rank: int, console: bool = True):

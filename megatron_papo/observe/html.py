@@ -1,4 +1,4 @@
-"""The frame of a page that holds what models and data say: whole in itself, with no script and nothing to fetch.
+"""The frame of a page that shows what models and data say: self-contained, with no script and nothing to fetch.
 
 A browser is told so too (Content-Security-Policy): what slipped through an escape would neither run nor call anyone.
 """
@@ -23,5 +23,5 @@ def page(title: str, style: str, body: str) -> str:
 
 
 def escape(text: object) -> str:
-    """As a page shows it, lines kept and hidden characters visible."""
+    """`text` as HTML that shows it, with its lines, and hidden characters made visible."""
     return html.escape(as_text(text, LINES))

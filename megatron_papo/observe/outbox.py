@@ -1,7 +1,7 @@
-"""What a run writes of itself, on a disk that may be full: nothing is lost or half there, and nothing ends the run.
+"""Writes the records of a run to a disk that may be full: nothing is lost or half written, and nothing ends the run.
 
 Records are appended whole and files appear whole. What the disk does not take waits in memory, in order, and is tried
-again with everything that follows. Records all wait; of whole files, which may be large, the newest.
+again with everything that follows. All records wait; of whole files, which may be large, only the newest.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 
 MAX_FILES = 32
-"""Whole files that wait at most."""
+"""How many whole files wait at most."""
 
 
 class Outbox:
     def __init__(self, warn: Callable[[str], None]):
-        """`warn` is told when the disk stops taking things, and when it takes them again."""
+        """`warn` is called when the disk stops taking data, and when it takes them again."""
         self._warn = warn
         self._records: dict[Path, list[bytes]] = {}
         self._files: dict[Path, bytes] = {}
@@ -29,7 +29,7 @@ class Outbox:
         self._records.setdefault(path, []).append(record)
 
     def put(self, path: Path, content: bytes) -> None:
-        """`path` as a whole; an older one is replaced."""
+        """Writes the file `path` as a whole; an older one is replaced."""
         self._files.pop(path, None)
         self._files[path] = content
         for oldest in list(self._files)[:-MAX_FILES]:
@@ -46,7 +46,7 @@ class Outbox:
         self.blocked = bool(errors)
 
     def close(self) -> None:
-        """A last try; says what is lost."""
+        """Tries a last time to write what waits, and warns of what is lost."""
         self.flush()
         for path, records in self._records.items():
             self._warn(f"{path}: the last {len(records)} records could not be written")
@@ -67,7 +67,7 @@ class Outbox:
 
     def _put(self, path: Path) -> OSError | None:
         try:
-            write_whole(path, self._files[path])
+            write_atomically(path, self._files[path])
         except OSError as error:
             return error
         del self._files[path]

@@ -18,7 +18,7 @@ from megatron_papo.distributed.accelerator import has_gpu, peak_memory, reset_pe
 from megatron_papo.text.untrusted import as_text
 
 named_range = torch.profiler.record_function
-"""A block's name in the trace; costs microseconds when none is being written."""
+"""Names a block in the trace; costs microseconds when no trace is being written."""
 
 
 class MeasuredMemory:
@@ -45,7 +45,7 @@ class MeasuredMemory:
                 self._peaks[name] = max(peak, self._peaks.get(name, 0))
 
     def take(self) -> dict[str, int]:
-        """By stage, since the last call."""
+        """The peak bytes of each stage since the last call."""
         taken, self._peaks = self._peaks, {}
         return taken
 
@@ -60,7 +60,7 @@ class MeasuredMemory:
 def profiled(observe: ObserveConfig, run_dir: Path, rank: int, step: int) -> Iterator[None]:
     """Writes a Chrome trace of the block to RUN/profile/rank_N.json.gz when `step` is `observe.profile_step`.
 
-    Where it cannot be written, a warning.
+    Warns if it cannot be written.
     """
     if step != observe.profile_step:
         yield

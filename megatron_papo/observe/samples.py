@@ -1,6 +1,6 @@
 """Pages of samples: what the model saw, what it saw masked, what it said and what that earned; one HTML file a step.
 
-A page is whole in itself: images are inlined, there is no script and nothing to fetch. Text is escaped: a response is
+A page is self-contained: images are inlined, there is no script and nothing to fetch. Text is escaped: a response is
 whatever a model can produce. Leaves out choosing the samples.
 """
 

@@ -2,7 +2,7 @@
 
 RUN/metrics.jsonl is the record, one line a step; the others show the same numbers. Scores of an evaluation are in the
 record of the step after which they were taken, those of the starting weights in one of step -1. A run that resumes at n
-drops what it had recorded at n and later, so that every step stands once. A disk that is full ends nothing: what it
+drops what it had recorded at n and later, so that every step is there once. A full disk does not end the run: what it
 does not take waits in memory (outbox.py). Leaves out averaging: values arrive as they are to be shown.
 Only the rank that is `enabled` writes anything.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files.small_files import parse_record, set_aside, write_whole
+from megatron_papo.files.small_files import parse_record, set_aside, write_atomically
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 from megatron_papo.text.untrusted import LINES, as_text
@@ -40,9 +40,9 @@ _HEADLINE = {
     "optim/grad_norm": "grad norm",
     "eval/accuracy": "[bold]held-out accuracy[/]",
 }
-"""What the console's line of a step shows of the values, and how it calls them."""
+"""The values in the console's line of a step: the metric's name, and the name that the line uses."""
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|-]")
-"""What Markdown takes as it is behind a backslash."""
+"""Characters that Markdown takes literally after a backslash."""
 
 
 def _print_warning(text: str) -> None:
@@ -149,12 +149,12 @@ def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] =
         return path
     if spoilt := sum(math.isinf(_step_of(line)) for line in lines[:-1]):
         warn(f"{path}: {spoilt} lines are no records: left out, and the file kept as {set_aside(path, 'damaged').name}")
-    write_whole(path, b"".join(kept))
+    write_atomically(path, b"".join(kept))
     return path
 
 
 def console_line(step: int, values: Mapping[str, float], num_steps: int | None = None) -> str:
-    """The step's few numbers that one watches, and the time it took. Step -1: the weights before the first step."""
+    """The most important numbers of a step and its time, as one line. Step -1: the weights before the first step."""
     of = f" of {num_steps}" if num_steps else ""
     parts = [f"[bold]step {step:>4}[/]{of}" if step >= 0 else "[bold]before step 0[/]"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
@@ -169,7 +169,7 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite for what is no record of a step."""
+    """The step of a record; infinite if the line is no record of a step."""
     record = parse_record(line) if line.endswith(b"\n") else None
     step = None if record is None else record.get("step")
     return step if isinstance(step, int) else math.inf

@@ -20,7 +20,7 @@ import wandb
 import yaml
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, beside_each_other
 from megatron_papo.text.secret_values import text_without_secrets
@@ -92,7 +92,8 @@ class WandbRun:
         return run
 
     def _id(self) -> str:
-        """The same again after a resume; a new one, with a warning, where the file holds none any more."""
+        """The run's id in wandb, the same after a resume; a new one, with a warning, if its file holds none any
+        more."""
         name_file = self._run_dir / "wandb_id.txt"
         if name_file.exists():
             kept = name_file.read_bytes().decode(errors="replace").strip()
@@ -100,7 +101,7 @@ class WandbRun:
                 return kept
             self._warn(f"{name_file}: holds no id: wandb shows what follows as another run")
         fresh = uuid.uuid4().hex[:12]
-        write_whole(name_file, fresh)
+        write_atomically(name_file, fresh)
         return fresh
 
 

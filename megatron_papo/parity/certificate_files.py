@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_papo.files.small_files import STEP_NAME, read_object, write_whole
+from megatron_papo.files.small_files import STEP_NAME, read_object, write_atomically
 from megatron_papo.parity.certificate import Certificate
 from megatron_papo.parity.certificate_page import certificate_page
 
@@ -34,7 +34,7 @@ class CertificateFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for path, content in ((page, certificate_page(certificate)), (page.with_suffix(".json"), text)):
-                write_whole(path, content)
+                write_atomically(path, content)
             self._remove_old()
         except OSError as error:
             self._warn(f"{error.strerror}: {error.filename}: the certificate of step {certificate.step} is not written")

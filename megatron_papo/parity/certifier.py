@@ -35,7 +35,7 @@ from megatron_papo.parity.trainer_side import read_trainer, trainer_precision
 from megatron_papo.parity.transformers_side import HuggingFace, model_of, precision_that_fits
 from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.training.console import say, warn
-from megatron_papo.training.rollouts import recover, remind
+from megatron_papo.training.rollouts import give_weights_again, recover
 from megatron_papo.training.session import Run
 from megatron_papo.types import Metrics, Prompt
 from megatron_papo.weights.transfer import hf_tensors
@@ -145,7 +145,7 @@ class Certifier:
                 return lost
 
         while True:
-            remind(self._run, self._generator)
+            give_weights_again(self._run, self._generator)
             version = self._generator.policy_version
             result = _on_all_ranks(probe)
             if isinstance(result, Probe):

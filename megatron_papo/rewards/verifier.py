@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from megatron_papo.runtime.process import save_requests_held
+from megatron_papo.runtime.process import save_requests_blocked
 
 _START_S = 120.0
 """Importing sympy on a busy machine."""
@@ -83,7 +83,7 @@ class Verifier:
         if self._worker is None:
             script = Path(__file__).with_name("math_worker.py")
             command = [sys.executable, "-P", str(script), str(_SHARE * self._timeout_s), self._grader]
-            with save_requests_held():  # which are the trainer's, and would end the worker
+            with save_requests_blocked():  # which are the trainer's, and would end the worker
                 self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if read_line(self._worker, _START_S) != "ready":
                 self.close()

@@ -25,12 +25,13 @@ _VARIABLES = {
     "WANDB_CONFIG_DIR": "wandb_config",
     "WANDB_DATA_DIR": "wandb_data",
 }
-"""What each library reads, and the folder that it is given; one that is set already stays as it is."""
+"""The variable that each library reads, and the folder that it gets; a variable that is set already stays as it is."""
 
 
 @contextmanager
 def caches_that_can_be_written(environ: MutableMapping[str, str]) -> Iterator[Path | None]:
-    """A new folder of temporary files for the libraries' caches, which goes at the end; None where HOME does."""
+    """A context with a new temporary folder for the libraries' caches, which is removed at the end; None if HOME can be
+    written to."""
     if _can_be_written(Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else _home() / ".cache"):
         yield None
         return

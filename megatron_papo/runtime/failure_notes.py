@@ -1,9 +1,9 @@
-"""Where a failing rank leaves word, for whoever looks: the other ranks, the launcher, torchrun.
+"""Notes of failures: how a failing rank tells the other ranks, the launcher and torchrun why it ends.
 
 RUN/failures/rank_N.json is what the ranks of all nodes and the supervisor of a cluster job read. The folder may hold
-notes of earlier attempts, those of other versions too, and files that are no notes: nothing but a whole note counts,
-and a note says which attempt it is of. The launcher of local ranks has a file in memory, which ranks append to: it
-needs no folder and no room on a disk, and goes with the processes. Standard library alone, as `failures.py`.
+notes of earlier attempts, those of other versions too, and files that are no notes: only a complete note counts, and
+each says to which attempt it belongs. The launcher of local ranks has a file in memory, which ranks append to: it needs
+no folder and no space on a disk, and ends with the processes. Imports the standard library only, as `failures.py` does.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ _launchers_notes: NotesInMemory | None = None
 
 
 def belong_to(attempt: str) -> None:
-    """From now on this process's notes are of `attempt`, which all its ranks know by this name and no other attempt."""
+    """From now on this process's notes belong to `attempt`, a name that only the attempt's ranks know."""
     global _attempt
     _attempt = attempt
 
 
 def own_attempt() -> str:
-    """Empty before its ranks have met."""
+    """The name of this process's attempt; empty before its ranks have met."""
     return _attempt
 
 
 def is_ours(failure: Failure) -> bool:
-    """Whether it may be of this process's attempt: of one that failed before the ranks met nothing else is known."""
+    """Whether `failure` may belong to this process's attempt. A note from before the ranks met names no attempt, and so
+    it may."""
     return not (_attempt and failure.attempt) or failure.attempt == _attempt
 
 
@@ -53,34 +54,35 @@ def report_to(launchers_notes: NotesInMemory) -> None:
 
 
 def announce(run_dir: Path, failure: Failure) -> None:
-    """To everybody who may listen; never fails."""
+    """Tells the launcher, torchrun and the other ranks of `failure`; never fails itself."""
     tell_launcher(failure)
     tell_torchrun(failure.reason())
     leave_note(run_dir, failure)
 
 
 def leave_note(run_dir: Path, failure: Failure) -> None:
-    """The note where the ranks of all nodes look for it, RUN/failures; nothing where nothing can be written."""
+    """Writes the note to RUN/failures, where the ranks of all nodes look for it. A note that cannot be written is left
+    out."""
     with suppress(OSError):
         (run_dir / "failures").mkdir(parents=True, exist_ok=True)
         write_failure(run_dir / "failures", replace(failure, attempt=_attempt))
 
 
 def write_failure(folder: Path, failure: Failure) -> None:
-    """The note as one file; complete or absent, never half, also when several ranks write of one."""
+    """Writes the note as one file, which is complete or absent, also when several processes write about one rank."""
     draft = folder / f"rank_{failure.rank}.{os.uname().nodename}.{os.getpid()}.tmp"
     draft.write_bytes(_line(failure))
     draft.rename(folder / f"rank_{failure.rank}.json")
 
 
 def read_failures(folder: Path) -> dict[int, Failure]:
-    """The notes found in `folder`, by rank."""
+    """The notes in `folder`, by rank."""
     notes = (read_note(path) for path in sorted(folder.glob("rank_*.json")))
     return {note.rank: note for note in notes if note is not None}
 
 
 def read_note(path: Path) -> Failure | None:
-    """None for what is no note, or gone by now."""
+    """The note in the file `path`; None if it is no note or no longer exists."""
     try:
         return _parsed(path.read_bytes())
     except OSError:
@@ -88,10 +90,10 @@ def read_note(path: Path) -> Failure | None:
 
 
 class NotesInMemory:
-    """A file without a name, for a launcher and the ranks that it forks or spawns; it goes with the last of them."""
+    """A file without a name, for a launcher and the ranks that it forks or spawns; freed with the last of them."""
 
     def __init__(self, descriptor: int | None = None):
-        """A new one, or that of an open file."""
+        """Makes a new file, or uses the open file `descriptor`."""
         self._descriptor = os.memfd_create("notes") if descriptor is None else descriptor
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, os.O_APPEND)
 
@@ -116,14 +118,15 @@ def _passed_on(duplicate: Any) -> NotesInMemory:
 
 
 def tell_launcher(failure: Failure) -> None:
-    """Nothing without one."""
+    """Appends the note to the launcher's file in memory; does nothing in a rank without a launcher."""
     if _launchers_notes is not None:
         with suppress(OSError):
             _launchers_notes.append(failure)
 
 
 def tell_torchrun(reason: str) -> None:
-    """Lets torchrun's closing report name `reason`; without torchrun, nothing. The earliest rank's is its root cause.
+    """Lets torchrun's closing report name `reason`, which takes the earliest rank's as the root cause. Without torchrun
+    it does nothing.
 
     In the format of torch.distributed.elastic's error handler, without a call stack: the report would show it instead.
     """

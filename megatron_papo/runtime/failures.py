@@ -1,10 +1,10 @@
 """Why a rank ended: each failing rank says so, and the run reports the failure that explains the others.
 
-A rank that dies takes its peers' connections with it, so most ranks of a failed run fail for a reason that is not
-theirs. Such errors are told apart by type and wording; where the wording is unknown the earlier note wins, and the
-one who caused the trouble has always written first. A ValueError is by this project's habit what a user can put right:
-its traceback goes to a file, and the console shows the reason alone. Leaves out how the other ranks learn of it
-(failure_notes.py) and what the operating system knows (signals, exit codes): that is for the launcher.
+When a rank dies, its connections to the other ranks break, so most ranks of a failed run fail for a reason that is not
+their own. Such errors are recognised by type and wording. Where the wording is unknown the earliest note counts: the
+rank that caused the trouble has always written first. A ValueError, by this project's convention, is what a user can
+put right: its traceback goes to a file, and the console shows the reason only. Leaves out how the other ranks learn of
+a failure (failure_notes.py) and what the operating system knows (signals, exit codes), which the launcher reads.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ SAVED_EXIT = 85
 """Exit code of a run that was asked to end (SIGUSR1), saved and is to go on later."""
 
 SAVED_FILE = "saved"
-"""Under RUN, says the same: srun would take such an exit code of one rank for a failure and end the others."""
+"""A file under RUN that says the same. A rank that srun started exits with 0 instead: srun would take SAVED_EXIT of one
+rank for a failure and end the others."""
 
 _ORDER: tuple[tuple[Kind, ...], ...] = (
     ("config", "stopped", "value", "error"), ("killed",), ("stalled",), ("distributed",), ("silent",),
 )  # fmt: skip
-"""What explains a run, best first; within one row the earliest."""
+"""Which kind of failure explains the end of a run: kinds of the first row before those of the next, and within a row
+the earliest failure."""
 
 _PEER_TYPES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 _PEER_WORDS = ("closed by peer", "reset by peer", "gloo/transport", "nccl error", "nccl communicator", "broken pipe")
@@ -39,8 +41,11 @@ _PEER_TIMEOUTS = ("timed out waiting", "watchdog caught collective", "connection
 
 @dataclass(frozen=True)
 class Failure:
+    """Why a rank ended, as its note says it."""
+
     rank: int
     time: float
+    """When it failed, in seconds of Unix time."""
     kind: Kind
     name: str
     """Class of the exception, or what stands in its place."""
@@ -55,12 +60,12 @@ class Failure:
 
     @property
     def exit_code(self) -> int:
-        """2 for refused settings, as the command line's own refusals."""
+        """2 for refused settings, as when the command line refuses them itself; else 1."""
         return 2 if self.kind == "config" else 1
 
 
 class RunStopped(ValueError):
-    """A run ends itself, by a setting of the user: beginning it again would undo that."""
+    """A guard that the user has set ended the run. A supervisor does not start such a run again."""
 
 
 def is_peers_fault(error: BaseException) -> bool:
@@ -71,6 +76,7 @@ def is_peers_fault(error: BaseException) -> bool:
 
 
 def describe(rank: int, error: BaseException) -> Failure:
+    """The failure that `error`, which ended `rank`, stands for: its kind, message and traceback, without secrets."""
     kind: Kind = "error"
     if any(base.__name__ == "ConfigError" for base in type(error).__mro__):
         kind = "config"
@@ -85,7 +91,7 @@ def describe(rank: int, error: BaseException) -> Failure:
 
 
 def the_cause(failures: list[Failure]) -> Failure:
-    """The failure that explains the others."""
+    """Of the failures of all ranks the one that explains the others."""
     assert failures, "a run that failed has a failure"
     for kinds in _ORDER:
         candidates = [failure for failure in failures if failure.kind in kinds]
@@ -95,22 +101,22 @@ def the_cause(failures: list[Failure]) -> Failure:
 
 
 def print_failure(failure: Failure, run_dir: Path) -> None:
-    """To stderr: what belongs to the reason and, last, the reason.
+    """Writes the failure to stderr; the last line is its reason.
 
-    That is the traceback; for a ValueError the name of the file under `run_dir` that holds it; nothing for refused
-    settings, a line a fault.
+    Before it comes the traceback or, for a ValueError, the name of the file under `run_dir` that holds the traceback.
+    Refused settings have no traceback, and a line for each fault.
     """
     if failure.kind == "config":
         text = "\n".join(f"papo: error: {line}" for line in failure.message.splitlines())
     elif failure.kind in ("value", "stopped"):
-        text = _set_aside(failure, run_dir) + failure.reason()
+        text = _save_traceback(failure, run_dir) + failure.reason()
     else:
         text = failure.traceback + failure.reason()
     print(as_text(text, LINES), file=sys.stderr, flush=True)
 
 
-def _set_aside(failure: Failure, run_dir: Path) -> str:
-    """Writes the traceback to a file; the line that names it, or the traceback where nothing can be written."""
+def _save_traceback(failure: Failure, run_dir: Path) -> str:
+    """Writes the traceback to a file. Returns the line that names it, or the traceback if it cannot be written."""
     path = run_dir / "failures" / f"rank_{failure.rank}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keeps Python's garbage collector away from what a run has loaded before it begins."""
+"""Excludes from Python's garbage collection the objects that a run has loaded before it begins."""
 
 from __future__ import annotations
 

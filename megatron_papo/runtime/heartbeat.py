@@ -1,11 +1,11 @@
-"""A sign of life of every rank, and an ear for the others: no rank waits for one that has failed.
+"""Every rank writes signs of life and looks for failures of the others, so that no rank waits for one that has failed.
 
-A thread writes RUN/heartbeats/rank_N.json every `run.heartbeat_s`: host, process, stage and a count. Whoever watches
-(the supervisor of a cluster job) compares the count with what it was, so that clocks need not agree. The same thread
-looks for the note that a failing rank leaves in RUN/failures. On a note of a stall it writes this rank's stacks; on
-any note it ends this process, which may well wait in a collective for the rank that is gone. Files on the disk that all
-nodes share are what works under srun, torchrun and by hand alike. What lay there when this rank began is another
-attempt's, and so is a note that says so (failure_notes.py).
+A thread writes RUN/heartbeats/rank_N.json every `run.heartbeat_s`: host, process, stage and a count. The supervisor of
+a cluster job compares the count with what it was before, so that clocks need not agree. The same thread looks for the
+note that a failing rank leaves in RUN/failures. After a note of a stall it writes this rank's stacks; after any note it
+ends this process, which may be waiting in a collective for the rank that is gone. Files on the disk that all nodes
+share work the same under srun, under torchrun and by hand. Notes that were there when this rank began belong to an
+earlier attempt, and so do notes that name another one (failure_notes.py).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from megatron_papo.text.untrusted import LINES, as_text
 PEER_EXIT = 3
 """Exit code of a rank that ended because another one had failed."""
 _CAUSE_WAIT_S = 2.0
-"""From a note to the end of this rank: one that fails for the same cause leaves its own note in the meantime."""
+"""Seconds from a note to the end of this rank, in which a rank that fails for the same cause leaves its own note."""
 _LAST_BEAT_S = 5.0
-"""That a clean end waits for a beat under way, on a disk that may not answer."""
+"""Seconds that a clean end waits for a sign that is being written, since the disk may not answer."""
 _MISSED_BEATS = 3
-"""So many beats behind the others, a rank is silent."""
+"""A rank is silent when its last sign is so many intervals older than the newest one."""
 
 
 class Heartbeat:
-    """As a context: beats from its beginning to its end; a clean end takes the file away."""
+    """A context in which this rank gives signs of life and looks for failures; a clean end removes its file."""
 
     def __init__(self, run: RunConfig, rank: int, stage: Callable[[], str]):
         """`stage`: names what the rank is doing at the moment."""
@@ -61,13 +61,13 @@ class Heartbeat:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         if error is None:
-            self._thread.join(_LAST_BEAT_S)  # a beat under way would bring the file back
+            self._thread.join(_LAST_BEAT_S)  # a sign that is being written would make the file again
             with suppress(OSError):
                 self._path.unlink()
                 self._path.parent.rmdir()  # fails as long as another rank's is there
 
     def met(self, attempt: str) -> None:
-        """From now on signs and notes of this rank are of `attempt`, as those of all its ranks, which have met."""
+        """From now on signs and notes of this rank belong to `attempt`, the name that all ranks know since they met."""
         belong_to(attempt)
         self._beat()
 
@@ -83,7 +83,7 @@ class Heartbeat:
                 self._end(note)
 
     def _beat(self) -> None:
-        """A full disk or one that does not answer is no reason to end: the supervisor decides."""
+        """Writes a sign of life. A disk that is full or does not answer is ignored: the supervisor decides."""
         self._count += 1
         sign = {"count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "stage": self._stage()}
         sign["attempt"] = own_attempt()
@@ -103,7 +103,7 @@ class Heartbeat:
         return None
 
     def _notes(self) -> dict[Path, tuple[str, int, int]]:
-        """The files there are, and what tells each from one that takes its place; without a look at any clock."""
+        """The notes that exist, each with what distinguishes it from a file that replaces it; needs no clock."""
         states = {}
         with suppress(OSError):
             for path in sorted((self._run.dir / "failures").glob("rank_*.json")):
@@ -123,7 +123,7 @@ class Heartbeat:
             why = as_text(note.reason().removeprefix("papo: "), LINES)
             print(f"papo: rank {self._rank} ends, since {why}", file=sys.stderr, flush=True)
         with suppress(OSError):
-            if note.kind in ("stalled", "killed"):  # the latter of one that is silent, while others stall
+            if note.kind in ("stalled", "killed"):  # "killed": that rank is silent, and the others stall
                 file, how = stack_file(self._run.dir, self._rank), "stalled" if note.kind == "stalled" else "was silent"
                 print(f"while rank {note.rank} {how}: {note.message}", file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
@@ -131,8 +131,8 @@ class Heartbeat:
 
 
 def silent_rank(run: RunConfig) -> Failure | None:
-    """The one that has been silent for longest while others were not, by the clock of the disk that they all write to;
-    None when all have been heard of lately. A rank that ended well has no sign, and one that never began has none."""
+    """The failure of the rank whose last sign of life is oldest, if others were not silent meanwhile; else None. The
+    clock is that of the disk which all write to. A rank that ended well, or that never began, has no sign."""
     signs = _signs(run.dir / "heartbeats")
     first = min(signs, key=lambda rank: signs[rank][0], default=None)
     if first is None:
@@ -146,7 +146,7 @@ def silent_rank(run: RunConfig) -> Failure | None:
 
 
 def _signs(folder: Path) -> dict[int, tuple[float, dict[str, Any]]]:
-    """By rank: when it was written and what it says; those of this attempt."""
+    """The signs of life of this attempt, by rank: when each was written, and what it says."""
     signs = {}
     for path in folder.glob("rank_*.json"):
         with suppress(OSError, ValueError):

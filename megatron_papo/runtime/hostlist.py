@@ -1,7 +1,7 @@
 """Slurm's compressed lists of hosts, as SLURM_JOB_NODELIST has them: `rack[0-1]_blade[0-3],login,n[001-010,15]-ib`.
 
-Standard library alone, for Python 3.9 and later, and without `scontrol show hostnames`, which a rank in a container has
-not. Left out: boxes of more dimensions, `bgp[000x133]`, of machines that are no more.
+Imports the standard library only, for Python 3.9 and later, and does not call `scontrol show hostnames`, which a
+container does not have. Leaves out boxes of several dimensions, `bgp[000x133]`, of machines that no longer exist.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Iterator
 from itertools import product
 
 _ENTRY = r"(?:[^,\[\]]|\[[^\[\]]+\])+"
-"""Up to a comma that stands in no brackets."""
+"""One entry: everything up to a comma outside brackets."""
 _LIST = re.compile(f"{_ENTRY}(?:,{_ENTRY})*")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _MOST_OF_A_RANGE = 100_000
 
 
 def first_host(nodelist: str) -> str:
-    """Raises ValueError for what is no such list."""
+    """The first name of the list. Raises ValueError for a text that is no such list."""
     return next(iter(hosts(nodelist)))
 
 
 def hosts(nodelist: str) -> Iterator[str]:
-    """All names in Slurm's order, of several brackets the last fastest. Raises ValueError for what is no such list."""
+    """All names in Slurm's order: the last bracket changes fastest. Raises ValueError for a text that is no such
+    list."""
     if not _LIST.fullmatch(nodelist):
         raise ValueError(f"{nodelist!r} is no list of Slurm's hosts")
     for entry in re.findall(_ENTRY, nodelist):
@@ -33,7 +34,7 @@ def hosts(nodelist: str) -> Iterator[str]:
 
 
 def _numbers(bracket: str, nodelist: str) -> list[str]:
-    """Numbers in a bracket such as `001-010,15`, as texts: each as wide as the first number of its range."""
+    """The numbers of a bracket such as `001-010,15`, as texts: each as wide as the first number of its range."""
     numbers: list[str] = []
     for part in bracket.split(","):
         match = _RANGE.fullmatch(part)

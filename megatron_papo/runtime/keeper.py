@@ -1,8 +1,8 @@
 """A small process beside the launcher of local ranks: when the launcher is killed, it ends what ranks have started.
 
-A rank itself ends with its launcher, by the kernel. What it had started (workers of a reward function, of a library)
-would not, and lives in the rank's process group; the keeper, which the kernel tells of the launcher's end, ends those.
-Leaves out what a process takes along into a group of its own.
+The kernel ends a rank when its launcher ends, but not the processes that the rank has started (workers of a reward
+function, of a library). These are in the rank's process group; the keeper, which the kernel notifies of the launcher's
+end, ends them. Leaves out processes that have made a process group of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _TOLD_BY = signal.SIGHUP
 
 @contextmanager
 def kept_groups() -> Iterator[Callable[[int], None]]:
-    """What it gives is called with the process ID of every leader of a group. To be entered before any thread starts:
-    it forks."""
+    """A context whose value is a function; call it with the process ID of every group's leader. Enter it before any
+    thread starts, since it forks."""
     reads, writes = os.pipe()
     parent = os.getpid()
     keeper = os.fork()
@@ -41,7 +41,7 @@ def _tell(descriptor: int, leader: int) -> None:
 
 
 def _keep(parent: int, reads: int) -> None:
-    """The whole process."""
+    """The program of the keeper's process."""
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, [_TOLD_BY])
         os.setsid()  # out of reach of a terminal, and of what ends the launcher's group

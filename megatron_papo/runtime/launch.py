@@ -36,11 +36,11 @@ from megatron_papo.runtime.failures import SAVED_EXIT, describe, print_failure
 from megatron_papo.runtime.hostlist import first_host
 from megatron_papo.runtime.keeper import kept_groups
 from megatron_papo.runtime.process import (
-    asked_to_save,
     begin,
     go_on_without_readers,
     interrupted_at_once,
-    save_requests_held,
+    save_requested,
+    save_requests_blocked,
 )
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
 from megatron_papo.runtime.rank_watch import watch_ranks
@@ -49,7 +49,7 @@ from megatron_papo.runtime.stacks import drop_empty_stack_file, dump_stacks_on_s
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
 _OPEN_FILES = 256
-"""Libraries, connections to other ranks and files of a checkpoint."""
+"""Files that a rank may have open: libraries, connections to other ranks and files of a checkpoint."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,14 +62,14 @@ class Work:
     run_dir: Path
 
     def call(self) -> int:
-        """The exit code of the rank."""
+        """Calls the function on this rank. Returns the rank's exit code."""
         module, _, function = self.target.partition(":")
         return getattr(_imported(module), function)(*self.args) or 0
 
 
 def _imported(name: str) -> ModuleType:
-    """A verb's module. The garbage collector rests meanwhile, and leaves what was imported alone from then on: it would
-    look again and again at a million objects that stay, for a quarter of the time that the import takes."""
+    """Imports a verb's module, with the garbage collector off, and excludes the imported objects from it afterwards: it
+    would look again and again at a million objects that stay, which takes a quarter of the import's time."""
     if name in sys.modules:
         return sys.modules[name]
     gc.disable()
@@ -108,7 +108,7 @@ def _number(environ: Mapping[str, str]) -> int:
 
 
 def launch(work: Work, num_ranks: int) -> int:
-    """Calls `work` on ranks 0..num_ranks-1, or on this one alone when it is a rank already; the exit code.
+    """Calls `work` on ranks 0 to num_ranks-1, or in this process only when it is a rank already. Returns the exit code.
 
     Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
     a rank that was started from outside fails then, and may be started again.
@@ -151,7 +151,7 @@ def _call_here(work: Work, rank: int) -> int:
     except Exception as error:
         failure = describe(rank, error)
         if failure.kind == "distributed":
-            time.sleep(_VICTIM_WAIT_S)  # usually ended before this is over
+            time.sleep(_VICTIM_WAIT_S)  # usually another rank's failure ends this process before the time is over
         announce(work.run_dir, failure)
         print_failure(failure, work.run_dir)
         drop_empty_stack_file(work.run_dir, rank)
@@ -173,7 +173,8 @@ def _make_folder(run_dir: Path) -> None:
 
 
 def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
-    """`made`: folders that this run has made, which go again when nothing was written to them."""
+    """Starts the ranks on this machine and waits for them. `made`: folders that this run has made; they are removed
+    again when nothing was written to them."""
     with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
         spawned = has_gpu()
         if not spawned:
@@ -187,11 +188,11 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
         ]
         with signals_to(ranks):
             try:
-                with save_requests_held():  # until each rank is there and knows what it means
+                with save_requests_blocked():  # until each rank is there and knows what it means
                     for process in ranks:
                         process.start()
                         keep(process.pid)
-                if asked_to_save():
+                if save_requested():
                     forward(ranks, signal.SIGUSR1)
                 return watch_ranks(ranks, work.run_dir, notes)
             finally:
@@ -241,13 +242,13 @@ def _tidy(run_dir: Path, made: list[Path]) -> None:
 
 
 def _quieten() -> None:
-    """Leaves out what libraries say on import of absent accelerators: `papo doctor` says it once, and what it costs."""
+    """Suppresses what libraries print on import about absent accelerators; `papo doctor` says it, and what it costs."""
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _most_open_files() -> int:
-    """The limit that this process and its ranks have from now on: as high as it may be."""
+    """Raises the limit of open files, for this process and its ranks, as far as it may be raised. Returns it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return sys.maxsize if most == resource.RLIM_INFINITY else most

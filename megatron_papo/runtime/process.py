@@ -1,12 +1,12 @@
-"""What a program of the project does before anything else: takes over what it inherits from whoever started it.
+"""What a program of the project does first: it puts the streams and signals that it inherits into a known state.
 
     sys.exit(command(main))      at the end of a program
 
-Standard streams that are closed, or break later; signals that are ignored or blocked; a working folder that is gone.
-SIGUSR1, by which a cluster job asks a run to save, would end a process that does not expect it: it is remembered from
-here on, and the run heeds it once it can (`runtime/stop_signal.py`). Two kinds of programs write to a stream that takes
-no more. A command ends, as any tool does whose reader is gone. A run goes on without: its records are in its folder.
-Standard library alone, for Python 3.9 and later: a batch host has no more than that. Leaves out the signals that end
+Standard streams may be closed, or break later; signals may be ignored or blocked; the working folder may be gone.
+SIGUSR1, by which a cluster job requests a save, would end a process that does not expect it: it is remembered from here
+on, and the run acts on it when it can (`runtime/stop_signal.py`). When standard output can no longer be written to, a
+command ends, as any tool does whose reader is gone; a run goes on without it, since its records are in its folder.
+Imports the standard library only, for Python 3.9 and later: a batch host has no more. Leaves out the signals that end
 ranks (`runtime/rank_signals.py`).
 """
 
@@ -23,12 +23,12 @@ from typing import Any
 
 _asked_to_save = False
 _goes_on = False
-"""Without whoever reads its standard output."""
+"""Whether this process goes on when its standard output can no longer be written to."""
 _said_so = False
 
 
 def command(main: Callable[[], int | None]) -> int:
-    """Calls `main` as this process's program; the exit code. Ctrl-C is one line, wherever it comes."""
+    """Calls `main` as this process's program. Returns the exit code. Ctrl-C prints one line, whenever it comes."""
     begin()
     try:
         os.getcwd()
@@ -45,7 +45,7 @@ def command(main: Callable[[], int | None]) -> int:
 
 
 def begin() -> None:
-    """Makes streams and signals what the rest relies on; a second call changes nothing."""
+    """Puts streams and signals into the state that all other code relies on; a second call changes nothing."""
     signal.signal(signal.SIGUSR1, remember)
     if not _goes_on:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -60,7 +60,8 @@ def begin() -> None:
 
 @contextmanager
 def interrupted_at_once() -> Iterator[None]:
-    """Around slow imports, before there is anything to clean up: an exception in the midst of one may be lost."""
+    """A context for slow imports, in which Ctrl-C ends the process at once: during an import its exception may be lost,
+    and nothing is there yet that needs a clean-up."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
         yield
         return
@@ -78,15 +79,16 @@ def _end_at_once(number: int, frame: object) -> None:
 
 
 def go_on_without_readers() -> None:
-    """From now on, in this process and those that it forks, what a standard stream does not take is dropped."""
+    """From now on, in this process and those that it forks, output that a standard stream does not take is dropped."""
     global _goes_on
     _goes_on = True
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 @contextmanager
-def save_requests_held() -> Iterator[None]:
-    """SIGUSR1 waits within. A process that is started meanwhile never gets it, unless it calls `begin`."""
+def save_requests_blocked() -> Iterator[None]:
+    """A context in which SIGUSR1 is blocked. A process that is started in it never gets SIGUSR1, unless it calls
+    `begin`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         yield
@@ -95,18 +97,19 @@ def save_requests_held() -> Iterator[None]:
 
 
 def remember(*_: object) -> None:
-    """The handler of SIGUSR1 as long as nobody can save."""
+    """The handler of SIGUSR1 before the run is able to save."""
     global _asked_to_save
     _asked_to_save = True
 
 
-def asked_to_save() -> bool:
+def save_requested() -> bool:
     """Whether SIGUSR1 has come so far; a forked process knows it too."""
     return _asked_to_save
 
 
 class _Output(io.FileIO):
-    """The descriptor under a standard stream. Writes all it is given, also to one that somebody set not to block."""
+    """The file under a standard stream. It writes everything, also if another process made the descriptor
+    non-blocking."""
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
@@ -123,7 +126,8 @@ class _Output(io.FileIO):
 
 
 def _not_taken(number: int, error: OSError) -> None:
-    """One line for standard output, once; nothing for standard error, where the line would stand."""
+    """Reports once that standard output cannot be written to. Standard error gets no report: the line would go
+    there."""
     global _said_so
     if number == 2 or _said_so:
         return
@@ -136,7 +140,7 @@ def _not_taken(number: int, error: OSError) -> None:
 
 
 def _open(number: int) -> None:
-    """A closed descriptor: the next file that is opened would become a standard stream."""
+    """Opens /dev/null on a closed descriptor: else the next file that is opened would become a standard stream."""
     try:
         os.fstat(number)
     except OSError:
@@ -144,8 +148,8 @@ def _open(number: int) -> None:
 
 
 def _stream(given: Any, number: int) -> Any:
-    """`given` over an `_Output`; a character that its encoding lacks is written as its escape. One that is not this
-    process's own stream, as within a test, stays as it is."""
+    """`given` over an `_Output`; a character that its encoding lacks is written as its escape. A stream that
+    is not this process's own, as in a test, stays as it is."""
     encoding, at_once, by_line = "utf-8", False, number == 2
     if given is not None:
         raw = getattr(given.buffer, "raw", given.buffer) if type(given) is io.TextIOWrapper else None

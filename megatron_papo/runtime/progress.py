@@ -1,6 +1,7 @@
 """How far a run has come, read from its folder: steps recorded, the newest whole checkpoint, and the work between.
 
-Standard library alone: the supervisor of a cluster job reads this outside the environment that the ranks run in.
+Imports the standard library only: the supervisor of a cluster job reads this outside the environment that the ranks run
+in.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class RunProgress:
 
     @property
     def lost_steps(self) -> int:
-        """Recorded steps that a resumed run does again."""
+        """How many recorded steps a resumed run does again."""
         return max(0, self.steps_done - self.steps_saved)
 
     def lost(self) -> str:
-        """In words; empty when nothing is."""
+        """The lost work in words; empty when nothing is lost."""
         if not self.lost_steps:
             return ""
         return f"{self.lost_steps} step{'s' * (self.lost_steps > 1)} after it to be done again"
@@ -46,8 +47,8 @@ def read_progress(run_dir: Path) -> RunProgress:
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float]:
-    """Steps and time of the one written last, as the store chooses it; one that is being removed, or whose state file
-    is damaged, is passed over."""
+    """Steps and time of the checkpoint that was written last, as the store chooses it. One that is being removed, or
+    whose state file is damaged, is skipped."""
     newest = (0, 0, 0.0)
     for path in folder.glob("step_*"):
         if STEP_NAME.fullmatch(path.name):

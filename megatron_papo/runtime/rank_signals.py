@@ -1,7 +1,7 @@
 """What signals do to local ranks: those that come to the launcher, and those by which it ends the ranks.
 
-Every rank leads a process group of its own, so nothing reaches it from a terminal by itself, and what it has started
-gets the same as it does.
+Every rank leads a process group of its own. So no signal of a terminal reaches it directly, and the processes that it
+has started get the same signals as the rank.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 from megatron_papo.runtime.process import remember
 
 _STOP_S = 3.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run; those that were ignored when it began, as SIGHUP under nohup, go on being so."""
+"""Signals that end a run, except those that were ignored when it began, such as SIGHUP under nohup."""
 
 
 @contextmanager
 def signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
-    """What comes to this process reaches the ranks, which have process groups of their own. SIGINT, SIGTERM and SIGHUP
+    """A context in which signals to this process are passed on to the ranks. SIGINT, SIGTERM and SIGHUP
     end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that."""
 
     def end(number: int, frame: Any) -> None:
@@ -52,13 +52,13 @@ def signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def ignore_ends() -> None:
-    """The end is under way: a second signal is not to disturb it."""
+    """Ignores the signals that end a run, so that a second one does not disturb the end."""
     for number in _END:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _pause(ranks: Sequence[BaseProcess]) -> None:
-    """Stops the ranks, then this process, until somebody has it go on."""
+    """Stops the ranks, then this process, until it is continued."""
     for process in ranks:
         _signal_group(process, signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -67,7 +67,7 @@ def _pause(ranks: Sequence[BaseProcess]) -> None:
 
 
 def stop(ranks: Sequence[BaseProcess]) -> None:
-    """Ends every rank that still runs, and whatever any rank had started: SIGTERM first, for the stacks."""
+    """Ends every rank that still runs, and all processes that ranks had started: SIGTERM first, which writes stacks."""
     alive = [process for process in ranks if process.is_alive()]
     for process in alive:
         _signal_group(process, signal.SIGTERM)

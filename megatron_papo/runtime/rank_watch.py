@@ -1,7 +1,7 @@
 """Watches the ranks that this machine's launcher started, and says which of them ended badly, and why.
 
-The first rank that ends badly ends the run. Ranks that fail because their peer is gone are given a moment to leave
-their notes, so that the reason shown is that of the rank that failed by itself.
+The first rank that ends badly ends the run. Other ranks get a moment to leave their notes, so that
+the reason that is shown is that of the rank which failed first, and not of one that lost its connection to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_papo.runtime.watchdog import STALL_EXIT
 from megatron_papo.text.untrusted import LINES, as_text
 
 _SETTLE_S = 1.5
-"""After the first failure, how long other ranks have to leave their notes."""
+"""Seconds after the first failure in which other ranks can leave their notes."""
 
 
 def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -> int:
@@ -31,7 +31,7 @@ def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -
     running, saved = list(ranks), False
     while running:
         wait([process.sentinel for process in running])
-        # asked for once: a rank's sentinel may fire before its exit code is there, and a second look would find it
+        # read once: a rank's sentinel may fire before its exit code is there, and a second reading would see it
         exitcodes = [process.exitcode for process in running]
         saved = saved or SAVED_EXIT in exitcodes
         if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
@@ -58,7 +58,7 @@ def _explain(ranks: list[BaseProcess], run_dir: Path, reported: NotesInMemory) -
 
 
 def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
-    """What is known of a rank that ended without leaving a note."""
+    """The failure of a rank that ended without leaving a note, from its exit code."""
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
@@ -71,7 +71,7 @@ def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
 
 
 def _print_stacks(ranks: list[BaseProcess], run_dir: Path) -> None:
-    """The stacks of ranks that the launcher ended; those that ended themselves have printed theirs."""
+    """Prints the stacks of ranks that the launcher ended; ranks that ended themselves have printed theirs."""
     for rank, process in enumerate(ranks):
         path = run_dir / "stacks" / f"rank_{rank}.txt"
         if process.exitcode != STALL_EXIT and path.exists():

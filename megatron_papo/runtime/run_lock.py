@@ -1,15 +1,15 @@
 """RUN/lock: one run at a time trains in a folder; two would mix their checkpoints, records and notes of failures.
 
-The file names who has the folder: host, process, since when, job of Slurm. It is made in one step that fails where
-there is one (O_EXCL), which holds on shared disks too, and goes at the end. What a killed run left is known:
+The file names who has the folder: host, process, since when, job of Slurm. It is created with O_EXCL, which fails if
+it exists, on shared disks too, and is removed at the end. The lock of a killed run is recognised:
 
-    on the same machine   its process is gone, or another one has its number by now
-    on another one        nobody has touched the file for its limit, by the disk's own clock: a living run does so with
-                          every sign of life (heartbeat.py). Whoever comes earlier waits and looks
-    the same Slurm job, queued again: Slurm has ended what it ran before
+    on the same machine   its process no longer exists, or another process has its number
+    on another machine    the file was not touched for its limit, by the disk's own clock: a living run touches it with
+                          every sign of life (heartbeat.py). A run that starts earlier waits and looks again
+    by the same Slurm job, queued again: Slurm has ended what the job ran before
 
-Standard library alone, for Python 3.9 and later: the supervisor of a cluster job looks too. A full disk or one without
-permission is no reason to end: the run goes on without a lock, and says so.
+Imports the standard library only, for Python 3.9 and later, since the supervisor of a cluster job looks at the lock
+too. If the disk is full or gives no permission, the run goes on without a lock, and says so.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from megatron_papo.files.small_files import made_of, parse_record, print_warning
 
 LOCK_FILE = "lock"
 _START_S = 60.0
-"""A run that begins imports its libraries before its first sign of life."""
+"""Seconds for a run that begins to import its libraries, before its first sign of life."""
 _LOOK_S = 0.5
 _HERE = ("127.0.0.1", "localhost", "::1")
 
 
 class RunHeld(ValueError):
-    """Another run is alive in the folder; names it, and the way out."""
+    """Another run is alive in the folder. The message names it, and what the user can do."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Holder:
     host: str
     pid: int
     machine: str
-    """Boot and process namespace: where they are the same, so is what `pid` says."""
+    """Boot and process namespace: where both are the same, `pid` means the same process."""
     started: int
-    """When the process began, in clock ticks since the boot: tells it from a later one of the same number."""
+    """When the process began, in clock ticks since the boot: distinguishes it from a later process of that number."""
     since: float
     """When the lock was taken, in seconds of Unix time."""
     job: str
@@ -57,7 +57,7 @@ class Holder:
     launch: str
     """The same for all ranks of a run that torchrun or srun started; empty for one that papo started itself."""
     limit_s: float
-    """Without a sign of life for so long it is gone."""
+    """After so many seconds without a sign of life the run counts as ended."""
 
     @classmethod
     def here(cls, verb: str, environ: Mapping[str, str], heartbeat_limit_s: float) -> Holder:
@@ -75,9 +75,12 @@ class Holder:
 
 
 @contextmanager
-def alone_in(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
-    """Raises RunHeld where another run is alive in the folder. `takes`: and none may begin there during the block;
-    without, for what writes no checkpoint, and for the other ranks of a run."""
+def exclusive_run(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
+    """A context in which no other run may use the folder; raises RunHeld where another run is alive in it.
+
+    `takes`: take the lock for the block. False for verbs that write no checkpoint, and on all ranks of a run but the
+    first: they only look whether the folder is free.
+    """
     made: list[Path] = []
     try:
         if takes:
@@ -94,9 +97,9 @@ def alone_in(run_dir: Path, mine: Holder, takes: bool) -> Iterator[None]:
 
 
 def look(run_dir: Path, mine: Holder, *, of_own_run: bool = True) -> bytes | None:
-    """The lock of a run that is gone; None where there is none or, with `of_own_run`, it is of this process's run.
+    """The lock that a run which has ended left; None if there is no lock or, with `of_own_run`, it belongs to this run.
 
-    Raises RunHeld for one that is alive. Waits where only time can tell.
+    Raises RunHeld if the run is alive. Waits if only a later sign of life, or its absence, can tell.
     """
     path = run_dir / LOCK_FILE
     before: tuple[bytes, float] | None = None
@@ -134,7 +137,7 @@ def drop_own(run_dir: Path, job: str) -> None:
 
 
 def touch(run_dir: Path) -> None:
-    """A sign of life: from the process that has the lock, or one that it started."""
+    """Gives a sign of life, by the process that has the lock or by one that it started."""
     with suppress(OSError):
         seen = _read(run_dir / LOCK_FILE)
         holder = None if seen is None else made_of(Holder, parse_record(seen[0]) or {})
@@ -143,7 +146,7 @@ def touch(run_dir: Path) -> None:
 
 
 def _take(run_dir: Path, mine: Holder) -> list[Path]:
-    """Makes the lock; the folders that were made for it, the innermost first."""
+    """Makes the lock. Returns the folders that were made for it, the innermost first."""
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK_FILE
@@ -167,8 +170,8 @@ def _take(run_dir: Path, mine: Holder) -> list[Path]:
 
 
 def _clear(path: Path, left: bytes) -> None:
-    """Removes the lock whose text is `left`. Two may want to at once: what has meanwhile become another's lock is
-    given back."""
+    """Removes the lock whose text is `left`. Two runs may try at once: a lock that has meanwhile become another run's
+    is restored."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.rename(aside)
@@ -194,14 +197,15 @@ def _text(holder: Holder) -> bytes:
 
 
 def _is_gone(holder: Holder, mine: Holder) -> bool | None:
-    """None: time will tell."""
+    """Whether the run that left the lock has ended; None if only waiting can tell."""
     if holder.machine and holder.machine == mine.machine:
         return started_at(holder.pid) != holder.started
     return True if holder.job and holder.job == mine.job and holder.restarts != mine.restarts else None
 
 
 def _read(path: Path) -> tuple[bytes, float] | None:
-    """Text and time of the last sign of life. Opened for it: only then does a shared disk ask its server."""
+    """The lock's text and the time of its last sign of life. The file is opened for it, since a shared disk asks its
+    server only then."""
     try:
         with path.open("rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime
@@ -210,7 +214,7 @@ def _read(path: Path) -> tuple[bytes, float] | None:
 
 
 def _disk_time(folder: Path) -> float:
-    """Now, by the clock that the files of `folder` have their times from; else by this machine's."""
+    """The present time by the clock that dates the files of `folder`; if that fails, by this machine's clock."""
     with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
     return time.time()

@@ -12,7 +12,7 @@ _stack_files: dict[Path, TextIO] = {}
 
 
 def stack_file(run_dir: Path, rank: int) -> TextIO:
-    """RUN/stacks/rank_N.txt, emptied when this process first asks for it, and kept open."""
+    """RUN/stacks/rank_N.txt, which the first call in this process empties, and which stays open."""
     path = run_dir / "stacks" / f"rank_{rank}.txt"
     if path not in _stack_files:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,14 +23,14 @@ def stack_file(run_dir: Path, rank: int) -> TextIO:
 def dump_stacks_on_sigterm(run_dir: Path, rank: int) -> None:
     """From now on SIGTERM writes this process's stacks to its stack file, then ends it.
 
-    Done in C: works also while the interpreter waits inside a collective.
+    C code does it, so that it works while the interpreter waits inside a collective.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.register(signal.SIGTERM, file=stack_file(run_dir, rank), all_threads=True, chain=True)
 
 
 def drop_empty_stack_file(run_dir: Path, rank: int) -> None:
-    """At the end of a rank: away with the file that nothing was written to, and with a folder of none."""
+    """At the end of a rank, removes its stack file if nothing was written to it, and then the folder if it is empty."""
     faulthandler.unregister(signal.SIGTERM)
     file = _stack_files.pop(run_dir / "stacks" / f"rank_{rank}.txt", None)
     if file is None:

@@ -1,6 +1,6 @@
-"""SIGUSR1 asks a run to save after the step it is in and to end; a cluster job gets it before its time limit.
+"""SIGUSR1 requests that a run saves and ends after its current step; a cluster job gets it before its time limit.
 
-One that came while the run was starting counts too: the run ends after its first step.
+A signal that came while the run was starting counts too: the run then ends after its first step.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from types import FrameType
 from typing import Self
 
 from megatron_papo.distributed.exchange import any_rank
-from megatron_papo.runtime.process import asked_to_save
+from megatron_papo.runtime.process import save_requested
 
 
 class StopSignal:
-    """As a context: listens. Every rank asks after every step, so that all of them stop after the same one."""
+    """A context that handles SIGUSR1. All ranks call `requested` after each step, so that all stop after the same."""
 
     def __init__(self) -> None:
-        self._heard = False
+        self._received = False
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGUSR1, self._hear)
-        self._heard = self._heard or asked_to_save()
+        self._before = signal.signal(signal.SIGUSR1, self._handle)
+        self._received = self._received or save_requested()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGUSR1, self._before)
 
-    def asked(self) -> bool:
-        """Whether any rank has been asked to stop; collective."""
-        return any_rank(self._heard)
+    def requested(self) -> bool:
+        """Whether any rank has received the signal; collective."""
+        return any_rank(self._received)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received = True

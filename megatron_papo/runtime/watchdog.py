@@ -1,10 +1,10 @@
-"""Ends a run that stalls, with every rank's stack, from the beginning of a verb to its end.
+"""Ends a run that makes no progress, with the stacks of every rank; active from the beginning of a verb to its end.
 
-A thread of every rank looks whether the rank has moved: a stage began, reported progress or ended. When nothing has for
-longer than the limit of the stage, or `run.stall_limit_s` between stages, it writes the stacks of all threads to stderr
-and to RUN/stacks/rank_N.txt, says why, and ends the process; the others then end too, with their stacks (heartbeat.py,
-runtime/launch.py). Where a rank gives no sign of life any more, that one is the cause: the others only wait for it.
-Time for which this process was stopped does not count. Leaves out ranks of separate engines, which wait by profession.
+A thread of every rank looks whether a stage has begun, reported progress or ended. When none has for longer than the
+limit of the stage, or `run.stall_limit_s` between stages, it writes the stacks of all threads to stderr and to
+RUN/stacks/rank_N.txt, says why, and ends the process; the other ranks then end too, with their stacks (heartbeat.py,
+launch.py). If a rank gives no sign of life any more, it is named as the cause: the others only wait for it. Time for
+which this process was stopped does not count. Ranks of separate engines have no watchdog, since waiting is their work.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ _BACKUP = 2.0
 """The watchdog is a Python thread; when the interpreter itself is blocked, a C thread steps in after this many times
 the limit. It cannot tell that the process was stopped, so it leaves time for that: as long as the limit."""
 _LAST_WORDS_S = 20.0
-"""That a rank may take to say that it has stalled, on a disk that may not answer."""
+"""Seconds that a rank may take to report that it has stalled, since the disk may not answer."""
 _PEERS_S = 4.0
-"""Beyond a heartbeat, how long the others have to write where they are: once this rank is gone, collectives fail."""
+"""Seconds, beside `run.heartbeat_s`, that the other ranks have to write their stacks: once this rank has ended, their
+collectives fail."""
 
 
 class Watchdog:
-    """As a context: watches. `moved`, `enter` and `leave` cost the rank next to nothing."""
+    """A context in which a thread watches this rank. `moved`, `enter` and `leave` cost almost nothing."""
 
     def __init__(self, run: RunConfig, rank: int):
         self._run, self._rank = run, rank
@@ -83,7 +84,7 @@ class Watchdog:
             self._end_after(_BACKUP * limit - (now - since))
 
     def _end_after(self, seconds: float) -> None:
-        """By the C thread. Without a file for stacks there is none."""
+        """The C thread ends the process after `seconds`; there is none if no file for stacks can be opened."""
         with suppress(OSError, ValueError):
             file = stack_file(self._run.dir, self._rank)
             faulthandler.dump_traceback_later(seconds, file=file, exit=True)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_papo.cluster.submit import HOME, write
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.sweep.submit_points import CheckedPoints
 
 
@@ -48,5 +48,5 @@ def _run(checked: CheckedPoints) -> int:
             child.wait()
             raise
         finally:
-            write_whole(folder / "local.json", json.dumps({"exit_code": code}) + "\n")
+            write_atomically(folder / "local.json", json.dumps({"exit_code": code}) + "\n")
     return code

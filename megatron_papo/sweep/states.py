@@ -16,7 +16,7 @@ from typing import Literal
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import Attempt, read_attempts
 from megatron_papo.cluster.slurm import QueuedJob
-from megatron_papo.files.small_files import read_object, write_whole
+from megatron_papo.files.small_files import read_object, write_atomically
 from megatron_papo.runtime.failures import SAVED_EXIT
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Point, Sweep
@@ -70,7 +70,7 @@ def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJo
         return State("failed", _reason(run_dir, attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:
         return State("interrupted", f"job {job}: {ended.state.lower().replace('_', ' ')}")
-    said = "" if attempts else last_word(run_records.folder_of(run_dir) / f"job_{job}.log")
+    said = "" if attempts else last_line(run_records.folder_of(run_dir) / f"job_{job}.log")
     if said or ended is not None:
         return State("failed", said or f"job {job}: {str(ended and ended.state).lower().replace('_', ' ')}")
     return State("interrupted", f"job {job}: Slurm does not know it any more")
@@ -80,7 +80,7 @@ def _reason(run_dir: Path, attempt: Attempt) -> str:
     """A job of one rank has its launcher between Slurm and the rank: the rank's reason is in its log alone."""
     said = ""
     if "Exited with exit code" in attempt.reason:
-        said = last_word(run_dir / "logs" / f"attempt_{attempt.number:04d}" / "rank_0.log")
+        said = last_line(run_dir / "logs" / f"attempt_{attempt.number:04d}" / "rank_0.log")
     return said or attempt.reason.removeprefix("papo: ").replace("\n", "; ")
 
 
@@ -95,10 +95,10 @@ def state_of_local_run(run_dir: Path, steps: int) -> State:
         return State("done")
     if code < 0 or code in _INTERRUPTED_EXITS:
         return State("interrupted", f"ended by signal or by hand, exit code {code}")
-    return State("failed", last_word(run_records.folder_of(run_dir) / "local.log") or f"exit code {code}")
+    return State("failed", last_line(run_records.folder_of(run_dir) / "local.log") or f"exit code {code}")
 
 
-def last_word(log: Path) -> str:
+def last_line(log: Path) -> str:
     """The reason that a run ended with: the last line of ours in its log that is one."""
     if not log.exists():
         return ""
@@ -116,4 +116,4 @@ def read_refused(sweep: Sweep) -> dict[str, str]:
 
 
 def write_refused(sweep: Sweep, refused: Mapping[str, str]) -> None:
-    write_whole(sweep.folder / "refused.json", json.dumps(refused, indent=1) + "\n")
+    write_atomically(sweep.folder / "refused.json", json.dumps(refused, indent=1) + "\n")

@@ -19,7 +19,7 @@ from megatron_papo.cluster.render import array_script, sbatch_options
 from megatron_papo.cluster.slurm import SlurmError, sbatch, set_comment
 from megatron_papo.cluster.submit import SubmissionPlan, plan, write
 from megatron_papo.config import ConfigError, load_config
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.preflight.check import check_everything
 from megatron_papo.sweep.points import Point, Sweep
 
@@ -146,7 +146,7 @@ def submit_arrays(
             write(each.plan)
             (run_records.folder_of(each.point.run_dir) / "local.json").unlink(missing_ok=True)
         script = sweep.folder / "cluster" / "array.sh"
-        write_whole(script, array.script)
+        write_atomically(script, array.script)
         try:
             jobs.append(sbatch(str(script), after))
         except SlurmError as error:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.costs.stages import PLANNED_STAGES
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.sweep.gather import STAGES, Row
 from megatron_papo.sweep.points import Sweep
 from megatron_papo.text.untrusted import as_text
@@ -88,7 +88,7 @@ def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
     """DIR/table.md and DIR/table.csv."""
     page, sheet = sweep.folder / "table.md", sweep.folder / "table.csv"
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(page, markdown(rows, sweep))
+    write_atomically(page, markdown(rows, sweep))
     with sheet.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         spreads = (f"{figure}{end}" for figure in _FIGURES for end in ("", "_min", "_max"))

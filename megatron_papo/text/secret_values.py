@@ -2,8 +2,8 @@
 
 Settings are copied: into RUN/config.yaml, TensorBoard, wandb, every checkpoint. So a variable that is named after a
 secret is refused (`fault_of_variable`), and a value that looks like one is left out wherever settings, or errors that
-quote them, are shown or kept (`without_secrets`). Standard library alone, for Python 3.9 too: the supervisor of a
-cluster job uses it. Leaves out secrets that look like any other text.
+quote them, are shown or kept (`without_secrets`). Imports the standard library only, for Python 3.9 too: the supervisor
+of a cluster job uses it. Leaves out secrets that look like any other text.
 """
 
 from __future__ import annotations

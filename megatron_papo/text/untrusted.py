@@ -1,9 +1,9 @@
-"""What strangers wrote, as text that only shows itself: for terminals, logs and pages.
+"""Makes text that is not trusted harmless for terminals, logs and pages.
 
 A terminal obeys control characters (`\\x1b]0;...` renames its window, `\\r` overwrites what was said), and characters
 that turn the direction of writing make a line read as another one. Here each becomes its escape in Python's spelling.
-Standard library alone, for Python 3.9 too: the supervisor of a cluster job uses it. Leaves out the escaping of HTML,
-Markdown and rich's markup, which the writer of each does on top.
+Imports the standard library only, for Python 3.9 too: the supervisor of a cluster job uses it. Leaves out the escaping
+of HTML, Markdown and rich's markup, which the writer of each does on top.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From groups of rollouts to the micro-batches of one optimizer step, on the ranks of a run.
+"""Packs groups of rollouts into the micro-batches of one optimizer step, on the ranks of a run.
 
-`packing/` lays out the rows and knows no ranks. Here groups move between data-parallel ranks until every rank has about
-as much to compute, and the totals that token weights divide by are summed over all of them.
+`packing/` lays out the rows and knows no ranks. This module moves groups between data-parallel ranks until every rank
+has about as much to compute, and sums the totals that token weights divide by over all ranks.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from megatron_papo.training.session import Run
 from megatron_papo.types import Batch, Group
 
 _ROWS_PER_STAGE = 2
-"""A pipeline gets at least this many rows a stage, as far as there are prompts: with p stages and m rows it stands
-still for (p - 1) / (m + p - 1) of the time."""
+"""A pipeline gets at least this many rows a stage, as far as there are prompts: with p stages and m rows it is idle
+for (p - 1) / (m + p - 1) of the time."""
 
 
 def pack_update(
-    run: Run, groups: Sequence[Group], spare: Group, loss: LossConfig | None = None, joint: bool = False
+    run: Run, groups: Sequence[Group], placeholder: Group, loss: LossConfig | None = None, joint: bool = False
 ) -> Batch:
     """The micro-batches of one optimizer step on this rank; all data-parallel ranks call it together.
 
     A token's weight is its share in the mean over all data-parallel ranks, taken as `loss` says (by default the token
-    mean). `joint`: leave room for the masked view in every row. A rank that is left without groups packs `spare` with
-    weights of zero, so that it takes part in the update all the same.
+    mean). `joint`: leave room for the masked view in every row. A rank that is left without groups packs
+    `placeholder` with weights of zero, so that it takes part in the update all the same.
     """
     groups = _balanced(run, groups, joint)
     totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
     if groups:
         return pack_rows(run, groups, totals, loss, joint)
-    idle = replace(spare, advantages=(0.0,) * len(spare.rollouts))
+    idle = replace(placeholder, advantages=(0.0,) * len(placeholder.rollouts))
     return tuple(empty_like(row) for row in pack_rows(run, [idle], totals, loss, joint))
 
 

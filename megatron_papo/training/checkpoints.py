@@ -19,7 +19,7 @@ from megatron_papo.checkpoint.state import Restored, TrainState
 from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.config import plain_tree
 from megatron_papo.config.derived import model_folder
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.optimization.optimizer import Optimizer
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.runtime.progress import read_progress
@@ -138,7 +138,7 @@ class Checkpoints:
         """Ends a run that was asked to stop, once step `step` is saved; its exit code. The file RUN/saved tells a
         supervisor that the run can go on."""
         if self._run.is_writer:
-            write_whole(self._run.folder / SAVED_FILE, f"{step + 1}\n")
+            write_atomically(self._run.folder / SAVED_FILE, f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
         return SAVED_EXIT
 

@@ -85,7 +85,7 @@ class ChosenGroups:
         return [[self.own[place] for place in chunk if place in self.own] for chunk in chunks]
 
     @property
-    def spare(self) -> Group:
+    def placeholder(self) -> Group:
         """Any group of this rank, with which it computes an update at weight zero when it has no group of its own."""
         assert self.first is not None, "every rank draws a prompt in every round"
         return self.first

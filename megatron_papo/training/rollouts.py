@@ -1,6 +1,6 @@
-"""Rollouts from the generator and their rewards, and the policy's weights for the generator, even when an engine fails.
+"""Gets rollouts from the generator, rewards them, and hands weights over to it, even if an engine fails.
 
-An engine that died is started again, given the policy's weights and asked for the same rollouts, up to
+An engine that died is started again, is given the policy's weights and generates the same rollouts, up to
 `generation.restarts` times in a run; after that its failure ends the run. All ranks call these functions together.
 """
 
@@ -23,7 +23,7 @@ from megatron_papo.weights.transfer import hf_tensors
 def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
     """The generator's rollouts for `prompts`; a restarted engine samples the same ones."""
     while True:
-        remind(run, generator)
+        give_weights_again(run, generator)
         version = generator.policy_version
         try:
             return generator.generate(prompts, sampling)
@@ -85,15 +85,15 @@ def give_weights(run: Run, generator: Generator, policy_version: int) -> None:
     generator.load_weights(tensors, policy_version)
 
 
-def remind(run: Run, generator: Generator) -> None:
+def give_weights_again(run: Run, generator: Generator) -> None:
     """Gives the policy's weights again to an engine that dropped them as it slept; no update has been made since."""
     if generator.forgotten_version is not None:
         hand_over(run, generator, generator.forgotten_version)
 
 
 def recover(run: Run, generator: Generator, lost: EngineLost, policy_version: int | None) -> None:
-    """After an engine was lost: restarts it and gives it the policy's weights as they are now, which `policy_version`
-    numbers. Raises the loss itself where there are none to give, or where the run has used up its restarts."""
+    """Restarts an engine that died and gives it the policy's weights as they are now, which `policy_version` numbers.
+    Raises `lost` where there are no weights to give (None), or where the run has used up its restarts."""
     if policy_version is None:
         raise lost
     _restart(run, generator, lost)

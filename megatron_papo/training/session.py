@@ -1,7 +1,7 @@
-"""What every verb holds while it runs: settings, ranks, model, processor and clock, built in one place by `open_run`.
+"""What every verb needs while it runs: settings, ranks, model, processor and clock, built in one place by `open_run`.
 
-`open_run` also takes everything down again, when a rank fails too. Left out is what changes weights, such as the
-optimizer and its schedule: it belongs to the verbs that train.
+`open_run` also closes everything again, after a failure too. Leaves out what changes weights, such as the optimizer and
+its schedule, which belong to the verbs that train.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from megatron_papo.runtime.heartbeat import Heartbeat
 from megatron_papo.training.starting_weights import load_starting_weights
 
 for _model_type in FAMILIES:
-    # In the process that local ranks are forked from: transformers would import its files of a family on first use, in
-    # every rank anew, which takes longer than a small run's first step.
+    # Once, in the process that local ranks are forked from. Else transformers would import its files of a family on
+    # first use, in each rank again, which takes longer than the first step of a small run.
     family_named(_model_type).module("transformers_classes")
 
 
@@ -56,12 +56,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The folder that everything the run writes lies under."""
+        """The folder under which the run writes everything."""
         return self.config.run.dir
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is the one rank that writes what the whole run has in common."""
+        """Whether this is the one rank that writes what belongs to the whole run, such as its metrics."""
         return self.layout.rank == 0
 
     @property

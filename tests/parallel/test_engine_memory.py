@@ -123,7 +123,7 @@ def _reminded(generator: Any) -> list[int]:
 
     given: list[int] = []
     rollouts.hand_over = lambda run, generator, policy_version: given.append(policy_version)
-    rollouts.remind(None, generator)  # type: ignore[arg-type]
+    rollouts.give_weights_again(None, generator)  # type: ignore[arg-type]
     return given
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import Config, dump_config
-from megatron_papo.runtime.run_lock import Holder, alone_in
+from megatron_papo.runtime.run_lock import Holder, exclusive_run
 from tests.support.commands import Command, begin, papo
 from tests.support.tiny_run import metrics, tiny_run
 
@@ -108,7 +108,7 @@ def _check_close(undisturbed: list[dict], found: list[dict], first: int) -> None
 def test_a_second_run_in_the_folder_is_refused(inputs, tmp_path):
     config = tiny_run(inputs, tmp_path / "run", **SETTINGS)
     (tmp_path / "second.yaml").write_text(dump_config(config))
-    with alone_in(config.run.dir, Holder.here("sft", {}, 60.0), takes=True):
+    with exclusive_run(config.run.dir, Holder.here("sft", {}, 60.0), takes=True):
         refused = papo("train", tmp_path / "second.yaml", "--ranks=2")
         assert refused.returncode == 2
         line = refused.stderr.splitlines()[-1]  # behind what the settings are warned of

@@ -16,7 +16,7 @@ from megatron_papo.cluster.render import array_script, job_script, sbatch_option
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.cluster import time_limit_s
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 
 REPO = Path(__file__).parents[2]
 
@@ -175,7 +175,7 @@ def test_a_script_does_not_say_the_secrets_of_its_command():
 
 def test_a_private_file_is_its_owners_from_the_beginning(tmp_path: Path):
     for private, mode in ((False, 0o644), (True, 0o600), (False, 0o644)):
-        write_whole(tmp_path / "a", "text", private=private)
+        write_atomically(tmp_path / "a", "text", private=private)
         assert (tmp_path / "a").stat().st_mode & 0o777 == mode
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

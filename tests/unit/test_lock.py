@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.runtime import run_lock
-from megatron_papo.runtime.run_lock import Holder, RunHeld, alone_in, drop_own, look, touch
+from megatron_papo.runtime.run_lock import Holder, RunHeld, drop_own, exclusive_run, look, touch
 
 MINE = Holder.here("train", {"SLURM_JOB_ID": "7"}, 0.2)
 ELSEWHERE = replace(MINE, machine="another boot", host="node2", job="6", limit_s=0.2)
@@ -33,7 +33,7 @@ def leave(run_dir: Path, holder: Holder | bytes, touched: float | None = None) -
 
 
 def may_begin(run_dir: Path, mine: Holder = MINE) -> bool:
-    with alone_in(run_dir, mine, takes=True):
+    with exclusive_run(run_dir, mine, takes=True):
         return json.loads((run_dir / "lock").read_text())["pid"] == os.getpid()
 
 
@@ -43,7 +43,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_has_ended(tmp_path):
         first = replace(MINE, pid=other.pid, started=run_lock.started_at(other.pid))
         leave(run, first, LONG_AGO)  # a disk that has not answered it for long: its process is what counts
         for takes in (True, False):
-            with pytest.raises(RunHeld) as error, alone_in(run, replace(MINE, verb="eval"), takes):
+            with pytest.raises(RunHeld) as error, exclusive_run(run, replace(MINE, verb="eval"), takes):
                 pass
             assert str(error.value).startswith(f"run.dir: {run} is in use by papo train, process {other.pid} on ")
             assert f"{socket.gethostname()}, Slurm job 7, since " in str(error.value)
@@ -90,9 +90,9 @@ def test_a_job_that_slurm_has_queued_again_goes_on_at_once(tmp_path):
 def test_the_ranks_of_a_run_know_its_lock(tmp_path):
     environ = {"MASTER_ADDR": "node1", "MASTER_PORT": "2000"}
     first = Holder.here("train", environ, 60.0)
-    with alone_in(tmp_path, first, takes=True):
+    with exclusive_run(tmp_path, first, takes=True):
         other = replace(first, pid=1, started=0, machine="", host="node2")
-        with alone_in(tmp_path, other, takes=False):
+        with exclusive_run(tmp_path, other, takes=False):
             assert (tmp_path / "lock").exists()
         assert (tmp_path / "lock").exists(), "it is not theirs"
         with pytest.raises(RunHeld):
@@ -112,7 +112,7 @@ def test_a_lock_that_cannot_be_read_is_as_old_as_its_file(tmp_path, monkeypatch,
 
 def test_what_cannot_be_locked_goes_on_and_says_so(tmp_path, capsys):
     (tmp_path / "lock").mkdir()
-    with alone_in(tmp_path, MINE, takes=True):
+    with exclusive_run(tmp_path, MINE, takes=True):
         pass
     assert "Is a directory: another run in this folder would not be noticed" in capsys.readouterr().err
     (tmp_path / "lock").rmdir()
@@ -123,7 +123,7 @@ def test_what_cannot_be_locked_goes_on_and_says_so(tmp_path, capsys):
 def test_a_folder_that_was_made_for_the_lock_goes_with_it_unless_something_is_in_it(tmp_path):
     assert may_begin(tmp_path / "runs" / "a")
     assert os.listdir(tmp_path) == []
-    with alone_in(tmp_path / "runs" / "a", MINE, takes=True):
+    with exclusive_run(tmp_path / "runs" / "a", MINE, takes=True):
         (tmp_path / "runs" / "a" / "metrics.jsonl").touch()
     assert os.listdir(tmp_path / "runs" / "a") == ["metrics.jsonl"]
 
@@ -139,7 +139,7 @@ def test_a_sign_of_life_is_of_the_run_that_has_the_lock(tmp_path):
 def _race(run_dir: Path, begin, end, results) -> None:
     begin.wait()
     try:
-        with alone_in(run_dir, Holder.here("train", {}, 60.0), takes=True):
+        with exclusive_run(run_dir, Holder.here("train", {}, 60.0), takes=True):
             results.put(True)
             end.wait()
     except RunHeld:

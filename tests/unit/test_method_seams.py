@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from dataclasses import replace
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_papo.algorithm import policy_losses
 from megatron_papo.algorithm.estimators import probability_ratio
 from megatron_papo.algorithm.loss_settings import LossSettings
 from megatron_papo.algorithm.losses import papo_loss
@@ -19,12 +23,13 @@ from megatron_papo.config import ConfigError, LossConfig, load_config
 from megatron_papo.types import HeadOutputs, MicroBatch
 from tests.unit.test_losses import F64, _config, _parts, _row
 
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 RESPONSES = torch.tensor([0, 0, 0, 1])
 
 
 def test_the_settings_know_every_policy_loss_and_no_other():
     assert get_args(LossConfig.model_fields["policy_loss"].annotation) == tuple(POLICY_LOSSES)
-    with pytest.raises(ConfigError, match=r"loss\.policy_loss: Input should be 'clipped', got 'gspo'"):
+    with pytest.raises(ConfigError, match=r"loss\.policy_loss: Input should be 'clipped'.*, got 'gspo'"):
         load_config(None, ["loss.policy_loss=gspo"])
 
 
@@ -45,6 +50,24 @@ def test_a_policy_loss_is_chosen_by_its_name_and_may_read_whole_responses(monkey
     first, second = torch.tensor(3.0).double().exp(), torch.tensor(0.5).double().exp()
     assert total.item() == pytest.approx(((-3 * first + second) / 8).item())
     assert policy.grad.tolist() == pytest.approx([(-first / 8).item()] * 3 + [(second / 8).item()])
+
+
+def _example(guide: str, module: str) -> dict[str, Any]:
+    """What the first block of code in `guide` defines, run as if it stood in `module`."""
+    names = dict(vars(importlib.import_module(module)))
+    exec((GUIDES / guide).read_text().split("```python\n")[1].split("```")[0], names)
+    return names
+
+
+def test_the_examples_of_the_guides_run():
+    names = _example("add_a_policy_loss.md", policy_losses.__name__)
+    assert tuple(names["POLICY_LOSSES"]) == (*POLICY_LOSSES, "sequence_clipped")
+    row, loss = _row(), LossConfig(clip_low=0.2, clip_high=0.3)
+    policy_R, old_R = F64([0.1, 0.2, 0.3, 0.5]), torch.zeros(4, dtype=torch.float64)
+    losses_R = names["sequence_clipped"](policy_R, old_R, row.advantages_R, row, loss)
+    assert losses_R.tolist() == pytest.approx([-math.exp(0.2)] * 3 + [math.exp(0.5)])
+    reward = _example("add_an_engine_or_a_reward.md", "math")["half_for_naming"]
+    assert [reward(text, "3", "") for text in (r"\boxed{3}", "it is 3", "no")] == [1.0, 0.5, 0.0]
 
 
 def test_credit_weighs_the_policy_term_and_nothing_else():

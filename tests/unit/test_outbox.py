@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_papo.config import ObserveConfig
-from megatron_papo.files.small_files import write_whole
+from megatron_papo.files.small_files import write_atomically
 from megatron_papo.observe import outbox
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow
@@ -70,10 +70,10 @@ def test_a_resumed_run_drops_what_it_logs_again_also_on_a_full_disk(disk):
 
 
 def test_a_file_that_finds_no_room_stays_as_it_was(disk):
-    write_whole(disk / "page", b"old")
+    write_atomically(disk / "page", b"old")
     fill(disk)
     with pytest.raises(OSError, match=r"No space left on device: '.*/page'"):
-        write_whole(disk / "page", bytes(20_000))
+        write_atomically(disk / "page", bytes(20_000))
     assert (disk / "page").read_bytes() == b"old"
     assert not (disk / "page.tmp").exists()
 

@@ -90,7 +90,7 @@ def test_inherited_signals_are_set_right():
 def main():
     done = subprocess.run(["bash", "-c", "exit 7"]).returncode
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    os.write(3, f"{done} {len(mask)} {asked_to_save()}".encode())
+    os.write(3, f"{done} {len(mask)} {save_requested()}".encode())
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
 os.kill(os.getpid(), signal.SIGUSR1)
@@ -101,13 +101,13 @@ sys.exit(command(main))
 
 def test_who_asks_for_a_save_asks_no_process_that_is_started():
     code = """
-with save_requests_held():
+with save_requests_blocked():
     child = subprocess.Popen(["bash", "-c", "read; exit 5"], stdin=subprocess.PIPE)
     os.kill(os.getpid(), signal.SIGUSR1)
-    early = asked_to_save()
+    early = save_requested()
 child.send_signal(signal.SIGUSR1)
 child.communicate(b"\\n")
-os.write(3, f"{child.returncode} {early} {asked_to_save()}".encode())
+os.write(3, f"{child.returncode} {early} {save_requested()}".encode())
 """
     assert python("begin()" + code) == (0, "", "5 False True")
 

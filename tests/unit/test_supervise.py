@@ -20,7 +20,7 @@ from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.runtime.failure_notes import write_failure
 from megatron_papo.runtime.failures import SAVED_EXIT, RunStopped, describe
 from megatron_papo.runtime.progress import read_progress
-from megatron_papo.runtime.run_lock import Holder, RunHeld, alone_in
+from megatron_papo.runtime.run_lock import Holder, RunHeld, exclusive_run
 
 REPO = Path(__file__).parents[2]
 FIRST = Attempt(1, "7", "node[1-2]", 2, began=1000.0, steps_done=0, steps_saved=0, lost_steps=0, lost_seconds=0.0)
@@ -218,7 +218,7 @@ def test_the_lock_of_this_jobs_earlier_attempt_goes_and_another_runs_stays(tmp_p
     (tmp_path / "lock").write_text(json.dumps(asdict(held)))
     supervisor._drop_lock()
     assert not (tmp_path / "lock").exists(), "its ranks, wherever they were, have ended"
-    with alone_in(tmp_path, Holder.here("train", {"SLURM_JOB_ID": "8"}, 60.0), takes=True):
+    with exclusive_run(tmp_path, Holder.here("train", {"SLURM_JOB_ID": "8"}, 60.0), takes=True):
         with pytest.raises(RunHeld, match="Slurm job 8"):
             supervisor._drop_lock()
         assert (tmp_path / "lock").exists()

@@ -20,7 +20,7 @@ from megatron_papo.config import Config
 from megatron_papo.distributed.rendezvous import world_store
 from megatron_papo.generation.remote.engine_process import EngineEnding, run_engine
 from megatron_papo.generation.remote.engine_store import EngineRank, EngineStore
-from megatron_papo.runtime.process import save_requests_held
+from megatron_papo.runtime.process import save_requests_blocked
 
 _POLL_S = 0.25
 _END_S = 10.0
@@ -61,7 +61,7 @@ class _Child:
         context = multiprocessing.get_context("spawn")  # CUDA and vLLM do not survive a fork
         self._receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=run_engine, args=(self.config, self.engine_rank, sender))
-        with save_requests_held():  # until the child handles that signal
+        with save_requests_blocked():  # until the child handles that signal
             self.process.start()
         sender.close()
         return self
