@@ -18,7 +18,7 @@ from tests.support.tiny import tiny_config
 from tests.toy_family.reference import Toy, toy_config
 
 TOY = toy_config()
-SHAPE = ModelShape.from_dict(vars(TOY))
+SHAPE = ModelShape.from_dict(TOY.to_dict())
 
 
 def test_the_refusal_of_an_unknown_family_names_the_known_ones():
@@ -30,7 +30,7 @@ def test_the_refusal_of_an_unknown_family_names_the_known_ones():
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_table_has_every_tensor_of_the_reference_and_costs_count_them(tie: bool):
     config = toy_config(tie=tie)
-    shape, state = ModelShape.from_dict(vars(config)), Toy(config).state_dict()
+    shape, state = ModelShape.from_dict(config.to_dict()), Toy(config).state_dict()
     table = parameter_table(shape)
     sources = {source.name: source.shape for entry in table.values() for source in entry.sources}
     assert sources == {parameter_names(shape).published_name(name): tuple(value.shape) for name, value in state.items()}
