@@ -35,7 +35,7 @@ from megatron_papo.training.starting_weights import load_starting_weights
 
 for _model_type in FAMILIES:
     # In the process that local ranks are forked from: transformers would import its files of a family on first use, in
-    # every rank anew, which takes longer than a small run's first step.
+    # every rank anew, which takes longer than a small run's first step. Families installed apart import when asked for.
     family_named(_model_type).module("transformers_classes")
 
 
