@@ -35,7 +35,9 @@ class ToyConfig(PreTrainedConfig):
         return self.language["layers"]
 
 
-def toy_config(*, layers: int = 3, tie: bool = False, vocabulary: int = 275, inner: int = 90, width: int = 48) -> ToyConfig:
+def toy_config(
+    *, layers: int = 3, tie: bool = False, vocabulary: int = 275, inner: int = 90, width: int = 48
+) -> ToyConfig:
     """A small model; `inner`, the MLP's width, and the vocabulary need padding under tensor parallelism."""
     return ToyConfig(
         language={
@@ -52,7 +54,7 @@ class Toy(PreTrainedModel):
     """Word embedding, tower, decoder and output matrix."""
 
     config_class = ToyConfig
-    _supports_sdpa = True  # transformers' name for: may be built with that setting
+    _supports_sdpa = True  # the setting with which models are built here
 
     def __init__(self, config: ToyConfig):
         super().__init__(config)

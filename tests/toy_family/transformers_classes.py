@@ -35,16 +35,13 @@ def max_positions(config: ToyConfig) -> int:
 def position_ids(
     model: Toy, token_ids_BS: Tensor, grid_thw_I3: Tensor | None, attention_mask_BS: Tensor | None = None
 ) -> Tensor:
+    mask_BS = torch.ones_like(token_ids_BS) if attention_mask_BS is None else attention_mask_BS
     positions_3BS = torch.zeros(3, *token_ids_BS.shape, dtype=torch.int64)
-    grids = grid_thw_I3
-    for row, token_ids_S in enumerate(token_ids_BS):
-        kept_S = torch.ones_like(token_ids_S) if attention_mask_BS is None else attention_mask_BS[row]
-        kept_S = kept_S.bool()
-        ids = token_ids_S[kept_S]
-        positions_3BS[:, row, kept_S] = prompt_positions(ids, grids, model.config)
-        if grids is not None:
-            starts = (ids == model.config.vision_start_token_id).sum()
-            grids = grids[starts:]
+    for row, (ids_S, is_token_S) in enumerate(zip(token_ids_BS, mask_BS.bool())):
+        ids = ids_S[is_token_S]
+        positions_3BS[:, row, is_token_S] = prompt_positions(ids, grid_thw_I3, model.config)
+        if grid_thw_I3 is not None:  # the images of the rows after this one
+            grid_thw_I3 = grid_thw_I3[(ids == model.config.vision_start_token_id).sum() :]
     return positions_3BS
 
 
