@@ -14,9 +14,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -120,28 +120,35 @@ def model_config(
 
 def write_folder(
     folder: Path,
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
     min_pixels: int,
     max_pixels: int,
     max_shard_size: str = "5GB",
+    **patches: int,
 ) -> Path:
     """Writes weights, config, tokenizer, processor and generation config to `folder` and returns it.
 
-    Pictures are resized to between `min_pixels` and `max_pixels`; weights are split into files of `max_shard_size`.
+    Pictures are resized to between `min_pixels` and `max_pixels`; weights are split into files of `max_shard_size`;
+    `patches` as for `write_processor`.
     """
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_processor(folder, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels)
+    write_processor(folder, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **patches)
     return Path(folder)
 
 
-def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, *, min_pixels: int, max_pixels: int) -> None:
-    """Writes the tokenizer, the processor of pictures and the chat template to `folder`."""
-    pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+def write_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, *, min_pixels: int, max_pixels: int, **patches: int
+) -> None:
+    """Writes the tokenizer, the processor of pictures and the chat template to `folder`.
+
+    `patches`: `patch_size` and `temporal_patch_size`, where they are not Qwen2.5-VL's 14 pixels and 2 frames.
+    """
+    pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, **patches}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,

@@ -1,8 +1,10 @@
 """The registry of model families: `model_type` of config.json -> the package with all that is particular to the family.
 
 Nothing else in megatron_papo knows a family by name. A family's package has modules of fixed names; each is imported
-when it is first asked for, so that the command line reads shapes and counts costs without torch. What a module must
-have is a protocol beside the shared code that calls it:
+when it is first asked for, so that the command line reads shapes and counts costs without torch. A family that is
+installed apart from megatron_papo declares itself as an entry point, which every process reads: ranks and workers too,
+whether forked, spawned or started on another machine. What a module must have is a protocol beside the shared code that
+calls it:
 
     shape                  `ShapeModule` in model/shape.py                  reads config.json
     parameters             `ParametersModule` in model/parameter_map.py     Hugging Face tensors <-> Megatron parameters
@@ -23,10 +25,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 FAMILIES = {"qwen2_5_vl": "megatron_papo.model.qwen2_5_vl"}
-"""`model_type` of config.json -> the import path of its family's package. `register` adds one from elsewhere."""
+"""The families of this package: `model_type` of config.json -> the import path of the family's package."""
+
+ENTRY_POINTS = "megatron_papo.families"
+"""The group of entry points in which other distributions declare families: name and value as in `FAMILIES`."""
+
+_registered: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,35 @@ class HasFamily(Protocol):
         """The family, as config.json names it."""
 
 
+def families() -> dict[str, str]:
+    """All known families, as in `FAMILIES`: of this package, of installed distributions, and registered ones.
+
+    Raises ValueError for a `model_type` that two of the first two declare.
+    """
+    return {**FAMILIES, **_installed(), **_registered}
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """The families that entry points declare, read once a process: it takes the metadata of every distribution."""
+    packages: dict[str, str] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        other = {**FAMILIES, **packages}.get(point.name, point.value)
+        if other != point.value or point.name in FAMILIES:
+            raise ValueError(f"entry points {ENTRY_POINTS}: {point.name}: both {other} and {point.value}")
+        packages[point.name] = point.value
+    return packages
+
+
 def register(model_type: str, package: str) -> None:
-    """Adds a family that lies outside megatron_papo, by the import path of its package."""
-    FAMILIES[model_type] = package
+    """Adds a family to this process and those that it forks, by the import path of its package. Meant for tests and
+    notebooks; `ENTRY_POINTS` reaches every process."""
+    _registered[model_type] = package
 
 
 def family_named(model_type: str) -> Family:
-    """The family of this `model_type`. Raises KeyError where none is registered."""
-    return Family(model_type, FAMILIES[model_type])
+    """The family of this `model_type`. Raises KeyError where none is known."""
+    return Family(model_type, families()[model_type])
 
 
 def family_of(shape: HasFamily) -> Family:

@@ -55,7 +55,7 @@ class LayerWidths:
     linear_bias: bool = False
     """Whether the attention's output projection and both linears of the MLP have biases."""
     qk_norm: bool = False
-    """Whether the queries and keys of each head are normed: counted among the parameters, not among saved bytes."""
+    """Whether the queries and keys of each head are normed before they are rotated."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm has a weight and keeps one fp32 number a token; LayerNorm has a bias too and keeps two."""
 
@@ -141,17 +141,30 @@ def layer_saved_bytes(layer: LayerWidths, settings: ActivationSettings) -> int:
     queries = layer.query_width // tensor
     # rotated queries and keys, values, log-sum-exp; the output, which the projection reads
     attention = 2 * value_bytes * (queries + key_width_on_rank(layer, tensor)) + 4 * (layer.num_heads // tensor)
+    attention += _head_norms_bytes(layer, settings) if layer.qk_norm else 0
     product = padded(layer.ffn, tensor) // tensor
     first_linear = 2 * product if layer.gated else product
     kept = {"none": first_linear + product, "selective": first_linear, "mlp": 0}[recompute]
     return norms + attention + value_bytes * kept
 
 
+def _head_norms_bytes(layer: LayerWidths, settings: ActivationSettings) -> int:
+    """Bytes that the norms of queries and keys keep of one token on one rank: their inputs and each head's statistics.
+    Their outputs are rotated, and what is rotated is counted with the attention."""
+    width = layer.query_width // settings.tensor + key_width_on_rank(layer, settings.tensor)
+    return settings.value_bytes * width + _statistics_bytes(layer) * (width // layer.head_dim)
+
+
+def _statistics_bytes(layer: LayerWidths) -> int:
+    """Bytes of the fp32 numbers that a norm keeps of one token."""
+    return 4 if layer.norm == "rms" else 8
+
+
 def norm_saved_bytes(layer: LayerWidths, settings: ActivationSettings, *, outputs: int) -> int:
     """Bytes that a norm of the layers' width keeps of one token (or patch) on one rank: its input, its statistics, and
     its output (`outputs`: 1) where the linear layer that follows keeps that."""
     values = settings.value_bytes * (layer.hidden // settings.sequence) * (1 + outputs)
-    return values + (4 if layer.norm == "rms" else 8)
+    return values + _statistics_bytes(layer)
 
 
 def key_width_on_rank(layer: LayerWidths, tensor: int) -> int:

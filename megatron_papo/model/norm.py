@@ -33,6 +33,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = replicated_parameter(ones, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()  # a view, of one part of queries and keys, would keep all of it for backward
         normed: Tensor = RMSNormFunction.apply(hidden, self.weight, self.eps)
         if not self.computed_again:
             return normed
@@ -61,6 +62,7 @@ class LayerNorm(torch.nn.Module):
         self.bias = replicated_parameter(torch.zeros(hidden_size, **place), config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()  # as in `RMSNorm`
         again = partial(F.layer_norm, normalized_shape=(self.hidden_size,), weight=self.weight, bias=self.bias)
         normed = again(hidden, eps=self.eps)
         return with_recipe(normed, partial(again, hidden.detach(), eps=self.eps)) if self.computed_again else normed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import ConfigError
-from megatron_papo.model.family import FAMILIES, family_named
+from megatron_papo.model.family import families, family_named
 from megatron_papo.model.shape import ModelShape
 
 
@@ -41,5 +41,5 @@ def shape_named(name: str) -> ModelShape:
 
 
 def _modules() -> list[Any]:
-    families = [family_named(model_type) for model_type in FAMILIES]
-    return [family.module("published") for family in families if find_spec(f"{family.package}.published")]
+    known = [family_named(model_type) for model_type in families()]
+    return [family.module("published") for family in known if find_spec(f"{family.package}.published")]

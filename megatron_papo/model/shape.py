@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from megatron_papo.config import Config, ConfigError, ParallelConfig
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks
 from megatron_papo.files.json_keys import Keys, read_json, shown
-from megatron_papo.model.family import FAMILIES, family_named
+from megatron_papo.model.family import families, family_named
 
 PAD_TO = 16
 """FFN widths and the vocabulary are padded to a multiple of this and of the tensor ranks, so that a checkpoint has
@@ -138,9 +138,9 @@ class ModelShape:
         """The same from the parsed file; `source` is what error messages call it."""
         root = Keys(tree, source, "")
         model_type = root.get("model_type", str)
-        if model_type not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            are = "is what this package trains" if len(FAMILIES) == 1 else "are what this package trains"
+        if model_type not in (names := families()):
+            known = ", ".join(names)
+            are = "is what this package trains" if len(names) == 1 else "are what this package trains"
             raise root.fault("model_type", f"is {shown(model_type)}; {known} {are}")
         if tree.get("quantization_config"):
             raise root.fault("quantization_config", "quantised weights are not what this package trains")

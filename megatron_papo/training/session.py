@@ -35,7 +35,8 @@ from megatron_papo.training.starting_weights import load_starting_weights
 
 for _model_type in FAMILIES:
     # Once, in the process that local ranks are forked from. Else transformers would import its files of a family on
-    # first use, in each rank again, which takes longer than the first step of a small run.
+    # first use, in each rank again, which takes longer than the first step of a small run. Families that are installed
+    # apart are imported when they are asked for.
     family_named(_model_type).module("transformers_classes")
 
 

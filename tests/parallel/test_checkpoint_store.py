@@ -20,11 +20,18 @@ from megatron_papo.model.shape import ModelShape
 from tests.parallel.checkpoint_cases import SHAPE, VISION, Setup, make_source, ranks, start, train, weights
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.tiny import make_tiny_folder
+from tests.toy_family.folder import make_toy_folder
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return make_source(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def toy_source(tmp_path_factory) -> Path:
+    """A model of the family that lies outside the package, with widths that are padded."""
+    return make_toy_folder(tmp_path_factory.mktemp("toy") / "hf", tie=True)
 
 
 def _uninterrupted(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -45,18 +52,19 @@ def _resumed(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[
 
 
 @pytest.mark.parametrize(
-    ("written", "read"),
+    ("written", "read", "model"),
     [
-        (ranks(4, tensor=2, pipeline=2), [ranks(1), ranks(2, distributed=True)]),
-        (ranks(1), [ranks(4, tensor=4), ranks(2, pipeline=2)]),
-        (ranks(4, tensor=2, distributed=True), [ranks(2, pipeline=2)]),
-        (ranks(2, dtype="bfloat16", distributed=True), [ranks(2, tensor=2, dtype="bfloat16")]),
-        (ranks(2, tensor=2), [ranks(2), ranks(3, distributed=True)]),
-        (ranks(2, distributed=True), [ranks(2, pipeline=2)]),
+        (ranks(4, tensor=2, pipeline=2), [ranks(1), ranks(2, distributed=True)], "source"),
+        (ranks(1), [ranks(4, tensor=4), ranks(2, pipeline=2)], "source"),
+        (ranks(4, tensor=2, distributed=True), [ranks(2, pipeline=2)], "source"),
+        (ranks(2, dtype="bfloat16", distributed=True), [ranks(2, tensor=2, dtype="bfloat16")], "source"),
+        (ranks(2, tensor=2), [ranks(2, pipeline=2), ranks(3, distributed=True)], "toy_source"),
+        (ranks(2, distributed=True), [ranks(2, pipeline=2)], "source"),
     ],
-    ids=["TP2xPP2", "one rank", "TP2xDP2 split", "DP2 bf16 split", "TP2", "DP2 split"],
+    ids=["TP2xPP2", "one rank", "TP2xDP2 split", "DP2 bf16 split", "TP2, toy family", "DP2 split"],
 )
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(source, tmp_path, written, read):
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(request, tmp_path, written, read, model):
+    source = request.getfixturevalue(model)
     expected = run_ranks(_uninterrupted, written["world"], str(source), written, str(tmp_path))
     same = run_ranks(_resumed, written["world"], str(source), written, str(tmp_path))
     for (values, wanted), (logged, resumed) in zip(expected, same, strict=True):

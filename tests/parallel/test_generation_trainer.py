@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_papo.config import Config
 from tests.parallel.generation_cases import TOLERANCE, make_sampling
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import make_inputs, tiny_run
+from tests.toy_family.folder import make_toy_folder
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
@@ -44,12 +46,23 @@ CASES = {
 @pytest.mark.parametrize("case", [pytest.param(name, marks=NEEDS_VLLM if "vllm" in name else ()) for name in CASES])
 def test_sampling_and_training_agree_on_every_token(case, tmp_path):
     settings, model = CASES[case]
-    inputs = make_inputs(tmp_path / "inputs", hidden=128, heads=4, kv_heads=2, std=0.12, **model)
-    config = tiny_run(inputs, tmp_path / "run", **settings, generation__temperature=1.3)
-    num_ranks = config.parallel.tensor * config.parallel.pipeline
-    for gap, num_tokens, change in run_ranks(_largest_gap, num_ranks, config):
-        assert gap < TOLERANCE and num_tokens > 100
-        assert change > 0.1  # the hand-over mattered
+    folders = [make_inputs(tmp_path / "inputs", hidden=128, heads=4, kv_heads=2, std=0.12, **model)]
+    if case == "transformers, TP 2 SP":
+        folders.append(make_inputs(tmp_path / "toy", make_toy_folder))
+    assert_agreement(folders, tmp_path / "run", settings)
+
+
+def assert_agreement(folders: list[Path], run_dir: Path, settings: dict) -> None:
+    configs = [tiny_run(inputs, run_dir, **settings, generation__temperature=1.3) for inputs in folders]
+    parallel = configs[0].parallel
+    for rank in run_ranks(_largest_gaps, parallel.tensor * parallel.pipeline, *configs):
+        for gap, num_tokens, change in rank:
+            assert gap < TOLERANCE and num_tokens > 100
+            assert change > 0.1  # the hand-over mattered
+
+
+def _largest_gaps(*configs: Config) -> list[tuple[float, int, float]]:
+    return [_largest_gap(config) for config in configs]
 
 
 def _largest_gap(config: Config) -> tuple[float, int, float]:

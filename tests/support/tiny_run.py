@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
     return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
 
 
-def make_inputs(folder: Path, **model: Any) -> Path:
-    """`folder`/model and `folder`/rows.jsonl: one picture, several of odd sizes, and none."""
+def make_inputs(folder: Path, make_folder: Callable[..., Path] = make_tiny_folder, **model: Any) -> Path:
+    """`folder`/model and `folder`/rows.jsonl: one picture, several of odd sizes, and none.
+
+    `make_folder` writes the model, and `model` are its arguments.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    make_tiny_folder(folder / "model", **model)
+    make_folder(folder / "model", **model)
     random = np.random.default_rng(0)
     rows = []
     for row, sizes in enumerate(

@@ -10,7 +10,7 @@ def read_shape(root: Keys) -> ModelShape:
     """The shape that the parsed config.json `root` describes."""
     return ModelShape(
         model_type=root.get("model_type", str),
-        language=_language(root.section("decoder")),
+        language=_language(root.section("language")),
         vision=_vision(root.section("tower")),
         tie_word_embeddings=root.flag("tie_word_embeddings"),
         image_token_id=root.index("image_token_id", 0),
