@@ -83,7 +83,7 @@ CALLS: dict[str, tuple[Call, ...]] = {
             for name in ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
         ),
         Call("model/fusions.py", "initialize_ub", (f"{_TE}.module.base:initialize_ub",)),
-        Call("model/fp8/hardware.py", "QParams", (f"{_TE_RECIPE}:QParams",)),
+        Call("model/fp8/switch.py", "QParams", (f"{_TE_RECIPE}:QParams",)),
         Call(
             "model/fp8/switch.py",
             "reduce_and_update_fp8_tensors",

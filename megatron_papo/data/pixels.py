@@ -1,9 +1,9 @@
 """From a picture of any mode to RGB pixels of 8 bits, as somebody sees it on white paper.
 
-What is transparent shows white, as with Qwen's and vLLM's loaders: a drawing on transparency is most often black, and
-its hidden pixels are black too. Grey of 16 bits loses its lower byte, as Pillow does with colours of 16 bits; its own
-conversion would make everything above 255 white. A picture of 32-bit whole numbers or fractions (TIFF) does not say
-which of them is white: its least becomes black and its greatest white.
+What is transparent shows white, as with vLLM's loader and with those that come with the models: a drawing on
+transparency is most often black, and its hidden pixels are black too. Grey of 16 bits loses its lower byte, as Pillow
+does with colours of 16 bits; its own conversion would make everything above 255 white. A picture of 32-bit whole
+numbers or fractions (TIFF) does not say which of them is white: its least becomes black and its greatest white.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Wraps the model folder's own processor (tokenizer, image processor, chat template). Every place that needs token ids
 or pixels of a prompt comes through here, so that trainer, engine and scorer cannot read a prompt differently. In which
-form the chat template is given a question stands in `conversation.py`; for Qwen's own template both give the same.
+form the chat template is given a question stands in `conversation.py`; many templates give the same for both forms.
 Video is left out.
 """
 
@@ -183,8 +183,8 @@ class Processor:
 
     @cached_property
     def response_prefix(self) -> str:
-        """The think block that the chat template opens at the head of every answer: `<think>\\n`, or nothing. One that
-        it closes too, as Qwen3's does where thinking is off, is the template's and no part of the answer."""
+        """The think block that the chat template opens at the head of every answer: `<think>\\n`, or nothing. A block
+        that the template also closes, as some do where thinking is off, is no part of the answer."""
         after = self.render("7").rpartition(self.instruction.strip() or "7")[2]  # of the question
         _, opened, rest = after.rpartition("<think>")
         return opened + rest if opened and "</think>" not in rest else ""

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from megatron_papo.model.attention.packed_layout import build_segments
 from megatron_papo.model.attention.rotary import mrope
-from megatron_papo.model.fp8.multiples import token_multiple
-from megatron_papo.model.fp8.padding import row_padding
+from megatron_papo.model.fp8.multiples import row_padding, token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.layers import block_spec, recompute_in

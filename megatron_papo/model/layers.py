@@ -25,8 +25,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention.module import StructuredAttention
-from megatron_papo.model.fp8.layer import ZeroPaddedLayer
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
+from megatron_papo.model.fp8.padding import ZeroPaddedLayer
 from megatron_papo.model.mlp import GatedMLP, PlainMLP
 from megatron_papo.model.norm import LayerNorm, RMSNorm
 from megatron_papo.model.shape import LanguageShape, NormKind, VisionShape

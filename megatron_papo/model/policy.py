@@ -18,8 +18,7 @@ from torch import Tensor
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.distributed.layout import layout
 from megatron_papo.logprobs import check_targets, vocab_parallel_head
-from megatron_papo.model.fp8.hardware import check_hardware
-from megatron_papo.model.fp8.switch import Fp8Switch
+from megatron_papo.model.fp8.switch import Fp8Switch, check_hardware
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel

@@ -140,11 +140,7 @@ RULES = (
 )  # fmt: skip
 
 
-NOT_YET = (families_by_name,)
-PENDING = pytest.mark.xfail(reason="the rooms are being rebuilt", strict=False)
-
-
-@pytest.mark.parametrize("rule", [pytest.param(rule, marks=PENDING if rule in NOT_YET else ()) for rule in RULES])
+@pytest.mark.parametrize("rule", RULES)
 def test_the_package_keeps_the_rules(rule: Callable[[Modules], list[str]]):
     faults = rule(package())
     assert not faults, "\n".join(faults)

@@ -81,9 +81,6 @@ def _headings(text: str) -> set[str]:
     return {title.strip().replace(" ", "-") for title in titles}
 
 
-PENDING = pytest.mark.xfail(reason="the rooms are being rebuilt", strict=False)
-
-
 @pytest.fixture(scope="module")
 def repository() -> dict[str, str]:
     return _texts(REPOSITORY, "*")
@@ -94,7 +91,6 @@ def _of(repository: dict[str, str], *patterns: str) -> dict[str, str]:
     return {name: text for name, text in chosen.items() if name not in OF_THE_PAST}
 
 
-@PENDING
 def test_files_that_are_named_exist(repository: dict[str, str]):
     faults = missing_files(_of(repository, *PAGES, *SOURCES), list(repository))
     assert not faults, "\n".join(faults)
@@ -111,7 +107,6 @@ def test_the_index_has_every_page(repository: dict[str, str]):
     assert sorted(pages - linked) == []
 
 
-@PENDING
 def test_the_walks_lead_from_function_to_function(repository: dict[str, str]):
     walks = repository["docs/design.md"].split("## Four walks")[1].split("\n## ")[0]
     steps = WALK.findall(walks)

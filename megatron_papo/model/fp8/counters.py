@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from megatron_papo.distributed.exchange import larger
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.fp8.operands import BLOCKS
-from megatron_papo.model.fp8.quantize import E4M3, e8m0_scale, float_scale, largest, round_rows, rounded
+from megatron_papo.model.fp8.rounding import BLOCKS, E4M3, e8m0_scale, float_scale, largest, round_rows, rounded
 from megatron_papo.model.policy import VisionLanguageModel
 
 

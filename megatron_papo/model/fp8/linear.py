@@ -1,7 +1,7 @@
 """Megatron-Core's parallel linears with operands rounded to FP8: what Transformer Engine computes, anywhere.
 
 For proofs and for measuring what FP8 does to a model: it is slower than not rounding. Inputs, weights and gradients
-are rounded as `operands.py` says, the products taken in float32. Communication is Megatron's own: what it exchanges is
+are rounded as `rounding.py` says, the products taken in float32. Communication is Megatron's own: what it exchanges is
 not rounded. Biases are added in model.dtype, their gradients are sums of unrounded ones, as in Transformer Engine.
 """
 
@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_papo.model.fp8.operands import Operands
+from megatron_papo.model.fp8.rounding import Operands
 from megatron_papo.model.recompute import by_recipe
 
 

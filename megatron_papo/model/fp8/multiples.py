@@ -20,3 +20,14 @@ def token_multiple(recipe: str, sequence_ranks: int) -> int:
         return sequence_ranks
     own = _TOKENS_OF_A_RANK[recipe] * sequence_ranks if sequence_ranks > 1 else 1
     return math.lcm(_TOKENS[recipe], own)
+
+
+def row_padding(num_tokens: int, multiple: int, fixed: int | None) -> int:
+    """Tokens to add. `fixed`: the length that every row gets; raises ValueError where one is longer already."""
+    if fixed is None:
+        return -num_tokens % multiple
+    if num_tokens > fixed:
+        raise ValueError(
+            f"train.fixed_rows: a row of {num_tokens} tokens is longer than train.tokens_per_micro_batch={fixed}"
+        )
+    return fixed - num_tokens
