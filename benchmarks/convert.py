@@ -39,7 +39,7 @@ from megatron_papo.model.shape import ModelShape
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 GB = 1e9
 SIZES_GB: tuple[float | None, ...] = (1, 2, 4, 8, None)
-"""None: the whole model."""
+"""The sizes that are measured, in GB; None is the whole model."""
 QUICK_SIZES_GB: tuple[float | None, ...] = (0.03, 0.06)
 WORKERS = (1, 2)
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
@@ -50,13 +50,13 @@ _PIECE_BYTES = 64 * 2**20
 class Run:
     seconds: float
     resident: int = 0
-    """Most bytes of the resident set of any process."""
+    """The largest resident set of any process, in bytes."""
     anonymous: int = 0
-    """Of them those that no file backs, as the command itself found."""
+    """The part of these bytes that no file backs, as the command itself reports it."""
 
 
 Sides = dict[Any, list[Run]]
-"""By "cp" or the number of workers: a run a round."""
+"""The runs by "cp" or the number of workers, one for each round."""
 
 
 def run(

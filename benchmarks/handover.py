@@ -64,6 +64,6 @@ def on_rank(folder: Path, layout: str, rounds: int, out: Path) -> None:
 
 
 def _walk(run: Run, bucket_bytes: int) -> int:
-    """Bytes handed over."""
+    """Hands all weights over and returns their bytes."""
     dist.barrier()
     return sum(tensor.nbytes for _, tensor in hf_tensors(run.policy, run.shape, bucket_bytes=bucket_bytes))

@@ -34,17 +34,18 @@ from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.logprobs.tiling import blocks, tile_of
 
 VOCAB = 151_936
-"""Of Qwen2.5-VL."""
+"""The vocabulary of Qwen2.5-VL."""
 HIDDEN, QUICK_HIDDEN = 512, 128
-"""A small model's, so that the whole run takes minutes. At the 2048 and 3584 of Qwen2.5-VL the products take a larger
-share, and the ratio of seconds to naive tends to the 4/3 of their number; the memory of logits is the same."""
+"""The hidden size of a small model, so that the whole run takes minutes. At the 2048 and 3584 of Qwen2.5-VL the
+products take a larger share, and the ratio of seconds to naive tends to the 4/3 of their number; the memory of logits
+is the same."""
 POINTS = (*((tokens, HIDDEN) for tokens in (512, 1024, 2048, 4096, 8192, 16384)), (1024, 2048))
 """Response tokens and hidden size; the last is the width of Qwen2.5-VL-3B."""
 QUICK_POINTS = ((512, QUICK_HIDDEN),)
 LIMIT_BYTES = 16 * 2**30
 """A baseline that needs more, or more than nine tenths of what the machine has free, is not run."""
 MOST_TOKENS = {"matmuls": 4096}
-"""Its time is a straight line."""
+"""The largest number of tokens at which a baseline is measured, where its time is a straight line."""
 MIB = 2**20
 
 

@@ -1,4 +1,4 @@
-"""Records what functions of other projects take, from their source alone: a test holds our calls against releases that
+"""Records the parameters of other projects' functions, from their source. A test compares our calls with releases that
 cannot be installed beside each other, or not without a GPU.
 
     python tools/record_signatures.py vllm FOLDER > tests/data/signatures/vllm-0.32.0.json
@@ -28,7 +28,8 @@ class Call:
     file: str
     """Below `megatron_papo`, or beginning with `megatron/`."""
     name: str
-    """As it is written before the bracket, its last part; `Class:super` is what `Class` gives its base class."""
+    """The last part of the name that is called; `Class:super` is the call by which `Class` initializes its base
+    class."""
     symbols: tuple[str, ...]
     """`module:name`; what the first does not know it passes on to the next."""
 
@@ -175,7 +176,7 @@ class Source:
         self.tree = cache(self._tree)
 
     def takes(self, symbol: str) -> dict[str, Any]:
-        """Of a function, or of a class's constructor; a class without one has its annotated fields for keywords."""
+        """The parameters of a function or of a class's constructor. A class without one takes its annotated fields."""
         module, node = self.find(symbol)
         if isinstance(node, ast.ClassDef):
             found = self._member(module, node, "__init__")
@@ -202,13 +203,13 @@ class Source:
         }
 
     def _is_of_pydantic(self, module: str, node: ast.ClassDef) -> bool:
-        """Of pydantic's dataclasses, which pass over arguments that they do not know."""
+        """Whether the class is one of pydantic's dataclasses, which ignore arguments that they do not know."""
         imports = [each for each in self.tree(module).body if isinstance(each, ast.ImportFrom)]
         theirs = [each for each in imports if each.module == "pydantic.dataclasses"]
         return bool(theirs) and "dataclass" in _decorators(node)
 
     def names(self, symbol: str) -> set[str]:
-        """That a module or a class has, its base classes' included."""
+        """The names that a module or a class has, those of its base classes included."""
         if ":" not in symbol:
             return _bound(self.tree(symbol).body)
         module, node = self.find(symbol)
@@ -310,7 +311,7 @@ def _own(node: ast.ClassDef) -> set[str]:
 
 
 def written(recorded: dict[str, dict[str, Any]]) -> str:
-    """As JSON, a symbol a line."""
+    """The record as JSON, with a line for each symbol."""
     parts = [
         f' "{part}": {{\n' + ",\n".join(f"  {json.dumps(key)}: {json.dumps(each[key])}" for key in each) + "\n }"
         for part, each in recorded.items()

@@ -25,7 +25,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 NO_TIME = "no time left"
 _MUST_BE_NONE = (FAILED_TESTS, FAILED_PIECES)
 _WORTH_BEGINNING = 1 / 3
-"""Of the seconds that a part usually takes: with less left it is not begun."""
+"""Share of the seconds that a part usually takes: with less time left the part is not begun."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Targets:
     json: Path | None = None
     document: Path | None = None
     tables: Path | None = None
-    """As they are shown, appended to."""
+    """A file to which the tables are appended as they are shown."""
 
 
 def run(parts: Sequence[Wanted], options: Options, targets: Targets, budget_s: float | None = None) -> int:

@@ -22,7 +22,7 @@ from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.model.shape import ModelShape
 
 MODES: tuple[str, ...] = get_args(ModelConfig.model_fields["recompute"].annotation)
-"""Of `model.recompute`."""
+"""The modes of the setting `model.recompute`."""
 BY_CUDA = 1.5 * GIB
 """Taken by CUDA, its libraries and the allocator, which the arithmetic leaves out."""
 DOUBT = 1.15
@@ -45,7 +45,7 @@ def needed_by_mode(folder: Path, options: Options, **settings: Any) -> dict[str,
 
 
 def device_bytes() -> int | None:
-    """Of the GPU; None without one."""
+    """Memory of the GPU in bytes; None without a GPU."""
     return result_apart(torch.cuda.mem_get_info)[1] if has_gpu() else None
 
 

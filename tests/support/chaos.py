@@ -69,7 +69,7 @@ def session_of(command: Command) -> list[psutil.Process]:
 
 
 def kill_everything(command: Command, moments: random.Random) -> None:
-    """As a node that loses power."""
+    """Kills all processes at once, as when a node loses power."""
     for process in session_of(command):
         _kill(process)
 
@@ -80,7 +80,7 @@ def kill_the_launcher(command: Command, moments: random.Random) -> None:
 
 
 def kill_one_process(command: Command, moments: random.Random) -> None:
-    """As the kernel does when memory runs out: any of them, the launcher among them."""
+    """Kills one process, which may be the launcher, as the kernel does when memory runs out."""
     processes = session_of(command)
     if processes:
         _kill(moments.choice(processes))

@@ -7,7 +7,7 @@ import ipaddress
 import psutil
 
 Places = set[tuple[int, str, int]]
-"""Process, address, port."""
+"""Triples of a process, an address and a port."""
 
 
 def listening(pids: set[int]) -> Places:

@@ -23,7 +23,7 @@ ADAM_LIMIT = 1e-5
 
 
 def pieces() -> Pieces:
-    """Imports Transformer Engine."""
+    """The pieces by name. Imports Transformer Engine."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 

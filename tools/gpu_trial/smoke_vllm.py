@@ -17,13 +17,13 @@ from torch import Tensor
 from tools.gpu_trial.pieces import DEVICE, Gap, Pieces, gap, report
 
 LIMIT = 2e-2
-"""In bfloat16."""
+"""Largest gap in bfloat16."""
 EPS = 1e-6
 _HOPPER = 9
 
 
 def pieces() -> Pieces:
-    """Imports vLLM."""
+    """The pieces by name. Imports vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import _custom_ops  # noqa: F401  loads the kernels
 
@@ -44,7 +44,8 @@ def _drawn(*size: int) -> Tensor:
 
 
 def _version() -> int:
-    """Of flash attention: what vLLM takes on Hopper, and what every other card can."""
+    """The version of flash attention: the one that vLLM takes on Hopper, and for other cards the one that all can
+    run."""
     return 3 if torch.cuda.get_device_capability()[0] == _HOPPER else 2
 
 

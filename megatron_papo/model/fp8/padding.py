@@ -19,9 +19,9 @@ from megatron_papo.model.attention.packed_layout import Segments, WindowedSegmen
 
 
 def zero_end(values: Tensor, num_padding: int, rank: int = 0, num_ranks: int = 1) -> Tensor:
-    """[T / ranks, ...] with the last `num_padding` of the T places zero; no gradient flows there.
+    """`values` [T / num_ranks, ...] with the last `num_padding` of the row's T places set to zero, without gradient.
 
-    `rank`: which of `num_ranks` shares of the row this is.
+    `rank`: which of the `num_ranks` shares of the row `values` is.
     """
     size = values.shape[0]
     keep = min(max(size * num_ranks - num_padding - rank * size, 0), size)
@@ -31,6 +31,12 @@ def zero_end(values: Tensor, num_padding: int, rank: int = 0, num_ranks: int = 1
 
 
 class ZeroPaddedLayer(TransformerLayer):
+    """A transformer layer with biases that keeps the padding at the end of a row at zero.
+
+    Biases would fill it in three places: after attention, between the MLP's two linear layers, and after the MLP. Set
+    to zero there, padding is zero in the input of every linear layer, and no gradient comes back through it.
+    """
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._num_padding = 0
@@ -41,9 +47,11 @@ class ZeroPaddedLayer(TransformerLayer):
         hidden, context = super()._forward_attention(
             hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
         )
-        # the MLP follows within the same call, also when a layer is computed again in backward
+        # the MLP follows within the same call, also when recomputation repeats the layer in backward
         self._num_padding = packed_seq_params.num_padding
-        self.mlp.num_padding = self._num_padding  # within it all places are there, under sequence parallelism too
+        self.mlp.num_padding = (
+            self._num_padding
+        )  # within the MLP every rank has all places of the row, under sequence parallelism too
         return self._zeroed(hidden), context
 
     def _forward_mlp(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,51 +26,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-"""Largest 448, smallest 2 ** -9."""
+"""Its largest number is 448, its smallest 2 ** -9."""
 E5M2 = torch.float8_e5m2
-"""Largest 57344, smallest 2 ** -16."""
+"""Its largest number is 57344, its smallest 2 ** -16."""
 
 Role = Literal["input", "weight", "gradient"]
 BLOCKS = {"blockwise": 128, "mxfp8": 32}
-"""Values that share a scale, along what is reduced over."""
+"""Number of values that share a scale, along the dimension that is reduced."""
 
 ScaleOf = Callable[[Tensor, torch.dtype], Tensor]
 
 
 def rounded(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` as they come back from `dtype`, float32; nearest, ties to even, saturating. NaN stays NaN."""
+    """`values` cast to `dtype` and back to float32: to the nearest, ties to even, saturating. NaN stays NaN."""
     limit = torch.finfo(dtype).max
     return (values.float() * scale).clamp(-limit, limit).to(dtype).float() * scale.reciprocal()
 
 
 def float_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """format's largest / amax in float32; 1 where amax is 0 or not finite, the largest float where it overflows."""
+    """The format's largest number / amax, in float32; 1 where amax is 0 or not finite, the largest float on
+    overflow."""
     amax = amax.float()
     scale = (torch.finfo(dtype).max / amax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
 
 def e8m0_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """What MXFP8 scales by: 2 ** -e of the least e with amax / 2 ** e within the format; e in 8 bits, -127 to 127."""
+    """MXFP8's scale: 2 ** -e for the least e for which amax / 2 ** e lies within the format; e from -127 to 127 (8
+    bits)."""
     mantissa, exponent = torch.frexp(amax.float() / torch.finfo(dtype).max)
     least = torch.where(mantissa > 0.5, exponent, exponent - 1)
-    least = torch.where(mantissa > 0, least, -127).clamp(-127, 127)  # of a quotient that float32 cannot hold
+    least = torch.where(mantissa > 0, least, -127).clamp(-127, 127)  # the quotient was too small for float32
     scale = torch.ldexp(torch.ones_like(mantissa), -least)
     return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
 
 
 def round_tensor(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """One scale for all values, from their own maximum: current scaling."""
+    """`values` rounded with one scale for all, from their own maximum (current scaling)."""
     return rounded(values, float_scale(largest(values), dtype), dtype)
 
 
 def largest(values: Tensor) -> Tensor:
-    """Of the magnitudes, float32; 0 of none."""
+    """The largest magnitude of `values` in float32; 0 where there are none."""
     return values.detach().abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
 
 
 def round_rows(values_RC: Tensor, block: int, scale_of: ScaleOf, dtype: torch.dtype) -> Tensor:
-    """One scale for every `block` values that follow one another in a row; the last block may be shorter."""
+    """`values_RC` rounded with one scale for every `block` neighbours in a row; the last block may be shorter."""
     num_columns = values_RC.shape[1]
     blocks = F.pad(values_RC.float(), (0, -num_columns % block)).unflatten(1, (-1, block))
     scale = scale_of(blocks.abs().amax(-1, keepdim=True), dtype)
@@ -78,12 +80,12 @@ def round_rows(values_RC: Tensor, block: int, scale_of: ScaleOf, dtype: torch.dt
 
 
 def round_columns(values_RC: Tensor, block: int, scale_of: ScaleOf, dtype: torch.dtype) -> Tensor:
-    """The same along columns."""
+    """`values_RC` rounded with one scale for every `block` neighbours in a column."""
     return round_rows(values_RC.T, block, scale_of, dtype).T
 
 
 def round_tiles(values_RC: Tensor, block: int, scale_of: ScaleOf, dtype: torch.dtype) -> Tensor:
-    """One scale for every tile of `block` x `block` values."""
+    """`values_RC` rounded with one scale for every tile of `block` x `block` values."""
     num_rows, num_columns = values_RC.shape
     padded = F.pad(values_RC.float(), (0, -num_columns % block, 0, -num_rows % block))
     tiles = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
@@ -92,6 +94,7 @@ def round_tiles(values_RC: Tensor, block: int, scale_of: ScaleOf, dtype: torch.d
 
 
 def format_of(recipe: str, role: Role) -> torch.dtype:
+    """The format to which the recipe rounds operands of this role."""
     hybrid = recipe in ("tensorwise", "delayed")
     return E5M2 if role == "gradient" and hybrid else E4M3
 
@@ -107,7 +110,7 @@ class Operands:
             self.histories = {role: AmaxHistory(format_of(recipe, role), amax_history, device) for role in roles}
 
     def scale(self, role: Role, values: Tensor) -> Tensor | None:
-        """Under `delayed` the scale of now, the maximum of `values` noted for later ones; else None."""
+        """Under `delayed` the present scale, and the maximum of `values` is noted for later scales; otherwise None."""
         history = self.histories.get(role)
         if history is None:
             return None
@@ -115,7 +118,7 @@ class Operands:
         return history.scale
 
     def round(self, role: Role, values_RC: Tensor, reduced: int, scale: Tensor | None) -> Tensor:
-        """[R, C] to rounded [R, C] float32, for a product that reduces over dimension `reduced`."""
+        """`values_RC` rounded, in float32, for a product that reduces over dimension `reduced` (0 or 1)."""
         dtype = format_of(self.recipe, role)
         if self.recipe == "delayed":
             assert scale is not None
@@ -130,9 +133,10 @@ class Operands:
 
 
 class AmaxHistory:
-    """Maxima of the last `length` micro-batches, and the scale that follows from the largest of them.
+    """The maxima of the last `length` micro-batches, and the scale that follows from the largest of them.
 
-    Values that outgrow all of these saturate, once. A maximum of zero or without a number leaves the scale as it is.
+    Values larger than all of these saturate, in one micro-batch. A maximum of zero, inf or NaN leaves the scale as it
+    is.
     """
 
     def __init__(self, dtype: torch.dtype, length: int, device: torch.device):
@@ -140,13 +144,13 @@ class AmaxHistory:
         self.maxima = torch.zeros(length, device=device)
         self.scale = torch.ones((), device=device)
         self.pending = torch.zeros((), device=device)
-        """Of what was seen since `move_on`."""
+        """Maximum of the values noted since the last `move_on`."""
 
     def note(self, values: Tensor) -> None:
         self.pending = torch.maximum(self.pending, largest(values))
 
     def move_on(self) -> None:
-        """What is pending takes its place among the maxima, the oldest leaves."""
+        """Moves the pending maximum into the history, drops the oldest one and sets the scale."""
         self.maxima = self.maxima.roll(1)
         self.maxima[0] = self.pending
         amax = self.maxima.max()
