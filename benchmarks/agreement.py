@@ -50,11 +50,11 @@ def check_updates(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequenc
     rows = []
     for kind in KINDS:
         metrics = ours.update(kind, groups, old)
-        found = {"plain": plain.update(kind, groups, old)}
+        updates = {"plain": plain.update(kind, groups, old)}
         if trl is not None and kind == "GRPO":
-            found["TRL"] = trl.update(_given(ours, groups, old))
+            updates["TRL"] = trl.update(_given(ours, groups, old))
         loss, norm = metrics["loss/total"][0], metrics["optim/grad_norm"][0]
-        for name, (other_loss, other_norm) in found.items():
+        for name, (other_loss, other_norm) in updates.items():
             what = f"agreement: {kind}, ours against {name}"
             rows.append(checked(f"{what}, loss", abs(loss - other_loss), "nats"))
             rows.append(checked(f"{what}, norm of the gradient", abs(norm - other_norm) / other_norm, "relative"))

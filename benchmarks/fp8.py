@@ -54,7 +54,7 @@ def _measure(folder: Path, num_tokens: int) -> list[Row]:
     rows = _rows(folder, shape, num_tokens)
     exact = _logprobs(_policy(folder, shape), rows)
     half = _gap(_logprobs(_policy(folder, shape, "model.dtype=bfloat16"), rows), exact)
-    found = _pair("bfloat16", half, half)
+    figures = _pair("bfloat16", half, half)
     for recipe in RECIPES:
         policy = _policy(folder, shape, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0")
         _logprobs(policy, rows)
@@ -64,12 +64,12 @@ def _measure(folder: Path, num_tokens: int) -> list[Row]:
             kept = range(ends, num_layers - ends)
             names = [name for name in policy.fp8.linears if int(name.split(".")[1]) in kept]
             which = f"all but {ends} layers at either end" if ends else "all layers"
-            found += _pair(f"{recipe}, {which}", _gap(_in_fp8(policy, names, rows), exact), half)
+            figures += _pair(f"{recipe}, {which}", _gap(_in_fp8(policy, names, rows), exact), half)
         whole = _gap(_in_fp8(policy, list(policy.fp8.linears), rows), exact)
         alone = {name: _gap(_in_fp8(policy, [name], rows), exact) for name in policy.fp8.linears}
         for name, gap in sorted(alone.items(), key=lambda item: -item[1][0]):
-            found += _pair(f"{recipe}, {name.removeprefix('language.')} alone", gap, whole)
-    return found
+            figures += _pair(f"{recipe}, {name.removeprefix('language.')} alone", gap, whole)
+    return figures
 
 
 def _pair(name: str, gap: Gap, baseline: Gap) -> list[Row]:

@@ -68,13 +68,13 @@ class PlainPapo:
 
     def logprobs(self, groups: Sequence[Group], masked: bool = False) -> dict[Key, Tensor]:
         """Log-probs of the response tokens of every rollout, with the picture or with its masked view."""
-        found = {}
+        logprobs = {}
         with without_cuda_mode(), torch.no_grad():
             for samples in batched(_samples(groups), self.sequences):
                 values, mask = self._response_logprobs(samples, masked)
                 for (prompt, rollout, _), row, keep in zip(samples, values, mask):
-                    found[prompt.id, rollout.index] = row[keep.bool()]
-        return found
+                    logprobs[prompt.id, rollout.index] = row[keep.bool()]
+        return logprobs
 
     def reset(self) -> None:
         """Loads the weights of the folder again."""

@@ -116,8 +116,8 @@ def _rollout(workload: Workload, index: int, random: np.random.Generator) -> Rol
 
 def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
     """A reward that random weights get some of, unequal within a group."""
-    found = response.encode()
-    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+    values = response.encode()
+    return sum(byte % 2 == 0 for byte in values) / max(len(values), 1)
 
 
 def write_rows(folder: Path, workload: Workload, processor: Processor) -> list[dict[str, str]]:

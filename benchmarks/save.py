@@ -56,7 +56,7 @@ QUICK = Scale(HIDDEN, LAYERS, Workload(96, 16, num_prompts=1, group_size=2), num
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
     scale = QUICK if quick else FULL
     scale = replace(scale, rounds=rounds or scale.rounds)
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", hidden=scale.hidden, layers=scale.layers)
@@ -65,8 +65,8 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
             code = launch(Work("benchmarks.save:on_rank", (folder, scale, num_ranks, out), folder), num_ranks)
             if code:
                 raise SystemExit(code)
-            found += [Row(**row) for row in json.loads(out.read_text())]
-    return found
+            rows += [Row(**row) for row in json.loads(out.read_text())]
+    return rows
 
 
 def on_rank(folder: Path, scale: Scale, num_ranks: int, out: Path) -> None:

@@ -51,10 +51,10 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        found = _against_trl(folder, workload, rounds)
+        rows = _against_trl(folder, workload, rounds)
         for one in (replace(QUICK_WORKLOAD, num_prompts=3),) if quick else RECIPE_WORKLOADS:
-            found += _by_recipe(folder, one, rounds)
-        return found
+            rows += _by_recipe(folder, one, rounds)
+        return rows
 
 
 def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
@@ -68,8 +68,8 @@ def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
         seconds = measure(sides, rounds, f"step, {workload.name}")
         best, tokens = min(steps, key=seconds.median), _tokens(workload)
         lengths = _lengths(ours.mean_length, steps[best].mean_length)
-        found = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
-        return [*found, *_perception(seconds, f"step, {workload.name}", tokens), lengths]
+        of_steps = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
+        return [*of_steps, *_perception(seconds, f"step, {workload.name}", tokens), lengths]
 
 
 def _by_recipe(folder: Path, workload: Workload, rounds: int) -> list[Row]:

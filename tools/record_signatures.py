@@ -179,8 +179,8 @@ class Source:
         """The parameters of a function or of a class's constructor. A class without one takes its annotated fields."""
         module, node = self.find(symbol)
         if isinstance(node, ast.ClassDef):
-            found = self._member(module, node, "__init__")
-            if found is None:
+            constructor = self._member(module, node, "__init__")
+            if constructor is None:
                 fields = [name for _, each in self._lineage(module, node) for name in _fields(each)]
                 passed_over = self._is_of_pydantic(module, node)
                 return {
@@ -190,7 +190,7 @@ class Source:
                     "args": False,
                     "kwargs": passed_over,
                 }
-            node = found
+            node = constructor
         assert isinstance(node, Function), symbol
         given = node.args
         positional = [each.arg for each in (*given.posonlyargs, *given.args) if each.arg not in ("self", "cls")]
@@ -230,9 +230,9 @@ class Source:
             if isinstance(node, ast.ClassDef | Function) and node.name == first:
                 if not method:
                     return module, node
-                found = self._member(module, node, method)
-                if found is not None:
-                    return module, found
+                member = self._member(module, node, method)
+                if member is not None:
+                    return module, member
                 break
             if isinstance(node, ast.ImportFrom) and first in [each.asname or each.name for each in node.names]:
                 return self.find(f"{self._absolute(module, node)}:{name}")
@@ -259,11 +259,11 @@ class Source:
         for base in node.bases:
             name = base.value if isinstance(base, ast.Subscript) else base
             try:
-                found = self.find(f"{module}:{ast.unparse(name)}")
+                parent = self.find(f"{module}:{ast.unparse(name)}")
             except LookupError:  # of another project
                 continue
-            if isinstance(found[1], ast.ClassDef):
-                yield from self._lineage(*found)  # type: ignore[arg-type]
+            if isinstance(parent[1], ast.ClassDef):
+                yield from self._lineage(*parent)  # type: ignore[arg-type]
 
     def _member(self, module: str, node: ast.AST, name: str) -> Function | None:
         assert isinstance(node, ast.ClassDef)
@@ -286,16 +286,16 @@ def _fields(node: ast.ClassDef) -> list[str]:
 
 def _bound(body: list[ast.stmt]) -> set[str]:
     """Names that statements bind: definitions, imports and assignments."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in body:
         if isinstance(node, ast.ClassDef | Function):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {each.asname or each.name for each in node.names}
+            names |= {each.asname or each.name for each in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {each.id for each in targets if isinstance(each, ast.Name)}
-    return found
+            names |= {each.id for each in targets if isinstance(each, ast.Name)}
+    return names
 
 
 def _own(node: ast.ClassDef) -> set[str]:

@@ -56,11 +56,11 @@ class Work:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        found: list[Segment] = []
+        row: list[Segment] = []
         for _ in range(self.num_prompts):
-            parent = len(found)
-            found += [Segment(self.prompt_tokens), *(Segment(length, parent) for length in self.responses)]
-        return tuple(found)
+            parent = len(row)
+            row += [Segment(self.prompt_tokens), *(Segment(length, parent) for length in self.responses)]
+        return tuple(row)
 
     @cached_property
     def num_tokens(self) -> int:

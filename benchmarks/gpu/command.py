@@ -111,8 +111,8 @@ def _limited(parts: Sequence[Wanted], budget_s: float | None) -> Iterator[tuple[
 
 def _others(file: Path | None, name: str) -> list[dict]:
     """Rows of an earlier call, of other parts."""
-    found = json.loads(file.read_text()) if file is not None and file.exists() else []
-    return [row for row in found if row["part"] != name]
+    rows = json.loads(file.read_text()) if file is not None and file.exists() else []
+    return [row for row in rows if row["part"] != name]
 
 
 def _write(file: Path, rows: list[dict]) -> None:

@@ -75,8 +75,8 @@ def least_that_fits(
     fitting = (at for at, mode in enumerate(modes) if has is None or needed[mode] + BY_CUDA <= has)
     first = next(fitting, len(modes) - 1)
     for mode in modes[first:]:
-        found = yield from _unless_too_much(measure, args, mode, needed, has)
-        if found is not None:
+        result = yield from _unless_too_much(measure, args, mode, needed, has)
+        if result is not None:
             break
     else:
         raise torch.OutOfMemoryError("with every recomputation")
@@ -88,8 +88,8 @@ def least_that_fits(
         better = yield from _unless_too_much(measure, args, less, needed, has)
         if better is None:
             break
-        mode, found = less, better
-    return mode, found
+        mode, result = less, better
+    return mode, result
 
 
 def _unless_too_much(

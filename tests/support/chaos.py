@@ -58,14 +58,14 @@ DAMAGES = (
 
 def session_of(command: Command) -> list[psutil.Process]:
     """Every live process of the command's session: the launcher, its ranks, their engines and workers."""
-    found = []
+    members = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == command.pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                members.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return found
+    return members
 
 
 def kill_everything(command: Command, moments: random.Random) -> None:

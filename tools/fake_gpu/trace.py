@@ -150,16 +150,16 @@ def _device_after_fork() -> str:
     if child == 0:
         try:
             torch.cuda.init()
-            found = f"cuda:{torch.cuda.current_device()}"
+            answer = f"cuda:{torch.cuda.current_device()}"
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        os.write(writer, found.encode())
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writer, answer.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as said:
-        found = said.read()
+        answer = said.read()
     os.waitpid(child, 0)
-    return found
+    return answer
 
 
 def trace(case: Case) -> Traced:
