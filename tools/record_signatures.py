@@ -25,7 +25,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def record(project: str, folder: Path) -> dict[str, Any]:
-    """What a release, unpacked in `folder`, has of the symbols of `project`. Raises LookupError for one that it lacks."""
+    """What a release, unpacked in `folder`, has of the symbols of `project`. Raises LookupError for one that it
+    lacks."""
     source = Source(folder)
     symbols = {symbol for call in CALLS[project] for symbol in call.symbols}
     return {
