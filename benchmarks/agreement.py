@@ -1,4 +1,4 @@
-"""That all sides compute the same thing: no figure is printed unless they do.
+"""Checks that all sides compute the same thing; no figure is printed unless they do.
 
 Log-probs of every response token, then one optimizer step from the same weights against log-probs of an older policy
 (on-policy the GRPO loss is the mean of the advantages, which proves nothing): its loss and the norm of its gradient.
@@ -18,17 +18,17 @@ from benchmarks.trl_grpo import Trl, given_rollouts
 from megatron_papo.types import Group
 
 TOLERANCE = 1e-4
-"""Nats for log-probs and losses; of the gradient's norm, relative."""
+"""Largest difference: in nats for log-probs and losses, relative for the norm of the gradient."""
 OLD_POLICY_STD = 0.5
 """Nats by which the older policy's log-probs differ: enough for every clip to act."""
 
 
 class SidesDiffer(AssertionError):
-    """The sides do not compute the same: their times cannot be compared."""
+    """The sides do not compute the same, so their times cannot be compared."""
 
 
 def check_logprobs(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequence[Group]) -> list[Row]:
-    """Largest difference of a response token's log-prob, ours against each; from the same weights."""
+    """The largest difference of a response token's log-prob between our side and each other, from the same weights."""
     own = ours.logprobs(groups)
     others = {"plain": plain.logprobs(groups)}
     if trl is not None:
@@ -50,11 +50,11 @@ def check_updates(ours: Ours, plain: PlainPapo, trl: Trl | None, groups: Sequenc
     rows = []
     for kind in KINDS:
         metrics = ours.update(kind, groups, old)
-        found = {"plain": plain.update(kind, groups, old)}
+        updates = {"plain": plain.update(kind, groups, old)}
         if trl is not None and kind == "GRPO":
-            found["TRL"] = trl.update(_given(ours, groups, old))
+            updates["TRL"] = trl.update(_given(ours, groups, old))
         loss, norm = metrics["loss/total"][0], metrics["optim/grad_norm"][0]
-        for name, (other_loss, other_norm) in found.items():
+        for name, (other_loss, other_norm) in updates.items():
             what = f"agreement: {kind}, ours against {name}"
             rows.append(checked(f"{what}, loss", abs(loss - other_loss), "nats"))
             rows.append(checked(f"{what}, norm of the gradient", abs(norm - other_norm) / other_norm, "relative"))
@@ -70,7 +70,7 @@ def _given(ours: Ours, groups: Sequence[Group], old: dict[Key, Tensor] | None = 
 
 
 def checked(name: str, gap: float, unit: str) -> Row:
-    """A row of the difference beside what is allowed; raises SidesDiffer where it is larger or not a number."""
+    """A row with the difference and its limit. Raises SidesDiffer where the difference is larger or not a number."""
     if not gap <= TOLERANCE:
         raise SidesDiffer(f"{name}: {gap:.2e}, allowed {TOLERANCE:.0e}")
     return Row(name, gap, TOLERANCE, gap / TOLERANCE, unit)

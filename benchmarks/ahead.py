@@ -35,10 +35,10 @@ from megatron_papo.training.session import open_run
 WORKLOAD = Workload(300, 96, num_prompts=4, group_size=8)
 QUICK_WORKLOAD = Workload(96, 16, num_prompts=2, group_size=4)
 STEPS = 4
-"""Of a side in a round."""
+"""Number of steps of each side in a round."""
 SIDES = ("ahead", "synchronous")
 _MANY = 1_000_000
-"""`train.steps`: no step is the last."""
+"""The setting `train.steps`, so large that no step is the last."""
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
@@ -75,13 +75,14 @@ def on_rank(config: Config, workload: Workload, rounds: int, out: Path) -> int:
 
 
 class _Steps:
-    """Steps of either kind on one policy, the next prompts of the file every time."""
+    """Steps of either kind on one policy; each takes the next prompts of the file."""
 
     def __init__(self, training: Training):
         self._training, self._step = training, 0
 
     def some(self, side: str) -> dict[str, float]:
-        """Seconds a step, of them the wait for rollouts, and the engine's for a step's rollouts."""
+        """Seconds of a step, the part of them spent waiting for rollouts, and the engine's seconds for a step's
+        rollouts."""
         training, clock = self._training, self._training.run.clock
         pending = submit_next(training, self._step) if side == "ahead" else None
         if pending is not None:

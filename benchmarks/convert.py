@@ -39,7 +39,7 @@ from megatron_papo.model.shape import ModelShape
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 GB = 1e9
 SIZES_GB: tuple[float | None, ...] = (1, 2, 4, 8, None)
-"""None: the whole model."""
+"""The sizes that are measured, in GB; None is the whole model."""
 QUICK_SIZES_GB: tuple[float | None, ...] = (0.03, 0.06)
 WORKERS = (1, 2)
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
@@ -50,13 +50,13 @@ _PIECE_BYTES = 64 * 2**20
 class Run:
     seconds: float
     resident: int = 0
-    """Most bytes of the resident set of any process."""
+    """The largest resident set of any process, in bytes."""
     anonymous: int = 0
-    """Of them those that no file backs, as the command itself found."""
+    """The part of these bytes that no file backs, as the command itself reports it."""
 
 
 Sides = dict[Any, list[Run]]
-"""By "cp" or the number of workers: a run a round."""
+"""The runs by "cp" or the number of workers, one for each round."""
 
 
 def run(
@@ -74,10 +74,10 @@ def run(
         with tempfile.TemporaryDirectory(dir=folder, prefix="papo_convert_") as name:
             shape = _config(size, quick)
             num_bytes = 2 * sum(num_values(entry) for entry in parameter_table(ModelShape.from_dict(shape)).values())
-            for direction, found in _measure(Path(name), shape, rounds, num_bytes):
+            for direction, sides in _measure(Path(name), shape, rounds, num_bytes):
                 for workers in WORKERS:
-                    points[direction, workers].append((num_bytes, _median(found[workers]), _median(found["cp"])))
-                rows += _rows(direction, num_bytes, found)
+                    points[direction, workers].append((num_bytes, _median(sides[workers]), _median(sides["cp"])))
+                rows += _rows(direction, num_bytes, sides)
     if len(chosen) == 1:
         return rows
     return rows + [row for (direction, workers), some in points.items() for row in _line(direction, workers, some)]
@@ -94,21 +94,21 @@ def _measure(
 
 
 def _rounds(direction: str, source: Path, folder: Path, rounds: int, num_bytes: int, keep: Path | None = None) -> Sides:
-    found: Sides = defaultdict(list)
+    runs: Sides = defaultdict(list)
     sides: list[Any] = ["cp", *WORKERS]
     target = folder / "target"
     for number in range(rounds):
         order = sides[:: -1 if number % 2 else 1]
         for side in order:
             _forget(source)
-            found[side].append(_copy(source, target) if side == "cp" else _convert(direction, source, target, side))
-            rate = num_bytes / GB / found[side][-1].seconds
+            runs[side].append(_copy(source, target) if side == "cp" else _convert(direction, source, target, side))
+            rate = num_bytes / GB / runs[side][-1].seconds
             what = "cp" if side == "cp" else f"{direction}, {side} worker{'s' * (side > 1)}"
             Console(stderr=True).print(f"[dim]{num_bytes / GB:.2f} GB: {what}: {rate:.2f} GB/s[/dim]")
             if keep is not None and side != "cp" and number == rounds - 1 and not keep.exists():
                 target.rename(keep)
             shutil.rmtree(target, ignore_errors=True)
-    return found
+    return runs
 
 
 def _copy(source: Path, target: Path) -> Run:
@@ -135,11 +135,11 @@ def _convert(direction: str, source: Path, target: Path, workers: int) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024, int(float(match[1]) * 2**30))
 
 
-def _rows(direction: str, num_bytes: int, found: Sides) -> list[Row]:
+def _rows(direction: str, num_bytes: int, sides: Sides) -> list[Row]:
     rows = []
     for workers in WORKERS:
         what = f"{num_bytes / GB:.2f} GB: {direction}, {workers} worker{'s' * (workers > 1)}"
-        own, other = found[workers], found["cp"]
+        own, other = sides[workers], sides["cp"]
         ratio = statistics.median(b.seconds / a.seconds for a, b in zip(own, other, strict=True))
         rates = (num_bytes / GB / _median(some) for some in (own, other))
         rows.append(Row(f"{what} / cp", *rates, ratio, "GB/s"))

@@ -1,4 +1,5 @@
-"""The least time that a batch's arithmetic can take here: useful FLOPs at the speed of a large matrix product.
+"""The least time that a batch's arithmetic can take on this machine: useful FLOPs at the speed of a large matrix
+product.
 
 Useful work is what the model cannot do without (`megatron_papo.costs.flops`): a prompt once a group, causal attention,
 logits of response tokens; backward twice the forward. Leaves out everything that is no product.
@@ -21,8 +22,8 @@ _EDGE = 1024
 
 
 def update_flops(groups: Sequence[Group], kind: str, shape: ModelShape) -> int:
-    """Of an update: forward and backward, in both views when the branch is joint, and forward of the masked one when
-    it is frozen."""
+    """Useful FLOPs of an update: forward and backward, in both views when the branch is joint, plus forward of the
+    masked view when it is frozen."""
     one_pass = sum(
         group_flops(
             group.prompt.inputs.token_ids_S.numel(),
@@ -37,7 +38,7 @@ def update_flops(groups: Sequence[Group], kind: str, shape: ModelShape) -> int:
 
 @cache
 def flops_per_s() -> float:
-    """Of a square fp32 product on one thread, the median of some; processor seconds."""
+    """FLOP/s of a square fp32 matrix product on one thread: the median of eleven, in processor seconds."""
     left, right = torch.randn(2, _EDGE, _EDGE)
     seconds = []
     for _ in range(11):

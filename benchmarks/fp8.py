@@ -32,16 +32,16 @@ from megatron_papo.types import MicroBatch, Segment
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 ENDS = (0, 1, 2, 4)
-"""Layers left out at either end."""
+"""Number of layers at either end that are left out."""
 NUM_TOKENS, QUICK_TOKENS, ROW = 128, 64, 128
-"""Of the text in all, and of a row of it."""
+"""Number of tokens of the whole text, the same in a quick run, and the tokens of one row."""
 TEXT = Path(__file__).resolve().parents[1] / "docs" / "design.md"
 Gap = tuple[float, float]
-"""Mean and largest, nats a token."""
+"""The mean and the largest difference of a token's log-prob, in nats."""
 
 
 def run(quick: bool, *, rounds: int | None = None, model: Path | None = None) -> list[Row]:
-    """`rounds` is of no use here: nothing is timed. Without a `model` small random weights are measured."""
+    """`rounds` has no effect, since nothing is timed. Without a `model` small random weights are measured."""
     del rounds
     adapt_megatron()
     initialize(load_config(None).parallel)
@@ -54,7 +54,7 @@ def _measure(folder: Path, num_tokens: int) -> list[Row]:
     rows = _rows(folder, shape, num_tokens)
     exact = _logprobs(_policy(folder, shape), rows)
     half = _gap(_logprobs(_policy(folder, shape, "model.dtype=bfloat16"), rows), exact)
-    found = _pair("bfloat16", half, half)
+    figures = _pair("bfloat16", half, half)
     for recipe in RECIPES:
         policy = _policy(folder, shape, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0")
         _logprobs(policy, rows)
@@ -64,12 +64,12 @@ def _measure(folder: Path, num_tokens: int) -> list[Row]:
             kept = range(ends, num_layers - ends)
             names = [name for name in policy.fp8.linears if int(name.split(".")[1]) in kept]
             which = f"all but {ends} layers at either end" if ends else "all layers"
-            found += _pair(f"{recipe}, {which}", _gap(_in_fp8(policy, names, rows), exact), half)
+            figures += _pair(f"{recipe}, {which}", _gap(_in_fp8(policy, names, rows), exact), half)
         whole = _gap(_in_fp8(policy, list(policy.fp8.linears), rows), exact)
         alone = {name: _gap(_in_fp8(policy, [name], rows), exact) for name in policy.fp8.linears}
         for name, gap in sorted(alone.items(), key=lambda item: -item[1][0]):
-            found += _pair(f"{recipe}, {name.removeprefix('language.')} alone", gap, whole)
-    return found
+            figures += _pair(f"{recipe}, {name.removeprefix('language.')} alone", gap, whole)
+    return figures
 
 
 def _pair(name: str, gap: Gap, baseline: Gap) -> list[Row]:
@@ -87,7 +87,7 @@ def _policy(folder: Path, shape: ModelShape, *settings: str) -> VisionLanguageMo
 
 
 def _in_fp8(policy: VisionLanguageModel, names: Sequence[str], rows: Sequence[MicroBatch]) -> Tensor:
-    """Log-probs with these linears in FP8 and no others."""
+    """Log-probs with these linear layers in FP8 and no others."""
     with _alone(policy, names):
         return _logprobs(policy, rows)
 
@@ -114,7 +114,7 @@ def _gap(found: Tensor, exact: Tensor) -> Gap:
 
 
 def _rows(folder: Path, shape: ModelShape, num_tokens: int) -> list[MicroBatch]:
-    """The text's first tokens, some to a row; all but a row's first are scored."""
+    """Rows with the first tokens of the text; all tokens but the first of a row are scored."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

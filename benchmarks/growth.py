@@ -55,14 +55,14 @@ def run(quick: bool, rounds: int | None = None, plot: Path | None = None) -> lis
 
 def _series(ours: Ours, name: str, points: dict[int, Workload], rounds: int) -> dict[str, list[Row]]:
     groups = {x: make_groups(workload, ours.run.processor) for x, workload in points.items()}
-    found = {}
+    measured = {}
     for kind in KINDS:
         ours.update(kind, groups[min(groups)])
         sides = {str(x): partial(ours.update, kind, groups[x]) for x in groups}
         seconds = measure(sides, rounds, f"{kind}, {name}")
         flops = {x: update_flops(groups[x], kind, ours.run.shape) for x in groups}
-        found[kind] = [_row(f"growth: {kind}, {x} {name}", seconds, x, flops) for x in groups]
-    return found
+        measured[kind] = [_row(f"growth: {kind}, {x} {name}", seconds, x, flops) for x in groups]
+    return measured
 
 
 def _row(name: str, seconds: Seconds, x: int, flops: dict[int, int]) -> Row:

@@ -30,7 +30,7 @@ BUCKETS_MIB = {SINGLE: 0, "4 MiB": 4, "64 MiB": 64, "256 MiB": 256}
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(
@@ -42,8 +42,8 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
             code = launch(Work("benchmarks.handover:on_rank", args, folder), 2)
             if code:
                 raise SystemExit(code)
-            found += [Row(**row) for row in json.loads(out.read_text())]
-    return found
+            rows += [Row(**row) for row in json.loads(out.read_text())]
+    return rows
 
 
 def on_rank(folder: Path, layout: str, rounds: int, out: Path) -> None:
@@ -64,6 +64,6 @@ def on_rank(folder: Path, layout: str, rounds: int, out: Path) -> None:
 
 
 def _walk(run: Run, bucket_bytes: int) -> int:
-    """Bytes handed over."""
+    """Hands all weights over and returns their bytes."""
     dist.barrier()
     return sum(tensor.nbytes for _, tensor in hf_tensors(run.policy, run.shape, bucket_bytes=bucket_bytes))

@@ -34,17 +34,18 @@ from megatron_papo.logprobs import vocab_parallel_head
 from megatron_papo.logprobs.tiling import blocks, tile_of
 
 VOCAB = 151_936
-"""Of Qwen2.5-VL."""
+"""The vocabulary of Qwen2.5-VL."""
 HIDDEN, QUICK_HIDDEN = 512, 128
-"""A small model's, so that the whole run takes minutes. At the 2048 and 3584 of Qwen2.5-VL the products take a larger
-share, and the ratio of seconds to naive tends to the 4/3 of their number; the memory of logits is the same."""
+"""The hidden size of a small model, so that the whole run takes minutes. At the 2048 and 3584 of Qwen2.5-VL the
+products take a larger share, and the ratio of seconds to naive tends to the 4/3 of their number; the memory of logits
+is the same."""
 POINTS = (*((tokens, HIDDEN) for tokens in (512, 1024, 2048, 4096, 8192, 16384)), (1024, 2048))
 """Response tokens and hidden size; the last is the width of Qwen2.5-VL-3B."""
 QUICK_POINTS = ((512, QUICK_HIDDEN),)
 LIMIT_BYTES = 16 * 2**30
 """A baseline that needs more, or more than nine tenths of what the machine has free, is not run."""
 MOST_TOKENS = {"matmuls": 4096}
-"""Its time is a straight line."""
+"""The largest number of tokens at which a baseline is measured, where its time is a straight line."""
 MIB = 2**20
 
 
@@ -142,21 +143,21 @@ def run(quick: bool) -> list[Row]:
     for num_tokens, hidden in QUICK_POINTS if quick else POINTS:
         what = f"head, {num_tokens} tokens, hidden {hidden}"
         methods = [name for name in METHODS if _fits(name, num_tokens, hidden)]
-        found = defaultdict(list)
+        results = defaultdict(list)
         for _ in range(1 if quick else max(1, min(3, 4096 * 512 // (num_tokens * hidden)))):
             for name in methods:
                 peak, seconds = _in_a_fresh_process(name, num_tokens, hidden)
-                found[name].append((peak, seconds))
+                results[name].append((peak, seconds))
                 console.print(f"[dim]{what}: {name}: {peak / MIB:.0f} MiB, {seconds:.2f} s[/dim]")
-        least = least or median(peak for peak, _ in found["ours"])
-        rows += _rows(what, found, least)
+        least = least or median(peak for peak, _ in results["ours"])
+        rows += _rows(what, results, least)
     return rows
 
 
-def _rows(what: str, found: dict[str, list[tuple[float, float]]], least: float) -> list[Row]:
-    peaks, seconds = ({name: [run[which] for run in runs] for name, runs in found.items()} for which in (0, 1))
+def _rows(what: str, results: dict[str, list[tuple[float, float]]], least: float) -> list[Row]:
+    peaks, seconds = ({name: [run[which] for run in runs] for name, runs in results.items()} for which in (0, 1))
     rows = [_row(f"{what}: peak / its own at the fewest tokens", peaks["ours"], [least] * len(peaks["ours"]), MIB)]
-    for name in found:
+    for name in results:
         if name in ("naive", "checkpointed"):
             rows.append(_row(f"{what}: peak / {name}", peaks["ours"], peaks[name], MIB))
         if name != "ours":

@@ -24,7 +24,7 @@ from megatron_papo.weights.held import held_parameters
 
 
 def load_rows(what: str, ours: Ours, checkpoint: Path, rounds: int) -> list[Row]:
-    """In processor seconds of this rank; all ranks call."""
+    """Rows of the seconds of each load, in processor seconds of this rank; all ranks must call this."""
     older = checkpoint.with_name("older")
     if dist.get_rank() == 0:
         _without_checksums(checkpoint, older)

@@ -36,16 +36,16 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
 
 
 def on_rank(folder: Path, rounds: int, out: Path) -> None:
-    """Loads and looks in turns, in processor seconds; writes the row to `out`."""
+    """Measures load and check in turns, in processor seconds, and writes the row to `out`."""
     torch.set_num_threads(1)
     with open_run(settings(folder, "GRPO", run__dir=folder / "run")) as run:
-        held = held_parameters(run.policy, run.shape, 1)
+        parameters = held_parameters(run.policy, run.shape, 1)
         sides = {
             "load": lambda: load_weights(run.policy, run.shape, folder / "model"),
-            "look": lambda: look(folder / "model", run.shape, held, 0),
+            "look": lambda: look(folder / "model", run.shape, parameters, 0),
         }
         seconds = measure(sides, rounds, "weights")
-    num_bytes = sum(part.tensor.numel() * part.tensor.element_size() for part in held.values())
+    num_bytes = sum(part.tensor.numel() * part.tensor.element_size() for part in parameters.values())
     name = f"the first look at {num_bytes / 1e9:.1f} GB of weights / their load"
-    found = Row(name, seconds.median("look"), seconds.median("load"), seconds.ratio("look", "load"), "s")
-    out.write_text(json.dumps(asdict(found)))
+    row = Row(name, seconds.median("look"), seconds.median("load"), seconds.ratio("look", "load"), "s")
+    out.write_text(json.dumps(asdict(row)))

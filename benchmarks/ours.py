@@ -1,7 +1,7 @@
 """Our side: the package's own path from groups to an optimizer step, on one rank in this process.
 
 One policy and one optimizer serve all variants; only what the step reads of the settings differs between them.
-Words that cannot be said keep their probability here, as in TRL: otherwise the sides would differ in the normaliser.
+Banned tokens keep their probability, as in TRL; otherwise the sides would differ in the normaliser.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "PAPO frozen": {"perception.masked_branch": "frozen"},
     "PAPO joint": {"perception.masked_branch": "joint"},
 }
-"""What the variants differ in."""
+"""The settings in which the variants differ."""
 SETTINGS: dict[str, Any] = {
     "model.dtype": "float32",
     "data.instruction": "",
@@ -88,7 +88,7 @@ class Ours:
         return update_policy(self.optimizer, tuple(rows), HEAD, loss)
 
     def logprobs(self, groups: Sequence[Group]) -> dict[Key, Tensor]:
-        """Of the response tokens of every rollout."""
+        """Log-probs of the response tokens of every rollout."""
         batch: Batch = pack_update(self.run, groups, groups[0], self.run.config.loss)
         outputs = score(self.run.policy, batch, HEAD)
         return {
@@ -98,13 +98,13 @@ class Ours:
         }
 
     def reset(self) -> None:
-        """The weights of the folder again."""
+        """Loads the weights of the folder again."""
         load_weights(self.run.policy, self.run.shape, self.run.processor.folder)
 
 
 @contextmanager
 def open_ours(folder: Path) -> Iterator[Ours]:
-    """All variants on the model in `folder`/model; ends the process groups afterwards."""
+    """A context with all variants on the model in `folder`/model; it ends the process groups at its end."""
     configs = {kind: settings(folder, kind) for kind in KINDS}
     with open_run(configs["GRPO"]) as run:
         optimizer = build_optimizer(wrap_policy(run.policy, run.config), run.config, num_updates=1000)
@@ -116,7 +116,7 @@ def _by_rollout(row: MicroBatch, values_R: Tensor) -> dict[Key, Tensor]:
 
 
 def _gather(row: MicroBatch, by_rollout: dict[Key, Tensor]) -> Tensor:
-    """[R] in the row's order."""
+    """The rollouts' values as one tensor, [R], in the order of the row."""
     values_R = row.weights_R.new_empty(row.weights_R.shape)
     for index, key in enumerate(row.sequences):
         values_R[row.rollout_index_R == index] = by_rollout[key]

@@ -29,7 +29,7 @@ Sample = tuple[Prompt, Rollout, float]
 
 class PlainPapo:
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, sequences: int = 8):
-        """`sequences`: rollouts of a forward."""
+        """`sequences`: number of rollouts in one forward pass."""
         self.model, self.device = model.train(), model.device
         self.sequences = sequences
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
@@ -67,21 +67,21 @@ class PlainPapo:
         return total, float(norm)
 
     def logprobs(self, groups: Sequence[Group], masked: bool = False) -> dict[Key, Tensor]:
-        """Of the response tokens of every rollout, with the picture or with its masked view."""
-        found = {}
+        """Log-probs of the response tokens of every rollout, with the picture or with its masked view."""
+        logprobs = {}
         with without_cuda_mode(), torch.no_grad():
             for samples in batched(_samples(groups), self.sequences):
                 values, mask = self._response_logprobs(samples, masked)
                 for (prompt, rollout, _), row, keep in zip(samples, values, mask):
-                    found[prompt.id, rollout.index] = row[keep.bool()]
-        return found
+                    logprobs[prompt.id, rollout.index] = row[keep.bool()]
+        return logprobs
 
     def reset(self) -> None:
-        """The weights of the folder again."""
+        """Loads the weights of the folder again."""
         self.model.load_state_dict(self.start)
 
     def _loss(self, kind: str, samples: Sequence[Sample], old: dict[Key, Tensor] | None) -> Tensor:
-        """Summed over the response tokens of `samples`."""
+        """The loss, summed over the response tokens of `samples`."""
         masked_logprobs = None
         if kind == "PAPO frozen":
             with torch.no_grad():
@@ -121,14 +121,14 @@ class PlainPapo:
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's clipped loss with the dual clip, a token."""
+    """PPO's clipped loss with the dual clip, for each token."""
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH))
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * DUAL_CLIP), loss)
 
 
 def k3(logprobs: Tensor, masked_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(policy || masked policy), a token."""
+    """Schulman's estimate of KL(policy || masked policy), for each token."""
     gap = (masked_logprobs - logprobs).clamp(-20, 20)
     return (gap.exp() - gap - 1).clamp(-10, 10)
 

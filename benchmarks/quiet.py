@@ -1,4 +1,4 @@
-"""One thread, and no talk of the libraries between the figures."""
+"""Sets one thread, and silences the libraries so that they print nothing between the figures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 
 
 def quieten() -> None:
+    """Sets one thread and silences warnings, progress bars and log lines of the libraries."""
     import torch
     from transformers.utils import logging as transformers_logging
 

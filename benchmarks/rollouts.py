@@ -26,7 +26,7 @@ from megatron_papo.types import Group, Prompt, Rollout
 
 IMAGE_SHARE = 0.8
 NUM_ROWS = 16
-"""Of a file that `write_rows` writes."""
+"""Number of rows of a file that `write_rows` writes."""
 PIXELS = 28
 """Edge of the square that becomes one image token."""
 
@@ -38,9 +38,9 @@ class Workload:
     num_prompts: int = 4
     group_size: int = 8
     num_images: int = 1
-    """Of a prompt."""
+    """Number of pictures of a prompt."""
     uneven: bool = False
-    """Response lengths at random between an eighth of `response_tokens` and all of them."""
+    """Whether response lengths are random, between an eighth of `response_tokens` and all of them."""
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ def make_question(prompt_tokens: int, num_images: int, template_tokens: int, ran
 
 
 def template_length(processor: Processor) -> int:
-    """Tokens of a prompt that are not the user's."""
+    """Number of tokens of a prompt that the chat template adds."""
     return processor.encode("0", []).token_ids_S.numel() - 1
 
 
@@ -116,8 +116,8 @@ def _rollout(workload: Workload, index: int, random: np.random.Generator) -> Rol
 
 def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
     """A reward that random weights get some of, unequal within a group."""
-    found = response.encode()
-    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+    values = response.encode()
+    return sum(byte % 2 == 0 for byte in values) / max(len(values), 1)
 
 
 def write_rows(folder: Path, workload: Workload, processor: Processor) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The one shape of a benchmark's result: a figure, what it is compared with, and their ratio."""
+"""The form of every benchmark's result: a figure, the baseline it is compared with, and their ratio."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
+    """One figure of a benchmark."""
+
     name: str
     value: float
-    """Ours, in `unit`."""
+    """The figure of our side, in `unit`."""
     baseline: float
-    """What it is compared with, in `unit`."""
+    """The figure that it is compared with, in `unit`."""
     ratio: float
-    """value / baseline; where both were measured in rounds, the median of the rounds' own ratios."""
+    """The ratio value / baseline; where both were measured in rounds, the median of the ratios of the rounds."""
     unit: str

@@ -35,7 +35,7 @@ from megatron_papo.training.checkpoints import Checkpoints
 from megatron_papo.training.session import open_run
 
 INTERVAL_S = 60.0
-"""Of training between two saves: short, for the default is a save every 50 steps."""
+"""Seconds of training between two saves. This is short, since the default is a save every 50 steps."""
 SIDES = ("no save", "background", "waiting")
 
 
@@ -45,7 +45,7 @@ class Scale:
     layers: int
     workload: Workload
     num_updates: int
-    """Of a round, with one save before them."""
+    """Number of updates of a round, with one save before them."""
     rounds: int
 
 
@@ -56,7 +56,7 @@ QUICK = Scale(HIDDEN, LAYERS, Workload(96, 16, num_prompts=1, group_size=2), num
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
     scale = QUICK if quick else FULL
     scale = replace(scale, rounds=rounds or scale.rounds)
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", hidden=scale.hidden, layers=scale.layers)
@@ -65,8 +65,8 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
             code = launch(Work("benchmarks.save:on_rank", (folder, scale, num_ranks, out), folder), num_ranks)
             if code:
                 raise SystemExit(code)
-            found += [Row(**row) for row in json.loads(out.read_text())]
-    return found
+            rows += [Row(**row) for row in json.loads(out.read_text())]
+    return rows
 
 
 def on_rank(folder: Path, scale: Scale, num_ranks: int, out: Path) -> None:
@@ -90,7 +90,8 @@ def on_rank(folder: Path, scale: Scale, num_ranks: int, out: Path) -> None:
 
 
 def _rows(what: str, of: dict[str, list[float]], sides: dict[str, _Side], num_bytes: float, scale: Scale) -> list[Row]:
-    """Holding up, bytes a second of the copy, and the whole cost of a save as a share of `INTERVAL_S`."""
+    """Rows of the delay of updates, of the speed of the copy, and of the whole cost of a save as a share of
+    `INTERVAL_S`."""
     own, waiting = (statistics.median(sides[side].held_s) for side in ("background", "waiting"))
     rate, copy = num_bytes / 1e9 / own, _copy_rate()
     rows = [
@@ -152,9 +153,9 @@ class _Side:
         self._update: Callable[[], object] = partial(ours.update, "GRPO", groups)
         self._clock, self._num_updates, self._step = run.clock, scale.num_updates, 0
         self.held_s: list[float] = []
-        """Of every save: for how long it kept the updates waiting."""
+        """Seconds for which each save delayed the updates."""
         self.processor_s: list[float] = []
-        """Of every round."""
+        """Seconds of each round."""
 
     def warm_up(self) -> None:
         self._update()
@@ -172,7 +173,7 @@ class _Side:
         self.processor_s.append(time.process_time() - before)
 
     def checkpoint(self) -> Path:
-        """The newest; no other is kept."""
+        """The newest checkpoint, the only one that stays on disk."""
         (path,) = self._folder.glob("checkpoints/step_*")
         return path
 

@@ -42,7 +42,7 @@ RECIPE_WORKLOADS = (Workload(600, 64, num_prompts=6), Workload(600, 256, num_pro
 QUICK_WORKLOAD = Workload(96, 16, num_prompts=2, group_size=4)
 VARIANTS = (Variant(2), Variant(8))
 LENGTHS_MAY_DIFFER = 0.1
-"""By this fraction, in the mean: random weights end a response once in two thousand tokens."""
+"""Largest relative difference of the mean lengths: random weights end a response once in two thousand tokens."""
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
@@ -51,10 +51,10 @@ def run(quick: bool, rounds: int | None = None) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        found = _against_trl(folder, workload, rounds)
+        rows = _against_trl(folder, workload, rounds)
         for one in (replace(QUICK_WORKLOAD, num_prompts=3),) if quick else RECIPE_WORKLOADS:
-            found += _by_recipe(folder, one, rounds)
-        return found
+            rows += _by_recipe(folder, one, rounds)
+        return rows
 
 
 def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
@@ -68,8 +68,8 @@ def _against_trl(folder: Path, workload: Workload, rounds: int) -> list[Row]:
         seconds = measure(sides, rounds, f"step, {workload.name}")
         best, tokens = min(steps, key=seconds.median), _tokens(workload)
         lengths = _lengths(ours.mean_length, steps[best].mean_length)
-        found = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
-        return [*found, *_perception(seconds, f"step, {workload.name}", tokens), lengths]
+        of_steps = [row for kind in KINDS for row in seconds.rows(f"step: {kind} / {best}, GRPO", kind, best, tokens)]
+        return [*of_steps, *_perception(seconds, f"step, {workload.name}", tokens), lengths]
 
 
 def _by_recipe(folder: Path, workload: Workload, rounds: int) -> list[Row]:
@@ -98,7 +98,7 @@ def _lengths(own: float, trl: float) -> Row:
 
 
 class _OurSteps:
-    """`train_step` of every variant on one policy; the next prompts of the file every time."""
+    """Runs `train_step` of every variant on one policy; each step takes the next prompts of the file."""
 
     def __init__(self, training: Training, folder: Path, workload: Workload, **more: Any):
         self._training = training
@@ -120,7 +120,7 @@ class _OurSteps:
 
 
 class _TrlSteps:
-    """Steps of one variant; the next prompts of the same file every time."""
+    """Runs steps of one TRL variant; each step takes the next prompts of the same file."""
 
     def __init__(self, trl: Trl, folder: Path, workload: Workload, rows: list[dict[str, str]]):
         self._trl, self._folder, self._workload, self._rows = trl, folder, workload, rows
@@ -133,13 +133,13 @@ class _TrlSteps:
         self._trl.step([example for example in examples for _ in range(self._workload.group_size)])
 
     def _example(self, row: dict[str, str]) -> dict[str, Any]:
-        """As TRL wants a row: it puts the picture before the text itself."""
+        """A row in the form that TRL needs: TRL puts the picture before the text itself."""
         turn = {"role": "user", "content": row["problem"].removeprefix(PLACEHOLDER)}
         return {"prompt": [turn], "images": [decode_image((self._folder / row["images"]).read_bytes())]}
 
     @property
     def mean_length(self) -> float:
-        """Of the responses; prompts are seen to be as long as ours."""
+        """Mean length of the responses; also checks that prompts are as long as ours."""
         trainer, size = self._trl.trainer, self._workload.num_prompts * self._workload.group_size
         lengths = trainer._metrics["train"]["completions/mean_length"]
         assert trainer.state.num_input_tokens_seen == round(

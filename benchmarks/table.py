@@ -1,4 +1,4 @@
-"""Rows as a table on the console and as a JSON file."""
+"""Shows rows as a table on the console and writes them to a JSON file."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Seconds of several sides, measured in turns: on a busy machine only what runs side by side can be compared.
 
 Seconds are by default processor seconds of this process, in which every side runs on one thread: on an idle machine
-those of the clock, and on a busy one much less the neighbours' doing. A round runs every side once. Each side's figure
-is its median over the rounds; a ratio is the median of the rounds' own ratios, so that a slow minute of the machine,
-which hits both sides of a round, leaves it alone.
+those of the clock, and on a busy one much less disturbed by other processes. A round runs every side once. Each side's
+figure is its median over the rounds; a ratio is the median of the rounds' own ratios, so that a slow minute of the
+machine, which affects both sides of a round, does not change it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.rows import Row
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of every round, by side; all sides have as many."""
+    """The seconds of every round, by side; all sides have the same number of rounds."""
 
     of: dict[str, list[float]]
 
@@ -29,7 +29,7 @@ class Seconds:
         return statistics.median(self.of[side])
 
     def ratio(self, side: str, baseline: str) -> float:
-        """Median over the rounds of side / baseline."""
+        """The median over the rounds of side / baseline."""
         return statistics.median(own / other for own, other in zip(self.of[side], self.of[baseline], strict=True))
 
     def fastest(self) -> str:

@@ -34,7 +34,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 @dataclass(frozen=True)
 class Variant:
     sequences: int
-    """Of a micro-batch (per_device_train_batch_size)."""
+    """Rollouts of a micro-batch (per_device_train_batch_size)."""
     checkpointing: bool = False
     """Gradient checkpointing; TRL's default is True."""
     every_logit: bool = False
@@ -50,7 +50,7 @@ class Variant:
 
 
 class _GivenRollouts(GRPOTrainer):
-    """Trains on `given` when there is any, instead of generating."""
+    """A trainer that trains on the rollouts in `given`, if there are any, instead of generating some."""
 
     given: dict[str, Any] | None = None
 
@@ -102,7 +102,7 @@ class Trl:
         return self._optimizer_step(examples)
 
     def logprobs(self, given: dict[str, Any], groups: Sequence[Group]) -> dict[Key, Tensor]:
-        """Of the response tokens of every rollout."""
+        """Log-probs of the response tokens of every rollout."""
         ids, mask = (torch.cat([given[f"prompt_{x}"], given[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
         with without_cuda_mode(), torch.no_grad(), self._head():
@@ -112,7 +112,7 @@ class Trl:
         return dict(zip(_keys(groups), (row[keep.bool()] for row, keep in zip(values, given["completion_mask"]))))
 
     def reset(self) -> None:
-        """The weights of the folder again."""
+        """Loads the weights of the folder again."""
         self.model.load_state_dict(self.start)
 
     def _optimizer_step(self, examples: list[dict[str, Any]]) -> tuple[float, float]:

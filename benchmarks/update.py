@@ -30,9 +30,9 @@ WORKLOADS = (
 )
 QUICK_WORKLOADS = (Workload(96, 16, num_prompts=2, group_size=4),)
 CHECKED = Workload(100, 32, num_images=2, num_prompts=2, group_size=4, uneven=True)
-"""What the sides must agree on first: padding, several pictures, several micro-batches."""
+"""The workload on which the sides must agree first, with padding, several pictures and several micro-batches."""
 TIMED_VARIANTS = (Variant(2),)
-"""Of TRL, in every round; the others are timed on one workload."""
+"""The variant of TRL that is measured in every round; the others are timed on one workload."""
 OTHER_VARIANTS = (
     Variant(1), Variant(4), Variant(8), Variant(16), Variant(32),
     Variant(8, checkpointing=True), Variant(8, every_logit=True),
@@ -40,7 +40,7 @@ OTHER_VARIANTS = (
 VARIANTS_AT = Workload(600, 64)
 PLAIN_AT = (Workload(600, 64), *QUICK_WORKLOADS)
 PLAIN_SEQUENCES = 2
-"""Of a forward; as fast as 8 and faster than 32 at 600 tokens."""
+"""Rollouts of a forward pass of the plain side; 2 are as fast as 8 and faster than 32 at 600 tokens."""
 
 
 def run(quick: bool, rounds: int | None = None) -> list[Row]:
@@ -68,7 +68,7 @@ def _workload(ours: Ours, plain: PlainPapo, folder: Path, workload: Workload, ro
     trls = [_trl(folder, variant, workload) for variant in TIMED_VARIANTS]
     for side in (ours, plain):
         side.reset()
-    check_logprobs(ours, plain, trls[0], groups)  # also what warms them up
+    check_logprobs(ours, plain, trls[0], groups)  # this also warms them up
     sides: dict[str, Callable[[], object]] = {kind: partial(ours.update, kind, groups) for kind in KINDS}
     sides |= _trl_sides(ours, groups, trls)
     if workload in PLAIN_AT:
@@ -96,7 +96,7 @@ def _floor(seconds: Seconds, workload: Workload, kind: str, flops: int) -> Row:
 
 
 def _variants(ours: Ours, folder: Path, groups: list[Group]) -> list[Row]:
-    """TRL's variants against its fastest here: what the choice of baseline rests on."""
+    """Rows of TRL's variants against its fastest one, which is why that one is the baseline."""
     trls = [_trl(folder, variant, VARIANTS_AT) for variant in (*TIMED_VARIANTS, *OTHER_VARIANTS)]
     seconds = measure(_trl_sides(ours, groups, trls), 1, f"{VARIANTS_AT.name}, TRL's variants")
     best, tokens = seconds.fastest(), num_tokens(groups)

@@ -30,7 +30,7 @@ class ModelInputs:
     token_ids_S: Tensor
     """[S] int64; every image already expanded to its run of image tokens."""
     pixel_values_PD: Tensor | None
-    """[P, D] float32, patches in the processor's order; None for a text-only prompt."""
+    """[P, D] float32: patches in the processor's order; None for a prompt without images."""
     grid_thw_I3: Tensor | None
     """[I, 3] int64: patches in time, height, width, of each image, before merging."""
 
@@ -40,22 +40,24 @@ class Prompt:
     """One row of the data set as a question to the model."""
 
     id: str
-    """Names the row of the data set, the same over the whole run; a row may come more than once, even in one step."""
+    """Name of the row of the data set, the same in the whole run. A row may be drawn more than once, even in one
+    step."""
     row: int
     """Index of the row in the data set, from 0."""
     problem: str
-    """The question."""
+    """The text of the question."""
     answer: str
     """The right answer, or the first of several."""
     images: tuple[bytes, ...]
-    """Compressed bytes (PNG, JPEG) as the dataset holds them."""
+    """Compressed bytes (PNG, JPEG) as they are in the data set."""
     inputs: ModelInputs
     masked_pixel_values_PD: Tensor | None = None
-    """The masked view through the same processor; same shape as inputs.pixel_values_PD."""
+    """The masked view by the same processor, in the shape of inputs.pixel_values_PD."""
     visit: int = 0
     """Position of this draw in the run's endless order, which no other draw has; 0 for rows that are not drawn from it.
     Seeds of rollouts and masks are made from it."""
     other_answers: tuple[str, ...] = ()
+    """Further right answers."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -83,8 +85,9 @@ class Rollout:
     """Log-probs of response_ids as the engine sampled them: after temperature, bans, top-k and top-p. 0 for tokens that
     were not sampled."""
     text: str
+    """The response as text."""
     finish_reason: str
-    """`stop` or `length`."""
+    """Why generation ended: `stop` or `length`."""
     policy_version: int
     """Number of the weights that sampled it: how many steps they had been trained for."""
     sampled: tuple[bool, ...] | None = None
@@ -125,16 +128,16 @@ class Segment(NamedTuple):
 class MicroBatch:
     """One packed row: segments laid end to end, a prompt before the responses that share it.
 
-    Tensors ending in _R hold one value a response token, in row order. Tokens without a segment do not exist: padding,
-    where a layout needs it, is a last segment that no loss reads.
+    Tensors ending in _R have one value for each response token, in row order. Every token belongs to a segment:
+    padding, where a layout needs it, is a last segment that no loss reads.
     """
 
     token_ids_T: Tensor
-    """[T] int64."""
+    """[T] int64: the tokens of the row."""
     position_ids_3T: Tensor
     """[3, T] int64: M-RoPE positions (time, height, width)."""
     segments: tuple[Segment, ...]
-    """In row order; their lengths sum to T."""
+    """The segments in row order; their lengths sum to T."""
     pixel_values: tuple[Tensor, ...]
     """[P, D] float32 for each prompt that has images, in row order: the prompts' own tensors. They stay on the host,
     where `to` leaves them; the first pipeline stage lays them end to end."""
@@ -151,14 +154,14 @@ class MicroBatch:
     has_image_R: Tensor
     """[R] bool: the token's prompt has an image, so that the perception term reads it."""
     weights_R: Tensor
-    """[R] float32: share of each token in the global mean of the policy terms; sums to 1 over the global batch, but
-    with a fixed denominator to whatever that makes of the batch's tokens."""
+    """[R] float32: share of each token in the global mean of the policy terms. The shares sum to 1 over the global
+    batch, but with a fixed denominator to the number of tokens over that denominator."""
     perception_weights_R: Tensor
     """[R] float32: the same for the perception terms, over tokens whose prompt has an image."""
     advantages_R: Tensor
-    """[R] float32."""
+    """[R] float32: the advantage of each token."""
     rollout_logprobs_R: Tensor
-    """[R] float32, as the engine reported them."""
+    """[R] float32: log-probs of the tokens as the engine reported them."""
     sequences: tuple[tuple[str, int], ...] = ()
     """Prompt id and rollout index of each rollout, in row order; `rollout_index_R` points here."""
     masked_pixel_values: tuple[Tensor, ...] = ()
@@ -166,8 +169,11 @@ class MicroBatch:
     masked_logit_index_R: Tensor | None = None
     """[R] int64, of a joint row: places whose hidden state predicts the same token under the masked image."""
     old_logprobs_R: Tensor | None = None
+    """[R] float32: log-probs under the policy before the update."""
     ref_logprobs_R: Tensor | None = None
+    """[R] float32: log-probs under the reference policy."""
     masked_logprobs_R: Tensor | None = None
+    """[R] float32: log-probs under the masked image, by a frozen masked branch."""
 
     @property
     def num_tokens(self) -> int:
@@ -175,6 +181,7 @@ class MicroBatch:
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
         return tuple(segment.length for segment in self.segments)
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -193,6 +200,7 @@ class HeadOutputs:
     """What the language-model head computes for the response tokens: fp32 nats, complete on every tensor rank."""
 
     policy_logprobs_R: Tensor
+    """Log-probs of the response tokens."""
     entropy_R: Tensor | None = None
     """Entropy over the whole vocabulary, where it was requested."""
     masked_logprobs_R: Tensor | None = None
@@ -210,7 +218,7 @@ Metrics = dict[str, tuple[float, float]]
 """name -> (numerator, count): both are summed over micro-batches and ranks, and divided once, at the end of the step.
 
 The numerators of `loss/...` add up to the loss of one optimizer step; `pipeline.update_policy`, which knows when a step
-is complete, gives them a count of 1. Where a name ends in `_max` the largest numerator counts instead of the sum, with
+is complete, gives them a count of 1. For names that end in `_max` the largest numerator counts instead of the sum, with
 a count of 1.
 """
 

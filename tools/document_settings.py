@@ -23,7 +23,7 @@ the key's path before any rank starts. This page is written by `python tools/doc
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page docs/configuration.md."""
     parts = [HEAD]
     for name, field in Config.model_fields.items():
         section = typing.cast("type[BaseModel]", field.annotation)

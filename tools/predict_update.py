@@ -32,7 +32,7 @@ from megatron_papo.planning.measured_run import planned
 
 PROMPT, IMAGE, RESPONSE, GROUP = 1500, 1156, 835, 8
 ROWS = 4
-"""Of an update on each data-parallel rank, for each of its pipeline stages."""
+"""Number of rows of an update on each data-parallel rank, for each of its pipeline stages."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "3B": (1, {}),
     "7B": (8, {"parallel.tensor": 2, "parallel.sequence": True}),

@@ -34,7 +34,7 @@ from megatron_papo.types import Segment
 
 GROUP_SIZE = 8
 _CLOSE = {True: 2e-2, False: 1e-5}
-"""Of the largest value: bfloat16 with a GPU, fp32 without."""
+"""Largest difference, relative to the largest value: in bfloat16 with a GPU, in fp32 without."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Work:
     num_prompts: int
     prompt_tokens: int
     response_tokens: int
-    """The longest; they go down to half of it in even steps."""
+    """Tokens of the longest response; lengths go down to half of it in even steps."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -56,11 +56,11 @@ class Work:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        found: list[Segment] = []
+        row: list[Segment] = []
         for _ in range(self.num_prompts):
-            parent = len(found)
-            found += [Segment(self.prompt_tokens), *(Segment(length, parent) for length in self.responses)]
-        return tuple(found)
+            parent = len(row)
+            row += [Segment(self.prompt_tokens), *(Segment(length, parent) for length in self.responses)]
+        return tuple(row)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -68,7 +68,7 @@ class Work:
 
     @cached_property
     def flops(self) -> int:
-        """Useful, forward and backward."""
+        """Useful FLOPs of forward and backward."""
         pairs = causal_pairs(self.prompt_tokens) + sum(causal_pairs(n, self.prompt_tokens) for n in self.responses)
         return 3 * 4 * self.num_prompts * pairs * self.heads * self.head_dim
 
@@ -121,7 +121,7 @@ def _figures(work: Work, what: str, seconds: Seconds, most: dict[str, int]) -> I
 
 
 def _layout_row(work: Work, what: str, options: Options) -> GpuRow:
-    """Laying a row out, once a micro-batch for all layers."""
+    """A row with the time to compute the layout, which is done once per micro-batch for all layers."""
     sides = {"ours": partial(_layout, work.segments), "FlexAttention": partial(_block_mask, work)}
     seconds = in_turns(sides, options.rounds, "layout")
     own, other = (1e3 * seconds.median(side) for side in sides)
@@ -216,7 +216,7 @@ def _repeated_lengths(work: Work) -> list[int]:
 
 
 def _spans(work: Work) -> Iterator[tuple[int, int, int]]:
-    """Of each response: where its prompt begins, where it begins, where it ends."""
+    """For each response the first place of its prompt, its own first place, and the place behind its end."""
     prompt = begin = 0
     for segment in work.segments:
         if segment.parent is None:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.gpu.apart import Rows, end_with_parent
 from benchmarks.gpu.rows import GpuRow, Options, not_measured
-from benchmarks.gpu.stream import VARIABLE, Found, follow
+from benchmarks.gpu.stream import VARIABLE, Outcomes, follow
 from megatron_papo.distributed.accelerator import has_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +35,12 @@ def run(options: Options) -> Iterator[GpuRow]:
         yield not_measured("pytest tests/gpu", "pytest is not installed")
         return
     ends_at = float("inf") if options.ends_at is None else options.ends_at - _GRACE_S
-    found, output = Found(), []
+    outcomes, output = Outcomes(), []
     for arguments in _calls(options.quick):
-        output = yield from results(arguments, found, lambda: time.monotonic() >= ends_at)
-    if not (found.passed or found.failed or found.skipped or found.running):
+        output = yield from results(arguments, outcomes, lambda: time.monotonic() >= ends_at)
+    if not (outcomes.passed or outcomes.failed or outcomes.skipped or outcomes.running):
         raise RuntimeError(f"pytest found no tests: {output[-1] if output else 'no output'}")
-    yield from counts(found)
+    yield from counts(outcomes)
 
 
 def _calls(quick: bool) -> Iterator[list[str]]:
@@ -55,8 +55,8 @@ def _calls(quick: bool) -> Iterator[list[str]]:
         yield alone
 
 
-def results(arguments: Sequence[str], found: Found, is_over: Callable[[], bool]) -> Rows:
-    """Runs these tests until `is_over()`, adds to `found`, and yields failures as they come; returns pytest's last
+def results(arguments: Sequence[str], outcomes: Outcomes, is_over: Callable[[], bool]) -> Rows:
+    """Runs these tests until `is_over()`, adds to `outcomes`, and yields failures as they come; returns pytest's last
     line."""
     with TemporaryDirectory() as folder:
         stream, log = Path(folder, "stream.jsonl"), Path(folder, "log")
@@ -68,9 +68,9 @@ def results(arguments: Sequence[str], found: Found, is_over: Callable[[], bool])
                 [*command, *arguments], cwd=ROOT, env=environ, stdout=out, stderr=out, preexec_fn=end_with_parent
             )
             for line in follow(lines, lambda: process.poll() is None and not is_over()):
-                test = found.take(line)
-                if test in found.failed:
-                    yield not_measured(test, f"failed: {found.failed[test]}")
+                test = outcomes.take(line)
+                if test in outcomes.failed:
+                    yield not_measured(test, f"failed: {outcomes.failed[test]}")
             process.kill()
             process.wait()
         text = log.read_text(errors="replace")
@@ -78,12 +78,12 @@ def results(arguments: Sequence[str], found: Found, is_over: Callable[[], bool])
     return text.strip().splitlines()[-1:]
 
 
-def counts(found: Found) -> Iterator[GpuRow]:
-    yield GpuRow("pytest tests/gpu: passed", float(len(found.passed)), "tests")
-    yield GpuRow(FAILED_TESTS, float(len(found.failed)), "tests")
-    yield GpuRow("pytest tests/gpu: skipped", float(len(found.skipped)), "tests")
-    if found.passed:
-        test = max(found.passed, key=lambda name: found.passed[name])
-        yield GpuRow(f"the longest: {test}", found.passed[test], "s")
-    for test in found.running:
+def counts(outcomes: Outcomes) -> Iterator[GpuRow]:
+    yield GpuRow("pytest tests/gpu: passed", float(len(outcomes.passed)), "tests")
+    yield GpuRow(FAILED_TESTS, float(len(outcomes.failed)), "tests")
+    yield GpuRow("pytest tests/gpu: skipped", float(len(outcomes.skipped)), "tests")
+    if outcomes.passed:
+        test = max(outcomes.passed, key=lambda name: outcomes.passed[name])
+        yield GpuRow(f"the longest: {test}", outcomes.passed[test], "s")
+    for test in outcomes.running:
         yield not_measured(test, "cut off: the time was over")

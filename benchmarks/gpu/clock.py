@@ -48,15 +48,15 @@ def held() -> int:
 def peaks(sides: Mapping[str, Side], besides: int = 0) -> dict[str, int]:
     """Most bytes of the GPU that tensors took during each side, after it has run once, without the bytes `besides`
     that others hold all the while; nothing without a GPU."""
-    found = {}
+    most_bytes = {}
     for name, side in sides.items() if has_gpu() else ():
         side()
         release()
         reset_peak_memory()
         side()
         clock()
-        found[name] = peak_memory() - besides
-    return found
+        most_bytes[name] = peak_memory() - besides
+    return most_bytes
 
 
 def rate_row(seconds: Seconds, name: str, side: str, baseline: str, tokens: int) -> GpuRow:
@@ -64,7 +64,7 @@ def rate_row(seconds: Seconds, name: str, side: str, baseline: str, tokens: int)
     return GpuRow(row.name, row.value, row.unit, row.baseline, row.ratio)
 
 
-def peak_row(found: Mapping[str, int], name: str, side: str, baseline: str) -> GpuRow:
-    if side not in found or baseline not in found:
+def peak_row(most_bytes: Mapping[str, int], name: str, side: str, baseline: str) -> GpuRow:
+    if side not in most_bytes or baseline not in most_bytes:
         return not_measured(name, NEEDS_GPU)
-    return compared(name, found[side] / GIB, found[baseline] / GIB, "GiB")
+    return compared(name, most_bytes[side] / GIB, most_bytes[baseline] / GIB, "GiB")

@@ -25,7 +25,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 NO_TIME = "no time left"
 _MUST_BE_NONE = (FAILED_TESTS, FAILED_PIECES)
 _WORTH_BEGINNING = 1 / 3
-"""Of the seconds that a part usually takes: with less left it is not begun."""
+"""Share of the seconds that a part usually takes: with less time left the part is not begun."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Targets:
     json: Path | None = None
     document: Path | None = None
     tables: Path | None = None
-    """As they are shown, appended to."""
+    """A file to which the tables are appended as they are shown."""
 
 
 def run(parts: Sequence[Wanted], options: Options, targets: Targets, budget_s: float | None = None) -> int:
@@ -111,8 +111,8 @@ def _limited(parts: Sequence[Wanted], budget_s: float | None) -> Iterator[tuple[
 
 def _others(file: Path | None, name: str) -> list[dict]:
     """Rows of an earlier call, of other parts."""
-    found = json.loads(file.read_text()) if file is not None and file.exists() else []
-    return [row for row in found if row["part"] != name]
+    rows = json.loads(file.read_text()) if file is not None and file.exists() else []
+    return [row for row in rows if row["part"] != name]
 
 
 def _write(file: Path, rows: list[dict]) -> None:

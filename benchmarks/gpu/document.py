@@ -58,12 +58,12 @@ def parts_of(text: str) -> dict[str, str]:
     """What a document says of each part, by name."""
     names = {_heading(name): name for name in PARTS}
     _, *blocks = re.split(r"^### ", text.partition(BEGIN)[2].partition(END)[0], flags=re.MULTILINE)
-    found = {}
+    texts = {}
     for block in blocks:
         heading, _, rest = block.partition("\n")
         if heading in names:
-            found[names[heading]] = rest.strip()
-    return found
+            texts[names[heading]] = rest.strip()
+    return texts
 
 
 def write(file: Path, results: Mapping[str, Sequence[GpuRow]], made: Mapping[str, Made]) -> None:

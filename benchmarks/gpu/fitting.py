@@ -22,7 +22,7 @@ from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.model.shape import ModelShape
 
 MODES: tuple[str, ...] = get_args(ModelConfig.model_fields["recompute"].annotation)
-"""Of `model.recompute`."""
+"""The modes of the setting `model.recompute`."""
 BY_CUDA = 1.5 * GIB
 """Taken by CUDA, its libraries and the allocator, which the arithmetic leaves out."""
 DOUBT = 1.15
@@ -45,7 +45,7 @@ def needed_by_mode(folder: Path, options: Options, **settings: Any) -> dict[str,
 
 
 def device_bytes() -> int | None:
-    """Of the GPU; None without one."""
+    """Memory of the GPU in bytes; None without a GPU."""
     return result_apart(torch.cuda.mem_get_info)[1] if has_gpu() else None
 
 
@@ -75,8 +75,8 @@ def least_that_fits(
     fitting = (at for at, mode in enumerate(modes) if has is None or needed[mode] + BY_CUDA <= has)
     first = next(fitting, len(modes) - 1)
     for mode in modes[first:]:
-        found = yield from _unless_too_much(measure, args, mode, needed, has)
-        if found is not None:
+        result = yield from _unless_too_much(measure, args, mode, needed, has)
+        if result is not None:
             break
     else:
         raise torch.OutOfMemoryError("with every recomputation")
@@ -88,8 +88,8 @@ def least_that_fits(
         better = yield from _unless_too_much(measure, args, less, needed, has)
         if better is None:
             break
-        mode, found = less, better
-    return mode, found
+        mode, result = less, better
+    return mode, result
 
 
 def _unless_too_much(

@@ -38,7 +38,7 @@ _SPECIAL = (
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 _FIRST_SPECIAL = 151_643
-"""Of the published tokenizer; the order above is its own."""
+"""Id of the first special token of the published tokenizer; the tokens above are in its order."""
 
 
 @contextmanager

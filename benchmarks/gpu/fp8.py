@@ -73,19 +73,19 @@ def _without(folder: Path, options: Options, groups: list[Group], recompute: str
 
 
 def _one_recipe(folder: Path, options: Options, groups: list[Group], recompute: str, recipe: str, plain: Side) -> Rows:
-    found = _measure(folder, options, groups, recompute, recipe)
-    gap = mean_gap(found.logprobs, plain.logprobs)
-    if mean_gap(found.fresh, plain.fresh) == 0:
+    side = _measure(folder, options, groups, recompute, recipe)
+    gap = mean_gap(side.logprobs, plain.logprobs)
+    if mean_gap(side.fresh, plain.fresh) == 0:
         yield not_measured(recipe, "its log-probs are those without FP8: it has no effect")
         return
     limit = Fp8Config().gap_limit
     yield compared(f"{recipe}: log-probs, mean gap to without FP8 / fp8.gap_limit", gap, limit, "nats")
     for kind in PERCEPTION:
         name = f"{recipe}, {kind}, recompute {recompute}"
-        seconds = Seconds({"FP8": found.seconds[kind], "off": plain.seconds[kind]})
+        seconds = Seconds({"FP8": side.seconds[kind], "off": plain.seconds[kind]})
         yield rate_row(seconds, f"{name} / without FP8", "FP8", "off", plain.tokens)
-        yield from mfu_rows(name, seconds.median("FP8"), found.flops[kind], fp8=True)
-        most = {"FP8": found.peaks[kind], "off": plain.peaks[kind]} if found.peaks else {}
+        yield from mfu_rows(name, seconds.median("FP8"), side.flops[kind], fp8=True)
+        most = {"FP8": side.peaks[kind], "off": plain.peaks[kind]} if side.peaks else {}
         yield peak_row(most, f"{name}: peak memory / without FP8", "FP8", "off")
 
 

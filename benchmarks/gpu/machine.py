@@ -21,9 +21,9 @@ _PACKAGES = {
 
 def machine() -> str:
     """One line. Without a GPU the versions stand alone."""
-    found = {shown: version(package) for shown, package in _PACKAGES.items()}
-    versions = ", ".join(f"{shown} {number}" for shown, number in found.items() if number is not None)
-    absent = ", ".join(shown for shown, number in found.items() if number is None)
+    known = {shown: version(package) for shown, package in _PACKAGES.items()}
+    versions = ", ".join(f"{shown} {number}" for shown, number in known.items() if number is not None)
+    absent = ", ".join(shown for shown, number in known.items() if number is None)
     name = device_name()
     device = f"{name} (driver {_driver()}, CUDA {torch.version.cuda})" if name else "no GPU"
     return f"{device}; {versions}" + (f"; without {absent}" if absent else "")

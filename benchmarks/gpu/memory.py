@@ -38,15 +38,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     _HALF: {"model__recompute": "full", "optim__offload_fraction": 0.5},
 }
 _QUICK = (FIRST, "recompute full", "recompute full, moments in bfloat16", _HALF)
-"""What is measured where it is to be quick."""
+"""What is measured in a quick run."""
 
 
 @dataclass
-class Found:
-    """By setting, as far as it was measured."""
+class Figures:
+    """What has been measured so far, by the name of the settings."""
 
     tokens: int
-    """Of every update."""
+    """Number of tokens of an update."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -54,27 +54,27 @@ class Found:
 def run(options: Options) -> Iterator[GpuRow]:
     with model_folder(options.shape) as folder:
         has, groups = device_bytes(), batch(folder, options)
-        found, names = Found(num_tokens(groups)), _QUICK if options.quick else tuple(SETTINGS)
+        figures, names = Figures(num_tokens(groups)), _QUICK if options.quick else tuple(SETTINGS)
         needed = {name: needed_bytes(folder, options, **SETTINGS[name]) for name in names}
         for name in sorted(names, key=lambda name: needed[name]):
             reason = cannot_fit(needed[name], has) if has or not _wants_gpu(name) else NEEDS_GPU
             if reason:
                 yield not_measured(name, reason)
             else:
-                yield from attempt(name, partial(_rows, folder, options, groups, name, needed[name], found))
-    yield from _compared(found)
+                yield from attempt(name, partial(_rows, folder, options, groups, name, needed[name], figures))
+    yield from _compared(figures)
 
 
 def _wants_gpu(name: str) -> bool:
-    """As `megatron_papo.optimization.optimizer` refuses."""
+    """Whether `megatron_papo.optimization.optimizer` refuses these settings without a GPU."""
     return any(key.startswith("optim__") for key in SETTINGS[name])
 
 
 def _rows(
-    folder: Path, options: Options, groups: list[Group], name: str, needed: int, found: Found
+    folder: Path, options: Options, groups: list[Group], name: str, needed: int, figures: Figures
 ) -> Iterator[GpuRow]:
-    found.seconds[name], peak = yield from apart(_measure, folder, options, groups, name, needed)
-    found.peaks |= peak
+    figures.seconds[name], peak = yield from apart(_measure, folder, options, groups, name, needed)
+    figures.peaks |= peak
 
 
 def _measure(folder: Path, options: Options, groups: list[Group], name: str, needed: int) -> Rows:
@@ -88,9 +88,9 @@ def _measure(folder: Path, options: Options, groups: list[Group], name: str, nee
     return seconds.of[name], most
 
 
-def _compared(found: Found) -> Iterator[GpuRow]:
+def _compared(figures: Figures) -> Iterator[GpuRow]:
     """Beside the first setting, where that was measured."""
-    for name in found.seconds:
-        if name != FIRST and FIRST in found.seconds:
-            yield rate_row(Seconds(found.seconds), f"{name} / {FIRST}", name, FIRST, found.tokens)
-            yield peak_row(found.peaks, f"{name}: peak memory / {FIRST}", name, FIRST)
+    for name in figures.seconds:
+        if name != FIRST and FIRST in figures.seconds:
+            yield rate_row(Seconds(figures.seconds), f"{name} / {FIRST}", name, FIRST, figures.tokens)
+            yield peak_row(figures.peaks, f"{name}: peak memory / {FIRST}", name, FIRST)

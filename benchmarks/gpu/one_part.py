@@ -31,18 +31,18 @@ PARTS = {
     "handover": "Weights to vLLM, and its sleep",
     "rollouts": "Rollouts with vLLM",
 }
-"""By the name of the module, in the order in which they run: what says most about the rest comes first."""
+"""Titles by the name of the module, in the order in which parts run: those that say most about the rest come first."""
 USUAL_S = {
     "smoke": 60.0, "checks": 150.0, "update": 130.0, "fp8": 140.0, "head": 40.0, "attention": 60.0, "memory": 150.0,
     "handover": 130.0, "rollouts": 130.0,
 }  # fmt: skip
 """Seconds that a part may take on one H100 with the model of 3B where time is short: guesses until each was seen."""
 LIMIT_S = 540.0
-"""Of a part where time is not short: some machines end a command after ten minutes."""
+"""Seconds that a part may take where time is not short; some machines end a command after ten minutes."""
 UNFINISHED = "the rest of"
-"""Begins the name of a part's last row when its process did not come to its end."""
+"""Beginning of the name of a part's last row when its process did not come to its end."""
 _PRELOAD = ["torch", *(f"benchmarks.gpu.{name}" for name in PARTS)]
-"""Imported once for all parts where they are forked."""
+"""Modules that are imported once for all parts where parts are forked."""
 
 
 def run_part(

@@ -59,8 +59,8 @@ def our_settings(folder: Path, kind: str, work: Workload, **more: Any) -> Config
 
 @contextmanager
 def open_policy(config: Config) -> Iterator[Run]:
-    """As `megatron_papo.training.session.open_run`, with weights drawn on the device; ends the process groups
-    afterwards."""
+    """A context like `megatron_papo.training.session.open_run`, with weights drawn on the device; ends the process
+    groups afterwards."""
     assert config.model.path is not None
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     adapt_megatron()
@@ -86,10 +86,10 @@ def open_ours(folder: Path, work: Workload, **more: Any) -> Iterator[Ours]:
 
 
 def mean_gap(ours: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]) -> float:
-    """Of two sides' log-probs of the same rollouts, mean absolute difference in nats."""
+    """Mean absolute difference, in nats, of two sides' log-probs of the same rollouts."""
     return float(torch.cat([(ours[key].cpu() - theirs[key].cpu()).abs() for key in ours]).mean())
 
 
 def on_host(logprobs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """For another process."""
+    """The log-probs on the host, where another process can read them."""
     return {key: values.cpu() for key, values in logprobs.items()}

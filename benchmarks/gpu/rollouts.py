@@ -29,7 +29,7 @@ _KV_CACHE_GIB = {"3b": "null", "tiny": 0.05}
 
 
 @dataclass(frozen=True)
-class Found:
+class Figures:
     tokens_per_s: float
     """Median of the rounds."""
     cached: float
@@ -70,7 +70,7 @@ def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
     yield GpuRow(f"{what}: engine/prefix_cached, with / without", on.cached, "of prompt tokens", off.cached)
 
 
-def _measure(folder: Path, options: Options, prefix_caching: bool) -> Found:
+def _measure(folder: Path, options: Options, prefix_caching: bool) -> Figures:
     config = engine_settings(folder, options, generation__prefix_caching=prefix_caching, generation__sleep=False)
     work, shape = rollout_workload(options), ModelShape.from_folder(folder / "model")
     adapt_megatron()
@@ -97,4 +97,4 @@ def _measure(folder: Path, options: Options, prefix_caching: bool) -> Found:
     shutdown()
     del engine
     release()
-    return Found(statistics.median(rates[1:]), cached / read)
+    return Figures(statistics.median(rates[1:]), cached / read)

@@ -13,34 +13,34 @@ import torch
 GIB = 2**30
 NEEDS_GPU = "needs a GPU"
 _MOST_LETTERS = 200
-"""Of a reason."""
+"""Number of letters of a reason that are shown."""
 _FRAMES = 8
-"""Of a failure's traceback, innermost."""
+"""Number of innermost frames of a failure's traceback that are shown."""
 _LITTLE_GIB = 0.5
 
 
 class Failed(Exception):
-    """Whose message alone is a row's reason."""
+    """A failure whose message is all of a row's reason."""
 
 
 @dataclass(frozen=True)
 class Options:
     shape: Literal["3b", "tiny"]
     quick: bool = False
-    """Small and few: to see that it runs."""
+    """Whether sizes are small and few, to see that it runs."""
     rounds: int = 5
-    """Times that every side is measured, in turns."""
+    """How often every side is measured, in turns."""
     recompute: str | None = None
-    """As `model.recompute`: that alone is measured where what fits would otherwise be looked for."""
+    """A value of `model.recompute`, which is then the only one measured; None: the benchmark looks for what fits."""
     ends_at: float | None = None
-    """When the part will be cut off, by time.monotonic."""
+    """The time at which the part will be ended, by time.monotonic."""
 
 
 @dataclass(frozen=True)
 class GpuRow:
     name: str
     value: float | None
-    """In `unit`; None: not measured, `note` says why."""
+    """The figure in `unit`; None: it was not measured, and `note` says why."""
     unit: str = ""
     baseline: float | None = None
     """What it is compared with, in `unit`."""
@@ -86,8 +86,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def _let_go(error: BaseException) -> None:
-    """Of all frames that ended by it, and by what it was raised in the course of: a frame that is left somewhere keeps
-    its callers too, with all that they had."""
+    """Clears all frames of the error, of its causes and of its contexts. Any frame that stayed would keep its callers
+    in memory too, with all their values."""
     left, seen = [error], set[int]()
     while left:
         each = left.pop()
@@ -99,13 +99,14 @@ def _let_go(error: BaseException) -> None:
 
 
 def _still_held() -> str:
-    """What memory of this process's own a failure has left behind, which those after it will lack."""
+    """A note on the GPU memory that a failure has left allocated, which later measurements lack; empty where it is
+    little."""
     gib = torch.cuda.memory_allocated() / GIB if torch.cuda.is_initialized() else 0.0
     return f"; {gib:.1f} GiB stay taken" if gib > _LITTLE_GIB else ""
 
 
 def release() -> None:
-    """Memory of what is no longer referred to."""
+    """Frees the memory of objects that are no longer referred to."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -44,11 +44,11 @@ def _rows(library: str, make: Callable[[], Pieces]) -> Iterator[GpuRow]:
         return 1
     for name, piece in pieces.items():
         try:
-            found = piece()
+            result = piece()
         except Exception as error:  # the others are still worth knowing
             show_failure(error)
             num_failed += 1
             yield not_measured(f"{library}: {name}", reason_of(error))
         else:
-            yield compared(f"{library}: {name}: gap / allowed", found.value, found.limit, "relative")
+            yield compared(f"{library}: {name}: gap / allowed", result.value, result.limit, "relative")
     return num_failed

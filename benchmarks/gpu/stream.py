@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 VARIABLE = "STREAM_TO"
-"""Names the file, which is appended to."""
+"""The environment variable with the path of the file to which lines are appended."""
 _MOST_LETTERS = 160
-"""Of a reason."""
+"""Number of letters of a reason that are shown."""
 
 
 @dataclass
-class Found:
-    """Of a run so far."""
+class Outcomes:
+    """The results of a test run so far."""
 
     passed: dict[str, float] = field(default_factory=dict)
-    """Seconds, by test."""
+    """Seconds of each test that passed."""
     failed: dict[str, str] = field(default_factory=dict)
-    """The reason, by test."""
+    """The reason of each test that failed."""
     skipped: dict[str, str] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
 
@@ -111,11 +111,11 @@ def follow(file: TextIO, goes_on: Callable[[], bool], every_s: float = 0.2) -> I
         time.sleep(every_s if going else 0.0)
 
 
-def read(lines: Iterable[str]) -> Found:
-    found = Found()
+def read(lines: Iterable[str]) -> Outcomes:
+    outcomes = Outcomes()
     for line in lines:
-        found.take(line)
-    return found
+        outcomes.take(line)
+    return outcomes
 
 
 if __name__ == "__main__":

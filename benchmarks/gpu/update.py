@@ -51,13 +51,13 @@ _GAP_LIMIT = {True: 0.06, False: 1e-4}
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of one side, by kind."""
+class Figures:
+    """What one side has measured, by kind of update."""
 
     logprobs: dict[Key, Tensor]
-    """Of the first group, on the host."""
+    """Log-probs of the first group, on the host."""
     seconds: dict[str, float]
-    """Medians."""
+    """Median seconds of an update."""
     peaks: dict[str, int]
     tokens: int
 
@@ -73,8 +73,8 @@ def optimizer_settings() -> dict[str, Any]:
 
 
 def mfu_rows(name: str, seconds: float, flops: int, fp8: bool = False) -> Iterator[GpuRow]:
-    """Of the device's peak in bfloat16 and, of an update in FP8, of that in FP8 too: twice as much, which attention,
-    the head and what is left out of FP8 cannot have."""
+    """Rows of the MFU relative to the device's peak in bfloat16 and, for an update in FP8, also to its peak in FP8. The
+    latter is twice as high; attention, the head and layers that are left out of FP8 cannot reach it."""
     peak = peak_tflops(device_name(), "bfloat16")
     name = f"{name}: MFU of bfloat16's peak"
     if peak is None:
@@ -107,23 +107,23 @@ def _ours(folder: Path, options: Options, groups: list[Group], needed: dict[str,
     """Each kind's figures as soon as it is measured; what was found."""
     name = f"recompute {mode}"
     with open_ours(folder, workload(options), model__recompute=mode, **optimizer_settings()) as ours:
-        found = Found(on_host(ours.logprobs(groups[:1])), {}, {}, num_tokens(groups))
+        figures = Figures(on_host(ours.logprobs(groups[:1])), {}, {}, num_tokens(groups))
         for kind in PERCEPTION:
-            _measure(found, kind, partial(ours.update, kind, groups), options, "update, ours")
-            yield GpuRow(f"{kind}, {name}", found.tokens / found.seconds[kind], "tokens/s")
-            yield from mfu_rows(f"{kind}, {name}", found.seconds[kind], update_flops(groups, kind, ours.run.shape))
-        if found.peaks:
-            yield predicted_row(f"{PERCEPTION[-1]}, {name}", found.peaks[PERCEPTION[-1]], needed[mode])
+            _measure(figures, kind, partial(ours.update, kind, groups), options, "update, ours")
+            yield GpuRow(f"{kind}, {name}", figures.tokens / figures.seconds[kind], "tokens/s")
+            yield from mfu_rows(f"{kind}, {name}", figures.seconds[kind], update_flops(groups, kind, ours.run.shape))
+        if figures.peaks:
+            yield predicted_row(f"{PERCEPTION[-1]}, {name}", figures.peaks[PERCEPTION[-1]], needed[mode])
         else:
             yield not_measured(f"{PERCEPTION[-1]}, {name}: peak memory / by arithmetic", NEEDS_GPU)
-    return found
+    return figures
 
 
 def predicted_row(name: str, peak: int, needed: int) -> GpuRow:
     return compared(f"{name}: peak memory / by arithmetic", peak / GIB, needed / GIB, "GiB")
 
 
-def _plain(folder: Path, options: Options, groups: list[Group], ours: Found, mode: str, size: Size) -> Rows:
+def _plain(folder: Path, options: Options, groups: list[Group], ours: Figures, mode: str, size: Size) -> Rows:
     """First whether it computes what ours does; no row where it does not fit."""
     plain = open_plain(folder, size)
     gap, limit = mean_gap(ours.logprobs, plain.logprobs(groups[:1])), _GAP_LIMIT[has_gpu()]
@@ -132,15 +132,17 @@ def _plain(folder: Path, options: Options, groups: list[Group], ours: Found, mod
     if not gap <= limit:
         yield not_measured("transformers", "the sides do not compute the same: their times mean nothing")
         return
-    found = Found({}, {}, {}, num_tokens(groups))
+    figures = Figures({}, {}, {}, num_tokens(groups))
     for kind in PERCEPTION:
-        _measure(found, kind, partial(plain.update, kind, groups), options, "update, transformers")
-        name, speeds = f"{kind}, recompute {mode}", [each.tokens / each.seconds[kind] for each in (ours, found)]
+        _measure(figures, kind, partial(plain.update, kind, groups), options, "update, transformers")
+        name, speeds = f"{kind}, recompute {mode}", [each.tokens / each.seconds[kind] for each in (ours, figures)]
         yield compared(f"{name} / {size.name}", *speeds, "tokens/s")
-        if found.peaks:
-            yield compared(f"{name}: peak memory / {size.name}", ours.peaks[kind] / GIB, found.peaks[kind] / GIB, "GiB")
+        if figures.peaks:
+            yield compared(
+                f"{name}: peak memory / {size.name}", ours.peaks[kind] / GIB, figures.peaks[kind] / GIB, "GiB"
+            )
 
 
-def _measure(found: Found, kind: str, side: Side, options: Options, what: str) -> None:
-    found.peaks.update(peaks({kind: side}))
-    found.seconds[kind] = statistics.median(in_turns({kind: side}, options.rounds, what, warm_up=False).of[kind])
+def _measure(figures: Figures, kind: str, side: Side, options: Options, what: str) -> None:
+    figures.peaks.update(peaks({kind: side}))
+    figures.seconds[kind] = statistics.median(in_turns({kind: side}, options.rounds, what, warm_up=False).of[kind])

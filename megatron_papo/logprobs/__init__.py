@@ -1,8 +1,9 @@
 """Log-probs, entropy and exact KL of response tokens from hidden states and one rank's shard of the vocabulary.
 
-`head.py` has the one public function and its backward; `tiling.py` cuts rows and words into tiles and multiplies;
-`sums.py` holds what is summed over words for each row, `gradients.py` the way back; `torch_tile.py` and
-`triton_tile.py` do the same two things to a tile, on any device and on CUDA.
+`head.py` has the public function and its backward. `tiling.py` cuts rows and words into tiles and multiplies matrices.
+`sums.py` has the sums over words for each row, `gradients.py` what backward does with them. `torch_tile.py` and
+`triton_tile.py` compute the sums and the gradient of a tile, on any device and on CUDA. A word is a token of the
+vocabulary.
 """
 
 from megatron_papo.logprobs.head import HeadValues, check_targets, vocab_parallel_head

@@ -1,4 +1,4 @@
-"""The head's backward around a tile: what pulls on each row's logits, and where a tile's gradients are added up.
+"""The head's backward around a tile: the factors of each row's logit gradients, and the sums of tiles' gradients.
 
 Leaves out: the gradient of a tile itself (`torch_tile.py`, `triton_tile.py`).
 Suffixes: R response tokens, C rows of a tile, W its words, V words of this shard, H hidden size, N views of a row.
@@ -17,24 +17,26 @@ from megatron_papo.logprobs.tiling import Task, Tile, add_product, wide
 
 @dataclass(frozen=True)
 class RowPulls:
-    """What turns a tile of logits into its gradient: for log-probs l = z - normaliser and p = exp(l), that of z is
-    p (constant + slope l + kl (l - l_masked)), and of the target word `target` more; of the masked view's logits it
-    is q (constant + slope l_masked) + kl (q - p)."""
+    """The factors that make the gradient of a tile of logits. With log-probs l = z - normaliser and p = exp(l), the
+    gradient of logit z is p (constant + slope l + kl (l - l_masked)), and `target` is added for the target word. The
+    gradient of a logit of the masked view is q (constant + slope l_masked) + kl (q - p), and again `target` for the
+    target word."""
 
     normaliser_NR: Tensor
     constant_NR: Tensor
     target_NR: Tensor
     slope_NR: Tensor | None
-    """None when nothing pulls on an entropy."""
+    """None where no entropy has a gradient."""
     kl_R: Tensor | None
-    """None with one view."""
+    """None where there is one view only."""
 
     @classmethod
     def of(
         cls, views: tuple[int, ...], task: Task, normaliser_NR: Tensor, entropy_NR: Tensor | None, kl_R: Tensor | None,
         upstream: Sequence[Tensor | None],
     ) -> RowPulls:  # fmt: skip
-        """From the gradients of the outputs, in the order of HeadValues; None where nothing pulls."""
+        """The factors from the gradients `upstream` of the outputs, in the order of HeadValues; None for one
+        without."""
         index = list(views)
         zeros_R = torch.zeros_like(normaliser_NR[0])
         of_logprobs_NR = torch.stack([zeros_R if (g := upstream[2 * v]) is None else g for v in index]) * task.scale
@@ -49,13 +51,14 @@ class RowPulls:
         return cls(normaliser_NR[index], constant_NR, of_logprobs_NR, slope_NR, of_kl_R)
 
     def rows(self, rows: slice) -> RowPulls:
+        """The factors of these rows."""
         slope_NR, kl_R = (None if part is None else part[..., rows] for part in (self.slope_NR, self.kl_R))
         return RowPulls(self.normaliser_NR[:, rows], self.constant_NR[:, rows], self.target_NR[:, rows], slope_NR, kl_R)
 
 
 class Gradients:
-    """Sums of the tiles' gradients, in fp32 or wider: each hidden state's over the words, the weight's over the rows
-    of one block, which then goes to its place in the weight's own dtype."""
+    """Sums of the tiles' gradients, in fp32 or wider: for each hidden state over the words, for a block of the weight
+    over the rows. A block that is complete is cast to the weight's own dtype."""
 
     def __init__(self, hidden: Sequence[Tensor], weight_VH: Tensor, num_words: int, needed: Sequence[bool]):
         self._dtype = hidden[0].dtype
@@ -68,6 +71,7 @@ class Gradients:
             self.weight_VH[num_words:].zero_()
 
     def add(self, tile: Tile, grads: Sequence[Tensor]) -> None:
+        """Adds what follows from `grads`, the gradients of the tile's logits in each view."""
         for view, grad_CW in zip(tile.views, grads):
             total_RH = self._hidden[view]
             if total_RH is not None:
@@ -83,5 +87,6 @@ class Gradients:
             place_WH.copy_(self._block_WH)
 
     def hidden(self, view: int) -> Tensor | None:
+        """The gradient of a view's hidden states; None where it is not needed."""
         total_RH = self._hidden[view]
         return None if total_RH is None else total_RH.to(self._dtype)

@@ -1,15 +1,15 @@
 """Log-probs, entropy and exact KL of response tokens, from hidden states and one rank's shard of the vocabulary.
 
-Logits exist one tile at a time (`tiling.py`), so memory does not grow with the number of tokens. Forward sums over
-the words online, then over the tensor-parallel group once, so that every rank holds the full, equal result and
-computes the same loss from it; hence the reductions' backward is the identity. Backward computes each tile again and
+Logits exist one tile at a time (`tiling.py`), so memory does not grow with the number of tokens. Forward sums over the
+words tile by tile, then over the tensor-parallel group once. So every rank has the full, equal result and computes the
+same loss from it, and the backward of these sums over ranks is the identity. Backward computes each tile again and
 needs no collective. The gradient of a hidden state is this shard's part of it: the caller sums it over the group
 (Megatron's `copy_to_tensor_model_parallel_region` in front of the head does).
 
-Logits are fp32 even from bf16 inputs, where Hugging Face and most engines round them. Beyond tiles, inputs and
-outputs this holds some numbers a row and, for bf16 hidden states that need a gradient, its fp32 sum. Leaves out:
-adding the weight's gradient to an accumulator of the optimizer directly. The recomputation is that of cut
-cross-entropy (Wijmans et al. 2024), without its skipping of small gradients: these are exact.
+Logits are fp32 even from bf16 inputs, where Hugging Face and most engines round them. Beside tiles, inputs and outputs
+there are a few numbers for each row in memory and, for bf16 hidden states that need a gradient, its fp32 sum. Leaves
+out: adding the weight's gradient to an accumulator of the optimizer directly. The recomputation is that of cut
+cross-entropy (Wijmans et al. 2024), except that small gradients are not skipped: gradients are exact.
 Suffixes: R response tokens, C rows of a tile, W its words, V words of this shard, H hidden size, N views of a row.
 """
 
@@ -30,7 +30,7 @@ from megatron_papo.logprobs.tiling import Task, tile_of, tiles, wide
 
 
 class HeadValues(NamedTuple):
-    """[R] each, in nats, fp32 (fp64 for fp64 inputs); None where not asked for."""
+    """The results for R response tokens, [R] each, in nats, fp32 (fp64 for fp64 inputs); None where not requested."""
 
     logprobs_R: Tensor
     entropy_R: Tensor | None
@@ -54,22 +54,22 @@ def vocab_parallel_head(
     kl: bool,
     tile: tuple[int, int] | None = None,
 ) -> HeadValues:
-    """Log-prob of each target in one view or two; with `entropy` that of each view over the whole vocabulary, with
-    `kl` KL(policy || masked policy) over it.
+    """Log-prob of each target in one view or two. With `entropy` also the entropy of each view over the whole
+    vocabulary, with `kl` also KL(policy || masked policy) over it.
 
-    hidden_RH: [R, H] per view, equal on every rank. weight_VH: [V, H], the words from `vocab_start` on; rows at or
-    beyond `vocab_size` are padding. Banned words and padding have probability 0. Logits are divided by `temperature`.
-    `tile`: rows and words held at a time, by default what suits the device. Targets are words that are not banned:
-    `check_targets` says so, of the ids on the host.
+    hidden_RH: [R, H] per view, equal on every rank. weight_VH: [V, H], the words from `vocab_start` on; rows from
+    `vocab_size` on are padding. Banned words and padding have probability 0. Logits are divided by `temperature`.
+    `tile`: rows and words of a tile, by default what suits the device. Targets must be words that are not banned;
+    `check_targets` checks this while the ids are on the host.
     """
     assert temperature > 0 and not (kl and masked_hidden_RH is None)
     num_words = min(max(vocab_size - vocab_start, 0), weight_VH.shape[0])
-    here = (word - vocab_start for word in banned_ids)
+    places = (word - vocab_start for word in banned_ids)
     task = Task(
         group=None if group is None or dist.get_world_size(group) == 1 else group,
         start=vocab_start,
         num_words=num_words,
-        banned=tuple(sorted(word for word in here if 0 <= word < num_words)),
+        banned=tuple(sorted(place for place in places if 0 <= place < num_words)),
         temperature=temperature,
         entropy=entropy,
         kl=kl,
@@ -79,7 +79,7 @@ def vocab_parallel_head(
 
 
 def check_targets(target_ids_R: Tensor, vocab_size: int, banned_ids: tuple[int, ...]) -> None:
-    """Raises ValueError for a target that is banned or no word of the vocabulary. Waits for the device of the ids."""
+    """Raises ValueError for a target that is banned or outside the vocabulary. Waits for the device of the ids."""
     banned = torch.tensor(banned_ids, dtype=target_ids_R.dtype, device=target_ids_R.device)
     wrong_R = (target_ids_R < 0) | (target_ids_R >= vocab_size) | torch.isin(target_ids_R, banned)
     if wrong_R.any():
@@ -90,7 +90,7 @@ def check_targets(target_ids_R: Tensor, vocab_size: int, banned_ids: tuple[int, 
 
 
 def _kernels(like: Tensor) -> ModuleType:
-    """The module whose `tile_sums` and `tile_gradients` suit these inputs. Triton is imported on CUDA alone."""
+    """The module whose `tile_sums` and `tile_gradients` suit inputs such as `like`. Triton is imported on CUDA only."""
     if not like.is_cuda or like.dtype == torch.float64:
         return torch_tile
     from megatron_papo.logprobs import triton_tile
@@ -99,8 +99,8 @@ def _kernels(like: Tensor) -> ModuleType:
 
 
 class _Head(torch.autograd.Function):
-    """For logits z with p = softmax(z) and y with q = softmax(y): dlogp_t/dz_j = 1[j = t] - p_j,
-    dH/dz_j = -p_j (log p_j + H), dKL/dz_j = p_j (log p_j - log q_j - KL) and dKL/dy_j = q_j - p_j."""
+    """The head with its backward. For logits z with p = softmax(z) and y with q = softmax(y): dlogp_t/dz_j = 1[j = t] -
+    p_j, dH/dz_j = -p_j (log p_j + H), dKL/dz_j = p_j (log p_j - log q_j - KL) and dKL/dy_j = q_j - p_j."""
 
     @staticmethod
     def forward(

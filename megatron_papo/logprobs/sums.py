@@ -1,7 +1,7 @@
-"""What the head sums over words for each row, tile by tile and rank by rank, and what follows from the sums.
+"""The head's sums over words for each row, tile by tile and rank by rank, and the results that follow from the sums.
 
-A softmax needs its largest logit first. Here every sum is relative to the largest logit seen so far, and is rescaled
-when a larger one comes; adding a tile and adding a rank are the same operation. Sums are fp64: there are a few a row,
+A softmax is computed relative to its largest logit. Every sum is relative to the largest logit so far, and is rescaled
+when a larger one comes; adding a tile and adding a rank are the same operation. Sums are fp64: each row has only a few,
 and KL is a difference of them. Leaves out: where the sums of one tile come from (`torch_tile.py`, `triton_tile.py`).
 Suffixes: R response tokens, N views of them (1, or policy and masked policy).
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 FORBIDDEN = -1e30
-"""Logit of a word that cannot be said: exp gives exactly 0, and 0 times it is 0, where 0 times -inf is NaN."""
+"""Logit of a banned word: exp gives exactly 0, and 0 times it is 0, while 0 times -inf is NaN."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,25 @@ class RowSums:
     exp_NR: Tensor
     dot_NR: Tensor
     target_NR: Tensor
-    """Logit of the target word; 0 until its tile has come."""
+    """Logit of the target word; 0 until its tile has been added."""
     gap_R: Tensor | None = None
     excess_R: Tensor | None = None
 
     @classmethod
     def of_no_words(cls, num_views: int, num_rows: int, device: torch.device) -> RowSums:
+        """The sums before any word has been added."""
         zeros = torch.zeros(3 * num_views + 2, num_rows, dtype=torch.float64, device=device)
         pair = (zeros[-2], zeros[-1]) if num_views == 2 else (None, None)
         return cls(torch.full_like(zeros[:num_views], FORBIDDEN), *zeros[: 3 * num_views].chunk(3), *pair)
 
     @classmethod
     def side_by_side(cls, parts: Sequence[RowSums]) -> RowSums:
-        """One after the other's rows."""
+        """The sums of several blocks of rows, joined in this order."""
         sums = [torch.cat(same, dim=-1) for same in zip(*(part._sums() for part in parts), strict=True)]
         return cls(torch.cat([part.max_NR for part in parts], dim=-1), *sums)
 
     def add(self, rows: slice, tile: RowSums) -> None:
-        """Takes in the sums of more words for these rows."""
+        """Adds the sums over more words, those of a tile, for these rows."""
         mine = self._each(lambda part: part[..., rows])
         max_NC = torch.maximum(mine.max_NR, tile.max_NR)
         old, new = mine.rescaled(max_NC), tile.rescaled(max_NC)
@@ -58,7 +59,7 @@ class RowSums:
             torch.add(one, other, out=total)
 
     def over_ranks(self, group: dist.ProcessGroup | None) -> RowSums:
-        """The sums over the words of all ranks, equal on each: one maximum and one sum, whatever the tiles were."""
+        """The sums over the words of all ranks, equal on each rank: one maximum and one sum over the group."""
         if group is None:
             return self
         max_NR = self.max_NR.clone()
@@ -79,7 +80,7 @@ class RowSums:
             return RowSums(max_NR, exp_NR, dot_NR, wide.target_NR)
         apart_R = shift_NR[0] - shift_NR[1]
         gap_R = (wide.gap_R + apart_R * wide.exp_NR[0]) * scale_NR[0]
-        # scale[1] - scale[0], which is 0 to rounding for nearly equal views: the tangent keeps its digits
+        # scale[1] - scale[0], of which rounding leaves nothing for nearly equal views: the tangent keeps its digits
         between_R = scale_NR.sum(0) * (-apart_R / 2).tanh()
         excess_R = wide.excess_R * scale_NR[1] + between_R * wide.exp_NR[0]
         return RowSums(max_NR, exp_NR, dot_NR, wide.target_NR, gap_R, excess_R)
@@ -93,23 +94,26 @@ class RowSums:
 
     @property
     def log_normaliser_NR(self) -> Tensor:
+        """Log of the softmax's denominator."""
         return self.max_NR + self.exp_NR.log()
 
     @property
     def logprobs_NR(self) -> Tensor:
+        """Log-probs of the target words."""
         return (self.target_NR - self.max_NR) - self.exp_NR.log()
 
     @property
     def entropy_NR(self) -> Tensor:
-        """log of `exp`, at least 0, minus the mean of a, at most 0: never negative."""
+        """Entropies: the log of `exp`, which is at least 0, minus the mean of a, which is at most 0; so never
+        negative."""
         return self.exp_NR.log() - self.dot_NR / self.exp_NR
 
     @property
     def kl_R(self) -> Tensor:
-        """Mean of a - b plus the log of exp_q / exp_p, which is 1 + excess / exp_p."""
+        """KL: the mean of a - b plus the log of exp_q / exp_p, where that ratio is 1 + excess / exp_p."""
         assert self.gap_R is not None and self.excess_R is not None
         p_R, q_R = self.exp_NR
         excess_R = self.excess_R / p_R
-        # of views far apart the excess is nearly -1 and has lost the digits that the quotient has
+        # where views are far apart, the excess is nearly -1 and has lost digits that the quotient has
         log_R = torch.where(excess_R.abs() < 0.5, excess_R.log1p(), q_R.log() - p_R.log())
         return self.gap_R / p_R + log_R

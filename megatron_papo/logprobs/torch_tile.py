@@ -1,8 +1,8 @@
 """Sums over a tile of logits, and the tile's gradient, in plain torch: any device, fp32 and fp64.
 
-Both overwrite the logits they are given, a strip of rows at a time: what a strip needs beside them stays in cache and
-in memory that the allocator keeps, where that of a whole tile is mapped anew each time and is several times slower.
-`triton_tile.py` has the same two functions for CUDA.
+Both functions overwrite the logits they are given, a strip of rows at a time: the temporaries of a strip stay in cache
+and in memory that the allocator reuses, while those of a whole tile are mapped anew each time, which is several times
+slower. `triton_tile.py` has the same two functions for CUDA.
 Suffixes: C rows of a tile, W its words, N views.
 """
 
@@ -17,14 +17,14 @@ from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import RowSums
 
 _STRIP = 64 * 1024
-"""Elements."""
+"""Number of logits in a strip."""
 
 
 def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy: bool) -> RowSums:
     """Sums over the words of one tile, of one view or two.
 
     logits: N tensors [C, W], to be multiplied by `scale`. columns_C: place of each row's target word in the tile, -1
-    when it is not here. Without `entropy`, `dot` is left 0.
+    when it is not in this tile. Without `entropy`, `dot` is 0.
     """
     strips = [_strip_sums([one[rows] for one in logits], scale, columns_C[rows], entropy) for rows in _strips(logits)]
     return RowSums.side_by_side(strips)
@@ -37,11 +37,11 @@ def _strips(logits: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _strip_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy: bool) -> RowSums:
-    place_C1, here_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
+    place_C1, in_tile_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
     for logits_CW in logits:
         logits_CW.mul_(scale)
     max_NC = torch.stack([logits_CW.amax(-1) for logits_CW in logits])
-    target_NC = torch.stack([logits_CW.gather(1, place_C1)[:, 0].where(here_C, 0) for logits_CW in logits])
+    target_NC = torch.stack([logits_CW.gather(1, place_C1)[:, 0].where(in_tile_C, 0) for logits_CW in logits])
     for logits_CW, max_C in zip(logits, max_NC):
         logits_CW.sub_(max_C[:, None])
     if len(logits) == 1 and not entropy:
@@ -64,7 +64,7 @@ def _strip_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entro
 def tile_gradients(
     logits: Sequence[Tensor], scale: float, columns_C: Tensor, pulls: RowPulls, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Gradients of the logits of one tile, [C, W] each in `dtype`; arguments as of `tile_sums`."""
+    """Gradients of the logits of one tile, [C, W] each in `dtype`; the arguments are those of `tile_sums`."""
     for rows in _strips(logits):
         _strip_gradients([one[rows] for one in logits], scale, columns_C[rows], pulls.rows(rows))
     return [one.to(dtype) for one in logits]
@@ -80,9 +80,9 @@ def _strip_gradients(logits: Sequence[Tensor], scale: float, columns_C: Tensor, 
     else:
         p_CW = logits[0].exp()
         logits[0].mul_(pulls.slope_NR[0, :, None]).add_(pulls.constant_NR[0, :, None]).mul_(p_CW)
-    place_C1, here_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
+    place_C1, in_tile_C = columns_C.clamp(min=0)[:, None], columns_C >= 0
     for logits_CW, target_C in zip(logits, pulls.target_NR):
-        logits_CW.scatter_add_(1, place_C1, target_C.where(here_C, 0)[:, None])
+        logits_CW.scatter_add_(1, place_C1, target_C.where(in_tile_C, 0)[:, None])
 
 
 def _pair_gradients(logits: Sequence[Tensor], pulls: RowPulls) -> None:

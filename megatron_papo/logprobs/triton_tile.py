@@ -1,8 +1,8 @@
 """The two functions of `torch_tile.py` as Triton kernels for fp32 tiles on CUDA: each reads a tile once.
 
-Logits are left as they are by the sums; gradients overwrite them, or go straight to a bf16 tile for the products
-that follow. Checked against `torch_tile.py` under Triton's interpreter.
-Suffixes as in `torch_tile.py`; in the kernels z and y are logits of the policy and of the masked policy.
+The sums do not change the logits; gradients overwrite them, or go to a bf16 tile for the products that follow. Tests
+compare the kernels with `torch_tile.py` under Triton's interpreter. Suffixes are those of `torch_tile.py`; in the
+kernels z and y are logits of the policy and of the masked policy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megatron_papo.logprobs.gradients import RowPulls
 from megatron_papo.logprobs.sums import FORBIDDEN, RowSums
 
 BLOCK_SIZE = 1024
-"""Words that a program holds at a time."""
+"""Number of words that a program processes at a time."""
 _LOWEST = tl.constexpr(FORBIDDEN)
 
 
 def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy: bool) -> RowSums:
-    """As of `torch_tile.tile_sums`."""
+    """What `torch_tile.tile_sums` computes, with the same arguments."""
     num_rows, num_words = logits[0].shape
     sums_10C = logits[0].new_zeros(10, num_rows)
     sums_kernel[(num_rows,)](
@@ -40,7 +40,7 @@ def tile_sums(logits: Sequence[Tensor], scale: float, columns_C: Tensor, entropy
 def tile_gradients(
     logits: Sequence[Tensor], scale: float, columns_C: Tensor, pulls: RowPulls, dtype: torch.dtype
 ) -> list[Tensor]:
-    """As of `torch_tile.tile_gradients`."""
+    """What `torch_tile.tile_gradients` computes, with the same arguments."""
     num_rows, num_words = logits[0].shape
     outs = [one if one.dtype == dtype else torch.empty_like(one, dtype=dtype) for one in logits]
     pulls_9C = logits[0].new_zeros(9, num_rows)
@@ -60,7 +60,7 @@ def tile_gradients(
 
 @triton.jit
 def _tanh(x):
-    """tanh without cancellation near 0, where a series to x^9 is exact to fp32."""
+    """The function tanh without cancellation near 0, where a series to x^9 is exact in fp32."""
     small = tl.minimum(tl.maximum(x, -0.25), 0.25)
     s = small * small
     series = small * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
@@ -73,7 +73,8 @@ def sums_kernel(
     z_ptr, y_ptr, columns_ptr, sums_ptr, num_rows, num_words, scale,
     PAIR: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. Running sums are per lane, rescaled when a larger logit comes, and added up at the end."""
+    """The sums of a row, one program for each row. Every lane has its running sums, which are rescaled when a larger
+    logit comes and added up at the end."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * num_words
     z_max = tl.full([], _LOWEST, tl.float32)
@@ -133,7 +134,8 @@ def gradients_kernel(
     z_ptr, y_ptr, z_out_ptr, y_out_ptr, columns_ptr, pulls_ptr, num_rows, num_words, scale,
     PAIR: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and block of words. `pulls`: the fields of RowPulls, two rows each, then kl."""
+    """The gradients of a block of words of a row, one program for each. `pulls_ptr`: the fields of RowPulls, two rows
+    each, then kl."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * num_words
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

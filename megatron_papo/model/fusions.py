@@ -1,9 +1,10 @@
-"""What a GPU adds to the layers: fused kernels, overlapped exchanges, CUDA graphs. Without one all of it is off.
+"""Settings of Megatron-Core for a GPU: fused kernels, overlapped communication, CUDA graphs. On a CPU all are off.
 
-Fused where Megatron-Core or Transformer Engine have a kernel: bias with activation, bias with dropout and residual,
-gradient accumulation in fp32 (in Transformer Engine's linears; in Megatron's own with NVIDIA's Apex built from source).
-Norms are fused into Transformer Engine's linears, the head's and attention's kernels are ours. Overlap and graphs need
-rows of one length (`train.fixed_rows`); of a layer only the MLP is captured, since attention follows each row's plan.
+Megatron-Core or Transformer Engine have fused kernels for bias with activation, for bias with dropout and residual,
+and for gradient accumulation in fp32 (in Transformer Engine's linear layers; in Megatron's own with NVIDIA's Apex built
+from source). Norms are fused into Transformer Engine's linear layers; the kernels of the head and of attention are this
+package's own. Overlap and graphs need rows of one length (`train.fixed_rows`). Only the MLP of a layer is captured in a
+graph, since attention depends on the structure of each row.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from megatron_papo.distributed.accelerator import has_gpu
 
 
 def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:
-    """Fields of the TransformerConfig; `language`: of the language model, whose rows may have one length."""
+    """Fields of the TransformerConfig of the language model, whose rows may have one length, or of the vision tower."""
     if not has_gpu():
         return {"gradient_accumulation_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False}
-    # it marks the weight that a linear kept, which under these two is not the parameter itself (`recompute.py`)
+    # Apex marks the weight that a linear layer saved; under these two modes that is not the parameter (`recompute.py`)
     fused_in_apex = has_apex() and config.model.recompute not in ("selective", "mlp")
     fields: dict[str, Any] = {
         "gradient_accumulation_fusion": spec == "transformer_engine" or fused_in_apex,
@@ -37,12 +38,13 @@ def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:
 
 
 def has_apex() -> bool:
-    """Whether the extension of NVIDIA's Apex for gradient accumulation is there."""
+    """Whether the extension of NVIDIA's Apex for gradient accumulation is installed."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def of_plain_linears(config: TransformerConfig) -> TransformerConfig:
-    """For Megatron's own linears beside Transformer Engine's: without Apex they accumulate gradients unfused."""
+    """The configuration for Megatron's own linear layers: without Apex they accumulate gradients with no fused
+    kernel."""
     if not config.gradient_accumulation_fusion or has_apex():
         return config
     plain = copy.copy(config)
@@ -51,9 +53,9 @@ def of_plain_linears(config: TransformerConfig) -> TransformerConfig:
 
 
 def start_overlap(config: Config, transformer: TransformerConfig) -> None:
-    """Allocates Transformer Engine's user buffers, which its linears exchange through while they compute.
+    """Allocates Transformer Engine's user buffers, through which its linear layers communicate while they compute.
 
-    One size for all rows: [tokens of a row, hidden size]. A collective of all ranks.
+    They have one size for all rows: [tokens of a row, hidden size]. All ranks must call this.
     """
     if not transformer.tp_comm_overlap:
         return

@@ -1,7 +1,7 @@
-"""Random weights that do not depend on the layout: a run started at TP 2 x PP 2 starts where the single rank does.
+"""Random weights that do not depend on the layout: TP 2 x PP 2 starts with the same model as a single rank.
 
-Every matrix is drawn whole from a stream of its own (seed and global name) and each rank keeps its slice. What pads
-an FFN or the vocabulary is zero: with zero weights on both sides it stays zero under training.
+Every matrix is drawn whole from a random stream of its own (of the seed and the global name), and each rank takes its
+slice. The padding of an FFN or of the vocabulary is zero: with zero weights on both sides it stays zero in training.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_papo.model.shape import ModelShape
 
 @torch.no_grad()
 def zero_weights(model: torch.nn.Module) -> None:
-    """Everything zero, norms one: for a loader that fills in what is not padding."""
+    """Sets norms to one and all other weights to zero, for a loader that then fills in all but the padding."""
     for name, parameter in model.named_parameters():
         parameter.fill_(1.0 if is_norm(name) else 0.0)
 
 
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module, shape: ModelShape, *, first_layer: int, tensor_rank: int, seed: int) -> None:
-    """Normal matrices of the shape's initializer_range, zero biases, norms one; in place.
+    """Draws matrices from a normal distribution with the shape's initializer_range; biases become 0, norms 1; in place.
 
     `first_layer`: global number of this stage's first decoder layer.
     """
@@ -39,11 +39,13 @@ def draw_weights(model: torch.nn.Module, shape: ModelShape, *, first_layer: int,
 
 
 def is_norm(name: str) -> bool:
+    """Whether the parameter of this name is the weight of a norm."""
     return name.endswith(("norm.weight", "layer_norm_weight"))
 
 
 def global_name(name: str, shape: ModelShape, first_layer: int) -> str:
-    """The parameter's name in the whole model: decoder layers counted from the first stage, tied matrices one."""
+    """The parameter's name in the whole model: decoder layers count from the first stage, tied matrices have one
+    name."""
     if name == OUTPUT_LAYER and shape.tie_word_embeddings:
         return WORD_EMBEDDINGS
     prefix = "language.decoder.layers."
@@ -54,7 +56,7 @@ def global_name(name: str, shape: ModelShape, first_layer: int) -> str:
 
 
 def _parts(parameter: Tensor) -> tuple[int, int, int]:
-    """(dim that is split, tensor ranks, how many matrices lie one after the other along it)."""
+    """The dimension that is split, the tensor ranks that share it, and the number of matrices joined along it."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1, 1
     return parameter.partition_dim, layout().tensor_size, parameter.partition_stride  # type: ignore[attr-defined]

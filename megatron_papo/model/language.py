@@ -1,7 +1,7 @@
 """This pipeline stage's part of the language model, composed of Megatron-Core's blocks.
 
-Embedding on the first stage, decoder layers on each, final norm and output matrix on the last. The head itself
-(log-probs of response tokens) is in `policy.py`: full logits of a row are never made.
+The embedding is on the first stage, decoder layers on each, final norm and output matrix on the last. The head itself
+(log-probs of response tokens) is in `policy.py`, which never computes the full logits of a row.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from megatron_papo.model.attention.packed_layout import build_segments
 from megatron_papo.model.attention.rotary import mrope
-from megatron_papo.model.fp8.multiples import token_multiple
-from megatron_papo.model.fp8.padding import row_padding
+from megatron_papo.model.fp8.multiples import row_padding, token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.layers import block_spec, recompute_in
@@ -32,6 +31,8 @@ from megatron_papo.types import Segment
 
 
 class LanguageModel(LanguageModule):
+    """The language model's modules on this pipeline stage."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -45,8 +46,8 @@ class LanguageModel(LanguageModule):
         recompute: str = "none",
         row_length: int | None = None,
     ):
-        """`num_layers`: decoder layers of this stage. `recompute`: as in the settings. `row_length`: tokens that every
-        row is padded to; None: as few as the layout and FP8 ask for."""
+        """`num_layers`: decoder layers of this stage. `recompute`: as in the settings. `row_length`: the number of
+        tokens to which every row is padded; None: the least that the layout and FP8 need."""
         super().__init__(config)
         self.fp8, self.row_length = fp8, row_length
         self.shape, self.pre_process, self.post_process = shape.language, pre_process, post_process
@@ -77,14 +78,14 @@ class LanguageModel(LanguageModule):
             )
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
-        """[T, H], whole on every tensor rank."""
+        """Embeddings [T, H] of the token ids, all of them on every tensor rank."""
         return self.embedding(token_ids_T[None, :], None).squeeze(1)
 
     def forward(self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """Hidden states of this stage, padded at the end: [T, 1, H], under sequence parallelism [T / ranks, 1, H].
 
-        `embeddings_TH` on the first stage only; later stages go on from `set_input_tensor`. Padding is zero in
-        every layer (`ZeroPaddedLayer` where biases would fill it).
+        The first stage takes `embeddings_TH`; later stages take None and continue from `set_input_tensor`. Padding is
+        zero in every layer (by `ZeroPaddedLayer` where biases would fill it).
         """
         padding = self.num_padding(position_ids_3T.shape[1])
         hidden = None
@@ -98,29 +99,30 @@ class LanguageModel(LanguageModule):
             sections=self.shape.mrope_section,
             interleaved=self.shape.interleaved_mrope,
         )
-        found = self.decoder(
+        outputs = self.decoder(
             hidden,
             attention_mask=None,
             packed_seq_params=build_segments(
                 segments, causal=True, device=position_ids_3T.device, rotation=rotation, num_padding=padding
             ),
         )
-        self.fp8.after_forward(found)
-        return found
+        self.fp8.after_forward(outputs)
+        return outputs
 
     def num_padding(self, num_tokens: int) -> int:
-        """Places added to a row of `num_tokens`, in the pass that is under way."""
+        """Number of places that are added to a row of `num_tokens` tokens in the current pass."""
         sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return row_padding(num_tokens, token_multiple(self.fp8.recipe, sequence_ranks), self.row_length)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """[T (padded), H] on every tensor rank, such that the gradients of the vocabulary shards add up."""
+        """Hidden states [T (padded), H] for the head, all of them on every tensor rank. Backward adds up their
+        gradients from the shards of the vocabulary."""
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True).squeeze(1)
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
     def head_weight(self) -> Tensor:
-        """This rank's rows [V / ranks, H] of the output matrix."""
+        """This rank's rows of the output matrix, [V / ranks, H]."""
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
@@ -129,4 +131,5 @@ class LanguageModel(LanguageModule):
         return weight
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
+        """Sets the hidden states that the previous stage sent."""
         self.decoder.set_input_tensor(input_tensor)

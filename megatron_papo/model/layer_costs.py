@@ -3,7 +3,7 @@
 A family's module `costs` (the protocol `FamilyCosts`) describes its layers as `LayerWidths` and itself counts what
 lies outside of them: patch embedding, projector, attention windows. `costs/` adds both up over stages and ranks.
 Activations are counted from the modules as they are, as Korthikanti et al. 2022 (arXiv 2205.05198) do, and compared
-with the tensors alive after a forward pass in tests/parallel/test_activations.py. Leaves out what lives only within an
+with the tensors alive after a forward pass in tests/parallel/test_activations.py. Leaves out what exists only within an
 operation. Imports no torch.
 """
 
@@ -35,6 +35,7 @@ class ParameterCount:
     """Parameters that every tensor rank holds."""
 
     def on_a_rank(self, tensor: int) -> int:
+        """The number of parameters on each of `tensor` tensor ranks."""
         return self.split // tensor + self.whole
 
 
@@ -48,10 +49,11 @@ class LayerWidths:
     num_kv_heads: int
     head_dim: int
     ffn: int
-    """Width of the MLP's product, which its second linear reads."""
+    """Width of the MLP's product, which its second linear layer reads."""
     gated: bool = True
-    """Whether the first linear of the MLP computes a gate beside the values (SwiGLU), and so is twice `ffn` wide."""
+    """Whether the MLP's first linear layer also computes a gate (SwiGLU), and so is twice `ffn` wide."""
     qkv_bias: bool = False
+    """Whether the linear layer of queries, keys and values has a bias."""
     linear_bias: bool = False
     """Whether the attention's output projection and both linears of the MLP have biases."""
     qk_norm: bool = False
@@ -118,13 +120,14 @@ class ActivationSettings:
     sequence: int
     """Ranks that share the tokens between layers: the tensor ranks under sequence parallelism, else 1."""
     recompute: str
-    """As `model.recompute`."""
+    """What is computed again in backward: the setting `model.recompute`."""
     fused: bool
     """Whether norms are part of Transformer Engine's linears, which keep the norms' outputs under recomputation too.
     The count of fused layers has not been compared with a measurement."""
 
     @classmethod
     def of(cls, config: Config, *, fused: bool) -> ActivationSettings:
+        """The settings of a run with `config`."""
         parallel = config.parallel
         value_bytes = 4 if config.model.dtype == "float32" else 2
         sequence = parallel.tensor if parallel.sequence else 1
@@ -144,8 +147,8 @@ def layer_saved_bytes(layer: LayerWidths, settings: ActivationSettings) -> int:
     attention += _head_norms_bytes(layer, settings) if layer.qk_norm else 0
     product = padded(layer.ffn, tensor) // tensor
     first_linear = 2 * product if layer.gated else product
-    kept = {"none": first_linear + product, "selective": first_linear, "mlp": 0}[recompute]
-    return norms + attention + value_bytes * kept
+    mlp = {"none": first_linear + product, "selective": first_linear, "mlp": 0}[recompute]
+    return norms + attention + value_bytes * mlp
 
 
 def _head_norms_bytes(layer: LayerWidths, settings: ActivationSettings) -> int:
@@ -162,7 +165,7 @@ def _statistics_bytes(layer: LayerWidths) -> int:
 
 def norm_saved_bytes(layer: LayerWidths, settings: ActivationSettings, *, outputs: int) -> int:
     """Bytes that a norm of the layers' width keeps of one token (or patch) on one rank: its input, its statistics, and
-    its output (`outputs`: 1) where the linear layer that follows keeps that."""
+    its output (`outputs`: 1) where the linear layer that follows saves that."""
     values = settings.value_bytes * (layer.hidden // settings.sequence) * (1 + outputs)
     return values + _statistics_bytes(layer)
 

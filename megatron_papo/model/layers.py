@@ -1,8 +1,8 @@
-"""Layer specs: which modules a Megatron-Core transformer layer is built of.
+"""Layer specs: the modules of which a Megatron-Core transformer layer is built.
 
-`local`: Megatron-Core's own linears, which can emulate FP8, and our norm; runs anywhere. `transformer_engine`:
-Transformer Engine's linears with the norms fused into them; needs a GPU. Both attend with StructuredAttention, so a row
-means the same to both.
+The spec `local` has Megatron-Core's own linear layers, which can emulate FP8, and the norms of `norm.py`; it runs on
+any device. The spec `transformer_engine` has Transformer Engine's linear layers with the norms fused into them; it
+needs a GPU. Both attend with StructuredAttention, so packed rows have the same structure in both.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention.module import StructuredAttention
-from megatron_papo.model.fp8.layer import ZeroPaddedLayer
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
+from megatron_papo.model.fp8.padding import ZeroPaddedLayer
 from megatron_papo.model.mlp import GatedMLP, PlainMLP
 from megatron_papo.model.norm import LayerNorm, RMSNorm
 from megatron_papo.model.shape import LanguageShape, NormKind, VisionShape
 
 
 def choose_spec(model: ModelConfig) -> str:
-    """`local` or `transformer_engine`. Raises ConfigError when the latter is asked for and cannot be."""
+    """The layer spec, `local` or `transformer_engine`. Raises ConfigError when the latter is set and cannot be used."""
     usable = HAVE_TE and torch.cuda.is_available()
     if model.spec == "transformer_engine" and not usable:
         lacking = "a GPU" if HAVE_TE else "Transformer Engine, which is not installed"
@@ -46,9 +46,9 @@ def choose_spec(model: ModelConfig) -> str:
 def block_spec(
     spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool
 ) -> TransformerBlockSubmodules:
-    """What a TransformerBlock of `num_layers` on this stage is built of: the kinds of norm and MLP that `shape` names.
+    """The spec of a TransformerBlock with `num_layers` layers on this stage, of the kinds of norm and MLP in `shape`.
 
-    `causal`: of the language model; otherwise of a vision tower.
+    `causal`: True for the language model, False for a vision tower.
     """
     modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules(shape.norm)
     head_norm = modules["final_norm"] if isinstance(shape, LanguageShape) and shape.qk_norm else None
@@ -82,14 +82,15 @@ def block_spec(
 
 
 def _fills_padding(shape: LanguageShape | VisionShape) -> bool:
-    """Whether biases would write into the padding at the end of a row. Those of queries, keys and values do not, since
-    attention leaves padding out. The linear layers of a vision tower have biases."""
+    """Whether biases would fill the padding at the end of a row. Those of queries, keys and values do not, since
+    attention leaves padding out. The linear layers of a vision tower always have biases."""
     return shape.norm == "layer" or not isinstance(shape, LanguageShape) or shape.linear_bias
 
 
 def recompute_in(layers: Iterable[Any], mode: str) -> None:
-    """Makes transformer layers compute again in backward what `model.recompute` says, but for whole layers and for
-    MLPs that Megatron-Core computes again itself. Norms within Transformer Engine's linears are kept as ever."""
+    """Makes transformer layers compute again in backward what `mode` (`model.recompute`) says. Whole layers, and the
+    MLPs that Megatron-Core computes again itself, are left to Megatron-Core. Norms within Transformer Engine's linear
+    layers are saved as without recomputation."""
     if mode not in ("selective", "mlp"):
         return
     for layer in layers:

@@ -1,8 +1,9 @@
-"""The two kinds of MLP: with SwiGLU as one autograd function, which keeps the first linear's output alone, and plain.
+"""The two kinds of MLP: gated with SwiGLU, and plain.
 
-On a GPU the kernels are Megatron-Core's fused ones. Two more things that Megatron-Core's has not: what follows the
-first linear can be computed again in backward (`recompute`), and places of padding at the end of a row stay zero in
-spite of biases (`num_padding`). Suffixes: T tokens, F the FFN's width.
+SwiGLU is one autograd function, which saves only the first linear layer's output. On a GPU the kernels are
+Megatron-Core's fused ones. Two things are added to Megatron-Core's MLP: what follows the first linear layer can be
+computed again in backward (`recompute`), and padding at the end of a row stays zero in spite of biases (`num_padding`).
+Suffixes: T tokens, F the FFN's width.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class GatedMLP(MLP):
     """The MLP of kind `swiglu`: silu(gate) times up between two linear layers."""
 
     recompute: Literal["none", "product", "inner"] = "none"
-    """What backward computes again: the product of SwiGLU, or the first linear's output too."""
+    """What backward computes again: nothing, the product of SwiGLU, or also the first linear layer's output."""
     num_padding: int = 0
-    """Places at the end of the row under way whose product is zero."""
+    """Places of padding at the end of the current row, at which the product is zero."""
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """The second linear layer's output and its bias, from hidden states [T, 1, H] (this rank's share under sequence
+        parallelism)."""
         assert per_token_scale is None, "experts are not supported"
         inner, bias = self.linear_fc1(hidden_states)
         multiply = partial(gated_product, bias=bias, num_padding=self.num_padding, fused=self.fused)
@@ -60,6 +63,7 @@ class GatedMLP(MLP):
 
     @property
     def fused(self) -> bool:
+        """Whether Megatron-Core's fused kernels compute SwiGLU."""
         return self.config.bias_activation_fusion
 
 
@@ -67,14 +71,15 @@ class PlainMLP(MLP):
     """The other kinds of MLP: an activation between two linear layers."""
 
     recompute: Literal["none", "product", "inner"] = "none"
-    """What backward computes again: the activation's output, or the first linear's output too."""
+    """What backward computes again: nothing, the activation's output, or also the first linear layer's output."""
     num_padding: int = 0
-    """Places at the end of the row under way at which the activation's output is zero."""
+    """Places of padding at the end of the current row, at which the activation's output is zero."""
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, 1, H] (this rank's share under sequence parallelism) to the second linear's output and its bias."""
+        """The second linear layer's output and its bias, from hidden states [T, 1, H] (this rank's share under sequence
+        parallelism)."""
         assert per_token_scale is None, "experts are not supported"
         inner = self._first(hidden_states)
         activate = partial(self._activated, num_padding=self.num_padding)
@@ -101,27 +106,31 @@ class PlainMLP(MLP):
 
 
 class _Again:
-    """The first linear's output and what is made of it, computed again from what that linear reads."""
+    """Computes the first linear layer's output, and what follows it, again in backward from the input of that layer."""
 
     def __init__(self, linear: Callable[[Tensor], Tensor], hidden: Tensor, multiply: Any, *, shared: bool):
-        """`linear`: hidden states to the first linear's output. `shared`: that output is asked for after the product,
-        and is kept for that in between."""
+        """`linear` computes the first linear layer's output from hidden states, `multiply` what follows. `shared`:
+        whether backward needs that output once more after the product, so that it is stored in between."""
         self._linear, self._multiply, self._shared = linear, multiply, shared
-        kept = hidden.detach()
-        self._hidden: Recipe = recipe_of(hidden) or (lambda: kept)
-        self._held: Tensor | None = None
+        saved = hidden.detach()
+        self._hidden: Recipe = recipe_of(hidden) or (lambda: saved)
+        self._stored: Tensor | None = None
 
     def product(self) -> Tensor:
+        """What the second linear layer reads."""
         inner = self.inner()
-        self._held = inner if self._shared else None
+        self._stored = inner if self._shared else None
         return self._multiply(inner)
 
     def inner(self) -> Tensor:
-        held, self._held = self._held, None
-        return self._linear(self._hidden()) if held is None else held
+        """The first linear layer's output."""
+        stored, self._stored = self._stored, None
+        return self._linear(self._hidden()) if stored is None else stored
 
 
 class SwiGLUFunction(torch.autograd.Function):
+    """`gated_product` with a backward that needs only the first linear layer's output."""
+
     @staticmethod
     def forward(ctx: Any, inner: Tensor, bias: Tensor | None, num_padding: int, fused: bool) -> Tensor:
         ctx.save_for_backward(inner, bias)
@@ -140,7 +149,8 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 def gated_product(inner: Tensor, bias: Tensor | None, num_padding: int, fused: bool) -> Tensor:
-    """silu(gate) * up of [T, 1, 2 F], the gate's half first: [T, 1, F], the last `num_padding` places zero."""
+    """The product silu(gate) * up, [T, 1, F], with the last `num_padding` places zero; `inner` [T, 1, 2 F] has the
+    gate's half first."""
     if fused:
         rows = inner.flatten(0, -2)
         product = fused_kernels.swiglu(rows) if bias is None else fused_kernels.bias_swiglu(rows, bias)
@@ -154,18 +164,18 @@ def gated_product(inner: Tensor, bias: Tensor | None, num_padding: int, fused: b
 
 
 def _gradient(grad: Tensor, inner: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
-    """Of the inner values, [T, 1, 2 F], with nothing set to zero."""
+    """The gradient of the inner values, [T, 1, 2 F], in which padding is not yet set to zero."""
     if fused:
         rows, above = inner.flatten(0, -2), grad.flatten(0, -2)
         if bias is None:
-            found = fused_kernels.swiglu_back(above, rows)
+            grad_rows = fused_kernels.swiglu_back(above, rows)
         else:
-            found = fused_kernels.bias_swiglu_back(above, rows, bias)
-        return found.view_as(inner)
+            grad_rows = fused_kernels.bias_swiglu_back(above, rows, bias)
+        return grad_rows.view_as(inner)
     inner = inner if bias is None else inner + bias
     gate, up = inner.chunk(2, -1)
-    found = torch.empty_like(inner)
-    grad_gate, grad_up = found.chunk(2, -1)
+    grad_inner = torch.empty_like(inner)
+    grad_gate, grad_up = grad_inner.chunk(2, -1)
     torch.mul(grad, F.silu(gate), out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-    return found
+    return grad_inner

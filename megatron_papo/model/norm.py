@@ -1,9 +1,9 @@
-"""The two kinds of norm: root-mean-square, which keeps its input and one number a token for backward, and layer norm.
+"""The two kinds of norm: root-mean-square norm, which saves its input and one number per token, and layer norm.
 
-The former is computed in fp32, as transformers does in the models that have it. Written as one autograd function: of
-the formula as torch differentiates it, an fp32 copy of the input and the normed values in bfloat16 would stay until
-backward, three times the input. Departs from that in backward alone: it is computed in fp32 and rounded once. Suffixes:
-T tokens, H width.
+The root-mean-square norm is computed in fp32, as transformers does in the models that have it. It is one autograd
+function: with the formula written in torch, an fp32 copy of the input and the normed values in bfloat16 would stay
+until backward, three times the size of the input. Its results differ from that formula in backward only, which is
+computed in fp32 and rounded once. Suffixes: T tokens, H width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last axis, with a weight."""
 
     computed_again: bool = False
-    """Whether a linear layer behind it computes its output again in backward."""
+    """Whether the linear layer after it computes the norm's output again in backward, instead of saving it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
@@ -41,7 +41,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def replicated_parameter(values: Tensor, config: TransformerConfig) -> torch.nn.Parameter:
-    """A weight that every tensor rank holds whole. Under sequence parallelism each rank sees its own tokens, and
+    """A weight that every tensor rank has whole. Under sequence parallelism each rank sees its own tokens, and
     Megatron-Core adds up the gradients of weights with this mark."""
     parameter: Any = torch.nn.Parameter(values)
     parameter.sequence_parallel = config.sequence_parallel
@@ -49,10 +49,10 @@ def replicated_parameter(values: Tensor, config: TransformerConfig) -> torch.nn.
 
 
 class LayerNorm(torch.nn.Module):
-    """Layer norm with weight and bias; torch's own kernel keeps the input and two numbers a token for backward."""
+    """Layer norm with weight and bias; torch's own kernel saves the input and two numbers per token for backward."""
 
     computed_again: bool = False
-    """Whether a linear layer behind it computes its output again in backward."""
+    """Whether the linear layer after it computes the norm's output again in backward, instead of saving it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
@@ -69,6 +69,8 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNormFunction(torch.autograd.Function):
+    """Root-mean-square norm [..., H] whose backward works from the input and one number per token."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         output, scale_T1 = _normed(hidden, weight, eps)
@@ -80,7 +82,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, scale_T1 = ctx.saved_tensors
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        if grad.is_cuda and grad.dtype == hidden.dtype == weight.dtype:  # one kernel, in fp32 within
+        if grad.is_cuda and grad.dtype == hidden.dtype == weight.dtype:  # one kernel, which computes in fp32
             return *torch.ops.aten._fused_rms_norm_backward(
                 grad, hidden, weight.shape, scale_T1, weight, [wants_hidden, wants_weight]
             ), None
@@ -91,14 +93,15 @@ class RMSNormFunction(torch.autograd.Function):
             grad_weight = above.flatten(0, -2).sum(0).to(weight.dtype)
         if wants_hidden:
             wide = weight.to(normed.dtype)
-            along_T1 = (above * wide).mean(-1, keepdim=True)  # no product of matrices: a token's bits are its own
+            # no matrix product, so that the result of a token does not depend on the other tokens
+            along_T1 = (above * wide).mean(-1, keepdim=True)
             grad_hidden = torch.addcmul(grad * wide, normed, along_T1, value=-1).mul_(scale_T1).to(hidden.dtype)
         return grad_hidden, grad_weight, None
 
 
 def _normed(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[..., H] normed in fp32 (fp64 stays), rounded to the input's dtype and then times the weight; and what the norm
-    multiplies by, [..., 1]."""
+    """Values [..., H] normed in fp32 (or fp64), rounded to the input's dtype and then multiplied by the weight; and the
+    factor of the norm, [..., 1]."""
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     normed, scale_T1 = torch.ops.aten._fused_rms_norm(wide, weight.shape, None, eps)
     return weight * normed.to(hidden.dtype), scale_T1

@@ -1,7 +1,8 @@
 """The parts of a forward pass that can be observed, and where a model written by others shows them.
 
 A family's `transformers_classes` and `engine_vllm` say, for each part, which module computes it and how its values are
-taken from one call of that module. Who attaches the hooks and compares the values stands above this room.
+taken from one call of that module. The rooms `generation` and `parity` attach the hooks and
+compare the values.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Index ranges between Hugging Face tensors and the shards that tensor ranks hold, and the builders of such entries.
+"""The two-way map between Hugging Face tensors and the shards of tensor ranks, and functions that build its entries.
 
-Which tensors make which parameter stands in `model/<family>/parameters.py`; `parameter_table` gives that table.
-Between the two lies the *whole* parameter: as one tensor rank would hold it, without padding.
+`model/<family>/parameters.py` says which tensors make which parameter; `parameter_table` gives that table. Between
+tensors and shards lies the *whole* parameter: what a single tensor rank would have, without padding.
 
     Hugging Face tensors  --runs of rows-->  whole parameter  --pieces of the axis-->  a rank's shard
 
 Both arrows are index ranges, so each direction is the same copy with source and target exchanged. Padding that depends
-on the rank count (vocabulary, FFN width) is zero, at the end of each part, and never leaves the model.
+on the number of ranks (vocabulary, FFN width) is zero, at the end of each part, and never leaves the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Read = Callable[[str, Index], Tensor]
 
 WORD_EMBEDDINGS = "language.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language.output_layer.weight"
-"""The two Megatron parameters with a row for every word of the vocabulary. Tied, they are one."""
+"""The two Megatron parameters with a row for every token of the vocabulary. Where they are tied, they are one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows `start : start + length` of one source; the runs of an entry, one after the other, are its rows."""
+    """Rows `start : start + length` of the source with index `source`. The runs of an entry, one after the other, are
+    the rows of its parameter."""
 
     source: int
     start: int
@@ -59,9 +60,10 @@ class ParameterEntry:
     shape: tuple[int, ...]
     """Shape of the whole parameter."""
     axis: int | None = None
-    """The axis split over the tensor ranks; None: every rank holds the whole."""
+    """The axis that is split over the tensor ranks; None: every rank has the whole parameter."""
     parts: int = 1
-    """Equal parts of the axis, each split on its own: 2 for gate and up, of which a rank holds a shard each."""
+    """Number of equal parts of the axis, each of which is split by itself: 2 for gate and up, since a rank has a shard
+    of each."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ShardPiece:
 
 @dataclass(frozen=True)
 class ShardBlock:
-    """The part `source_index` of one source is the part `shard_index` of a shard."""
+    """Says that `source_index` of the source with index `source` is the same values as `shard_index` of a shard."""
 
     source: int
     source_index: Index
@@ -83,8 +85,8 @@ class ShardBlock:
 
 
 def pieces(entry: ParameterEntry, shard_shape: Sequence[int], rank: int) -> list[ShardPiece]:
-    """Where tensor rank `rank`'s shard lies in the whole parameter, along the entry's axis (axis 0 of a replicated
-    one). What no piece covers is padding."""
+    """The pieces of the whole parameter that make the shard of tensor rank `rank`, along the entry's axis (axis 0 of a
+    replicated parameter). What no piece covers is padding."""
     if entry.axis is None:
         return [ShardPiece(0, 0, entry.shape[0])]
     each, whole = shard_shape[entry.axis] // entry.parts, entry.shape[entry.axis] // entry.parts
@@ -119,9 +121,9 @@ def _span(start: int, length: int) -> slice:
 
 @torch.no_grad()
 def fill_shard(entry: ParameterEntry, shard: Tensor, rank: int, read: Read) -> None:
-    """Writes rank `rank`'s shard from the Hugging Face tensors, reading only what it holds; padding becomes zero.
+    """Fills `shard`, that of tensor rank `rank`, from the Hugging Face tensors; reads only the values that it needs.
 
-    Values are cast to the shard's dtype.
+    Padding becomes zero. Values are cast to the shard's dtype.
     """
     shard.zero_()
     for block in blocks(entry, shard.shape, rank):
@@ -131,9 +133,10 @@ def fill_shard(entry: ParameterEntry, shard: Tensor, rank: int, read: Read) -> N
 
 
 def assemble(entry: ParameterEntry, shards: Sequence[Tensor]) -> list[Tensor]:
-    """The full Hugging Face tensors, in the order of `entry.sources`, from the shards of all tensor ranks.
+    """The full Hugging Face tensors, in the order of `entry.sources`, from the shards of all tensor ranks in their
+    order.
 
-    A replicated parameter needs one shard.
+    One shard is enough for a replicated parameter.
     """
     sources = [shards[0].new_empty(flat_shape(source.shape)) for source in entry.sources]
     for rank, shard in enumerate(shards[:1] if entry.axis is None else shards):
@@ -143,7 +146,8 @@ def assemble(entry: ParameterEntry, shards: Sequence[Tensor]) -> list[Tensor]:
 
 
 def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The patch embedding is a convolution in the files and a matrix here: its rows flattened."""
+    """The shape of a parameter for a tensor of `shape`: the convolution of the patch embedding becomes a matrix, each
+    of its rows flattened."""
     return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
 
@@ -174,7 +178,7 @@ def parameter_names(shape: ModelShape) -> ParametersModule:
 def parameter_table(shape: ModelShape) -> dict[str, ParameterEntry]:
     """Every parameter of the model by Megatron name, in the model's order.
 
-    Tied embeddings: the output layer is the word embedding once more, and has no entry of its own.
+    With tied embeddings the output layer has no entry of its own, since it is the word embedding.
     """
     return {entry.name: entry for entry in parameter_names(shape).entries(shape)}
 
@@ -188,7 +192,8 @@ _TABLE_NAMES = {
 
 
 def table_name(name: str) -> str:
-    """The table's name of a parameter: that of the local layer spec, for Transformer Engine's fused norms too."""
+    """The parameter's name in the table, from its name under either layer spec. The table has the names of the local
+    spec."""
     for fused, plain in _TABLE_NAMES.items():
         if name.endswith(fused):
             return name.removesuffix(fused) + plain
@@ -196,26 +201,28 @@ def table_name(name: str) -> str:
 
 
 def plain_entry(name: str, source: str, shape: tuple[int, ...], axis: int | None = None) -> ParameterEntry:
-    """One tensor as it is: replicated, or split along `axis`, 0 for column-parallel and 1 for row-parallel."""
+    """An entry of one tensor as it is: replicated, or split along `axis` (0 for column-parallel, 1 for
+    row-parallel)."""
     return ParameterEntry(name, (TensorSource(source, shape),), (RowRange(0, 0, shape[0]),), flat_shape(shape), axis)
 
 
 def vocabulary_entry(name: str, source: str, shape: LanguageShape) -> ParameterEntry:
-    """A matrix with a row for every word, padded at its end."""
+    """An entry of a matrix with a row for every token of the vocabulary, padded at its end."""
     return plain_entry(name, source, (shape.vocab_size, shape.hidden_size), axis=0)
 
 
 def gated_entry(name: str, gate: str, up: str, width: int, rest: tuple[int, ...]) -> ParameterEntry:
-    """A gated MLP's first layer of two tensors [width, *rest]: a rank holds its shard of the gate, then of `up`."""
+    """An entry of a gated MLP's first layer, made of two tensors [width, *rest]: a rank has its shard of `gate`, then
+    its shard of `up`."""
     sources = TensorSource(gate, (width, *rest)), TensorSource(up, (width, *rest))
     runs = RowRange(0, 0, width), RowRange(1, 0, width)
     return ParameterEntry(name, sources, runs, (2 * width, *rest), axis=0, parts=2)
 
 
 def qkv_entry(name: str, sources: Sequence[str], shape: LanguageShape, rest: tuple[int, ...]) -> ParameterEntry:
-    """Queries, keys and values of three tensors, in Megatron's order: of each query group its queries, its key, its
-    value. A rank holds a contiguous share of the rows; with more ranks than groups the share ends inside a group, and
-    Megatron gathers the rows at run time."""
+    """An entry of queries, keys and values, made of three tensors, in Megatron's order: for each query group its
+    queries, its key, its value. A rank has a contiguous share of the rows. With more ranks than groups that share ends
+    inside a group, and Megatron gathers the rows at run time."""
     head, queries = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
     rows = (shape.num_heads * head, shape.num_kv_heads * head, shape.num_kv_heads * head)
     runs = tuple(
@@ -228,8 +235,8 @@ def qkv_entry(name: str, sources: Sequence[str], shape: LanguageShape, rest: tup
 
 
 def fused_qkv_entry(name: str, source: str, num_heads: int, head_dim: int, rest: tuple[int, ...]) -> ParameterEntry:
-    """One tensor with all queries, then all keys, then all values, a head of each as wide; in Megatron the query, key
-    and value of each head lie together."""
+    """An entry of one tensor with all queries, then all keys, then all values, whose heads have one width. In
+    Megatron's order the query, key and value of each head lie together."""
     width = num_heads * head_dim
     runs = tuple(
         RowRange(0, part * width + head * head_dim, head_dim) for head in range(num_heads) for part in range(3)

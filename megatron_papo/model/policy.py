@@ -1,8 +1,8 @@
 """The vision-language model of this pipeline stage, and its head: log-probs of the response tokens of a packed row.
 
-First stage: embeddings, with image tokens from the vision tower in their places. Last stage: hidden states at the
-places that predict response tokens, to log-probs over the vocabulary shards; full logits of a row are never made.
-Banned ids (vision tokens, padding of the vocabulary) have probability zero here as in the engine.
+The first stage makes the embeddings and puts the vision tower's image tokens in their places. The last stage makes
+log-probs over the vocabulary shards from the hidden states that predict response tokens; the full logits of a row are
+never computed. Banned ids (vision tokens, padding of the vocabulary) have probability zero, as in the engine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.distributed.layout import layout
 from megatron_papo.logprobs import check_targets, vocab_parallel_head
-from megatron_papo.model.fp8.hardware import check_hardware
-from megatron_papo.model.fp8.switch import Fp8Switch
+from megatron_papo.model.fp8.switch import Fp8Switch, check_hardware
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
 from megatron_papo.model.language import LanguageModel
@@ -32,22 +31,25 @@ from megatron_papo.types import HeadOutputs, MicroBatch
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What the head is asked for."""
+    """What the head computes for the response tokens of a row, beside their log-probs."""
 
     temperature: float = 1.0
     full_entropy: bool = False
-    """Entropy over the whole vocabulary, of each view in the row."""
+    """Whether to compute the entropy over the whole vocabulary, for each view in the row."""
     full_kl: bool = False
-    """KL of the two views of a joint row over the whole vocabulary."""
+    """Whether to compute the KL between the two views of a joint row over the whole vocabulary."""
     banned_ids: tuple[int, ...] | None = None
-    """Words of probability zero; by default the model's vision tokens, none for a plain model's log-probs."""
+    """Token ids of probability zero. None: the model's vision tokens. Empty: none, for the log-probs of a plain
+    model."""
 
 
 class VisionLanguageModel(MegatronModule):
+    """The part of a vision-language model that lies on this pipeline stage, with its head on the last."""
+
     def __init__(
         self, config: TransformerConfig, shape: ModelShape, language: LanguageModel, vision: VisionTower | None
     ):
-        """`vision` on the first pipeline stage only."""
+        """`vision` is None on all pipeline stages but the first."""
         super().__init__(config)
         self.shape = shape
         self.language = language
@@ -59,23 +61,24 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that embedding and output layer share, where they are tied; Megatron-Core calls this."""
         return self.language.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """What the previous stage sent; Megatron's schedules call this before forward."""
+        """Sets what the previous stage sent; Megatron's schedules call this before forward."""
         self.language.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def check(self, micro_batch: MicroBatch, head: HeadRequest) -> None:
-        """Raises ValueError when a response token of the row is banned or no word. For a row that is still on the host:
-        to look at one on a GPU is to wait until the GPU has done all that it was given."""
+        """Raises ValueError when a response token of the row is banned or outside the vocabulary. To be called while
+        the row is on the host: reading it from a GPU would wait for all the work that the GPU has been given."""
         check_targets(micro_batch.target_ids_R, self.shape.language.vocab_size, self._banned_ids(head))
 
     def _banned_ids(self, head: HeadRequest) -> tuple[int, ...]:
         return self.shape.vision_token_ids if head.banned_ids is None else head.banned_ids
 
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
-        """Of a row that `check` has passed: hidden states for the next stage; on the last, what the head says of its
-        response tokens."""
+        """Hidden states for the next stage, or on the last stage the head's outputs for the response tokens. `check`
+        must have passed the row."""
         embeddings = self._embed(micro_batch) if self.pre_process else None
         hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segments)
         return self._head(hidden, micro_batch, head) if self.post_process else hidden
@@ -88,14 +91,14 @@ class VisionLanguageModel(MegatronModule):
         assert micro_batch.grid_thw_I3 is not None
         pixels_PD = pixels_beside(self.vision.patch_embed.weight, micro_batch.pixel_values)
         tokens_MH = self.vision(pixels_PD, micro_batch.grid_thw_I3)
-        # how many there are is known, since packing has counted them: asking a GPU would be waiting for it
+        # their number is known, since packing has checked it; asking the GPU for it would mean waiting
         is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
         places_M = torch.nonzero_static(is_image_T, size=len(tokens_MH)).squeeze(1)
         return embeddings_TH.index_copy(0, places_M, tokens_MH)
 
     def _untouched_vision(self, like: Tensor) -> Tensor:
-        """Zero, made of one block of black patches, so that a row without images still reaches the tower's weights:
-        data-parallel ranks whose rows have images would wait for their gradients."""
+        """Zero, computed from one block of black patches, so that a row without images too gives the tower's weights a
+        gradient: data-parallel ranks whose rows have images would wait for it."""
         assert self.vision is not None
         if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in self.vision.parameters()):
             return like.new_zeros(())
@@ -104,7 +107,7 @@ class VisionLanguageModel(MegatronModule):
         return self.vision(pixels, torch.tensor([[1, edge, edge]])).sum() * 0.0
 
     def _head(self, hidden: Tensor, micro_batch: MicroBatch, head: HeadRequest) -> HeadOutputs:
-        states_TH = self.language.head_input(hidden)[: micro_batch.num_tokens]  # no place of padding can be read
+        states_TH = self.language.head_input(hidden)[: micro_batch.num_tokens]  # without the padding
         weight_VH = self.language.head_weight()
         masked_index_R = micro_batch.masked_logit_index_R
         values = vocab_parallel_head(
@@ -126,13 +129,14 @@ class VisionLanguageModel(MegatronModule):
 def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
     """This stage's part of the model, on this rank's device, in `config.model.dtype`; parts frozen as configured.
 
-    Weights are random with `config.model.random_init`, else zero until a loader fills them. Needs
-    `parallel.initialize`. Raises ConfigError for a layout that the shape does not allow.
+    Weights are random with `config.model.random_init`, else zero until a loader fills them. The process groups must
+    exist already. Raises ConfigError for a layout that the shape does not allow.
     """
-    here = layout()
-    check_layout(config, shape, here.world_size)
+    ranks = layout()
+    check_layout(config, shape, ranks.world_size)
     graphs = config.model.cuda_graphs
-    if graphs or not get_cuda_rng_tracker().get_states():  # sequence parallelism runs within one of Megatron's streams
+    # sequence parallelism draws from one of Megatron's random streams
+    if graphs or not get_cuda_rng_tracker().get_states():
         model_parallel_cuda_manual_seed(config.run.seed, use_cudagraphable_rng=graphs, force_reset_rng=graphs)
     spec = choose_spec(config.model)
     check_hardware(config, spec)
@@ -142,29 +146,29 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         language_config(config, shape, spec),
         shape,
         spec,
-        num_layers=layers[here.pipeline_rank],
-        pre_process=here.is_first_stage,
-        post_process=here.is_last_stage,
+        num_layers=layers[ranks.pipeline_rank],
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
         fp8=fp8,
         recompute=config.model.recompute,
         row_length=config.train.tokens_per_micro_batch if config.train.fixed_rows else None,
     )
     start_overlap(config, language.config)
     vision = None
-    if here.is_first_stage:
+    if ranks.is_first_stage:
         vision = build_tower(config, shape, spec, fp8)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
         draw_weights(
             model,
             shape,
-            first_layer=sum(layers[: here.pipeline_rank]),
-            tensor_rank=here.tensor_rank,
+            first_layer=sum(layers[: ranks.pipeline_rank]),
+            tensor_rank=ranks.tensor_rank,
             seed=config.run.seed,
         )
     else:
         zero_weights(model)
-    language.setup_embeddings_and_output_layer()  # marks tied matrices: counted once, their gradients added up
+    language.setup_embeddings_and_output_layer()  # so that tied matrices count once
     _freeze(model, config.model.freeze)
     return model
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a prompt stand for rotary embeddings, as the family of the model counts them."""
+"""Positions of the tokens of a prompt for rotary embeddings, as the family of the model counts them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PositionsModule(Protocol):
     """A family's module `positions`."""
 
     def prompt_positions(self, token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> Tensor:
-        """[3, S] int64 positions in time, height and width. A response goes on from their largest value plus one,
-        alike in all three. Raises ValueError where image tokens and grids do not match."""
+        """Positions in time, height and width, [3, S] int64. The positions of a response begin at the largest value
+        plus one, in all three axes. Raises ValueError where image tokens and grids do not match."""
 
 
 def positions_of(shape: ModelShape) -> Callable[[Tensor, Tensor | None], Tensor]:

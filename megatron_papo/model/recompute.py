@@ -1,12 +1,12 @@
-"""What a layer reads, computed again in backward instead of kept.
+"""Inputs of layers that are computed again in backward instead of being saved.
 
-A tensor may carry the recipe that it was made by. Where an operation runs under `by_recipe` and would keep the tensor
-until its backward, it keeps the recipe, and backward computes the same values: bit for bit, since what a recipe does is
-what forward did. Only what is worth it is done so, by bytes kept per time of computing them again: norms and the
-product of SwiGLU (`selective`), then the MLP's first linear too (`mlp`), see `mlp.py`.
+A tensor may carry its recipe: the function that made it. Where an operation runs under `by_recipe` and would save the
+tensor until its backward, it saves the recipe, and backward computes the same values, bit for bit, since a recipe does
+what forward did. This is done where it saves many bytes for little time: for norms and the product of SwiGLU
+(`selective`), then also for the MLP's first linear layer (`mlp`), see `mlp.py`.
 
-Megatron-Core's own modes are not used, but by FP8 (`transformer_config.py`): `layernorm` compiles a C++ extension in
-the first backward, and `mlp` also multiplies by the second linear again, which nothing reads.
+Megatron-Core's own modes serve only FP8 (`transformer_config.py`): `layernorm` compiles a C++ extension in the first
+backward, and `mlp` also repeats the product of the second linear layer, which nothing reads.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ import torch
 from torch import Tensor
 
 Recipe = Callable[[], Tensor]
-"""Gives the values once more, contiguous; called without gradients being recorded."""
+"""Computes the values once more, contiguous; called while no gradients are recorded."""
 
 
 def with_recipe(values: Tensor, recipe: Recipe) -> Tensor:
-    """`values` itself, which from now on carries its recipe."""
+    """`values` itself, with `recipe` attached to it."""
     carrier: Any = values
     carrier.recipe = recipe
     return values
 
 
 def recipe_of(values: Tensor) -> Recipe | None:
+    """The recipe that `with_recipe` attached to `values`; None where there is none."""
     return getattr(values, "recipe", None)
 
 
 @contextmanager
 def by_recipe(values: Tensor) -> Iterator[None]:
-    """Operations within keep the recipe of `values` in its place, if it has one; all else as ever.
+    """A context in which operations save the recipe of `values` instead of `values`, if it has one.
 
-    Views of it are recognized by their storage. Parameters that are kept come back without attributes of Python's: so
-    Apex's fused accumulation of gradients, which marks them, does not go with it (`fusions.py`).
+    Views of `values` are recognized by their storage. Parameters that are saved come back without their Python
+    attributes, so Apex's fused accumulation of gradients, which marks parameters, cannot be used with it
+    (`fusions.py`).
     """
     recipe = recipe_of(values)
     if recipe is None or not torch.is_grad_enabled():
@@ -47,23 +49,25 @@ def by_recipe(values: Tensor) -> Iterator[None]:
         return
     storage, numel = values.untyped_storage()._cdata, values.numel()  # `values` lives as long as this block
 
-    def keep(tensor: Tensor) -> Tensor | _Kept:
+    def save(tensor: Tensor) -> Tensor | _SavedRecipe:
         if tensor.untyped_storage()._cdata != storage or tensor.numel() != numel or not tensor.is_contiguous():
             return tensor
-        return _Kept(recipe, tensor.shape)
+        return _SavedRecipe(recipe, tensor.shape)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, _give_back):
+    with torch.autograd.graph.saved_tensors_hooks(save, _restored):
         yield
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SavedRecipe:
+    """A recipe saved for backward in place of a tensor of this shape."""
+
     recipe: Recipe
     shape: torch.Size
 
 
-def _give_back(kept: Tensor | _Kept) -> Tensor:
-    if not isinstance(kept, _Kept):
-        return kept
+def _restored(saved: Tensor | _SavedRecipe) -> Tensor:
+    if not isinstance(saved, _SavedRecipe):
+        return saved
     with torch.no_grad():
-        return kept.recipe().view(kept.shape)
+        return saved.recipe().view(saved.shape)

@@ -1,7 +1,7 @@
 """The shape of a vision-language model, read from its Hugging Face `config.json`, and the layouts that it allows.
 
-Holds what all model families have in common: the numbers by which a model is built, counted and split. How a family's
-config.json is read stands in `model/<family>/shape.py`. Imports no torch, so that the command line refuses an
+This module has what all model families share: the numbers by which a model is built, counted and split. The file
+`model/<family>/shape.py` reads a family's config.json. Imports no torch, so that the command line can refuse an
 impossible layout before a rank starts.
 """
 
@@ -22,10 +22,10 @@ PAD_TO = 16
 the same shapes under every tensor parallelism that divides 16."""
 
 MOST_LAYERS = 4096
-"""The largest number of layers that is believed: each is walked in Python, before any weight is seen."""
+"""The largest number of layers that is accepted: Python loops over all layers before any weight is read."""
 
 NormKind = Literal["rms", "layer"]
-"""`rms`: root-mean-square norm, a weight alone. `layer`: layer norm, a weight and a bias."""
+"""`rms`: root-mean-square norm, with a weight. `layer`: layer norm, with a weight and a bias."""
 
 MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
 """`swiglu`: gated, silu(gate) times up. The others: two linear layers with that activation between them."""
@@ -46,7 +46,7 @@ class LanguageShape:
     norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, int, int]
-    """Rotary frequencies that turn with time, height and width; they sum to half a head."""
+    """Numbers of rotary frequencies for time, height and width; they sum to half a head."""
     initializer_range: float
     """Standard deviation of random weights."""
     norm: NormKind = "rms"
@@ -59,7 +59,7 @@ class LanguageShape:
     qk_norm: bool = False
     """Whether the queries and keys of each head are normed, with the layers' kind of norm, before they are rotated."""
     interleaved_mrope: bool = False
-    """Whether time, height and width take frequencies in turn; otherwise each takes one run of `mrope_section`."""
+    """Whether time, height and width take frequencies in turn; otherwise each takes one run of them."""
 
     def __post_init__(self) -> None:
         assert self.qkv_bias or not self.linear_bias, "Megatron-Core has no linear biases without those of qkv"
@@ -67,14 +67,14 @@ class LanguageShape:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShape:
-    """The vision tower, as far as families share it; a family adds fields in a class of its own."""
+    """The vision tower: the fields that all families share. A family adds fields in a class of its own."""
 
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
     out_hidden_size: int
-    """Width of the image tokens that it gives: the language model's hidden size."""
+    """Width of its image tokens: the language model's hidden size."""
     in_channels: int
     patch_size: int
     """Edge of a patch in pixels."""
@@ -118,12 +118,12 @@ class ModelShape:
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
-        """Ids that are never a response token: -inf in the engine's logits and in the trainer's."""
+        """Token ids that never occur in a response: engine and trainer give them logits of -inf."""
         ids = {self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id}
         return tuple(sorted(i for i in ids if i < self.language.vocab_size))
 
     def banned_ids(self, num_words: int) -> tuple[int, ...]:
-        """Ids that neither engine nor trainer gives any probability: the vision tokens, and the rows of the vocabulary
+        """Token ids to which engine and trainer give no probability: the vision tokens, and the rows of the vocabulary
         from `num_words` on (the tokenizer's highest id plus one), which stand for no token."""
         return tuple(sorted({*self.vision_token_ids, *range(num_words, self.language.vocab_size)}))
 
@@ -135,7 +135,8 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], source: str = "config.json") -> ModelShape:
-        """The same from the parsed file; `source` is what error messages call it."""
+        """The shape in the parsed config.json `tree`; error messages call it `source`. Raises ValueError as
+        `from_folder`."""
         root = Keys(tree, source, "")
         model_type = root.get("model_type", str)
         if model_type not in (names := families()):
@@ -162,16 +163,17 @@ class ShapeModule(Protocol):
 
 
 def padded(width: int, tensor: int) -> int:
-    """An FFN width or a vocabulary as it lies in the model: up to a multiple of PAD_TO and of the tensor ranks.
+    """The width of an FFN or a vocabulary in the model: rounded up to a multiple of PAD_TO and of the tensor ranks.
 
-    The added rows and columns are at the end, zero, and stay zero under training.
+    The added rows and columns are at the end; they are zero and stay zero in training.
     """
     multiple = math.lcm(PAD_TO, tensor)
     return -(-width // multiple) * multiple
 
 
 def stage_layers(parallel: ParallelConfig, shape: ModelShape) -> tuple[int, ...]:
-    """Language-model layers of each pipeline stage; first stages are the smaller ones: they hold the vision tower."""
+    """Number of language-model layers of each pipeline stage. First stages are the smaller ones, since the first also
+    has the vision tower."""
     if parallel.pipeline_layers is not None:
         return tuple(parallel.pipeline_layers)
     each, rest = divmod(shape.language.num_layers, parallel.pipeline)
@@ -179,7 +181,8 @@ def stage_layers(parallel: ParallelConfig, shape: ModelShape) -> tuple[int, ...]
 
 
 def check_layout(config: Config, shape: ModelShape, world_size: int | None = None) -> None:
-    """Raises ConfigError, a line a fault, when the model of `shape` cannot be laid out as `config.parallel` says.
+    """Raises ConfigError, with a line for each fault, when a model of `shape` does not allow the layout
+    `config.parallel`.
 
     `world_size`: the number of ranks, when it is known.
     """
@@ -204,7 +207,8 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
 
 
 def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
-    """A line a fault: what vLLM's tensor parallelism cannot split of the model of `shape`. The vocabulary it pads."""
+    """What vLLM's tensor parallelism cannot split in a model of `shape`, a line for each fault. vLLM pads the
+    vocabulary."""
     tensor, language, vision = config.generation.tensor, shape.language, shape.vision
     if config.generation.engine != "vllm":
         return []
@@ -227,6 +231,6 @@ def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
 
 
 def check_head_count(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
-    """Raises ValueError naming `key` where the attention heads of `num_heads` do not share `hidden_size` equally."""
+    """Raises ValueError naming `key` where `num_heads` attention heads do not share `hidden_size` equally."""
     if hidden_size % num_heads:
         raise keys.fault(key, f"hidden_size {hidden_size} does not divide by {num_heads} heads")

@@ -1,7 +1,7 @@
 """Megatron-Core's TransformerConfig for the language model and for the vision tower, from our settings and the shape.
 
-What only a GPU has is in `fusions.py`; gradients are sums that the loss has already weighted
-(`calculate_per_token_loss`); weights are written by the loader or by `initialize.py`, never by Megatron-Core.
+What only a GPU has is in `fusions.py`. Megatron-Core sums gradients and does not average them, since the loss has its
+weights already (`calculate_per_token_loss`). It never sets weights: the loader or `initialize.py` does.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
 
 def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerConfig:
     """The configuration of a vision tower whose linear layers all have biases and whose heads have keys of their own.
-    It lies whole on the first pipeline stage, split over the tensor ranks."""
+    The whole tower is on the first pipeline stage, split over the tensor ranks."""
     vision = shape.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
@@ -68,10 +68,10 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
 
 
 def _fp8(config: Config, spec: str) -> dict[str, Any]:
-    """What Transformer Engine's layers read; `model.fp8.switch` sets `fp8` for the passes that use it. Megatron-Core
-    counts layers over all stages, so the first and last of the model are these under pipeline parallelism too.
+    """The FP8 fields for Transformer Engine's layers; `model/fp8/switch.py` sets `fp8` for the passes that use it.
 
-    The local spec emulates FP8 in its own linears, and Megatron-Core is told nothing of it.
+    Megatron-Core counts layers over all stages, so under pipeline parallelism too the first and last layers are those
+    of the model. The local spec emulates FP8 in its own linear layers and leaves these fields at their defaults.
     """
     if not config.fp8.enabled or spec != "transformer_engine":
         return {}
@@ -81,14 +81,15 @@ def _fp8(config: Config, spec: str) -> dict[str, Any]:
         "fp8_recipe": config.fp8.recipe,
         "fp8_amax_history_len": config.fp8.amax_history,
         "fp8_amax_compute_algo": "max",
-        # over data-parallel ranks too, by default: they may have unequal numbers of rows and would wait for one another
+        # by default also over data-parallel ranks, which may have unequal numbers of rows and would wait for one
+        # another
         "tp_only_amax_red": True,
     }
 
 
 def recompute_settings(config: Config, spec: str, *, fp8: bool) -> dict[str, Any]:
-    """What Megatron-Core itself computes again: whole layers, and whole MLPs where Transformer Engine must know of it,
-    for the scales of FP8 and for the buffers that it exchanges through. All else is `model.recompute`'s."""
+    """Recomputation by Megatron-Core itself: of whole layers, and of whole MLPs where Transformer Engine must know of
+    it, for the scales of FP8 and for the buffers of its communication. `model/recompute.py` does everything else."""
     if config.model.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     told = spec == "transformer_engine" and (fp8 or config.parallel.overlap_tensor)
@@ -98,7 +99,7 @@ def recompute_settings(config: Config, spec: str, *, fp8: bool) -> dict[str, Any
 
 
 def _kinds(shape: LanguageShape | VisionShape) -> dict[str, Any]:
-    """The kinds of norm and MLP, in Megatron-Core's words."""
+    """The kinds of norm and MLP, in the terms of Megatron-Core."""
     return {
         "normalization": {"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm],
         "gated_linear_unit": shape.mlp == "swiglu",
@@ -118,7 +119,7 @@ def _common(config: Config, spec: str) -> dict[str, Any]:
         "bf16": dtype == torch.bfloat16,
         "perform_initialization": False,
         "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # no experts here, but variable lengths are refused without it
+        "moe_token_dispatcher_type": "alltoall",  # Megatron-Core refuses variable lengths without it
         "calculate_per_token_loss": True,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,

@@ -1,6 +1,6 @@
-"""What the vision towers of all families have in common: what the policy asks of one, and how patches come into it.
+"""What the vision towers of all families have in common: the interface that the policy uses, and the patch embedding.
 
-The 3-D convolution over patches that do not overlap is one matrix.
+The patch embedding, a 3-D convolution over patches that do not overlap, is one matrix.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from megatron_papo.model.shape import ModelShape, VisionShape
 
 
 class VisionTower(MegatronModule):
-    """What the policy asks of a vision tower; it lies whole on the first pipeline stage."""
+    """The interface of a vision tower. All of it is on the first pipeline stage."""
 
     patch_embed: PatchEmbed
-    """The first module, whose weight is where pixels go; `model.freeze.vision` freezes it."""
+    """The first module, to whose weight's device pixels are moved; `model.freeze.vision` freezes it."""
     decoder: TransformerBlock
     """The transformer layers, which `model.freeze.vision` freezes too."""
     merger: MegatronModule
-    """What makes image tokens of patches; `model.freeze.projector` freezes it."""
+    """The module that makes image tokens of patches; `model.freeze.projector` freezes it."""
 
     def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        """P patches in the processor's order, of images whose grids count patches (frames, height, width), to
-        [M, out_hidden_size] image tokens in reading order, the same on every tensor rank."""
+        """Image tokens [M, out_hidden_size] in reading order, the same on every tensor rank, of P patches in the
+        processor's order; the grids are the patches of each image in time, height and width."""
         raise NotImplementedError
 
 
@@ -52,10 +52,11 @@ def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) ->
 
 
 def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
-    """The patches of several images on the host, each [P, D], end to end where the tower's `weight` is.
+    """The patches of several images on the host, each [P, D], laid end to end on the device of the tower's `weight`.
 
-    To a GPU they go rounded to the weight's dtype, as `PatchEmbed` would round them there, with nothing but moving of
-    whole patches between: half the bytes in bf16. From pinned memory, as `host_copies` has it.
+    For a GPU they are rounded to the weight's dtype first, which halves the bytes in bf16. `PatchEmbed` would round
+    them in the same way, and until then whole patches are only moved. They are copied from pinned memory, so that the
+    host need not wait.
     """
     if not weight.is_cuda:
         return torch.cat(tuple(views))
@@ -67,7 +68,7 @@ def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
 
 
 class PatchEmbed(MegatronModule):
-    """A patch's values to the tower's width; whole on every tensor rank."""
+    """The linear map from a patch's values to the tower's width; every tensor rank has all of it."""
 
     def __init__(self, config: TransformerConfig, shape: VisionShape):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Groups of rollouts to packed rows under a budget of tokens, balanced by cost."""
+"""Packing: makes rows of groups of rollouts, under a budget of tokens and balanced by cost."""
 
 from megatron_papo.packing.assignment import Cost, Move, balance, whole
 from megatron_papo.packing.loss_weights import Totals, sum_totals, token_totals

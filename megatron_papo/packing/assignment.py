@@ -1,8 +1,8 @@
-"""Which rollouts lie in which row: under a budget of tokens, rows and ranks of equal cost.
+"""Assigns rollouts to rows under a budget of tokens, so that rows and ranks have about equal cost.
 
-A piece is a prompt with some of its group's rollouts: the whole group when it fits the budget, else as few parts as it
-takes. Pieces are spread over rows, and groups over data-parallel ranks, by their cost (FLOPs, attention included), so
-that pipeline slots last equally long and no rank waits for another.
+A piece is a prompt with some rollouts of its group: the whole group when it fits the budget, else one of as few parts
+as are needed. Pieces are spread over rows, and groups over data-parallel ranks, by their cost (FLOPs, attention
+included), so that pipeline slots take equal time and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -14,43 +14,48 @@ from typing import NamedTuple
 from megatron_papo.types import Group
 
 Cost = Callable[[int, Sequence[int], Sequence[tuple[int, int, int]]], float]
-"""(tokens of the prompt, tokens of each response, image grids in patches) to what one view of them costs."""
+"""(tokens of the prompt, tokens of each response, image grids in patches) -> the cost of one view of them."""
 
 _ENOUGH = 0.01
-"""Groups are moved between ranks while that shortens the longest by this share of the mean."""
+"""Groups are moved between ranks while a move reduces the highest cost by more than this share of the mean cost."""
 
 
 @dataclass(frozen=True)
 class GroupPart:
+    """A piece: a prompt with some rollouts of its group."""
+
     group: Group
     rollouts: tuple[int, ...]
-    """Places within the group, ascending."""
+    """Places of these rollouts within the group, ascending."""
     num_views: int
-    """2 where the row holds the masked view too."""
+    """1, or 2 where the row also has the masked view."""
 
     @property
     def response_lengths(self) -> tuple[int, ...]:
+        """Tokens of each response."""
         return tuple(len(self.group.rollouts[index].response_ids) for index in self.rollouts)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the prompt and the responses, in all views."""
         return self.num_views * (self.group.prompt.inputs.token_ids_S.numel() + sum(self.response_lengths))
 
     def cost(self, cost: Cost) -> float:
+        """The cost of all views of this piece."""
         inputs = self.group.prompt.inputs
         grids = [] if inputs.grid_thw_I3 is None else [(t, h, w) for t, h, w in inputs.grid_thw_I3.tolist()]
         return self.num_views * cost(inputs.token_ids_S.numel(), self.response_lengths, grids)
 
 
 def whole(group: Group, joint: bool) -> GroupPart:
-    """The group as one piece, however long it is."""
+    """The group as one piece, of any length. `joint`: rows have the masked view too, for prompts with an image."""
     return GroupPart(group, tuple(range(len(group.rollouts))), 2 if joint and group.prompt.has_image else 1)
 
 
 def split(piece: GroupPart, budget: int) -> list[GroupPart]:
-    """As few pieces of at most `budget` tokens as it takes, their responses of about equal length in all.
+    """The piece in as few pieces of at most `budget` tokens as possible, with about equal numbers of response tokens.
 
-    Raises ValueError, with the numbers, when the prompt and its longest response alone do not fit.
+    Raises ValueError, with the numbers, when the prompt and its longest response do not fit by themselves.
     """
     if piece.num_tokens <= budget:
         return [piece]
@@ -68,8 +73,9 @@ def split(piece: GroupPart, budget: int) -> list[GroupPart]:
 
 
 def spread(sizes: Sequence[int], costs: Sequence[float], room: int, least: int = 1) -> list[list[int]]:
-    """Indices by bin: bins of at most `room` in size, as few as first fit needs but at least `least` (as far as there
-    are items), of about equal cost; in the order of their first items."""
+    """The indices of the items in each bin, in the order of the bins' first items. Bins have a size of at most `room`
+    and about equal cost. There are at most as many as first fit needs, but at least `least`, if there are so many
+    items."""
     fitted = _first_fit(sizes, room)
     fewest = max(-(-sum(sizes) // room), min(least, len(sizes)))
     for num in range(fewest, max(fewest, len(fitted)) + 1):
@@ -80,7 +86,7 @@ def spread(sizes: Sequence[int], costs: Sequence[float], room: int, least: int =
 
 
 def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Largest first, each into the first bin with room."""
+    """The indices in each bin when items, the largest first, go into the first bin with enough room."""
     bins: list[list[int]] = []
     left: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -95,7 +101,8 @@ def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _longest_first(sizes: Sequence[int], costs: Sequence[float], room: int, num: int) -> list[list[int]] | None:
-    """`num` bins, the costliest item first into the cheapest bin with room; None when one finds no room."""
+    """The indices in each of `num` bins when items, the costliest first, go into the cheapest bin with enough room;
+    None when there is no such bin."""
     bins: list[list[int]] = [[] for _ in range(num)]
     left, load = [room] * num, [0.0] * num
     for index in sorted(range(len(sizes)), key=lambda index: -costs[index]):
@@ -110,25 +117,26 @@ def _longest_first(sizes: Sequence[int], costs: Sequence[float], room: int, num:
 
 
 class Move(NamedTuple):
-    """A group goes from one data-parallel rank to another."""
+    """The move of a group from one data-parallel rank to another."""
 
     source: int
     place: int
-    """Among the groups of its rank."""
+    """Place of the group among the groups of its rank."""
     target: int
 
 
 def balance(costs: Sequence[Sequence[float]]) -> list[Move]:
-    """Moves that even out the ranks, given what each rank's groups cost; few, since a group brings its pixels along.
+    """Moves that make the costs of ranks about equal, given the costs of each rank's groups. They are few, since a
+    group's pixels are moved with it.
 
-    The heaviest rank gives a group to the lightest, or swaps one, as long as that helps.
+    The rank of the highest cost gives a group to that of the lowest, or swaps one with it, as long as that helps.
     """
-    held = [[(cost, rank, place) for place, cost in enumerate(own)] for rank, own in enumerate(costs)]
+    owned = [[(cost, rank, place) for place, cost in enumerate(own)] for rank, own in enumerate(costs)]
     mean = sum(map(sum, costs)) / len(costs)
     while True:
-        load = [sum(cost for cost, *_ in own) for own in held]
+        load = [sum(cost for cost, *_ in own) for own in owned]
         heavy, light = load.index(max(load)), load.index(min(load))
-        options = [(given, back) for given in held[heavy] for back in [None, *held[light]]]
+        options = [(given, back) for given in owned[heavy] for back in [None, *owned[light]]]
 
         def longest(option: tuple, load: Sequence[float] = load, heavy: int = heavy, light: int = light) -> float:
             given, back = option
@@ -139,14 +147,14 @@ def balance(costs: Sequence[Sequence[float]]) -> list[Move]:
         if best is None or load[heavy] - longest(best) <= _ENOUGH * mean:
             break
         given, back = best
-        held[heavy].remove(given)
-        held[light].append(given)
+        owned[heavy].remove(given)
+        owned[light].append(given)
         if back:
-            held[light].remove(back)
-            held[heavy].append(back)
+            owned[light].remove(back)
+            owned[heavy].append(back)
     return [
         Move(source, place, target)
-        for target, own in enumerate(held)
+        for target, own in enumerate(owned)
         for _, source, place in sorted(own, key=lambda item: item[1:])
         if source != target
     ]

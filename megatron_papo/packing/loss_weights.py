@@ -1,7 +1,7 @@
-"""What a token counts: its share in the mean over the whole optimizer step.
+"""The weight of a token: its share in the mean over the whole optimizer step.
 
-The totals of all data-parallel ranks (`token_totals`, summed by the caller) come before packing, so neither the token
-budget nor the layout changes the gradient.
+The totals over all data-parallel ranks (`token_totals`, summed by the caller) are known before packing, so neither the
+token budget nor the layout changes the gradient.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from megatron_papo.types import Group
 
 @dataclass(frozen=True)
 class Totals:
-    """What the means divide by; `sum_totals` adds them up over data-parallel ranks."""
+    """The denominators of the means; `sum_totals` adds them up over data-parallel ranks."""
 
     num_sequences: float = 0.0
+    """Number of responses."""
     num_tokens: float = 0.0
     """Response tokens that a loss reads (`Rollout.loss_mask`)."""
     num_image_sequences: float = 0.0
-    """The same two over sequences whose prompt has an image."""
+    """Number of responses to prompts with an image."""
     num_image_tokens: float = 0.0
+    """Response tokens that a loss reads, of prompts with an image."""
 
 
 def sum_totals(totals: Iterable[Totals]) -> Totals:
-    """Of several ranks, or of several lists of groups."""
+    """The totals of several ranks, or of several lists of groups, added up."""
     return Totals(*(sum(column) for column in zip(*map(astuple, totals))))
 
 
 def token_totals(groups: Sequence[Group]) -> Totals:
-    """Of these groups alone."""
+    """The totals of these groups."""
     return sum_totals(_group_totals(group) for group in groups)
 
 
 def rollout_weights(group: Group, index: int, loss: LossConfig, totals: Totals) -> tuple[float, float]:
-    """The weight of each response token of a rollout that a loss reads, in the policy terms and in the perception
-    terms."""
+    """The weights of the response tokens of one rollout: in the policy terms, and in the perception terms. Each holds
+    for every token that a loss reads."""
     length = sum(group.rollouts[index].loss_mask)
     weight = _weight(length, loss, totals.num_sequences, totals.num_tokens)
     if not group.prompt.has_image:

@@ -1,7 +1,8 @@
-"""Groups of rollouts to packed rows (`MicroBatch`): each prompt once, then the responses to it.
+"""Makes packed rows (`MicroBatch`) of groups of rollouts: each prompt once, then the responses to it.
 
-Positions are as if every rollout stood alone; attention sees to it that every response reads its own prompt and
-itself. A prompt with a single response in its row is one plain segment. Suffixes as in `types.py`.
+Positions are those of every rollout in a row of its own. Attention lets every response read its own prompt and itself,
+and nothing else. A prompt with a single response in its row forms one segment with it. Suffixes are those of
+`types.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_papo.packing.loss_weights import Totals, rollout_weights
 from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
 
 Positions = Callable[[Tensor, Tensor | None], Tensor]
-"""(token ids [S], grids of images [I, 3] or None) -> [3, S] int64: where the tokens of a prompt stand in time, height
+"""(token ids [S], grids of images [I, 3] or None) -> [3, S] int64: positions of the tokens of a prompt in time, height
 and width. Raises ValueError where image tokens and grids do not match."""
 
 
@@ -36,11 +37,11 @@ def pack(
 ) -> Batch:
     """The groups' rollouts as rows of at most `tokens_per_micro_batch` tokens and about equal cost.
 
-    `totals` are global. With `joint` a prompt with an image counts twice, with its responses, for the masked copy that
-    `joint_row` adds. `positions` are those of the model's family. `banned_ids` must hold the image token. `least_rows`:
-    as many rows as there are pieces for, up to this. Raises ValueError naming the prompt: a prompt and one response
-    over the budget, a response that is empty or holds a banned token, image tokens that do not match the grids, images
-    without pixels, or without a masked view beside others with one.
+    `totals` are global. With `joint` a prompt with an image and its responses count twice, for the masked copy that
+    `joint_row` adds. `positions` is the function of the model's family. `banned_ids` must contain the image token.
+    `least_rows`: the least number of rows, where there are so many pieces. Raises ValueError naming the prompt for a
+    prompt and one response over the budget, a response that is empty or has a banned token, image tokens that do not
+    match the grids, images without pixels, or without a masked view where others of the row have one.
     """
     for group in groups:
         _check(group, banned_ids, joint)
@@ -51,7 +52,7 @@ def pack(
 
 
 def supervised_group(prompt: Prompt, response_ids: tuple[int, ...], text: str = "") -> Group:
-    """A demonstration as a group of one rollout, for `pack` and `losses.sft_loss`."""
+    """A demonstration as a group of one rollout, for `pack` and `sft_loss`."""
     rollout = Rollout(0, response_ids, (0.0,) * len(response_ids), text, "stop", policy_version=0)
     return Group(prompt, (rollout,), advantages=(0.0,))
 
@@ -64,8 +65,8 @@ def _check(group: Group, banned_ids: tuple[int, ...], joint: bool) -> None:
         assert len(rollout.loss_mask) == len(rollout.response_ids), "one entry of `sampled` a response token"
         if not rollout.response_ids:
             raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} has an empty response")
-        if found := sorted(banned.intersection(rollout.response_ids)):
-            raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} holds banned tokens {found}")
+        if faults := sorted(banned.intersection(rollout.response_ids)):
+            raise ValueError(f"prompt {prompt.id}: rollout {rollout.index} holds banned tokens {faults}")
     if prompt.has_image and prompt.inputs.pixel_values_PD is None:
         raise ValueError(f"prompt {prompt.id}: {prompt.num_images} images and 0 pixels")
     if joint and prompt.has_image and prompt.masked_pixel_values_PD is None:
@@ -79,14 +80,14 @@ def _row(pieces: Sequence[GroupPart], loss: LossConfig, totals: Totals, position
     rollouts = [(piece.group, index) for piece in pieces for index in piece.rollouts]
     weights = [rollout_weights(group, index, loss, totals) for group, index in rollouts]
     lengths = [len(group.rollouts[index].response_ids) for group, index in rollouts]
-    words = [word for group, index in rollouts for word in group.rollouts[index].response_ids]
+    targets = [token_id for group, index in rollouts for token_id in group.rollouts[index].response_ids]
     loss_mask_R = torch.tensor([read for group, index in rollouts for read in group.rollouts[index].loss_mask])
     logprobs = [value for group, index in rollouts for value in group.rollouts[index].rollout_logprobs]
     return MicroBatch(
         token_ids_T=torch.cat(parts.tokens),
         position_ids_3T=torch.cat(parts.positions, dim=1),
         segments=tuple(parts.segments),
-        target_ids_R=torch.tensor(words),
+        target_ids_R=torch.tensor(targets),
         logit_index_R=torch.cat(parts.logit_index),
         rollout_index_R=torch.arange(len(rollouts)).repeat_interleave(torch.tensor(lengths)),
         loss_mask_R=loss_mask_R,
@@ -108,7 +109,8 @@ class _Parts:
         self.positions: list[Tensor] = []
         self.segments: list[Segment] = []
         self.logit_index: list[Tensor] = []
-        """Of each rollout, [its tokens]: a token is predicted one place before its own."""
+        """For each rollout, the places that predict its tokens, each one place before the token; [tokens of the
+        rollout]."""
         self._num_tokens = 0
         for piece in pieces:
             self._add(piece, _prompt_positions(piece.group.prompt, positions))
@@ -146,13 +148,13 @@ def _prompt_positions(prompt: Prompt, positions: Positions) -> Tensor:
 
 
 def _spread(values: Sequence[float], lengths: Sequence[int]) -> Tensor:
-    """[R] float32: each rollout's value for each of its response tokens."""
+    """Each rollout's value repeated for each of its response tokens, [R] float32."""
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
 
 
 def _pixels(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The images of a row in order of appearance, and their masked views when the prompts have them: references, not
-    copies, since a step holds its rows all at once."""
+    """The fields with the images of a row, in order of appearance, and their masked views where the prompts have them.
+    They are references and not copies, since all rows of a step are in memory at once."""
     grids = [grid_I3 for prompt in prompts if (grid_I3 := prompt.inputs.grid_thw_I3) is not None]
     views = tuple(_masked_views(prompts))
     return {

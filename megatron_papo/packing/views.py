@@ -1,4 +1,4 @@
-"""The two views of a row: the images as they are and masked."""
+"""The two views of a row: with the images as they are, and with masked images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_papo.types import MicroBatch, Segment
 
 
 def masked_row(row: MicroBatch) -> MicroBatch:
-    """The same row with the masked images: what a frozen masked branch scores."""
+    """The same row with the masked images, which a frozen masked branch scores."""
     if not row.pixel_values:
         return row
     assert row.masked_pixel_values, "the prompts of this row were not masked"
@@ -18,9 +18,9 @@ def masked_row(row: MicroBatch) -> MicroBatch:
 
 
 def joint_row(row: MicroBatch) -> MicroBatch:
-    """The row followed by a copy, with masked images, of each prompt that has one and of the responses to it.
+    """The row followed by a copy, with masked images, of each prompt that has an image and of the responses to it.
 
-    Response tokens without an image find their masked view in the original, where the perception KL is 0.
+    Response tokens without an image have the original as their masked view, and so a perception KL of 0.
     """
     if not row.pixel_values:
         return replace(row, masked_logit_index_R=row.logit_index_R)
@@ -52,11 +52,11 @@ def _has_image(row: MicroBatch, segment: Segment) -> bool:
 
 
 def empty_like(row: MicroBatch) -> MicroBatch:
-    """The same row with no token that counts, for a rank that takes part in an update without data of its own."""
+    """The same row with all loss weights zero, for a rank that takes part in an update without data of its own."""
     return replace(
         row,
         loss_mask_R=torch.zeros_like(row.loss_mask_R),
         weights_R=torch.zeros_like(row.weights_R),
         perception_weights_R=torch.zeros_like(row.perception_weights_R),
-        rollout_logprobs_R=torch.zeros_like(row.rollout_logprobs_R),  # a NaN is one in any sum, at weight 0 too
+        rollout_logprobs_R=torch.zeros_like(row.rollout_logprobs_R),  # a NaN would spoil a sum even at weight 0
     )

@@ -1,1 +1,1 @@
-"""The weights of a model on their way: from and to Hugging Face folders, and to the engine, a bucket at a time."""
+"""Moves the weights of a model: from and to Hugging Face folders, and to the engine, a bucket at a time."""

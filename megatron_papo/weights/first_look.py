@@ -1,10 +1,10 @@
-"""A cheap look at what was loaded, in every verb that loads a Hugging Face folder, before anything is done with it.
+"""A cheap check of the loaded weights, in every command that loads a Hugging Face folder, before they are used.
 
-The certificate compares forward passes and belongs to training; this compares the weights themselves with transformers'
-own reading of the folder: which files it resolves to, which parameters of which shapes its model has by its own reading
-of config.json, and three rows of every parameter that this rank holds, read anew from the files that transformers
-names. Rows and not whole tensors: what was just read is not read again (docs/models.md has what the look costs). Leaves
-out what only a forward pass shows.
+The certificate compares forward passes and belongs to training. This check compares the weights themselves with
+transformers' own reading of the folder: which files it takes, which parameters of which shapes its model has by its
+own reading of config.json, and three rows of every parameter of this rank, read again from the files that transformers
+takes. It compares rows and not whole tensors, so as not to read everything twice (docs/models.md has what the check
+costs). Leaves out what only a forward pass shows.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megatron_papo.weights.held import HeldParameter
 from megatron_papo.weights.weight_files import weight_files
 
 
-def look(folder: Path, shape: ModelShape, held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
-    """Raises ValueError naming what transformers reads otherwise. `held`: this rank's parameters, as they were loaded
-    from `folder`."""
+def look(folder: Path, shape: ModelShape, loaded: Mapping[str, HeldParameter], tensor_rank: int) -> None:
+    """Raises ValueError naming what transformers reads differently. `loaded`: this rank's parameters, as they were
+    loaded from `folder`."""
     files = files_of_transformers(folder)
     _compare_files(folder, files)
     _compare_names(folder, shape)
-    _compare_rows(files, shape, held, tensor_rank)
+    _compare_rows(files, shape, loaded, tensor_rank)
 
 
 def files_of_transformers(folder: Path) -> list[Path]:
-    """The files that its `from_pretrained` would read. The function is its own and private, so its arguments are
-    asked for by name; the tests hold both tested versions to it."""
+    """The files that transformers' `from_pretrained` would read. This calls a private function of transformers, so it
+    passes only the arguments that this version's function has; tests cover both versions that are supported."""
     from transformers.modeling_utils import _get_resolved_checkpoint_files as resolve
 
     known: dict[str, Any] = {
@@ -47,10 +47,10 @@ def files_of_transformers(folder: Path) -> list[Path]:
     }  # fmt: skip
     wanted = inspect.signature(resolve).parameters
     try:
-        found, _ = resolve(**{name: value for name, value in known.items() if name in wanted})
-    except Exception as error:  # of any type, by what transformers stumbles over
+        files, _ = resolve(**{name: value for name, value in known.items() if name in wanted})
+    except Exception as error:  # transformers raises errors of many types
         raise ValueError(f"{folder}: transformers finds no weights: {type(error).__name__}: {error}") from error
-    return [Path(file) for file in found or []]
+    return [Path(file) for file in files or []]
 
 
 def _compare_files(folder: Path, files: list[Path]) -> None:
@@ -72,18 +72,19 @@ def _compare_names(folder: Path, shape: ModelShape) -> None:
             raise ValueError(f"{folder}: {name}: {ours.get(name)} here, {theirs.get(name)} in transformers' model")
 
 
-def _compare_rows(files: list[Path], shape: ModelShape, held: Mapping[str, HeldParameter], tensor_rank: int) -> None:
+def _compare_rows(files: list[Path], shape: ModelShape, loaded: Mapping[str, HeldParameter], tensor_rank: int) -> None:
+    """Raises ValueError naming a row that was loaded with other values than the file has."""
     published_name = parameter_names(shape).published_name
     with ExitStack() as stack:
-        found: dict[str, tuple[Path, Any, str]] = {}
-        for file in files:  # of a name that two files have transformers takes the last
+        sources: dict[str, tuple[Path, Any, str]] = {}
+        for file in files:  # where two files have a name, transformers takes it from the last
             opened = stack.enter_context(safe_open(file, framework="pt"))
-            found |= {published_name(name): (file, opened, name) for name in opened.keys()}  # noqa: SIM118
-        for part in held.values():
+            sources |= {published_name(name): (file, opened, name) for name in opened.keys()}  # noqa: SIM118
+        for part in loaded.values():
             shard = part.tensor.detach()
             for row in _sample(part.entry, shard.shape, tensor_rank):
                 name = part.entry.sources[row.source].name
-                file, opened, written = found[name]
+                file, opened, written = sources[name]
                 own = shard[row.shard_index].cpu()
                 other = opened.get_slice(written)[row.source_index].to(own.dtype).reshape(own.shape)
                 if not torch.equal(own, other):
@@ -91,7 +92,7 @@ def _compare_rows(files: list[Path], shape: ModelShape, held: Mapping[str, HeldP
 
 
 def _sample(entry: ParameterEntry, shard_shape: torch.Size, rank: int) -> Iterator[ShardBlock]:
-    """The first, a middle and the last row that the shard has of the parameter."""
+    """The first, a middle and the last row of the parameter that are in this rank's shard."""
     own = list(blocks(entry, shard_shape, rank))
     if not own:
         return
@@ -106,7 +107,7 @@ def _num_rows(block: ShardBlock) -> int:
 
 
 def _row(block: ShardBlock, number: int) -> ShardBlock:
-    """The block of one row within another."""
+    """The part of `block` that has only its row `number`."""
     source, shard = (
         (slice(index[0].start + number, index[0].start + number + 1), *index[1:])
         for index in (block.source_index, block.shard_index)

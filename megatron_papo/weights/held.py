@@ -1,6 +1,6 @@
-"""Which entries of the name table this rank's part of a model holds.
+"""The parameters of this rank's part of a model, with their entries in the parameter table.
 
-Layers are counted over the whole model, whatever the pipeline stage; wrappers (data parallel) are looked through.
+Layers are counted over the whole model, whatever the pipeline stage. Wrappers (data parallel) are removed.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from megatron_papo.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class HeldParameter:
-    """A parameter of this rank: its shard of the entry's whole parameter."""
+    """A parameter on this rank: its shard of the entry's whole parameter."""
 
     entry: ParameterEntry
     tensor: Tensor
     copy: bool = False
-    """Tied embeddings on several stages: the last stage's output layer repeats the first stage's word embedding."""
+    """Whether this is a repetition: with tied embeddings on several stages the last stage's output layer repeats the
+    first stage's word embedding."""
 
 
 def held_parameters(model: nn.Module, shape: ModelShape, tensor_size: int) -> dict[str, HeldParameter]:
     """The parameters of this rank by Megatron name. Raises ValueError for one that does not fit `shape`."""
     table = parameter_table(shape)
-    held = {}
+    parameters = {}
     for name, parameter in global_parameters(model).items():
         copy = name == OUTPUT_LAYER and shape.tie_word_embeddings
         entry = table.get(WORD_EMBEDDINGS if copy else name)
         if entry is None:
             raise ValueError(f"{name}: the model has this parameter, the name table does not")
         _check_shard(name, entry, tuple(parameter.shape), tensor_size)
-        held[name] = HeldParameter(entry, parameter, copy)
-    return held
+        parameters[name] = HeldParameter(entry, parameter, copy)
+    return parameters
 
 
 def global_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the table's names: wrappers removed, layers counted over the whole model."""
+    """This rank's parameters by the names of the table. Wrappers are removed, layers count over the whole model."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     numbers = {

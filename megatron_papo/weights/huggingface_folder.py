@@ -1,9 +1,8 @@
-"""The weights of a Hugging Face folder by published name: the one reading that training, scoring, conversion and
-verification share.
+"""Reads the weights of a Hugging Face folder by published name, for training, scoring, conversion and verification.
 
-Which files count stands in `weight_files.py`, what a header holds in `safetensors_header.py`. Where transformers would
-take one of several tensors in silence (two names of one tensor, two files that hold it, a head of its own beside tied
-embeddings), this refuses, since nobody can tell which one was meant.
+`weight_files.py` says which files are read, `safetensors_header.py` reads their headers. In some cases transformers
+silently takes one of several tensors: two names of one tensor, two files that have it, a separate head beside tied
+embeddings. This module refuses them, since nobody can tell which one was meant.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from megatron_papo.weights.safetensors_header import Stored, read_header
 from megatron_papo.weights.weight_files import INDEX_FILE, MAX_SHOWN_FAULTS, WeightFiles, weight_files
 
 _ROWS_AT_ONCE = 8192
-"""Of head and word embedding, as they are compared."""
+"""Number of rows of head and word embedding that are compared at a time."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers say. Made by `find_weights`."""
+    """The tensors of a folder, as the headers of its files describe them; `find_weights` makes it."""
 
     folder: Path
     files: WeightFiles
     tensors: Mapping[str, Stored]
-    """By published name."""
+    """Published name -> where the tensor lies."""
     written: Mapping[str, str]
     """Published name -> the name in the file."""
 
@@ -43,7 +42,7 @@ class Weights:
         expected = {s.name: s.shape for entry in parameter_table(shape).values() for s in entry.sources}
         names = parameter_names(shape)
         if shape.tie_word_embeddings and names.HEAD in self.tensors:
-            expected[names.HEAD] = expected[names.EMBEDDING]  # the word embedding once more
+            expected[names.HEAD] = expected[names.EMBEDDING]  # the head repeats the word embedding
         named = {names.published_name(name): self.folder / file for name, file in self.files.index.items()}
         faults = [
             f"{named.get(name, self.folder)}: {name} {expected[name]}: missing"
@@ -58,14 +57,15 @@ class Weights:
                 )
             elif stored.shape != expected[name]:
                 faults.append(f"{file}: {name}: expected shape {expected[name]}, found {stored.shape}")
-        tied = {names.HEAD} if shape.tie_word_embeddings else set()  # whoever saved the rest may have left it out
+        tied = {names.HEAD} if shape.tie_word_embeddings else set()  # a tied head may be missing
         for name in sorted(named.keys() - expected.keys() - self.tensors.keys() - tied):
             faults.append(f"{named[name]}: {shown_name(name)}: not there, though {INDEX_FILE} says so")
         raise_faults(faults)
 
     def check_head(self, shape: ModelShape) -> None:
-        """Raises ValueError where tied embeddings come with a head of other values: transformers takes the head then,
-        against its own settings, and vLLM either. Reads both, where there are two."""
+        """Raises ValueError where embeddings are tied and the head has other values than the word embedding:
+        transformers then takes the head, against its own settings, and vLLM one or the other. Reads both tensors, if
+        both exist."""
         names = parameter_names(shape)
         if not shape.tie_word_embeddings or names.HEAD not in self.tensors:
             return
@@ -83,7 +83,7 @@ class Weights:
 
 
 class OpenWeights:
-    """The values, read slice by slice through the safetensors library. Use it as a context."""
+    """Reads slices of tensors through the safetensors library; to be used as a context manager."""
 
     def __init__(self, weights: Weights):
         self._weights = weights
@@ -107,7 +107,8 @@ class OpenWeights:
         self._stack.close()
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-        """`tensor[index]` of one tensor, its ranges along the leading axes; no other bytes are read."""
+        """The values `tensor[index]` of the tensor with this published name; `index` has ranges along the leading axes.
+        No other bytes are read."""
         if name not in self._slices:
             file = self._files[self._weights.tensors[name].file]
             self._slices[name] = file.get_slice(self._weights.written[name])
@@ -115,8 +116,8 @@ class OpenWeights:
 
 
 def find_weights(folder: Path, shape: ModelShape) -> Weights:
-    """What the headers of the files say that transformers reads, under the names of `shape`'s family. Raises
-    ValueError, in one line, naming file and tensor."""
+    """The tensors in the headers of the files that transformers reads, by the names of `shape`'s family. Raises
+    ValueError with one line that names file and tensor."""
     files = weight_files(folder)
     published_name = parameter_names(shape).published_name
     tensors: dict[str, Stored] = {}
@@ -133,7 +134,7 @@ def find_weights(folder: Path, shape: ModelShape) -> Weights:
 
 
 def raise_faults(faults: list[str]) -> None:
-    """Raises ValueError with the first of `faults`, a line each, if there are any."""
+    """Raises ValueError with the first of `faults`, one on each line, if there are any."""
     if faults:
         more = [f"... and {len(faults) - MAX_SHOWN_FAULTS} more"] if len(faults) > MAX_SHOWN_FAULTS else []
         raise ValueError("\n".join(faults[:MAX_SHOWN_FAULTS] + more))

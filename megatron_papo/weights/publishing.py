@@ -1,6 +1,6 @@
-"""A Hugging Face folder written so that it appears whole: the tensors and the files beside them.
+"""Writes a Hugging Face folder, tensors and side files, so that it appears complete or not at all.
 
-Knows tensors by their published names; knows nothing of ranks. Reading is `huggingface_folder.py`.
+Tensors come with their published names; ranks play no part. `huggingface_folder.py` reads such folders.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from megatron_papo.weights.weight_files import INDEX_FILE, WEIGHTS_FILE
 MAX_FILE_BYTES = 5 * 10**9
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _NOT_SIDE_FILES = ("*.index.json", "state.json", "metadata.json", "checksums.json", "manifest.json")
-"""The weights' own, a checkpoint's own, and what a conversion says of the folder it wrote."""
+"""Files that belong to the weights, to a checkpoint, or to a conversion, which describes the folder that it wrote."""
 
 
 def write_folder(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, source: Path, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """The named tensors as a Hugging Face folder, in files of at most `max_file_bytes` (but one tensor at least).
+    """Writes the named tensors as a Hugging Face folder, in files of at most `max_file_bytes` (but at least one
+    tensor).
 
-    Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all.
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears complete or not at all.
     """
     partial = folder.with_name(f"{folder.name}.tmp")
     make_way(partial)
@@ -42,21 +43,21 @@ def write_folder(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder, or of one within a checkpoint, but its weights.
+    """Copies everything but the weights of a Hugging Face folder, or of the model folder within a checkpoint.
 
-    Raises ValueError when `source` has no config.json, and as `side_files.copy`.
+    Raises ValueError when `source` has no config.json, and the errors of `side_files.copy`.
     """
     for file in list_side_files(source):
         side_files.copy(file, target / file.name)
 
 
 def check_side_files(source: Path) -> list[str]:
-    """Why which files will not be copied, a line each, before a run counts on it. Raises as `copy_side_files`."""
+    """The files that will not be copied and why, a line each, for a check before a run. Raises as `copy_side_files`."""
     return [reason for file in list_side_files(source) if (reason := side_files.check(file))]
 
 
 def list_side_files(source: Path) -> list[Path]:
-    """Raises ValueError when there is no config.json."""
+    """The files beside the weights, sorted. Raises ValueError when there is no config.json."""
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: no config.json")
     others = {file for pattern in _NOT_SIDE_FILES for file in source.glob(pattern)}
@@ -64,7 +65,7 @@ def list_side_files(source: Path) -> list[Path]:
 
 
 def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> torch.dtype:
-    """Writes the safetensors files and, when they are several, their index; the dtype of the tensors."""
+    """Writes the safetensors files and, when there are several, their index. Returns the dtype of the tensors."""
     files: list[list[str]] = []
     waiting: dict[str, Tensor] = {}
     total = size = 0
@@ -97,7 +98,7 @@ def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[s
 
 
 def set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """transformers loads in the dtype that the config names, so it must name the one that was written."""
+    """Makes config.json name the dtype that was written, since transformers loads in the dtype that it names."""
     tree = read_json(config)
     tree["dtype"] = str(dtype).removeprefix("torch.")
     tree.pop("torch_dtype", None)

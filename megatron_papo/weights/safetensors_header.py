@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read as data: where each tensor lies.
+"""Reads the header of a safetensors file, which says where each tensor lies.
 
 A file is eight bytes with the length of the header, the header (JSON: dtype, shape and range of every tensor), and
 the tensors one after the other.
@@ -18,13 +18,13 @@ from megatron_papo.files.json_keys import shown, shown_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER_BYTES = 100 * 2**20
-"""As the safetensors library has it."""
+"""The largest header that is read: the limit of the safetensors library."""
 _MAX_AXES = 8
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's bytes: from `offset` of `file` on."""
+    """Where a tensor is stored: its bytes begin at `offset` of `file`."""
 
     file: str
     offset: int
@@ -37,9 +37,10 @@ class Stored:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """name -> place of every tensor. They fill the file, one after the other, with nothing between and behind them.
+    """Every tensor of the file by name.
 
-    Raises ValueError naming the file, and the tensor where one is at fault.
+    Raises ValueError naming the file, and the tensor at fault if there is one. The tensors must fill the file, one
+    after the other, with nothing between and behind them.
     """
     size = file.stat().st_size
     with file.open("rb") as handle:
@@ -48,10 +49,10 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise ValueError(f"{file}: not a whole safetensors file: {size} bytes end within its header")
         header = _parsed(file, handle.read(length))
     header.pop("__metadata__", None)
-    found = [(name, *_stored(file, name, facts, 8 + length)) for name, facts in header.items()]
-    found.sort(key=lambda item: (item[1].offset, item[2]))
+    tensors = [(name, *_stored(file, name, facts, 8 + length)) for name, facts in header.items()]
+    tensors.sort(key=lambda item: (item[1].offset, item[2]))
     end = 8 + length
-    for name, stored, stop in found:
+    for name, stored, stop in tensors:
         if stop > size:
             raise ValueError(
                 f"{file}: {shown_name(name)}: truncated: not a whole safetensors file: the tensor ends at byte "
@@ -63,7 +64,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         end = stop
     if end != size:
         raise ValueError(f"{file}: {size - end} bytes follow the last tensor: not a safetensors file")
-    return {name: stored for name, stored, _ in found}
+    return {name: stored for name, stored, _ in tensors}
 
 
 def _parsed(file: Path, text: bytes) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _parsed(file: Path, text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 5,000 digits
+    except (ValueError, RecursionError) as error:  # bytes that are not text, numbers of 5,000 digits
         raise ValueError(f"{file}: not a safetensors file: its header is not readable: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{file}: not a safetensors file: its header is not readable: no mapping of names")
@@ -83,7 +84,7 @@ def _parsed(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def _stored(file: Path, name: str, facts: Any, base: int) -> tuple[Stored, int]:
-    """The tensor, and the byte behind it, as the header has them."""
+    """The tensor that `facts` of the header describe, and the place of the byte behind it."""
     try:
         dtype, shape, (start, stop) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
     except (KeyError, TypeError, ValueError):

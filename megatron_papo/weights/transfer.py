@@ -1,7 +1,7 @@
-"""A model's weights from and to Hugging Face folders, and to the engine, a few parameters at a time.
+"""Moves a model's weights from and to Hugging Face folders, and to the engine, a few parameters at a time.
 
-Reading takes only the bytes that a rank holds. Writing and the hand-over walk the same order on all ranks of a
-model-parallel group (`buckets.py`). No rank ever holds a second copy of the model.
+A rank reads only the bytes of its own shards. Writing and the hand-over take parameters in the same order on all ranks
+of a model-parallel group (`buckets.py`). No rank ever has a second copy of the model in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from megatron_papo.weights.huggingface_folder import OpenWeights, find_weights
 from megatron_papo.weights.publishing import write_folder
 
 Progress = Callable[[int, int], None]
-"""(parameters done, parameters in all)."""
+"""Called with the number of parameters that are done and the number of all parameters."""
 
 BUCKET_BYTES = 64 * 2**20
+"""About the number of bytes that are exchanged at a time."""
 
 
 def read_hf(model: nn.Module, shape: ModelShape, folder: Path | str, progress: Progress | None = None) -> None:
     """Fills this rank's shards from a Hugging Face folder, cast to the parameters' dtype; padding becomes zero.
 
-    Raises ValueError, on every rank alike, naming file, tensor, expected and found shape of what does not fit.
+    Raises ValueError, on every rank alike, naming file, tensor and both shapes of what does not fit.
     """
-    here = layout()
-    fill_held(held_parameters(model, shape, here.tensor_size), shape, folder, here.tensor_rank, progress)
+    ranks = layout()
+    fill_held(held_parameters(model, shape, ranks.tensor_size), shape, folder, ranks.tensor_rank, progress)
 
 
 def fill_held(
@@ -44,7 +45,7 @@ def fill_held(
     tensor_rank: int,
     progress: Progress | None = None,
 ) -> None:
-    """`read_hf` for parameters at hand."""
+    """Does what `read_hf` does, for parameters that `held_parameters` has listed."""
     weights = find_weights(Path(folder), shape)
     weights.check(shape)
     weights.check_head(shape)
@@ -64,23 +65,24 @@ def hf_tensors(
     bucket_bytes: int = BUCKET_BYTES,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) of the whole model, in one order on every rank of the model-parallel group.
+    """Pairs (Hugging Face name, full tensor) of the whole model, in one order on every rank of the model-parallel
+    group.
 
-    Collective: every rank of the group walks it to its end. Names are those of the published files; with
-    `module_names` those of transformers' `state_dict`. No tensor shares the model's memory. `bucket_bytes`: about as
-    much is exchanged at a time.
+    Every rank of the group must iterate to the end. Names are those of the published files; with `module_names` those
+    of transformers' `state_dict`. No tensor shares memory with the model. `bucket_bytes`: about the number of bytes
+    that are exchanged at a time.
     """
-    here, like = layout(), next(model.parameters())
-    held = held_parameters(model, shape, here.tensor_size)
-    owned = {name for name, part in held.items() if not part.copy}
-    owner = {name: stage for stage, names in enumerate(gather_objects(owned, here.pipeline_group)) for name in names}
+    ranks, like = layout(), next(model.parameters())
+    own = held_parameters(model, shape, ranks.tensor_size)
+    owned = {name for name, part in own.items() if not part.copy}
+    owner = {name: stage for stage, names in enumerate(gather_objects(owned, ranks.pipeline_group)) for name in names}
     table, names = parameter_table(shape), parameter_names(shape)
     if homeless := next((name for name in table if name not in owner), None):
         raise ValueError(f"{homeless}: no pipeline stage holds this parameter")
     done = 0
     for bucket in make_buckets(table, owner, most_values=bucket_bytes // like.element_size()):
         published = [source.name for entry in bucket.entries for source in entry.sources]
-        for name, tensor in zip(published, gather_bucket(bucket, held, like, here), strict=True):
+        for name, tensor in zip(published, gather_bucket(bucket, own, like, ranks), strict=True):
             yield (names.module_name(name) if module_names else name), tensor
         done += len(bucket.entries)
         if progress:
@@ -92,8 +94,8 @@ def write_hf(
 ) -> None:
     """Writes the model as a Hugging Face folder that transformers loads; rank 0 writes, every rank must call.
 
-    Config, tokenizer, processor and chat template are copied from `source`. The folder appears whole or not at all;
-    an older one at the same place is replaced.
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears complete or not at
+    all, and replaces an older one at the same place.
     """
     tensors = hf_tensors(model, shape, progress=progress)
     if layout().rank == 0:

@@ -1,8 +1,8 @@
-"""Which files of a Hugging Face folder hold its weights: those that transformers reads, and no others.
+"""Finds the files with the weights of a Hugging Face folder: those that transformers reads, and no others.
 
-`model.safetensors` alone where it is there, whatever lies beside it; else the files that the index names. Weights under
-any other name are refused: transformers would not read them, so nobody has ever tried them. Opens no weights and
-imports no torch.
+These are `model.safetensors` where it exists, whatever lies beside it; otherwise the files that the index names.
+Weights under any other name are refused: transformers would not read them, so nobody has ever tried them. Opens no
+weights and imports no torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ MAX_SHOWN_FAULTS = 10
 
 @dataclass(frozen=True)
 class WeightFiles:
+    """The files with the weights of a folder."""
+
     files: list[Path]
     index: dict[str, str]
-    """tensor -> file, as the index says; empty where it is not what counts."""
+    """Name of a tensor -> name of its file, by the index; empty where there is no index or it is not read."""
     left_out: list[str]
-    """Names of what looks like weights beside them, and is not read."""
+    """Names of files beside them that look like weights and are not read."""
 
     def note(self) -> str | None:
-        """One line that says what is left out; None where there is nothing."""
+        """One line that says which files are left out; None where there are none."""
         if not self.left_out:
             return None
         read = INDEX_FILE if self.index else f"{WEIGHTS_FILE} alone"
@@ -35,15 +37,15 @@ class WeightFiles:
 
 
 def holds_weights(folder: Path | str) -> bool:
-    """Whether transformers finds weights in safetensors there."""
+    """Whether transformers finds weights in safetensors files in this folder."""
     return any((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The safetensors files of a folder; a link is followed to wherever the file lies, as the hub's cache has them.
+    """The safetensors files of a folder. Links are followed to any place, since the hub's cache consists of them.
 
-    Raises ValueError for a folder in which transformers finds none, and naming those that the index names and that are
-    not there, or are no regular files beside it.
+    Raises ValueError for a folder in which transformers finds none, and for files of the index that do not exist or are
+    no regular files beside it.
     """
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if (folder / _ADAPTER).exists():
@@ -72,7 +74,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(tree.get("metadata"), dict):
         raise ValueError(f"{index}: has no metadata, without which transformers does not read it")
     for tensor, name in weight_map.items():
-        # `.name` would forget a folder, and what lies in another folder is another file of that name
+        # a file in another folder is not the file of that name beside the index
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{index}: {shown_name(tensor)}: said to lie in {shown(name)}, which is no *.safetensors file beside "
@@ -82,8 +84,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _others(folder: Path, read: set[str]) -> list[str]:
-    found = (file.name for pattern in ("*.safetensors", "*.safetensors.index.json") for file in folder.glob(pattern))
-    return sorted(name for name in found if name not in read)
+    names = (file.name for pattern in ("*.safetensors", "*.safetensors.index.json") for file in folder.glob(pattern))
+    return sorted(name for name in names if name not in read)
 
 
 def _listed(names: list[str]) -> str:
@@ -92,7 +94,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _regular(files: list[Path]) -> list[Path]:
-    """Raises ValueError for a pipe or a device, at which a reader would wait."""
+    """The files themselves. Raises ValueError for a pipe or a device, from which reading could wait for ever."""
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: not a regular file")

@@ -23,7 +23,7 @@ from benchmarks.gpu.folder import write_3b
 from benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
 from benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt, reason_of
 from benchmarks.gpu.smoke import FAILED_PIECES
-from benchmarks.gpu.stream import Found
+from benchmarks.gpu.stream import Outcomes
 from benchmarks.gpu.update import mfu_rows
 from megatron_papo.model.published_shapes import published_config
 
@@ -227,24 +227,24 @@ def test_results_of_tests_stay_when_the_rest_is_cut_off(tmp_path):
         "def test_late(): time.sleep(600)\n"
     )
     (tmp_path / "test_not_python.py").write_text("import nothing_at_all\n")
-    found, rows = Found(), []
+    outcomes, rows = Outcomes(), []
 
     def is_over() -> bool:
-        return bool(found.passed and found.skipped and found.running)
+        return bool(outcomes.passed and outcomes.skipped and outcomes.running)
 
     arguments = [str(tmp_path), "--continue-on-collection-errors", "-p", "no:randomly"]
-    _result_of(rows, results(arguments, found, is_over))
+    _result_of(rows, results(arguments, outcomes, is_over))
     names = {row.name.rpartition("/")[2].rpartition("::")[2]: row.note for row in rows}
     assert names == {
         "test_not_python.py": "failed: ModuleNotFoundError: No module named 'nothing_at_all'",
         "test_bad": "failed: assert 1 == 2",
         "test_broken": "failed: OSError: no such card",
     }
-    passed, failed, skipped, longest, cut_off = counts(found)
+    passed, failed, skipped, longest, cut_off = counts(outcomes)
     assert (passed.value, failed.value, skipped.value) == (1, 3, 1) and longest.name.endswith("test_good")
     assert cut_off.name.endswith("test_late") and cut_off.note == "cut off: the time was over"
     assert has_failed(failed) and not has_failed(passed)
-    assert next(iter(found.lines())).startswith("passed 1, failed 3, skipped 1; cut off: ")
+    assert next(iter(outcomes.lines())).startswith("passed 1, failed 3, skipped 1; cut off: ")
 
 
 def test_pieces_that_failed_fail_the_command():

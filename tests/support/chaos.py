@@ -58,18 +58,18 @@ DAMAGES = (
 
 def session_of(command: Command) -> list[psutil.Process]:
     """Every live process of the command's session: the launcher, its ranks, their engines and workers."""
-    found = []
+    members = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == command.pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                members.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return found
+    return members
 
 
 def kill_everything(command: Command, moments: random.Random) -> None:
-    """As a node that loses power."""
+    """Kills all processes at once, as when a node loses power."""
     for process in session_of(command):
         _kill(process)
 
@@ -80,7 +80,7 @@ def kill_the_launcher(command: Command, moments: random.Random) -> None:
 
 
 def kill_one_process(command: Command, moments: random.Random) -> None:
-    """As the kernel does when memory runs out: any of them, the launcher among them."""
+    """Kills one process, which may be the launcher, as the kernel does when memory runs out."""
     processes = session_of(command)
     if processes:
         _kill(moments.choice(processes))

@@ -21,12 +21,13 @@ from tests.support.process_wire import FOLDER, Request, receive, send
 PYTHON = str(Path(sys.prefix, "bin", "python"))
 """The interpreter itself, for what is to import by itself: `sys.executable` may be the stand-in."""
 SERVER = "PAPO_TEST_SERVER"
-"""In every process that a server forked: its name, which is that of the server for what this process starts."""
+"""The variable with the name of a server. It is set in every process that the server forked, and what that process
+starts is forked from the same server."""
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _HARMLESS = ("-B", "-u")
 """No bytecode is written and streams are not buffered, which a forked process may ignore but for a user's terminal."""
 _NAMESPACES = ("uts", "mnt", "pid")
-"""Of a node of tools/slurm_lab.sh; the process ID's comes last, for it holds for what is forked thereafter."""
+"""The namespaces of a node of tools/slurm_lab.sh. That of process IDs comes last, since it applies to later forks."""
 
 
 def write_environment(folder: Path, root: Path) -> None:

@@ -7,7 +7,7 @@ import ipaddress
 import psutil
 
 Places = set[tuple[int, str, int]]
-"""Process, address, port."""
+"""Triples of a process, an address and a port."""
 
 
 def listening(pids: set[int]) -> Places:
@@ -29,5 +29,5 @@ def of_the_store_at(port: int) -> set[int]:
 
 
 def _is_loopback(address: str) -> bool:
-    found = ipaddress.ip_address(address)
-    return ((isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped) or found).is_loopback
+    parsed = ipaddress.ip_address(address)
+    return ((isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped) or parsed).is_loopback

@@ -97,7 +97,7 @@ VLLM = (
     "megatron_papo.generation.vllm.weight_transfer",
     "megatron_papo.generation.remote.engine_process",
 )
-"""Whatever of these is installed."""
+"""Modules that are imported where they are installed."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -177,9 +177,9 @@ class _Server:
         self.session = Path(f"/proc/{session}")
         self.selector = selectors.DefaultSelector()
         self.waiting: dict[int, socket.socket] = {}
-        """Who hears of the end of a process, by its id."""
+        """The connection that is told of the end of a process, by the id of the process."""
         self.tied: dict[socket.socket, int] = {}
-        """The processes that end with a connection."""
+        """The processes that are ended when a connection closes."""
         self.listening = socket.socket(socket.AF_UNIX)
         self.listening.bind(str(folder / f"{name}.new"))
         self.listening.listen(64)
@@ -188,7 +188,8 @@ class _Server:
         self.woken.setblocking(False)
 
     def serve(self) -> Request | str | None:
-        """In the server: None, when the session is over. In a process that it forked: what that one is to do."""
+        """Answers requests. Returns in the server, with None when the session is over, and in every process that it
+        forked, with what that process has to do."""
         before = signal.signal(signal.SIGCHLD, lambda *_: None), signal.set_wakeup_fd(self.wakes.fileno())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's, which ends the processes it started
         self.selector.register(self.listening, selectors.EVENT_READ)
@@ -264,7 +265,7 @@ class _Server:
         return None
 
     def _fork(self) -> int:
-        """As os.fork; the forked process has nothing of the server's, and ends with it."""
+        """Forks like os.fork. The forked process keeps nothing of the server, and ends when the server ends."""
         server = os.getpid()
         pid = os.fork()
         if not pid:

@@ -18,12 +18,12 @@ _MOST_DESCRIPTORS = 250
 
 
 class Request(NamedTuple):
-    """Of one process."""
+    """What one process is asked to do."""
 
     environ: dict[str, str]
     cwd: str
     module: str = ""
-    """Of what it does; the server imports it before it forks."""
+    """The module of what the process does; the server imports it before it forks."""
     call: bytes = b""
     """A pickled function with its arguments; else `argv` is run as Python runs it."""
     argv: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from tests.support.process_wire import FOLDER, Request, receive, send
 
 ROOT = Path(__file__).parents[2]
 ISOLATED = "isolated"
-"""In the variable FOLDER: there are no servers."""
+"""The value of the variable FOLDER where there are no servers."""
 _START_LIMIT_S = 240.0
 _OURS = (FOLDER, "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID")
 
@@ -49,12 +49,12 @@ def environment() -> Path:
 
 
 def interpreter() -> Path:
-    """Its `bin/python`."""
+    """The path of `bin/python` in that environment."""
     return environment() / "bin" / "python"
 
 
 class Process:
-    """As subprocess.Popen, of a process that a server forked."""
+    """A process that a server forked, with the methods of subprocess.Popen."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection

@@ -31,7 +31,7 @@ _ports = itertools.count(os.getpid())
 
 
 class RankFailed(Exception):
-    """With the rank's own traceback."""
+    """A rank failed; the message has the rank's own traceback."""
 
 
 def run_ranks(
@@ -62,8 +62,8 @@ def run_ranks(
 
 
 def _free_port() -> int:
-    """Of this worker of pytest alone, and below those that the kernel gives to connections: whoever asked the kernel
-    for a port and left it again could meet the ranks of another worker there."""
+    """A port that only this worker of pytest uses, below those that the kernel gives to connections. A port that the
+    kernel gave and that was closed again could be taken by the ranks of another worker."""
     first = 5_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(1_000):
         port = first + next(_ports) % 1_000

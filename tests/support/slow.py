@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.tiny_run import share_of_even_bytes
 
 _calls = itertools.count(1)
-"""Of this process."""
+"""Numbers the calls in this process."""
 
 
 def slow_share(response: str, answer: str, problem: str) -> float:
@@ -20,14 +20,14 @@ def slow_share(response: str, answer: str, problem: str) -> float:
 
 
 def waits_for_leave(response: str, answer: str, problem: str) -> float:
-    """Until a file of that name lies in this folder."""
+    """A reward that waits until a file of this name lies in this folder."""
     while not Path("leave").exists():
         time.sleep(0.1)
     return share_of_even_bytes(response, answer, problem)
 
 
 def fails_at_a_step(response: str, answer: str, problem: str) -> float:
-    """In the third step of every process that asks for six rewards a step."""
+    """A reward that fails in the third step of every process that asks for six rewards per step."""
     if next(_calls) > 12:
         raise OSError("the verifier's host is down")
     return share_of_even_bytes(response, answer, problem)

@@ -28,7 +28,7 @@ class Slurm:
     environ: dict[str, str]
     """For processes that talk to the cluster: this process's own, SLURM_CONF, and nothing of a job around it."""
     lab_environ: dict[str, str]
-    """For tools/slurm_lab.sh."""
+    """The environment of tools/slurm_lab.sh."""
 
     def call(self, *words: object, **options: object) -> subprocess.CompletedProcess[str]:
         """A command that talks to the cluster; its output is text."""

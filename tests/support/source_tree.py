@@ -50,7 +50,7 @@ Modules = dict[str, Module]
 
 @functools.cache
 def package() -> Modules:
-    """The package itself."""
+    """The modules of megatron_papo itself."""
     return read_package(PACKAGE)
 
 

@@ -42,8 +42,8 @@ CERTIFIED = {"certify__at_start": True, "certify__after_hand_over": True}
 
 def share_of_even_bytes(response: str, answer: str, problem: str) -> float:
     """A reward that random weights get some of, unequal within a group."""
-    found = response.encode()
-    return sum(byte % 2 == 0 for byte in found) / max(len(found), 1)
+    values = response.encode()
+    return sum(byte % 2 == 0 for byte in values) / max(len(values), 1)
 
 
 def make_inputs(folder: Path, make_folder: Callable[..., Path] = make_tiny_folder, **model: Any) -> Path:

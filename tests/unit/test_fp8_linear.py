@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_papo.model.fp8.linear import RoundedProduct
-from megatron_papo.model.fp8.operands import Operands
-from megatron_papo.model.fp8.quantize import (
+from megatron_papo.model.fp8.rounding import (
     E4M3,
     E5M2,
+    Operands,
     e8m0_scale,
     float_scale,
     round_columns,

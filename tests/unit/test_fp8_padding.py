@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_papo.config import ConfigError, load_config
-from megatron_papo.model.fp8.hardware import fault_of_device
-from megatron_papo.model.fp8.multiples import token_multiple
-from megatron_papo.model.fp8.padding import row_padding, zero_end
+from megatron_papo.model.fp8.multiples import row_padding, token_multiple
+from megatron_papo.model.fp8.padding import zero_end
+from megatron_papo.model.fp8.switch import fault_of_device
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.layout_faults import faults_of_fp8
 from tests.support.tiny import tiny_config

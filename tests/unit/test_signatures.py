@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tools.record_signatures import ABSTRACT, CALLS, NAMES, Call, record
+from tools.record_signatures import record
+from tools.recorded_calls import ABSTRACT, CALLS, NAMES, Call
 
 ROOT = Path(__file__).parents[2]
 RECORDED = sorted((ROOT / "tests" / "data" / "signatures").glob("*.json"))

@@ -26,11 +26,11 @@ class NoFakeGpu(Exception):
 def headers() -> list[Path]:
     """Folders of CUDA's headers: first those of the runtime that torch loads, which lack a part (`crt`), then Triton's,
     which may be of another version of CUDA. Raises NoFakeGpu."""
-    found = [folder for place in _places("nvidia") for folder in sorted(place.glob("cu[0-9]*/include"))]
-    found += [folder for place in _places("triton") if (folder := place / "backends" / "nvidia" / "include").is_dir()]
-    if not any((folder / "crt").is_dir() for folder in found):
+    folders = [folder for place in _places("nvidia") for folder in sorted(place.glob("cu[0-9]*/include"))]
+    folders += [folder for place in _places("triton") if (folder := place / "backends" / "nvidia" / "include").is_dir()]
+    if not any((folder / "crt").is_dir() for folder in folders):
         raise NoFakeGpu("Triton, which brings CUDA's headers, is not installed or has none")
-    return found
+    return folders
 
 
 def _places(package: str) -> list[Path]:

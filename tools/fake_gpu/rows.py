@@ -13,7 +13,7 @@ from megatron_papo.packing import joint_row, pack, token_totals
 from megatron_papo.types import Batch, Group, ModelInputs, Prompt, Rollout
 
 _WORD = 5
-"""Any that is not banned."""
+"""The token id of all text: any id that is not banned."""
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ _ANSWER = "traced "
 @dataclass(frozen=True)
 class Case:
     tree: dict[str, Any]
-    """Of the model's config.json."""
+    """The tree of the model's config.json."""
     work: Work
     settings: dict[str, Any] = field(default_factory=dict)
-    """By key, e.g. {"model.recompute": "full"}."""
+    """Settings by key, e.g. {"model.recompute": "full"}."""
     num_ranks: int = 1
     rank: int = 0
     in_flight: int = 1
-    """Rows that a pipeline's stage holds at a time."""
+    """Number of rows that a pipeline stage has in flight at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Traced:
 
     weights_and_gradients: int
     states: int
-    """What stays between updates: weights, gradients, the optimizer's states."""
+    """Bytes that stay between updates: weights, gradients, the optimizer's states."""
     scoring_peak: int
-    """Of the log-probs of a frozen masked branch; 0 where none are scored."""
+    """Peak while the log-probs of a frozen masked branch are scored; 0 where none are."""
     passes_peak: int
-    """Of forward and backward."""
+    """Peak of forward and backward."""
     passes_peak_in: str
     step_peak: int
-    """Of the optimizer's step."""
+    """Peak of the optimizer's step."""
     waits: dict[str, int]
-    """Of the update: `file:function: how` to how often."""
+    """How often the host waits in the update, by `file:function: how`."""
     products: dict[str, int]
     """Products of matrices on the GPU, by dtypes."""
     parameters: list[str]
@@ -120,7 +120,8 @@ class FakeGpu:
 
 
 def main() -> None:
-    """In the process with the fake GPU: answers each line of standard input until there are no more."""
+    """The main function of the process with the fake GPU: answers each line of standard input until there are no
+    more."""
     import torch
 
     import megatron_papo.train  # noqa: F401  all that a rank imports
@@ -149,20 +150,20 @@ def _device_after_fork() -> str:
     if child == 0:
         try:
             torch.cuda.init()
-            found = f"cuda:{torch.cuda.current_device()}"
+            answer = f"cuda:{torch.cuda.current_device()}"
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        os.write(writer, found.encode())
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writer, answer.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as said:
-        found = said.read()
+        answer = said.read()
     os.waitpid(child, 0)
-    return found
+    return answer
 
 
 def trace(case: Case) -> Traced:
-    """In a process that sees the fake GPU."""
+    """Traces one case, in a process that sees the fake GPU."""
     from megatron_papo.config import load_config
     from megatron_papo.distributed.layout import shutdown
     from megatron_papo.model.shape import ModelShape
@@ -204,7 +205,7 @@ def _traced(case: Case, config: Any, shape: Any, rows: Any, watched: Any) -> Tra
 
 
 class _Update:
-    """One update; the peaks of its parts."""
+    """Runs one update and measures the peaks of its parts."""
 
     def __init__(self, case: Case, config: Any, optimizer: Any, watched: Any):
         self.case, self.config, self.optimizer, self.watched = case, config, optimizer, watched

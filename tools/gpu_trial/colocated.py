@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "certify": {"generation__enforce_eager": True},
     "train": {"train__steps": 3, "parallel__distributed_optimizer": True},
 }
-"""By verb, beside `SHARED`; keys with `__` for the dot."""
+"""Settings by verb, in addition to `SHARED`; keys have `__` for the dot."""
 SHOWN = ("step", "rollout_gap", "loss/total", "optim/grad_norm", "certify/", "engine/", "time/", "memory/")
 """How the names of metrics begin."""
 _SAID_LINES, _OTHER_LINES, _VALUE_LETTERS = 40, 25, 60
@@ -77,7 +77,7 @@ def write_settings(folder: Path) -> dict[str, Path]:
 
 
 def arguments(verb: str, settings: Path) -> list[str]:
-    """Of `papo`."""
+    """The arguments of the command `papo`."""
     return [verb, str(settings), "--ranks", "1"]
 
 

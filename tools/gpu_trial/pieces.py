@@ -37,8 +37,8 @@ class Gap:
 Pieces = Mapping[str, Callable[[], Gap]]
 
 
-def gap(found: Tensor, expected: Tensor) -> float:
-    return float((found.detach().double() - expected).norm() / expected.norm())
+def gap(computed: Tensor, expected: Tensor) -> float:
+    return float((computed.detach().double() - expected).norm() / expected.norm())
 
 
 def report(library: str, make_pieces: Callable[[], Pieces]) -> int:
@@ -53,12 +53,12 @@ def report(library: str, make_pieces: Callable[[], Pieces]) -> int:
 def _timed[T](name: str, call: Callable[[], T]) -> T | None:
     began = time.monotonic()
     try:
-        found = call()
+        result = call()
     except Exception as error:  # the others are still worth knowing
         text = f"{type(error).__name__}: {error}"[:_MOST_LETTERS].replace("\n", " ")
         print(f"FAIL {name}: {text}", flush=True)
         traceback.print_exc(limit=-_FRAMES, file=sys.stdout)
         return None
-    said = f": gap {found.value:.1e} of {found.limit:.0e}" if isinstance(found, Gap) else ""
+    said = f": gap {result.value:.1e} of {result.limit:.0e}" if isinstance(result, Gap) else ""
     print(f"ok   {name} ({time.monotonic() - began:.1f} s){said}", flush=True)
-    return found
+    return result

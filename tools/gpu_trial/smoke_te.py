@@ -23,7 +23,7 @@ ADAM_LIMIT = 1e-5
 
 
 def pieces() -> Pieces:
-    """Imports Transformer Engine."""
+    """The pieces by name. Imports Transformer Engine."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
@@ -51,7 +51,7 @@ def linear(te: Any, which: Any) -> Gap:
             out = layer(x)
         out.backward(grad)
     expected = linear_expected(*(tensor.detach().double() for tensor in (x, layer.weight, layer.bias, grad)))
-    gaps = [gap(found, wide) for found, wide in zip((out, x.grad, layer.weight.grad), expected)]
+    gaps = [gap(computed, wide) for computed, wide in zip((out, x.grad, layer.weight.grad), expected)]
     if which is not None and min(gaps) < FP8_LEAST:
         raise Wrong(f"gaps {', '.join(f'{each:.1e}' for each in gaps)}: this was no FP8")
     largest = torch.tensor(gaps).max().item()  # NaN when one is, where Python's maximum may not be
@@ -76,15 +76,15 @@ def adam(fused: Any) -> Gap:
     """Three steps beside torch's AdamW."""
     torch.manual_seed(0)
     grad = torch.randn(4096, device=DEVICE)
-    found = []
+    results = []
     for kind in (fused, torch.optim.AdamW):
         parameter = torch.nn.Parameter(torch.ones(4096, device=DEVICE))
         optimizer = kind([parameter], lr=0.1, weight_decay=0.01)
         for _ in range(3):
             parameter.grad = grad.clone()
             optimizer.step()
-        found.append(parameter.detach())
-    return Gap(gap(found[0], found[1].double()), ADAM_LIMIT).checked()
+        results.append(parameter.detach())
+    return Gap(gap(results[0], results[1].double()), ADAM_LIMIT).checked()
 
 
 if __name__ == "__main__":

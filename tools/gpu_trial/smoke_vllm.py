@@ -17,13 +17,13 @@ from torch import Tensor
 from tools.gpu_trial.pieces import DEVICE, Gap, Pieces, gap, report
 
 LIMIT = 2e-2
-"""In bfloat16."""
+"""Largest gap in bfloat16."""
 EPS = 1e-6
 _HOPPER = 9
 
 
 def pieces() -> Pieces:
-    """Imports vLLM."""
+    """The pieces by name. Imports vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import _custom_ops  # noqa: F401  loads the kernels
 
@@ -44,7 +44,8 @@ def _drawn(*size: int) -> Tensor:
 
 
 def _version() -> int:
-    """Of flash attention: what vLLM takes on Hopper, and what every other card can."""
+    """The version of flash attention: the one that vLLM takes on Hopper, and for other cards the one that all can
+    run."""
     return 3 if torch.cuda.get_device_capability()[0] == _HOPPER else 2
 
 
@@ -57,9 +58,9 @@ def attention(dim: int) -> Gap:
     lengths, heads, kv_heads = (70, 1, 129), 4, 2
     starts = torch.tensor([0, 70, 71, 200], dtype=torch.int32, device=DEVICE)
     q, k, v = _drawn(200, heads, dim), _drawn(200, kv_heads, dim), _drawn(200, kv_heads, dim)
-    found = flash_attn_varlen_func(q, k, v, 129, starts, 129, cu_seqlens_k=starts, causal=True, fa_version=_version())
+    output = flash_attn_varlen_func(q, k, v, 129, starts, 129, cu_seqlens_k=starts, causal=True, fa_version=_version())
     expected = torch.cat([attended(*each) for each in zip(*(x.split(lengths) for x in (q, k, v)))])
-    return Gap(gap(found, expected), LIMIT).checked()
+    return Gap(gap(output, expected), LIMIT).checked()
 
 
 def paged() -> Gap:
@@ -69,13 +70,13 @@ def paged() -> Gap:
     torch.manual_seed(0)
     length, block, dim = 100, 16, 128
     k, v, q = _drawn(112, 2, dim), _drawn(112, 2, dim), _drawn(1, 16, dim)
-    found = flash_attn_varlen_func(
+    output = flash_attn_varlen_func(
         q, k.view(-1, block, 2, dim), v.view(-1, block, 2, dim), 1,
         torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), length,
         seqused_k=torch.tensor([length], dtype=torch.int32, device=DEVICE), causal=True,
         block_table=torch.arange(7, dtype=torch.int32, device=DEVICE)[None], fa_version=_version(),
     )  # fmt: skip
-    return Gap(gap(found, attended(q, k[:length], v[:length])), LIMIT).checked()
+    return Gap(gap(output, attended(q, k[:length], v[:length])), LIMIT).checked()
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

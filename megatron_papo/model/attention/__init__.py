@@ -1,1 +1,1 @@
-"""Attention over packed rows and over the windows of a vision tower, by parts that are merged; no T x T mask."""
+"""Attention over packed rows and over the windows of a vision tower, block by block and without any T x T mask."""

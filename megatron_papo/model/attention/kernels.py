@@ -1,10 +1,10 @@
 """Attention of one block of places, forward and backward, with the log-sum-exp that lets blocks be merged.
 
-Queries that see several runs of keys attend to each run by itself; outputs are then weighed by their log-sum-exp
-(`merge`). Backward needs no merging: given the final output and log-sum-exp, every run's backward computes its share of
-the gradients exactly, since both stand for the softmax over all keys (Ring Attention, arXiv 2310.01889).
-Which kernel: on the CPU torch's flash attention; on a GPU in half precision variable-length flash attention
-(`varlen.py`, a whole row at once); elsewhere (fp32 on a GPU) plain torch, a slice of queries at a time.
+Queries that see several runs of keys attend to each run separately; the outputs are then weighted by their log-sum-exp
+(`merge`). Backward needs no merging: given the final output and log-sum-exp, the backward of each run computes exactly
+its share of the gradients, since both belong to the softmax over all keys (Ring Attention, arXiv 2310.01889).
+On the CPU the kernel is torch's flash attention. On a GPU it is variable-length flash attention in half precision
+(`varlen.py`, a whole row at once) and plain torch in fp32, a slice of queries at a time.
 Suffixes: B sequences, N heads, G key-value heads, Q queries, K keys, D values of a head.
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 _SCORES = 1 << 24
-"""Plain torch holds at most about this many scores at a time."""
+"""About the largest number of scores that plain torch computes at a time."""
 
 
 def attend(q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, N, Q, D] and log-sum-exp [B, N, Q]; `causal` wants as many keys as queries."""
+    """Attention's output [B, N, Q, D] and log-sum-exp [B, N, Q]. `causal` needs as many keys as queries."""
     if q_BNQD.is_cpu:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BNQD, k_BGKD, v_BGKD, 0.0, causal, scale=scale
@@ -30,7 +30,7 @@ def attend_backward(
     grad_BNQD: Tensor, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, out_BNQD: Tensor, lse_BNQ: Tensor,
     *, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values. `out` and `lse` may be those over more keys than these."""
+    """Gradients of queries, keys and values. `out` and `lse` may be the results over more keys than these."""
     if q_BNQD.is_cpu:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_BNQD, q_BNQD, k_BGKD, v_BGKD, out_BNQD, lse_BNQ, 0.0, causal, scale=scale
@@ -40,7 +40,7 @@ def attend_backward(
 
 
 def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both, from each one's output [..., D] and log-sum-exp [...]."""
+    """Output and log-sum-exp over two sets of keys, from those over each set: outputs [..., D], log-sum-exps [...]."""
     both = torch.logaddexp(lse, more_lse)
     own, more = ((part - both).exp()[..., None] for part in (lse, more_lse))
     return (own * out + more * more_out).to(out.dtype), both
@@ -49,7 +49,7 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple
 def plain_attend(
     q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend` written out."""
+    """The same as `attend`, in plain torch."""
     out_BNQD, lse_BNQ = torch.empty_like(q_BNQD), q_BNQD.new_empty(q_BNQD.shape[:-1])
     k_BNKD, v_BNKD = (_for_every_head(tensor, q_BNQD) for tensor in (k_BGKD, v_BGKD))
     for rows in _slices(q_BNQD, k_BGKD):
@@ -63,7 +63,8 @@ def plain_attend_backward(
     grad_BNQD: Tensor, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, out_BNQD: Tensor, lse_BNQ: Tensor,
     *, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`attend_backward` written out: dS = P (dP - rowsum(dO O)), FlashAttention, arXiv 2205.14135, appendix B."""
+    """The same as `attend_backward`, in plain torch: dS = P (dP - rowsum(dO O)), see FlashAttention, arXiv 2205.14135,
+    appendix B."""
     k_BNKD, v_BNKD = (_for_every_head(tensor, q_BNQD) for tensor in (k_BGKD, v_BGKD))
     grad_q, grad_k, grad_v = torch.empty_like(q_BNQD), torch.zeros_like(k_BNKD), torch.zeros_like(v_BNKD)
     for rows in _slices(q_BNQD, k_BGKD):

@@ -1,8 +1,8 @@
-"""Megatron's core attention over a packed row, whatever its structure: language model and vision tower.
+"""Megatron's core attention over a packed row, for the language model and for the vision tower.
 
-A row [T, 1, H] holds segments laid end to end; `packed_layout.py` says which places see which. Written as one
-autograd function over the row, so that what is kept for backward is the row's queries, keys, values, output and
-log-sum-exp, and nothing of the blocks that it is computed in.
+A row [T, 1, H] has segments laid end to end; `packed_layout.py` says which places see which. Attention is one autograd
+function over the row. So only the row's queries, keys, values, output and log-sum-exp are saved for backward, and none
+of the blocks in which it is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_papo.model.attention.varlen import VarlenPlan, varlen_attend, varl
 
 
 class StructuredAttention(torch.nn.Module):
-    """Megatron core attention over a packed row; the structure comes in as `packed_seq_params`."""
+    """Megatron's core attention over a packed row, whose structure is passed as `packed_seq_params`."""
 
     def __init__(self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any):
         super().__init__()
@@ -38,9 +38,11 @@ class StructuredAttention(torch.nn.Module):
         packed_seq_params: Segments | WindowedSegments,
         **_: Any,
     ) -> Tensor:
-        """[T, 1, heads, D] queries and [T, 1, key-value heads, D] keys and values to [T, 1, heads * D].
+        """Attention's output [T, 1, heads * D] of queries [T, 1, heads, D] and of keys and values [T, 1, key-value
+        heads, D].
 
-        Padding at the end of the row, of which `packed_seq_params` knows, is left out: zero, without gradient.
+        The padding at the end of the row, whose length `packed_seq_params` has, is left out: its output is zero,
+        without gradient.
         """
         assert attention_mask is None, "the structure of a row is in packed_seq_params"
         scale = self.softmax_scale or query_T1ND.shape[-1] ** -0.5
@@ -52,7 +54,7 @@ class StructuredAttention(torch.nn.Module):
 
 
 class _RowAttention(torch.autograd.Function):
-    """Copies of blocks are made again in backward."""
+    """Attention over a row [T, heads, D]. The copies that blocks need are made again in backward."""
 
     @staticmethod
     def forward(
@@ -60,13 +62,13 @@ class _RowAttention(torch.autograd.Function):
     ) -> Tensor:
         if segments.rotation is not None:
             q_TND, k_TGD = segments.rotation.turn(q_TND), segments.rotation.turn(k_TGD)
-            v_TGD = v_TGD.contiguous()  # a view would keep the whole output of the projection beside the turned copies
+            v_TGD = v_TGD.contiguous()  # a view would keep the whole output of the projection in memory
         plan = _varlen_plan(q_TND, segments)
         if plan is not None:
             out_TND, lse = varlen_attend(q_TND, k_TGD, v_TGD, plan, scale)
         else:
             out_TND, lse = attend_blocks(q_TND, k_TGD, v_TGD, segments, scale)
-        if num_padding:  # here, so that the output is kept once: as the projection reads it
+        if num_padding:  # padded before it is saved, so that one tensor serves backward and the projection
             out_TND = F.pad(out_TND, (0, 0, 0, 0, 0, num_padding))
         ctx.save_for_backward(q_TND, k_TGD, v_TGD, out_TND, lse)
         ctx.segments, ctx.scale = segments, scale
@@ -88,23 +90,23 @@ class _RowAttention(torch.autograd.Function):
 
 
 def _varlen_plan(query: Tensor, segments: Segments) -> VarlenPlan | None:
-    """Variable-length kernels are there in half precision alone."""
+    """The plan for variable-length kernels; None where they do not exist: outside of half precision, and on the CPU."""
     return segments.varlen if query.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, N, D] and log-sum-exp [T, N]."""
+    """Attention's output [T, N, D] and log-sum-exp [T, N], block by block."""
     out_TND = torch.empty_like(q)
     lse_TN = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for block in segments.blocks:
-        found, lse = attend(*(_taken(tensor, block) for tensor in (q, k, v)), causal=segments.causal, scale=scale)
-        _put(out_TND, block, found)
+        out, lse = attend(*(_taken(tensor, block) for tensor in (q, k, v)), causal=segments.causal, scale=scale)
+        _put(out_TND, block, out)
         _put(lse_TN, block, lse)
     for queries, keys in segments.prefixes:
-        found, lse = attend(
+        out, lse = attend(
             *(_span(t, part) for t, part in ((q, queries), (k, keys), (v, keys))), causal=False, scale=scale
         )
-        merged = merge(out_TND[queries], lse_TN[queries], found[0].transpose(0, 1), lse[0].T)
+        merged = merge(out_TND[queries], lse_TN[queries], out[0].transpose(0, 1), lse[0].T)
         out_TND[queries], lse_TN[queries] = merged
     return out_TND, lse_TN
 
@@ -112,10 +114,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: fl
 def attend_blocks_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, block by block."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for block in segments.blocks:
         above = _taken(grad, block)
-        if block.padded is not None:  # a copy, so that what is written here reaches no real place
+        if block.padded is not None:  # `above` is a copy, so writing zeros to its padding changes no token of the row
             above.masked_fill_(block.padded.view(block.size[0], 1, block.size[1], 1), 0.0)
         tensors = (_taken(tensor, block) for tensor in (q, k, v, out, lse))
         parts = attend_backward(above, *tensors, causal=segments.causal, scale=scale)
@@ -130,13 +133,14 @@ def attend_blocks_backward(
 
 
 def _taken(row: Tensor, block: AttentionBlock) -> Tensor:
-    """[T, N, ...] to the block's [sequences, N, length, ...]; a view where the block lies in the row as it is."""
+    """The block's values [sequences, N, length, ...] from a row [T, N, ...]; a view where its places follow one
+    another."""
     taken = row[block.places] if isinstance(block.places, slice) else row.index_select(0, block.places)
     return taken.unflatten(0, block.size).transpose(1, 2)
 
 
 def _put(row: Tensor, block: AttentionBlock, values: Tensor) -> None:
-    """Writes a block's [sequences, N, length, ...] to its places in the row, padding left out."""
+    """Writes a block's values [sequences, N, length, ...] to their places in the row, without the padding."""
     flat = values.transpose(1, 2).flatten(0, 1)
     if isinstance(block.places, slice):
         row[block.places] = flat
@@ -148,5 +152,5 @@ def _put(row: Tensor, block: AttentionBlock, values: Tensor) -> None:
 
 
 def _span(row: Tensor, places: slice) -> Tensor:
-    """[T, N, ...] to [1, N, length, ...] of these places."""
+    """The values at `places` as [1, N, length, ...], from a row [T, N, ...]."""
     return row[places].transpose(0, 1).unsqueeze(0)

@@ -1,10 +1,10 @@
 """How the places of a packed row attend to each other: shared prompts, plain sequences, windows of the vision tower.
 
-Each segment attends to itself, causally (language) or in full (a vision window, a frame), and a response also to all of
-the prompt that it shares with others. Two kinds of block make that up, and no T x T mask ever exists: segments of
-similar length gathered into one right-padded batch, and the responses of a prompt against the prompt's keys. Padded
-places lie to the right of all real ones, which causal attention never sees; batches of full attention hold equal
-lengths only. Laid out once a micro-batch, for all layers.
+Each segment attends to itself, causally (language) or in full (a vision window, a frame). A response also attends to
+all of the prompt that it shares with others. Two kinds of block make that up, and no T x T mask ever exists: segments
+of similar length gathered into one right-padded batch, and the responses of a prompt against the prompt's keys.
+Causal attention does not see the padding, since it lies to the right of all tokens; batches of full attention have
+segments of one length only. The layout is computed once per micro-batch, for all layers.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ from megatron_papo.model.attention.varlen import VarlenPlan
 from megatron_papo.types import Segment, to_device
 
 _MOST_PADDING = 0.05
-"""Padded places of a row's batches, as a share of its tokens."""
+"""The largest share of padding in a row's batches, relative to its tokens."""
 _FILLS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
-"""A segment joins a batch when it fills at least this share of its length: the first that pads little enough."""
+"""The shares of a batch's length that a segment must fill to join it. They are tried in this order until there is
+little enough padding."""
 
 Places = slice | Tensor
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Segments of about one length, [sequences, length] places of the row, each attending to itself."""
+    """A batch of segments of about one length, [sequences, length] places of the row. Each segment attends to
+    itself."""
 
     size: tuple[int, int]
     places: Places
-    """Of every padded place, the place in the row; padding repeats the segment's last token."""
+    """The place in the row of each place of the batch, [sequences * length]; padding repeats the segment's last
+    token."""
     padded: Tensor | None
-    """Which of them are padding, [sequences * length] bool; None when none is."""
+    """Which places of the batch are padding, [sequences * length] bool; None when none is."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,28 @@ class Segments:
     """How the T places of a row attend to each other."""
 
     qkv_format: ClassVar[str] = "row"
-    """Megatron asks whether this is "thd", its own packed format; no."""
+    """Megatron compares this with "thd", the name of its own packed format."""
     causal: bool
     blocks: tuple[AttentionBlock, ...]
-    """Every place of the row is in one."""
+    """Blocks of segments that attend to themselves; every place of the row is in exactly one."""
     prefixes: tuple[tuple[slice, slice], ...]
-    """(places of responses, places of the prompt that they all see)."""
+    """Pairs: the places of responses, and those of the prompt that they all see."""
     varlen: VarlenPlan | None
-    """The same for variable-length kernels, on a GPU."""
+    """The same structure for variable-length kernels; None on the CPU."""
     rotation: Rotation | None
-    """Of queries and keys by their positions."""
+    """How queries and keys are rotated by their positions; None: not at all."""
     num_padding: int = 0
     """Places after the T that nothing attends to or from: attention is zero there, and so are its gradients."""
 
     def of_layer(self, layer: int) -> Segments:
-        """What layer `layer` (from 0) attends within."""
+        """The structure in which layer `layer` (from 0) attends."""
         del layer
         return self
 
 
 @dataclass(frozen=True)
 class WindowedSegments:
-    """The vision tower's: most layers attend within windows, some over whole frames."""
+    """The structure of a row in a vision tower: most layers attend within windows, some over whole frames."""
 
     qkv_format: ClassVar[str] = "row"
     windows: Segments
@@ -89,7 +92,7 @@ def build_segments(
     rotation: Rotation | None = None,
     num_padding: int = 0,
 ) -> Segments:
-    """Lays out the blocks of a row, given its segments (of at least one token each) in row order."""
+    """The structure of a row with these segments, in row order; each has at least one token."""
     lengths = np.asarray([segment.length for segment in segments], dtype=np.int64)
     assert lengths.size and lengths.min() > 0, "a row is made of segments of at least one token"
     starts = np.concatenate([[0], lengths.cumsum()[:-1]])
@@ -101,7 +104,7 @@ def build_segments(
 
 
 def _prefixes(segments: Sequence[Segment], starts: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """One for every run of segments that follow one another and share a parent."""
+    """The pair of query places and key places for every run of neighbouring segments with the same parent."""
     for index, (segment, start) in enumerate(zip(segments, starts.tolist())):
         parent = segment.parent
         if parent is None or (index and segments[index - 1].parent == parent):
@@ -117,7 +120,7 @@ def _prefixes(segments: Sequence[Segment], starts: np.ndarray) -> Iterator[tuple
 
 
 def _batches(lengths: np.ndarray, causal: bool) -> list[np.ndarray]:
-    """Members of each batch: as few batches as the bound on padding allows."""
+    """The segments of each batch: as few batches as the bound on padding allows."""
     for fill in _FILLS if causal else (1.0,):
         groups = _groups(lengths, fill)
         padding = sum(int(lengths[group].max()) * len(group) for group in groups) - int(lengths.sum())
@@ -127,7 +130,8 @@ def _batches(lengths: np.ndarray, causal: bool) -> list[np.ndarray]:
 
 
 def _groups(lengths: np.ndarray, fill: float) -> list[np.ndarray]:
-    """Longest batch first; a batch's members in the order of the row."""
+    """The segments of each batch when each fills the share `fill` of its length. The batch of the longest segments
+    comes first; within a batch segments keep the order of the row."""
     order = np.argsort(-lengths, kind="stable")
     groups, begin = [], 0
     for place in range(1, len(order) + 1):

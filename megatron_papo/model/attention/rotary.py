@@ -1,7 +1,7 @@
-"""Rotary positions: M-RoPE of the language model, 2-D of the vision tower; and the rotation itself.
+"""Rotary embeddings: M-RoPE for the language model, 2-D for the vision tower, and the rotation itself.
 
-Angles are fp32 and computed once a micro-batch. Queries and keys are rotated within the attention function, in two
-passes over each and without anything kept for backward, which turns the gradients back.
+Angles are fp32 and computed once per micro-batch. Queries and keys are rotated within the attention function, in two
+passes over each. Nothing is saved for backward, which rotates the gradients back.
 Suffixes: T places of a row, N heads, D values of a head, F = D / 2 frequencies.
 """
 
@@ -17,20 +17,22 @@ from megatron_papo.types import to_device
 
 @dataclass(frozen=True)
 class Rotation:
-    """By how much each place of a row turns: value f of a head's first half with value f of its second."""
+    """The angle by which each place of a row turns value f of a head's first half with value f of its second half."""
 
     cos_T1F: Tensor
     sin_T1F: Tensor
 
     @classmethod
     def by(cls, angles_TF: Tensor) -> Rotation:
+        """The rotation by these angles, in radians."""
         return cls(angles_TF.cos().unsqueeze(1), angles_TF.sin().unsqueeze(1))
 
     def turn(self, values_TND: Tensor) -> Tensor:
+        """Queries or keys, rotated."""
         return self._turn(values_TND, 1)
 
     def rotate_inverse(self, values_TND: Tensor) -> Tensor:
-        """The inverse, and so the way back of a gradient."""
+        """Values rotated back, which turns gradients of rotated values into those of the values before."""
         return self._turn(values_TND, -1)
 
     def _turn(self, values_TND: Tensor, sign: int) -> Tensor:
@@ -45,10 +47,10 @@ class Rotation:
 def mrope(
     position_ids_3T: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int], interleaved: bool = False
 ) -> Rotation:
-    """Rotary embedding in three axes: `sections` frequencies turn with time, height and width each.
+    """Rotary embedding in three axes; `sections` are the numbers of frequencies for time, height and width.
 
-    Either each axis has one run of frequencies, or, `interleaved`, the axes take them in turn for as long as height and
-    width have some left, and what then remains turns with time.
+    Each axis has one run of frequencies. With `interleaved` the axes take frequencies in turn, as long as height and
+    width have some left; the rest belongs to time.
     """
     axes = (
         interleaved_axes(sections) if interleaved else [axis for axis, num in enumerate(sections) for _ in range(num)]
@@ -59,7 +61,7 @@ def mrope(
 
 
 def interleaved_axes(sections: tuple[int, int, int]) -> list[int]:
-    """The axis (0 time, 1 height, 2 width) that each frequency turns with, one after the other."""
+    """The axis (0 time, 1 height, 2 width) of each frequency, where the axes take frequencies in turn."""
     axes = [0] * sum(sections)
     for axis in (1, 2):
         places = slice(axis, 3 * sections[axis], 3)
@@ -68,7 +70,7 @@ def interleaved_axes(sections: tuple[int, int, int]) -> list[int]:
 
 
 def vision_rotation(positions_P2: Tensor, *, head_dim: int, theta: float) -> Rotation:
-    """One half of the frequencies turns with the row of a patch, one with its column."""
+    """Rotary embedding in two axes: half of the frequencies belongs to the row of a patch, half to its column."""
     frequencies = _inverse_frequencies(head_dim // 2, theta, positions_P2.device)
     return Rotation.by((positions_P2.float()[:, :, None] * frequencies).flatten(1))
 

@@ -1,8 +1,8 @@
-"""Attention over a whole row with variable-length flash attention: a GPU in half precision, two kernels a layer.
+"""Attention over a whole row with variable-length flash attention, on a GPU in half precision: two kernels a layer.
 
-One kernel attends within every segment, one attends from responses to the prompts they share; merged as in
-`kernels.py`. Nothing is padded. Torch's own operators are called, because its
-public `varlen_attn` has no backward that takes the log-sum-exp of more keys.
+One kernel attends within every segment, the other from responses to the prompts that they share; their results are
+merged as in `kernels.py`. Nothing is padded. This calls torch's internal operators, because the public `varlen_attn`
+has no backward that takes the log-sum-exp over more keys.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class _Lengths:
     """Where sequences begin in a packed tensor, as flash attention reads it."""
 
     starts: Tensor
-    """[sequences + 1] int32."""
+    """First places of the sequences, and the end of the last one: [sequences + 1] int32."""
     longest: int
+    """Tokens of the longest sequence."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> _Lengths:
@@ -34,21 +35,25 @@ class _Lengths:
 
 @dataclass(frozen=True)
 class VarlenPlan:
+    """The structure of a row, as variable-length kernels need it."""
+
     causal: bool
     segments: _Lengths
     queries: _Lengths | None
-    """Of the runs of responses, one a shared prompt; None when no prompt of the row is shared."""
+    """The runs of responses, one for each shared prompt; None when no prompt of the row is shared."""
     keys: _Lengths | None
-    """Of those prompts."""
+    """The shared prompts, in the same order."""
     query_index: Tensor | None
-    """Places of those runs in the row, int64."""
+    """Places in the row of the runs of responses, int64."""
     key_index: Tensor | None
+    """Places in the row of the shared prompts, int64."""
 
     @classmethod
     def of(
         cls, lengths: Sequence[int], prefixes: Sequence[tuple[slice, slice]], causal: bool, device: torch.device
     ) -> VarlenPlan:
-        """`prefixes`: (places of responses, places of the prompt that they all see)."""
+        """The plan of a row whose segments have these lengths. `prefixes`: pairs of the places of responses and those
+        of the prompt that they all see."""
         segments = _Lengths.of(lengths, device)
         if not prefixes:
             return cls(causal, segments, None, None, None, None)
@@ -61,7 +66,7 @@ class VarlenPlan:
 
 
 def varlen_attend(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: VarlenPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, N, D] and log-sum-exp [N, T] fp32 of a row."""
+    """Attention's output [T, N, D] and log-sum-exp [N, T] fp32 of a row."""
     own = plan.segments
     out_TND, lse_NT = _forward(q_TND, k_TGD, v_TGD, own, own, plan.causal, scale)
     if plan.query_index is None:
@@ -77,6 +82,7 @@ def varlen_attend_backward(
     grad_TND: Tensor, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, out_TND: Tensor, lse_NT: Tensor,
     plan: VarlenPlan, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values of a row."""
     own = plan.segments
     grads = _backward(grad_TND, q_TND, k_TGD, v_TGD, out_TND, lse_NT, own, own, plan.causal, scale)
     if plan.query_index is None:

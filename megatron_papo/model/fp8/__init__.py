@@ -1,1 +1,1 @@
-"""FP8 training: rounding of matrix products, its emulation without Transformer Engine, the switch, what is padded."""
+"""Training in FP8: how operands are rounded, linear layers that emulate it, the switch by pass, padding, counters."""

@@ -1,8 +1,9 @@
-"""Megatron-Core's parallel linears with operands rounded to FP8: what Transformer Engine computes, anywhere.
+"""Megatron-Core's parallel linear layers with operands rounded to FP8: they emulate Transformer Engine on any device.
 
-For proofs and for measuring what FP8 does to a model: it is slower than not rounding. Inputs, weights and gradients
-are rounded as `operands.py` says, the products taken in float32. Communication is Megatron's own: what it exchanges is
-not rounded. Biases are added in model.dtype, their gradients are sums of unrounded ones, as in Transformer Engine.
+They serve proofs and measurements of what FP8 does to a model, and are slower than layers that do not round. Inputs,
+weights and gradients are rounded as `rounding.py` says, and products are taken in float32. Communication is Megatron's
+own: what it exchanges is not rounded. Biases are added in model.dtype, and their gradients are sums of gradients that
+are not rounded, as in Transformer Engine.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_papo.model.fp8.operands import Operands
+from megatron_papo.model.fp8.rounding import Operands
 from megatron_papo.model.recompute import by_recipe
 
 
 class RoundedColumnLinear(ColumnParallelLinear):
-    """Plain until `operands` is set, and whenever `rounds` is off."""
+    """A column-parallel linear layer that rounds its operands where `operands` is set and `rounds` is on."""
 
     operands: Operands | None = None
     rounds: bool = False
 
     def forward(self, input_: Tensor, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
-        """Of an input that has a recipe, that is kept."""
+        """Backward keeps the recipe of the input instead of the input, where it has one (`model/recompute.py`)."""
         with by_recipe(input_):
             return super().forward(input_, *args, **how)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **how: Any) -> Tensor:
         if self.operands is None or not self.rounds:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **how)
-        if how["sequence_parallel"]:  # gathered here, so that the maximum is that of all tokens
+        if how["sequence_parallel"]:  # gathered before rounding, so that the maximum is that of all tokens
             input = gather_from_sequence_parallel_region(input, group=how["tp_group"])
         elif how["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
@@ -46,7 +47,7 @@ class RoundedColumnLinear(ColumnParallelLinear):
 
 
 class RoundedRowLinear(RowParallelLinear):
-    """The same. Its input, and so the maximum of it, is this rank's share of the width."""
+    """The same for a row-parallel layer. Its input, and so the input's maximum, is this rank's share of the width."""
 
     operands: Operands | None = None
     rounds: bool = False
@@ -59,12 +60,12 @@ class RoundedRowLinear(RowParallelLinear):
 
 
 class RoundedProduct(torch.autograd.Function):
-    """input [..., in] times weight [out, in] transposed."""
+    """The product of an input [..., in] with the transpose of a weight [out, in], all operands rounded."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, operands: Operands) -> Tensor:
         input_TC = input.reshape(-1, input.shape[-1])
-        # kept for backward: by then later micro-batches may have moved the scales on
+        # saved, since later micro-batches may change the scales before backward
         scales = operands.scale("input", input_TC), operands.scale("weight", weight)
         ctx.save_for_backward(input, weight)
         ctx.operands, ctx.scales = operands, scales

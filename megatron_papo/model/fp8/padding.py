@@ -1,35 +1,64 @@
-"""To what number of tokens a row is padded, and places of padding kept at zero.
+"""Padding at the end of a row, set to zero and kept at zero.
 
-FP8 products want tokens in multiples; sequence parallelism wants shares of one length. What is added at the end is
-zero before the first layer and stays zero in every input and gradient of a linear layer: attention leaves it out, and
-where a layer has biases (the vision tower) it is set to zero again. No maximum, loss or gradient sees it; in other
-trainers padding that attended made gradients 40 to 500 times too large (TransformerEngine 2911, 2892).
+FP8 products need a multiple of tokens, sequence parallelism needs shares of one length (`multiples.py`). What is added
+at the end is zero before the first layer and stays zero in every input and gradient of a linear layer: attention leaves
+it out, and where a layer has biases (in the vision tower) it is set to zero again. So no maximum, loss or gradient sees
+it; in other trainers padding that attended made gradients 40 to 500 times too large (TransformerEngine 2911, 2892).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerLayer
 from torch import Tensor
 
-
-def row_padding(num_tokens: int, multiple: int, fixed: int | None) -> int:
-    """Tokens to add. `fixed`: the length that every row gets; raises ValueError where one is longer already."""
-    if fixed is None:
-        return -num_tokens % multiple
-    if num_tokens > fixed:
-        raise ValueError(
-            f"train.fixed_rows: a row of {num_tokens} tokens is longer than train.tokens_per_micro_batch={fixed}"
-        )
-    return fixed - num_tokens
+from megatron_papo.model.attention.packed_layout import Segments, WindowedSegments
 
 
 def zero_end(values: Tensor, num_padding: int, rank: int = 0, num_ranks: int = 1) -> Tensor:
-    """[T / ranks, ...] with the last `num_padding` of the T places zero; no gradient flows there.
+    """`values` [T / num_ranks, ...] with the last `num_padding` of the row's T places set to zero, without gradient.
 
-    `rank`: which of `num_ranks` shares of the row this is.
+    `rank`: which of the `num_ranks` shares of the row `values` is.
     """
     size = values.shape[0]
     keep = min(max(size * num_ranks - num_padding - rank * size, 0), size)
     if keep == size:
         return values
     return F.pad(values[:keep], (0, 0) * (values.dim() - 1) + (0, size - keep))
+
+
+class ZeroPaddedLayer(TransformerLayer):
+    """A transformer layer with biases that keeps the padding at the end of a row at zero.
+
+    Biases would fill it in three places: after attention, between the MLP's two linear layers, and after the MLP. Set
+    to zero there, padding is zero in the input of every linear layer, and no gradient comes back through it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._num_padding = 0
+
+    def _forward_attention(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Segments | WindowedSegments, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        hidden, context = super()._forward_attention(
+            hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        # the MLP follows within the same call, also when recomputation repeats the layer in backward
+        self._num_padding = packed_seq_params.num_padding
+        self.mlp.num_padding = (
+            self._num_padding
+        )  # within the MLP every rank has all places of the row, under sequence parallelism too
+        return self._zeroed(hidden), context
+
+    def _forward_mlp(self, *args: Any, **kwargs: Any) -> Any:
+        return self._zeroed(super()._forward_mlp(*args, **kwargs))
+
+    def _zeroed(self, hidden: Tensor) -> Tensor:
+        if not self.config.sequence_parallel:
+            return zero_end(hidden, self._num_padding)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return zero_end(hidden, self._num_padding, rank, self.config.tensor_model_parallel_size)

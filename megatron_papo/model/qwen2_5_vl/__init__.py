@@ -1,1 +1,1 @@
-"""The family Qwen2.5-VL: everything that is particular to it, by the fixed module names of `model/family.py`."""
+"""The model family Qwen2.5-VL: everything that is particular to it, in modules named as `model/family.py` says."""

@@ -20,7 +20,7 @@ from megatron_papo.model.shape import ModelShape
 
 
 def language_layer(shape: ModelShape) -> LayerWidths:
-    """Grouped queries, SwiGLU and RMSNorm; queries, keys and values have biases, nothing else has."""
+    """A layer with grouped queries, SwiGLU and RMSNorm; only queries, keys and values have biases."""
     language = shape.language
     return LayerWidths(
         hidden=language.hidden_size,
@@ -33,7 +33,7 @@ def language_layer(shape: ModelShape) -> LayerWidths:
 
 
 def vision_layer(shape: ModelShape) -> LayerWidths:
-    """As many keys as queries, SwiGLU and RMSNorm; all linears have biases."""
+    """A layer with as many keys as queries, SwiGLU and RMSNorm; all linear layers have biases."""
     vision = shape.vision
     return LayerWidths(
         hidden=vision.hidden_size,
@@ -86,7 +86,7 @@ def _tower(shape: ModelShape) -> WindowedVisionShape:
 
 
 def _window_pairs(grid: Grid, vision: WindowedVisionShape) -> int:
-    """Pairs of patches in one window, over an image: windows are a lattice, so the sum over them is a product."""
+    """Number of pairs of patches of an image that share a window. Windows form a lattice, so the sum is a product."""
     time, height, width = grid
     edge = vision.window_size // vision.patch_size
 

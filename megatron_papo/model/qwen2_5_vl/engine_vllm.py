@@ -1,8 +1,8 @@
 """vLLM's implementation of Qwen2.5-VL (`VllmModule` in generation/vllm/family_module.py).
 
 Sleep of level 2 (generation/vllm/sleep.py) loses what is made while a model is loaded and is neither a parameter nor a
-named buffer. Qwen2.5-VL keeps nothing of that kind that it does not compute anew: window indices and angles by size of
-picture are made by the first picture of that size, in memory that does not sleep.
+named buffer. Qwen2.5-VL has nothing of that kind: window indices and angles are computed for the first picture of each
+size, after loading, in memory that sleep leaves alone.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from megatron_papo.model.observed import (
 )
 
 CACHED_METHODS = ("vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VisionTransformer.get_rope_by_thw",)
-"""vLLM 0.26 keeps here the angles of every size of picture; 0.32 keeps them in the vision tower itself."""
+"""Methods with a cache: vLLM 0.26 stores in it the angles of every size of picture, 0.32 in the vision tower itself."""
 
 
 def observed_vision(model: Any) -> Observed:
+    """The parts of the vision tower that can be observed."""
     return {
         PIXELS: Observation(model.visual, lambda args, _, __: args[0]),
         FEATURES: Observation(model.visual, lambda _, __, output: output),
@@ -33,7 +34,8 @@ def observed_vision(model: Any) -> Observed:
 
 
 def observed_language(model: Any) -> Observed:
-    """A layer's output is the sum of two, since vLLM adds the residual in the next layer."""
+    """The parts of the language model that can be observed. A layer's output is the sum of two values, since vLLM adds
+    the residual in the next layer."""
     language = model.language_model.model
     parts = {
         TOKEN_IDS: Observation(language.embed_tokens, lambda args, _, __: args[0].long()),
@@ -46,4 +48,5 @@ def observed_language(model: Any) -> Observed:
 
 
 def rotary_of(model: Any) -> nn.Module:
+    """The rotary embedding of the language model."""
     return model.language_model.model.layers[0].self_attn.rotary_emb

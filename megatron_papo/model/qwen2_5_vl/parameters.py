@@ -1,10 +1,10 @@
-"""The one two-way table of Qwen2.5-VL: Hugging Face tensors <-> Megatron parameters, for any tensor parallelism.
+"""The two-way table of Qwen2.5-VL: Hugging Face tensors <-> Megatron parameters, for any tensor parallelism.
 
 An entry says which Hugging Face tensors make one Megatron parameter, and how its axis is split over the tensor ranks.
-Import, export, the hand-over to the engine and checkpoints all walk this table; `model/parameter_map.py` says how they
-copy. Names are those of the published files (`model.layers.0...`, `visual.blocks.0...`, `lm_head.weight`), which
-transformers writes and reads too; its in-memory names (`model.language_model...`, `model.visual...`), and the latter
-without `model.`, are understood, as transformers does.
+Import, export, the hand-over to the engine and checkpoints all use this table; `model/parameter_map.py` copies values
+by it. Names are those of the published files (`model.layers.0...`, `visual.blocks.0...`, `lm_head.weight`), which
+transformers writes and reads too. Its in-memory names (`model.language_model...`, `model.visual...`), with or without
+`model.`, are understood as well, as in transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def entries(shape: ModelShape) -> Iterator[ParameterEntry]:
-    """An entry for every parameter, in the model's order; with tied embeddings none for the output layer."""
+    """An entry for every parameter, in the model's order. With tied embeddings the output layer has none."""
     yield from _vision(shape.vision)
     yield from _language(shape.language)
     if not shape.tie_word_embeddings:
@@ -87,14 +87,14 @@ def _gated(name: str, block: str, kind: str, width: int, rest: tuple[int, ...]) 
 
 
 def published_name(name: str) -> str:
-    """A Hugging Face name as in the published files, from any form."""
+    """A Hugging Face name as in the published files, from any form that a file may have."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     return re.sub(r"^(model\.)?language_model\.", "model.", name)
 
 
 def module_name(name: str) -> str:
-    """A Hugging Face name as in transformers' module, from either form."""
+    """A Hugging Face name as in the state of transformers' model, from any form."""
     name = published_name(name)
     if name.startswith("visual."):
         return f"model.{name}"

@@ -1,8 +1,8 @@
 """The geometry of a micro-batch's images: the order of patches in the vision tower, their positions, their windows.
 
 The processor lays patches out block by block: the merge_unit patches that become one token lie together. The tower
-works in window order: the merged blocks of a window lie together, windows in reading order. Both orders are known
-from the grid alone. No pixels here.
+works in window order: the merged blocks of a window lie together, and windows follow one another in reading order. Both
+orders depend only on the grids of the images. This module does not touch pixels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from megatron_papo.types import Segment, to_device
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """What the tower needs to know of the images of a micro-batch, whose P patches make M tokens."""
+    """What the tower needs to know about the images of a micro-batch, whose P patches make M tokens."""
 
     patch_order_P: Tensor
-    """Which patch of the processor's order stands at each place of window order."""
+    """The number, in the processor's order, of the patch at each place of window order."""
     token_order_M: Tensor
-    """Place in window order of each token of the language model: undoes the window order after merging."""
+    """The place in window order of each token of the language model; it undoes the window order after merging."""
     num_padding: int
-    """Patches of zeros added at the end, left out of attention."""
+    """Number of zero patches added at the end; attention leaves them out."""
     segments: WindowedSegments
+    """Which patches attend to each other, in window order."""
 
 
 def plan_patches(grid_thw_I3: Tensor, shape: WindowedVisionShape, *, multiple: int, device: torch.device) -> PatchPlan:
@@ -61,22 +62,26 @@ def plan_patches(grid_thw_I3: Tensor, shape: WindowedVisionShape, *, multiple: i
 
 @dataclass(frozen=True)
 class _ImagePlan:
+    """The order and the segments of the patches of one image."""
+
     block_order: np.ndarray
-    """Merged blocks in window order."""
+    """The numbers of the merged blocks, in window order."""
     positions: np.ndarray
     """[P, 2] row and column of each patch, in the processor's order."""
     windows: tuple[int, ...]
-    """Patches of each window, in window order."""
+    """Number of patches of each window, in window order."""
     frames: tuple[int, ...]
+    """Number of patches of each frame."""
 
 
 @lru_cache(maxsize=4096)
 def plan_image(frames: int, height: int, width: int, merge: int, window: int) -> _ImagePlan:
-    """One image of `frames` x `height` x `width` patches; `window` counts merged blocks along an edge."""
+    """The plan of an image of `frames` x `height` x `width` patches. `merge`: patches along the edge of a merged block;
+    `window`: merged blocks along the edge of a window."""
     time, row, column = (
         axis.reshape(-1)
         for axis in np.meshgrid(*map(np.arange, (frames, height // merge, width // merge)), indexing="ij")
-    )  # of every merged block, in the processor's order
+    )  # for every merged block, in the processor's order
     keys = (time, row // window, column // window)
     block_order = np.lexsort((column, row, *reversed(keys)))
     of_window = np.stack(keys)[:, block_order]

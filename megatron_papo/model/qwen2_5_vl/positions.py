@@ -9,7 +9,7 @@ from megatron_papo.model.shape import ModelShape
 
 
 def prompt_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: ModelShape) -> Tensor:
-    """`mrope_positions` of a prompt for the model of `shape`."""
+    """The positions of a prompt, [3, S] int64, by `mrope_positions` for a model of `shape`."""
     return mrope_positions(
         token_ids_S,
         grid_thw_I3,
@@ -21,9 +21,9 @@ def prompt_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, shape: Mod
 def mrope_positions(token_ids_S: Tensor, grid_thw_I3: Tensor | None, *, image_token_id: int, merge_size: int) -> Tensor:
     """[3, S] int64 positions (time, height, width) of a sequence with still images, as Qwen2.5-VL counts them.
 
-    A text token advances all three by one; an image spans its merged grid from the next position on, and the text
-    after it goes on past the grid's larger edge. Raises ValueError, with the counts, when runs of image tokens and
-    grids differ.
+    A text token advances all three by one. An image takes up its merged grid from the next position on, and the text
+    after it continues behind the grid's longer edge. Raises ValueError, with the counts, when the runs of image tokens
+    and the grids do not match.
     """
     grids = [] if grid_thw_I3 is None else grid_thw_I3.tolist()
     sizes = [time * height * width // merge_size**2 for time, height, width in grids]

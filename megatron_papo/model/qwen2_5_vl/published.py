@@ -1,7 +1,8 @@
 """The published Qwen2.5-VL models: their config.json by name, and how many parameters they have.
 
-Source: config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct on the Hugging Face hub. 3B's tower has an FFN of 3,420,
-as 7B's; 32B's and 72B's of 3,456. Leaves out keys that only generation in transformers reads.
+Source: config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct on the Hugging Face hub. The
+vision towers of 3B and 7B have an FFN of width 3,420, those of 32B and 72B of 3,456. Leaves out keys that only
+generation in transformers reads.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ NUM_PARAMETERS = {
     "Qwen2.5-VL-32B": 33_452_718_336,
     "Qwen2.5-VL-72B": 73_410_777_344,
 }
-"""By the published name, from the smallest to the largest; a tied matrix counts once."""
+"""Number of parameters by published name, from the smallest model to the largest; a tied matrix counts once."""
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The tree of config.json of the model with that published name. Raises KeyError for another."""
+    """The tree of config.json of the model with this published name. Raises KeyError for any other name."""
     language = _LANGUAGE[name]
     tree = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",

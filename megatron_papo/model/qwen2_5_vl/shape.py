@@ -1,7 +1,7 @@
 """Reads the shape of a Qwen2.5-VL model from its Hugging Face `config.json`.
 
-Understands the nested file that transformers 5 writes and the flat one of the published models. Imports no torch.
-Refuses what the model here does not do: sliding-window attention and RoPE scaling other than M-RoPE.
+Reads both the nested file that transformers 5 writes and the flat one of the published models. Imports no torch.
+Refuses what this package does not implement: sliding-window attention and RoPE scaling other than M-RoPE.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_papo.files.json_keys import Keys, shown
 from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
 
 _VISION_NORM_EPS = 1e-6
-"""transformers writes it in the code of the vision tower; config.json has no key for it."""
+"""The epsilon of the vision tower's norms, which transformers has in its code; config.json has no key for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class WindowedVisionShape(VisionShape):
     full_attention_layers: tuple[int, ...]
     """Layers (from 0) that attend over a whole image; the others attend within windows."""
     rope_theta: float
+    """Base of the rotary frequencies."""
 
 
 def read_shape(root: Keys) -> ModelShape:
@@ -70,7 +71,8 @@ def _language(keys: Keys) -> LanguageShape:
 
 
 def _rope(keys: Keys) -> dict[str, Any]:
-    """rope_theta and mrope_section: in `rope_parameters`, or in `rope_scaling` beside a `rope_theta`."""
+    """The fields rope_theta and mrope_section, read from `rope_parameters`, or from `rope_scaling` and a `rope_theta`
+    beside it."""
     name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
     rope = keys.section(name)
     kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))

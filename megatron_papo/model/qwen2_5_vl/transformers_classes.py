@@ -1,4 +1,4 @@
-"""transformers' classes of Qwen2.5-VL, as a `TransformersModule` (generation/reference_model.py)."""
+"""transformers' implementation of Qwen2.5-VL (`TransformersModule` in generation/reference_model.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers.models.qwen2_vl.image_processing_qwen2_vl
-import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401 (the processor's parts, warm before a fork)
+import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401 (parts of the processor, loaded before processes are forked)
 from torch import Tensor
 from transformers import Cache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -27,6 +27,7 @@ MODEL_CLASS = Qwen2_5_VLForConditionalGeneration
 
 
 def max_positions(config: Qwen2_5_VLConfig) -> int:
+    """The largest number of tokens of a sequence."""
     return config.text_config.max_position_embeddings
 
 
@@ -36,6 +37,7 @@ def position_ids(
     grid_thw_I3: Tensor | None,
     attention_mask_BS: Tensor | None = None,
 ) -> Tensor:
+    """M-RoPE positions [3, B, S] of a batch of B sequences, as transformers counts them."""
     positions_3BS, _ = model.model.get_rope_index(
         token_ids_BS,
         mm_token_type_ids=(token_ids_BS == model.config.image_token_id).int(),
@@ -56,6 +58,7 @@ def forward(
     cache: Cache | None = None,
     num_logits: int = 1,
 ) -> Tensor:
+    """Logits of the last `num_logits` places of each sequence, by one call of the model."""
     return model(
         input_ids=token_ids_BS,
         attention_mask=attention_mask_BK,
@@ -69,6 +72,7 @@ def forward(
 
 
 def observed(model: Qwen2_5_VLForConditionalGeneration) -> Observed:
+    """The parts of the model that can be observed."""
     language, vision = model.model.language_model, model.model.visual
     parts = {
         TOKEN_IDS: Observation(language.embed_tokens, lambda args, _, __: args[0][0]),
@@ -83,7 +87,7 @@ def observed(model: Qwen2_5_VLForConditionalGeneration) -> Observed:
 
 
 def _angles(_: tuple, __: dict[str, Any], output: tuple[Tensor, Tensor]) -> Tensor:
-    """The first half of cosines and of sines: the second repeats it."""
+    """The first halves of the cosines and of the sines, which the second halves repeat."""
     return torch.cat([part_1TD[0].chunk(2, -1)[0] for part_1TD in output], dim=-1)
 
 
@@ -92,5 +96,5 @@ def _whole(_: tuple, __: dict[str, Any], output_PH: Tensor) -> Tensor:
 
 
 def _first(_: tuple, __: dict[str, Any], output_1TH: Tensor) -> Tensor:
-    """The one sequence of the batch."""
+    """A layer's output for the only sequence of the batch."""
     return output_1TH[0]

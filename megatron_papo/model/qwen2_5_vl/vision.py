@@ -1,8 +1,8 @@
 """The vision tower of Qwen2.5-VL under tensor and sequence parallelism: patches in, image tokens out.
 
-Patch embedding (the 3-D convolution over non-overlapping patches is one matrix), transformer layers that attend
-within windows or whole frames, and the merger that makes one token of each block of patches. Blocks of patches are
-never split between sequence-parallel ranks: the patches are padded for that at the end.
+The tower has a patch embedding (the 3-D convolution over non-overlapping patches is one matrix), transformer layers
+that attend within windows or whole frames, and the merger that makes one token of each block of patches. Patches are
+padded at the end, so that no block is split between sequence-parallel ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) ->
 
 
 class WindowedTower(VisionTower):
-    """Patches in, image tokens out; most layers attend within windows."""
+    """The vision tower, most of whose layers attend within windows."""
 
     def __init__(
         self, config: TransformerConfig, shape: WindowedVisionShape, spec: str, fp8: Fp8Switch, recompute: str = "none"
@@ -57,7 +57,7 @@ class WindowedTower(VisionTower):
             fp8.take("vision", self.decoder.layers, config, skip=frozenset())
 
     def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        """Patches in the processor's order to [M, out_hidden_size] image tokens in reading order, on every rank."""
+        """Image tokens [M, out_hidden_size] in reading order, on every rank, of patches in the processor's order."""
         weight = self.patch_embed.weight
         sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
@@ -77,7 +77,7 @@ class WindowedTower(VisionTower):
 
 
 class PatchMerger(MegatronModule):
-    """Blocks of spatial_merge_size x spatial_merge_size patches to tokens of the language model's width."""
+    """Makes tokens of the language model's width from blocks of spatial_merge_size x spatial_merge_size patches."""
 
     def __init__(self, config: TransformerConfig, shape: VisionShape):
         super().__init__(config)
@@ -97,11 +97,11 @@ class PatchMerger(MegatronModule):
         )
 
     def forward(self, hidden_P1H: Tensor) -> Tensor:
-        """[P, 1, H] (this rank's share under sequence parallelism) to [M, out] on every rank."""
+        """Tokens [M, out] on every rank, of patches [P, 1, H] (this rank's share under sequence parallelism)."""
         blocks = self.norm(hidden_P1H).reshape(-1, 1, self.width)
         inner, _ = self.linear_fc1(blocks)
         tokens, _ = self.linear_fc2(F.gelu(inner))
         if self.config.sequence_parallel:
-            # every rank goes on with the same tokens, so each keeps its slice of the gradient
+            # all ranks continue with the same tokens, so each takes its slice of the gradient
             tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=False)
         return tokens.squeeze(1)

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_papo.model.fp8.operands import AmaxHistory, Operands, format_of
-from megatron_papo.model.fp8.quantize import (
+from megatron_papo.model.fp8.rounding import (
     E4M3,
     E5M2,
+    AmaxHistory,
+    Operands,
     e8m0_scale,
     float_scale,
+    format_of,
     round_columns,
     round_rows,
     round_tensor,
