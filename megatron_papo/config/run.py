@@ -9,7 +9,7 @@ from megatron_papo.config.basics import Count, Positive, Section
 
 class RunConfig(Section):
     name: str = "papo"
-    """Name of the run in TensorBoard, wandb and the pages of samples."""
+    """Name of the job in Slurm's queue; otherwise only recorded with the settings."""
     dir: Path = Path("runs/papo")
     """Folder under which a run writes everything."""
     seed: int = 0

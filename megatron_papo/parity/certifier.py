@@ -216,7 +216,7 @@ def _present(readings: dict[str, Reading | None]) -> dict[str, Reading]:
 
 
 def _on_all_ranks[Value](action: Callable[[], Value]) -> Value:
-    """What `action` returns on this rank; ValueError on every rank, in one line a fault, where it failed on any.
+    """What `action` returns on this rank; where it failed on any, ValueError on every rank with the first one's reason.
 
     Collectives within `action` are safe only where no rank can fail before they are through.
     """
@@ -232,4 +232,5 @@ def _on_all_ranks[Value](action: Callable[[], Value]) -> Value:
     try:
         return fail_together(world_group(), attempt)
     except RanksFailed as failed:
-        raise ValueError(f"certificate: {failed}") from next(iter(errors), failed)
+        first = failed.faults[0]
+        raise ValueError(f"certificate: rank {first.rank}: {first.reason}") from next(iter(errors), failed)

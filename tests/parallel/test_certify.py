@@ -188,6 +188,7 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared_and_what_fails_on_one
     assert first == (
         "certificate: Hugging Face, trainer and engine agree on 12 parts",
         "certificate: rank 1: OSError: no room",
+        "certificate: rank 0: OSError: no room",
     )
     tree = _written(tmp_path, 0)
     compared = {each["part"] for each in tree["findings"] if each["party"] == "engine"}
@@ -196,8 +197,8 @@ def test_of_an_engine_elsewhere_the_log_probs_are_compared_and_what_fails_on_one
     assert tree["not_looked_at"]["pixel values"] == {"engine": "the engine runs in other processes"}
 
 
-def _of_an_engine_elsewhere(config: Config) -> tuple[str, str]:
-    """The verdict of a healthy engine, and what is raised where the second rank's fails."""
+def _of_an_engine_elsewhere(config: Config) -> tuple[str, ...]:
+    """The verdict of a healthy engine, what is raised where the second rank's fails, and where both fail."""
     from megatron_papo.generation import build_generator
     from megatron_papo.parity import Certifier
     from megatron_papo.training.rollouts import hand_over
@@ -210,6 +211,9 @@ def _of_an_engine_elsewhere(config: Config) -> tuple[str, str]:
         certifier = Certifier(run, engine)
         verdict = certifier.at_start(0, weights_moved=False).verdict
         engine.fails = run.layout.rank == 1
-        with pytest.raises(ValueError) as failed:
+        with pytest.raises(ValueError) as one:
             certifier.at_start(0, weights_moved=False)
-    return verdict, str(failed.value)
+        engine.fails = True
+        with pytest.raises(ValueError) as both:
+            certifier.at_start(0, weights_moved=False)
+    return verdict, str(one.value), str(both.value)
