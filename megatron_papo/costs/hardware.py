@@ -24,7 +24,7 @@ class Peaks:
     """Peak rates in TFLOPS without sparsity."""
 
     bfloat16: float
-    """Of tensor cores."""
+    """The rate of the tensor cores."""
     float32: float
     """Without TF32, as torch computes by default."""
     fp8: float | None

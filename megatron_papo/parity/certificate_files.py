@@ -17,7 +17,7 @@ _NUM_KEPT = 2
 
 
 class CertificateFolder:
-    """RUN/certificate."""
+    """The folder RUN/certificate, which holds the certificates of a run and their page."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self._warn = path, warn

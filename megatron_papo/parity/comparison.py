@@ -30,7 +30,7 @@ class Case:
 
     prompt_id: str
     readings: Mapping[str, Reading]
-    """By party."""
+    """What each party computed, by the party's name."""
 
 
 @dataclass(frozen=True)

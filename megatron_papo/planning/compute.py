@@ -20,7 +20,7 @@ class StageSeconds:
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
-    """Recomputation included."""
+    """Seconds of the backward pass, with what it computes again."""
     exchange: float
     """Seconds of tensor exchanges in the forward pass of the slowest stage."""
     vision: float

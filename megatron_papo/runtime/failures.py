@@ -91,7 +91,7 @@ def describe(rank: int, error: BaseException) -> Failure:
 
 
 def the_cause(failures: list[Failure]) -> Failure:
-    """Of the failures of all ranks the one that explains the others."""
+    """The one of all ranks' failures that explains the others. `failures` is not empty."""
     assert failures, "a run that failed has a failure"
     for kinds in _ORDER:
         candidates = [failure for failure in failures if failure.kind in kinds]

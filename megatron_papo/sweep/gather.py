@@ -48,7 +48,7 @@ class Row:
     prompts: int | None = None
     """Prompts per step."""
     num_steps: int = 0
-    """Measured steps."""
+    """Number of steps that the figures are taken from."""
     figures: Mapping[str, Spread] = field(default_factory=dict)
     """`tokens_per_s`, `step_s`, seconds by stage, `mfu`, `memory_gib`, `planned_step_s`, `planned_tokens_per_s` and the
     planner's seconds by stage; those that the run recorded."""

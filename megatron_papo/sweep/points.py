@@ -81,7 +81,7 @@ class Sweep(Section):
     """A file of `tools/plan.py --calibrate`; or `first`: the planner is fitted to the first point, so that what it says
     of the others is a forecast."""
     keep_checkpoints: bool = False
-    """Of points that are done; false: removed."""
+    """Whether checkpoints of finished points stay; else they are removed."""
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
@@ -110,7 +110,7 @@ class Point:
     name: str
     ranks: int
     run_dir: Path
-    """Absolute."""
+    """The folder of this point's run, an absolute path."""
     overrides: tuple[str, ...]
     """The settings of this point, which win over the recipe's."""
     fault: str = ""

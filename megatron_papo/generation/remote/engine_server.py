@@ -84,7 +84,7 @@ class EngineServer:
         self._num_steps = 0
 
     def serve(self) -> None:
-        """The loop."""
+        """Answers messages and steps the engine, until a message says to stop."""
         while True:
             if not self._running or self._is_only_rank or self._num_steps % _POLL_STEPS == 0:
                 self._fetch(wait=not self._running)

@@ -61,7 +61,7 @@ def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT
 
 
 def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
-    """Of what is installed; vLLM for CPUs stands for vLLM where a set has only the other."""
+    """Installed packages that differ from `pins`. vLLM's build for CPUs counts as vLLM where a set pins only one of them."""
     differences = []
     for name in _COMPARED:
         installed = (version_of(name) or "").split("+")[0]
