@@ -40,8 +40,8 @@ def torch_and_accelerator() -> list[DoctorFinding]:
 
 
 def no_cuda(built_for: str | None, device: bool) -> DoctorFinding:
-    """The line for a torch that finds no GPU. `built_for` is the CUDA version that torch was built for, None for a build
-    for CPUs; `device` says whether the machine has a GPU all the same."""
+    """The line for a torch that finds no GPU. `built_for` is the CUDA version that torch was built for, None for a
+    build for CPUs; `device` says whether the machine has a GPU all the same."""
     if not device:
         cost = "Megatron-Core runs adapted to the CPU, over gloo: for small models, tests and the quickstart"
         return DoctorFinding("accelerator", "none: CPU", "absent", cost)

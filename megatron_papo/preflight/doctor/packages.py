@@ -61,7 +61,8 @@ def compared(version_of: VersionOf, gpu: bool, root: Path = tested_versions.ROOT
 
 
 def _differing(pins: dict[str, str], version_of: VersionOf) -> list[str]:
-    """Installed packages that differ from `pins`. vLLM's build for CPUs counts as vLLM where a set pins only one of them."""
+    """Installed packages that differ from `pins`. vLLM's build for CPUs counts as vLLM where a set pins only one of
+    them."""
     differences = []
     for name in _COMPARED:
         installed = (version_of(name) or "").split("+")[0]
