@@ -63,11 +63,11 @@ def families() -> dict[str, str]:
 
     Raises ValueError for a `model_type` that two of the first two declare.
     """
-    return {**FAMILIES, **_installed(), **_registered}
+    return {**FAMILIES, **installed_families(), **_registered}
 
 
 @cache
-def _installed() -> dict[str, str]:
+def installed_families() -> dict[str, str]:
     """The families that entry points declare, read once a process: it takes the metadata of every distribution."""
     packages: dict[str, str] = {}
     for point in entry_points(group=ENTRY_POINTS):

@@ -51,7 +51,7 @@ CASES = (
 )
 TOY_CASES = (
     Case("toy family", ((((6, 10),), ((2, 14), (4, 4)), ()), (((4, 2),),)), temperature=0.8, toy=True),
-    Case("toy family, tied", (((), ((2, 2),)),), {"tie": True}, toy=True),
+    Case("toy family, tied", (((), ((2, 2),)), (((6, 2),),)), {"tie": True}, toy=True),
 )
 
 

@@ -123,7 +123,7 @@ def rank_one_is_stopped(folder: str) -> None:
 def asked_to_save_while_starting(folder: str) -> None:
     """Before the launcher itself has begun, as its command says."""
     with StopSignal() as stop:
-        Path(folder, "asked").write_text(str(stop._heard))
+        Path(folder, "asked").write_text(str(stop._received))
 
 
 def slow_but_moving(folder: str) -> None:

@@ -51,9 +51,9 @@ def _install(folder: Path, *, model_type: str, package: str) -> None:
 def installed(monkeypatch, tmp_path):
     """A folder of installed distributions, of which nothing is remembered before and after."""
     monkeypatch.syspath_prepend(tmp_path)
-    family._installed.cache_clear()
+    family.installed_families.cache_clear()
     yield tmp_path
-    family._installed.cache_clear()
+    family.installed_families.cache_clear()
 
 
 def test_an_installed_family_is_known_by_its_entry_point(installed):

@@ -8,6 +8,7 @@ import torch
 
 from megatron_papo.config import LossConfig
 from megatron_papo.costs.activations import RowSize
+from megatron_papo.model.positions import positions_of
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.packing import joint_row, pack, token_totals
 from megatron_papo.types import Batch, Group, ModelInputs, Prompt, Rollout
@@ -52,8 +53,8 @@ def make_rows(work: Work, shape: ModelShape) -> Batch:
         totals=token_totals(groups),
         joint=work.joint,
         cost=lambda prompt, responses, grids: prompt + sum(responses),
-        image_token_id=shape.image_token_id,
-        merge_size=shape.vision.spatial_merge_size,
+        positions=positions_of(shape),
+        banned_ids=shape.vision_token_ids,
     )
     assert len(rows) == work.num_rows
     return tuple(joint_row(row) for row in rows) if work.joint else rows
