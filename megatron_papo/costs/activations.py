@@ -15,8 +15,10 @@ from megatron_papo.model.layer_costs import (
     ActivationSettings,
     LayerWidths,
     costs_of,
+    language_layer,
     layer_saved_bytes,
     norm_saved_bytes,
+    vision_layer,
 )
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
@@ -38,12 +40,12 @@ class RowSize:
 
 def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, fused: bool) -> int:
     """Bytes that one row keeps on one rank of pipeline stage `stage`, from its forward pass to its backward pass."""
-    settings, family = ActivationSettings.of(config, fused=fused), costs_of(shape)
-    layer, value_bytes = family.language_layer(shape), settings.value_bytes
+    settings = ActivationSettings.of(config, fused=fused)
+    layer, value_bytes = language_layer(shape), settings.value_bytes
     total = row.tokens * layer_saved_bytes(layer, settings) * stage_layers(config.parallel, shape)[stage]
     if stage == 0 and row.patches and not (config.model.freeze.vision and config.model.freeze.projector):
-        layers = layer_saved_bytes(family.vision_layer(shape), settings) * shape.vision.num_layers
-        total += row.patches * layers + family.vision_ends_bytes(row.patches, shape, settings)
+        layers = layer_saved_bytes(vision_layer(shape), settings) * shape.vision.num_layers
+        total += row.patches * layers + costs_of(shape).vision_ends_bytes(row.patches, shape, settings)
     total += row.tokens * 4 * layer.head_dim  # cosines and sines of the rotary angles, half a head's width each
     if stage == 0:  # a rank's share of the embeddings is a view, which keeps the whole
         total += row.tokens * (layer.hidden - layer.hidden // settings.sequence) * value_bytes
@@ -78,8 +80,7 @@ def _mlp_work_bytes(shape: ModelShape, row: RowSize, settings: ActivationSetting
         values = first_linear + 2 * layer.hidden // settings.sequence + gathered * layer.hidden
         return settings.value_bytes * (tokens * values + first_linear * layer.hidden)
 
-    family = costs_of(shape)
-    return max(work(family.language_layer(shape), row.tokens), work(family.vision_layer(shape), row.patches))
+    return max(work(language_layer(shape), row.tokens), work(vision_layer(shape), row.patches))
 
 
 def _head_work_bytes(config: Config, shape: ModelShape, row: RowSize, settings: ActivationSettings) -> int:
@@ -102,9 +103,9 @@ def _head_weight_bytes(shape: ModelShape, settings: ActivationSettings) -> int:
 def _recomputed_layer_bytes(shape: ModelShape, row: RowSize, settings: ActivationSettings) -> int:
     """Bytes that recomputation makes again in one layer at a time, the larger of a language layer's and a vision
     layer's; 0 without it."""
-    whole, family = replace(settings, recompute="none"), costs_of(shape)
+    whole = replace(settings, recompute="none")
 
     def again(layer: LayerWidths) -> int:
         return layer_saved_bytes(layer, whole) - layer_saved_bytes(layer, settings)
 
-    return max(row.tokens * again(family.language_layer(shape)), row.patches * again(family.vision_layer(shape)))
+    return max(row.tokens * again(language_layer(shape)), row.patches * again(vision_layer(shape)))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_papo.model.layer_costs import Grid, costs_of
+from megatron_papo.model.layer_costs import Grid, costs_of, language_layer
 from megatron_papo.model.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def causal_pairs(length: int, parent_length: int = 0) -> int:
 
 
 def _flops(num_tokens: int, num_pairs: int, num_logits: int, grids: Sequence[Grid], shape: ModelShape) -> Flops:
-    language, family = shape.language, costs_of(shape)
-    layer = family.language_layer(shape)
+    language = shape.language
+    layer = language_layer(shape)
     return Flops(
         language=2 * num_tokens * language.num_layers * layer.products,
         attention=4 * num_pairs * language.num_layers * layer.query_width,
-        vision=family.vision_flops(grids, shape),
+        vision=costs_of(shape).vision_flops(grids, shape),
         head=2 * num_logits * language.hidden_size * language.vocab_size,
     )
 

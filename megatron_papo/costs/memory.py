@@ -15,7 +15,7 @@ from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.distributed.rank_arithmetic import data_ranks
-from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of
+from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of, language_layer
 from megatron_papo.model.shape import ModelShape, padded, stage_layers
 
 GIB = 2**30
@@ -61,11 +61,11 @@ def stage_parameters(
 ) -> list[list[ParameterCount]]:
     """The pieces of the model on each of the stages, which have so many language layers; `width` pads FFN widths and
     the vocabulary, as `padded` does."""
-    family, language = costs_of(shape), shape.language
-    layer = family.language_layer(shape)
+    language = shape.language
+    layer = language_layer(shape)
     matrix = ParameterCount("language", width(language.vocab_size) * language.hidden_size, 0)
     stages = [[layer.parameters("language", num_layers, width)] for num_layers in layers]
-    stages[0] += [*family.vision_parameters(shape, width), matrix]
+    stages[0] += [*costs_of(shape).vision_parameters(shape, width), matrix]
     stages[-1].append(ParameterCount("language", 0, layer.norm_parameters))
     if not shape.tie_word_embeddings or len(layers) > 1:  # a tied matrix lies on the first stage and on the last
         stages[-1].append(matrix)

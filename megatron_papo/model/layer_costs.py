@@ -1,7 +1,8 @@
 """The cost of transformer layers: parameters, matrix products and saved activations, whatever the model family.
 
-A family's module `costs` (the protocol `FamilyCosts`) describes its layers as `LayerWidths` and itself counts what
-lies outside of them: patch embedding, projector, attention windows. `costs/` adds both up over stages and ranks.
+Both kinds of layer follow from the model's shape (`language_layer`, `vision_layer`). A family's module `costs` (the
+protocol `FamilyCosts`) counts what lies outside of them: patch embedding, projector, attention windows. `costs/` adds
+both up over stages and ranks.
 Activations are counted from the modules as they are, as Korthikanti et al. 2022 (arXiv 2205.05198) do, and compared
 with the tensors alive after a forward pass in tests/parallel/test_activations.py. Leaves out what exists only within an
 operation. Imports no torch.
@@ -109,6 +110,40 @@ class LayerWidths:
         return ParameterCount(part, num_layers * split, num_layers * whole)
 
 
+def language_layer(shape: ModelShape) -> LayerWidths:
+    """One layer of the language model, of which there are `shape.language.num_layers`."""
+    language = shape.language
+    return LayerWidths(
+        hidden=language.hidden_size,
+        num_heads=language.num_heads,
+        num_kv_heads=language.num_kv_heads,
+        head_dim=language.head_dim,
+        ffn=language.intermediate_size,
+        gated=language.mlp == "swiglu",
+        qkv_bias=language.qkv_bias,
+        linear_bias=language.linear_bias,
+        qk_norm=language.qk_norm,
+        norm=language.norm,
+    )
+
+
+def vision_layer(shape: ModelShape) -> LayerWidths:
+    """One layer of the vision tower, of which there are `shape.vision.num_layers`: as many keys as queries, and all
+    linear layers have biases (`model/transformer_config.py`)."""
+    vision = shape.vision
+    return LayerWidths(
+        hidden=vision.hidden_size,
+        num_heads=vision.num_heads,
+        num_kv_heads=vision.num_heads,
+        head_dim=vision.head_dim,
+        ffn=vision.intermediate_size,
+        gated=vision.mlp == "swiglu",
+        qkv_bias=True,
+        linear_bias=True,
+        norm=vision.norm,
+    )
+
+
 @dataclass(frozen=True)
 class ActivationSettings:
     """The settings of a rank that the size of its saved activations depends on."""
@@ -177,12 +212,6 @@ def key_width_on_rank(layer: LayerWidths, tensor: int) -> int:
 
 class FamilyCosts(Protocol):
     """The functions of a family's module `costs`. It imports no torch."""
-
-    def language_layer(self, shape: ModelShape) -> LayerWidths:
-        """One layer of the language model."""
-
-    def vision_layer(self, shape: ModelShape) -> LayerWidths:
-        """One layer of the vision tower, of which there are `shape.vision.num_layers`."""
 
     def vision_parameters(self, shape: ModelShape, width: Callable[[int], int]) -> Iterable[ParameterCount]:
         """Parameters of the vision tower and of the projector; `width` pads FFN widths."""

@@ -8,7 +8,7 @@ from megatron_papo.config import Config
 from megatron_papo.costs.activations import RowSize, saved_bytes
 from megatron_papo.costs.flops import Flops
 from megatron_papo.costs.hardware import Cluster
-from megatron_papo.model.layer_costs import costs_of
+from megatron_papo.model.layer_costs import language_layer, vision_layer
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
@@ -51,7 +51,7 @@ def stage_seconds(
     exchange = _exchange_s(size.tokens * shape.language.hidden_size * 2, config, cluster, assumed)
     vision, vision_exchange = _vision_s(config, shape, cluster, assumed, flops, size, rates)
     head = flops.head / tensor / rates.head
-    recompute, family = config.model.recompute, costs_of(shape)
+    recompute = config.model.recompute
     elementwise = _elementwise_again_s(config, shape, size, rates) if recompute in ("selective", "mlp") else 0.0
     forward, backward = [], []
     for stage, count in enumerate(layers):
@@ -61,8 +61,8 @@ def stage_seconds(
         forward.append(once)
         backward.append(2 * once + gathers + (once if recompute == "full" else count * elementwise))
         if recompute == "mlp":
-            tower = vision * family.vision_layer(shape).first_linear_share if stage == 0 else 0.0
-            backward[-1] += count * product * family.language_layer(shape).first_linear_share + tower + gathers / 2
+            tower = vision * vision_layer(shape).first_linear_share if stage == 0 else 0.0
+            backward[-1] += count * product * language_layer(shape).first_linear_share + tower + gathers / 2
     slowest = max(range(len(layers)), key=lambda stage: forward[stage])
     return StageSeconds(tuple(forward), tuple(backward), layers[slowest] * exchange, vision + vision_exchange)
 

@@ -4,41 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_papo.model.layer_costs import ActivationSettings, Grid, LayerWidths, ParameterCount, norm_saved_bytes
+from megatron_papo.model.layer_costs import ActivationSettings, Grid, ParameterCount, norm_saved_bytes, vision_layer
 from megatron_papo.model.shape import ModelShape
-
-
-def language_layer(shape: ModelShape) -> LayerWidths:
-    """Grouped queries, a plain MLP, layer norms, norms of queries and keys, all linears with biases."""
-    language = shape.language
-    return LayerWidths(
-        hidden=language.hidden_size,
-        num_heads=language.num_heads,
-        num_kv_heads=language.num_kv_heads,
-        head_dim=language.head_dim,
-        ffn=language.intermediate_size,
-        gated=False,
-        qkv_bias=True,
-        linear_bias=True,
-        qk_norm=True,
-        norm="layer",
-    )
-
-
-def vision_layer(shape: ModelShape) -> LayerWidths:
-    """As many keys as queries; else as the language model's."""
-    vision = shape.vision
-    return LayerWidths(
-        hidden=vision.hidden_size,
-        num_heads=vision.num_heads,
-        num_kv_heads=vision.num_heads,
-        head_dim=vision.head_dim,
-        ffn=vision.intermediate_size,
-        gated=False,
-        qkv_bias=True,
-        linear_bias=True,
-        norm="layer",
-    )
 
 
 def vision_parameters(shape: ModelShape, width: Callable[[int], int]) -> Iterator[ParameterCount]:

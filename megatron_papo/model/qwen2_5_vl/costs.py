@@ -1,4 +1,4 @@
-"""The costs of Qwen2.5-VL's own parts: the vision tower with its windows, the projector, and the widths of its layers.
+"""The costs of Qwen2.5-VL's own parts: the vision tower with its windows, and the projector.
 
 The protocol is `FamilyCosts` of `model/layer_costs.py`, which counts the layers themselves. The projector is the merger
 of the tower: a norm over patches and an MLP over blocks of them. Imports no torch.
@@ -11,39 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_papo.model.layer_costs import (
     ActivationSettings,
     Grid,
-    LayerWidths,
     ParameterCount,
     norm_saved_bytes,
+    vision_layer,
 )
 from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
 from megatron_papo.model.shape import ModelShape
-
-
-def language_layer(shape: ModelShape) -> LayerWidths:
-    """A layer with grouped queries, SwiGLU and RMSNorm; only queries, keys and values have biases."""
-    language = shape.language
-    return LayerWidths(
-        hidden=language.hidden_size,
-        num_heads=language.num_heads,
-        num_kv_heads=language.num_kv_heads,
-        head_dim=language.head_dim,
-        ffn=language.intermediate_size,
-        qkv_bias=True,
-    )
-
-
-def vision_layer(shape: ModelShape) -> LayerWidths:
-    """A layer with as many keys as queries, SwiGLU and RMSNorm; all linear layers have biases."""
-    vision = shape.vision
-    return LayerWidths(
-        hidden=vision.hidden_size,
-        num_heads=vision.num_heads,
-        num_kv_heads=vision.num_heads,
-        head_dim=vision.head_dim,
-        ffn=vision.intermediate_size,
-        qkv_bias=True,
-        linear_bias=True,
-    )
 
 
 def vision_parameters(shape: ModelShape, width: Callable[[int], int]) -> Iterator[ParameterCount]:
