@@ -31,11 +31,12 @@ ACTIVATIONS: dict[MlpKind, Callable[[Tensor], Tensor]] = {
 """The activation of each kind of MLP."""
 
 
-class GatedMLP(MLP):
-    """The MLP of kind `swiglu`: silu(gate) times up between two linear layers."""
+class RecomputingMLP(MLP):
+    """Two linear layers with a product between them, of which backward can compute parts again. A subclass says what
+    the product is."""
 
     recompute: Literal["none", "product", "inner"] = "none"
-    """What backward computes again: nothing, the product of SwiGLU, or also the first linear layer's output."""
+    """What backward computes again: nothing, the product, or also the first linear layer's output."""
     num_padding: int = 0
     """Places of padding at the end of the current row, at which the product is zero."""
 
@@ -45,64 +46,63 @@ class GatedMLP(MLP):
         """The second linear layer's output and its bias, from hidden states [T, 1, H] (this rank's share under sequence
         parallelism)."""
         assert per_token_scale is None, "experts are not supported"
-        inner, bias = self.linear_fc1(hidden_states)
-        multiply = partial(gated_product, bias=bias, num_padding=self.num_padding, fused=self.fused)
+        inner, bias = self.first_linear(hidden_states)
+        multiply = partial(self.product, bias=bias, num_padding=self.num_padding)
         recipe: Recipe | None = None
         if self.recompute == "product":
             recipe = partial(multiply, inner.detach())
         elif self.recompute == "inner":
-            first = self.linear_fc1
+            first = self.first_linear
             again = _Again(lambda hidden: first(hidden)[0], hidden_states, multiply, shared=inner.requires_grad)
             inner, recipe = with_recipe(inner, again.inner), again.product
         with by_recipe(inner):
-            product = SwiGLUFunction.apply(inner, bias, self.num_padding, self.fused)
+            product = self.differentiable_product(inner, bias)
         if recipe is not None:
             product = with_recipe(product, recipe)
         with by_recipe(product):
             return self.linear_fc2(product)
+
+    def first_linear(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The first linear layer's output, and the bias that the product has to add to it."""
+        return self.linear_fc1(hidden_states)
+
+    def product(self, inner: Tensor, bias: Tensor | None, num_padding: int) -> Tensor:
+        """What the second linear layer reads, zero in the last `num_padding` places."""
+        raise NotImplementedError
+
+    def differentiable_product(self, inner: Tensor, bias: Tensor | None) -> Tensor:
+        """The same for this row, with a gradient."""
+        return self.product(inner, bias, self.num_padding)
+
+
+class GatedMLP(RecomputingMLP):
+    """The MLP of kind `swiglu`: silu(gate) times up between two linear layers."""
 
     @property
     def fused(self) -> bool:
         """Whether Megatron-Core's fused kernels compute SwiGLU."""
         return self.config.bias_activation_fusion
 
+    def product(self, inner: Tensor, bias: Tensor | None, num_padding: int) -> Tensor:
+        """silu(gate) times up."""
+        return gated_product(inner, bias, num_padding, self.fused)
 
-class PlainMLP(MLP):
+    def differentiable_product(self, inner: Tensor, bias: Tensor | None) -> Tensor:
+        """The same, by a function that needs only `inner` and `bias` for its backward."""
+        return SwiGLUFunction.apply(inner, bias, self.num_padding, self.fused)
+
+
+class PlainMLP(RecomputingMLP):
     """The other kinds of MLP: an activation between two linear layers."""
 
-    recompute: Literal["none", "product", "inner"] = "none"
-    """What backward computes again: nothing, the activation's output, or also the first linear layer's output."""
-    num_padding: int = 0
-    """Places of padding at the end of the current row, at which the activation's output is zero."""
+    def first_linear(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The first linear layer's output with its bias, as the activation reads it."""
+        inner, bias = self.linear_fc1(hidden_states)
+        return inner if bias is None else inner + bias, None
 
-    def forward(
-        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """The second linear layer's output and its bias, from hidden states [T, 1, H] (this rank's share under sequence
-        parallelism)."""
-        assert per_token_scale is None, "experts are not supported"
-        inner = self._first(hidden_states)
-        activate = partial(self._activated, num_padding=self.num_padding)
-        recipe: Recipe | None = None
-        if self.recompute == "product":
-            recipe = partial(activate, inner.detach())
-        elif self.recompute == "inner":
-            again = _Again(self._first, hidden_states, activate, shared=inner.requires_grad)
-            inner, recipe = with_recipe(inner, again.inner), again.product
-        with by_recipe(inner):
-            outer = activate(inner)
-        if recipe is not None:
-            outer = with_recipe(outer, recipe)
-        with by_recipe(outer):
-            return self.linear_fc2(outer)
-
-    def _first(self, hidden: Tensor) -> Tensor:
-        inner, bias = self.linear_fc1(hidden)
-        return inner if bias is None else inner + bias
-
-    def _activated(self, inner: Tensor, num_padding: int) -> Tensor:
-        outer = self.config.activation_func(inner)
-        return zero_end(outer, num_padding)
+    def product(self, inner: Tensor, bias: Tensor | None, num_padding: int) -> Tensor:
+        """The activation's output."""
+        return zero_end(self.config.activation_func(inner), num_padding)
 
 
 class _Again:

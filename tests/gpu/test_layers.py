@@ -3,15 +3,13 @@ against what is kept: the same bits. Skipped without a GPU."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_papo.model.mlp import GatedMLP
 from megatron_papo.model.norm import RMSNormFunction
+from tests.support.gated_mlp import GatedMLPBetween
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -42,14 +40,14 @@ def test_the_norm_and_its_gradients_are_those_of_fp64():
 
 
 def _mlp(mode: str, hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    layer = SimpleNamespace(
+    layer = GatedMLPBetween(
+        lambda values: (F.linear(values, first), None),
+        lambda values: (F.linear(values, second), None),
         recompute=mode,
         num_padding=7,
         fused=True,
-        linear_fc1=lambda values: (F.linear(values, first), None),
-        linear_fc2=lambda values: (F.linear(values, second), None),
     )
-    return GatedMLP.forward(layer, hidden)[0]  # type: ignore[arg-type]
+    return layer(hidden)[0]
 
 
 def test_the_mlp_is_that_of_fp64_and_computed_again_the_same_bits_of_fewer_bytes():

@@ -5,7 +5,7 @@
   free ports; `workers` says which tests share a worker.
 - `layouts`: layouts of ranks by name, such as "TP2 SP, full recompute".
 - Models: `tiny` writes a tiny Qwen2.5-VL folder (by `examples/quickstart/model_folder.py`), `smollm` one with
-  pretrained weights.
+  pretrained weights, `gated_mlp` is an MLP between two given functions.
 - Runs: `tiny_run` has the settings and the data of a whole run, `inputs` the fixture of what such runs read, `slow`
   the rewards that disturb one.
 - Machines: `slurm_lab` is the fixture of a Slurm cluster, `small_disk` a full disk, `chaos` kills and damages,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_papo.config import load_config
-from megatron_papo.model.mlp import GatedMLP, SwiGLUFunction
+from megatron_papo.model.mlp import SwiGLUFunction
+from tests.support.gated_mlp import GatedMLPBetween
 
 WIDTH, ROWS = 24, 10
 
@@ -68,10 +67,8 @@ def _mlp(mode: str, hidden: Tensor, first: Tensor, second: Tensor, calls: list[s
         calls.append("first")
         return F.linear(values, first), None
 
-    layer = SimpleNamespace(
-        recompute=mode, num_padding=0, fused=False, linear_fc1=linear, linear_fc2=lambda x: (F.linear(x, second), None)
-    )
-    return GatedMLP.forward(layer, hidden)[0]  # type: ignore[arg-type]
+    layer = GatedMLPBetween(linear, lambda values: (F.linear(values, second), None), recompute=mode)
+    return layer(hidden)[0]
 
 
 def test_computed_again_gradients_are_the_same_and_the_first_product_is_taken_once_more():
