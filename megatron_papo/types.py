@@ -7,6 +7,7 @@ stage that adds something returns a copy (`dataclasses.replace`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -58,6 +59,10 @@ class Prompt:
     Seeds of rollouts and masks are made from it."""
     other_answers: tuple[str, ...] = ()
     """Further right answers."""
+    source: str = ""
+    """Name of the data set that the row comes from, where a run reads several; metrics are also reported by it."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The row's other cells by the names of their columns, pictures left out; a user's own functions are given them."""
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_papo.config import OverlongConfig
+from megatron_papo.config.user_function import load_user_function, name_of_function
 from megatron_papo.rewards.answers import last_box
 
 _SPACES_AT_TAGS = re.compile(r"\s*(<|>|/)\s*")
@@ -60,26 +57,8 @@ def overlong(num_tokens: int, max_response_tokens: int, config: OverlongConfig) 
 
 
 def load_function(name: str) -> RewardFunction:
-    """The user's `module:function(response, answer, problem) -> float`, the working directory's modules included.
-
-    Raises ValueError naming reward.function.
-    """
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(f"reward.function: {name!r} is not written module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # an installed command does not look there by itself
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.function: cannot import {name}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward.function: {name} is no function")
-    try:
-        inspect.signature(function).bind("response", "answer", "problem")
-    except TypeError as error:
-        raise ValueError(f"reward.function: {name} does not take (response, answer, problem): {error}") from None
-    return function
+    """The user's `module:function(response, answer, problem) -> float`; ValueError naming reward.function."""
+    return load_user_function("reward.function", name, ("response", "answer", "problem"))[0]
 
 
 def call_function(function: RewardFunction, response: str, answer: str, problem: str) -> float:
@@ -90,11 +69,8 @@ def call_function(function: RewardFunction, response: str, answer: str, problem:
     try:
         value = float(function(response, answer, problem))
     except Exception as error:
-        raise ValueError(f"reward.function: {_name(function)} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"reward.function: {name_of_function(function)} failed: {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
-        raise ValueError(f"reward.function: {_name(function)} returned {value}")
+        raise ValueError(f"reward.function: {name_of_function(function)} returned {value}")
     return value
 
-
-def _name(function: RewardFunction) -> str:
-    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
