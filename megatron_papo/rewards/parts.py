@@ -69,8 +69,8 @@ def call_function(function: RewardFunction, response: str, answer: str, problem:
     try:
         value = float(function(response, answer, problem))
     except Exception as error:
-        raise ValueError(f"reward.function: {name_of_function(function)} failed: {type(error).__name__}: {error}") from error
+        failed = f"{name_of_function(function)} failed: {type(error).__name__}: {error}"
+        raise ValueError(f"reward.function: {failed}") from error
     if not math.isfinite(value):
         raise ValueError(f"reward.function: {name_of_function(function)} returned {value}")
     return value
-
