@@ -13,8 +13,8 @@ from megatron_papo.config.basics import Count, Section
 class CheckpointConfig(Section):
     contents: Literal["full", "weights", "none"] = "full"
     """What is saved: `full`, all that a run needs to go on as if it had not stopped; `weights`, without the optimizer's
-    state, a sixth to a seventh of the size in bfloat16, where a resumed run begins with new moments of Adam; `none`,
-    nothing: no checkpoint is written, and a run that is stopped is lost."""
+    state, a seventh of the size in bfloat16 and a third in float32, with which a resumed run begins with new moments of
+    Adam; `none`, nothing: a run that is stopped is lost."""
     save_every: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_last: Count = 2
