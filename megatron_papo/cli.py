@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_papo.preflight.doctor import main as doctor
 
         return doctor()
+    if options.verb == "export":
+        return _export(options)
     config = None
     try:
         _check_shell()
@@ -57,6 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options, config, num_ranks)
     except ConfigError as error:  # of the folders that the ranks would need
         return _refuse(error, config)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_papo.conversion.export import ExportRequest, export
+
+    go_on_without_readers()
+    names = ("source", "out", "best", "step", "dtype", "workers", "push", "public")
+    try:
+        return export(ExportRequest(**{name: getattr(options, name) for name in names}))
+    except ValueError as error:
+        return _refuse(ConfigError(str(error)), None)
+    except OSError as error:
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), None)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
