@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_papo.checkpoint.state_file import read_state_file, write_state_tree
+from megatron_papo.conversion.export import ExportRequest, export
 from tests.support import commands
 from tests.support.commands import papo
 from tests.support.tiny import make_tiny_folder
@@ -125,21 +126,26 @@ def test_the_newest_the_best_and_a_steps_checkpoint(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("source", "options", "line"),
     [
-        (["{tmp}/none"], "{tmp}/none: no such folder"),
-        (["{tmp}"], "{tmp}: neither a checkpoint nor the folder of a run that has one"),
-        (["{run}", "--step", "7"], "--step: {run} has no checkpoint of step 7, has 1, 2"),
-        (["{run}/checkpoints/step_00000001", "--best"], "--best, --step: {run}/checkpoints/step_00000001 is one chec"),
-        (["{run}/../model_1"], "{run}/../model_1 is a Hugging Face folder already: nothing to write without --push"),
-        (["{run}/../model_1", "--push", "me/x", "--out", "y"], "--out: {run}/../model_1 is a Hugging Face folder alre"),
-        (["{run}", "--push", "a/b/c"], "--push: "),
+        ("none", {}, "{root}/none: no such folder"),
+        (".", {}, "{root}/.: neither a checkpoint nor the folder of a run that has one"),
+        ("run", {"step": 7}, "--step: {root}/run has no checkpoint of step 7, has 1, 2"),
+        (
+            "run/checkpoints/step_00000001",
+            {"best": True},
+            "--best, --step: {root}/run/checkpoints/step_00000001 is one ",
+        ),
+        ("model_1", {}, "{root}/model_1 is a Hugging Face folder already: nothing to write without --push"),
+        ("model_1", {"out": Path("y")}, "--out: {root}/model_1 is a Hugging Face folder already"),
+        ("model_1", {"push": "a/b/c"}, "--push: "),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(run_dir, hub, tmp_path, words, line):
-    done = _push(hub, *(word.format(tmp=tmp_path, run=run_dir) for word in words))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("papo: error: " + line.format(tmp=tmp_path, run=run_dir))
+def test_what_cannot_be_exported_is_said(run_dir, source, options, line):
+    root = run_dir.parent
+    with pytest.raises(ValueError) as refused:
+        export(ExportRequest(Path(f"{root}/{source}"), **options))
+    assert str(refused.value).startswith(line.format(root=root).replace("/.", ""))
 
 
 def _push(hub: Hub, *words: object, **environ: str) -> Any:
