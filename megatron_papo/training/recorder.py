@@ -115,8 +115,8 @@ class Recorder:
 
 
 def _split(readings: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The clock's readings in seconds, and those in bytes (`memory/...`)."""
-    memory = {name: value for name, value in readings.items() if name.startswith("memory/")}
+    """The clock's readings in seconds, and those in GiB (`memory_gib/...`)."""
+    memory = {name: value for name, value in readings.items() if name.startswith("memory_gib/")}
     return {name: value for name, value in readings.items() if name not in memory}, memory
 
 
