@@ -164,6 +164,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
+    metrics["perception_coef"] = settings.perception_coef, 1.0
     warn_of_skipped_updates(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 

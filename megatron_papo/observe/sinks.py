@@ -161,7 +161,7 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
     parts = [f"[bold]step {step:>4}[/]{of}" if step >= 0 else "[bold]before step 0[/]"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
-    stages = {name: value for name, value in stages.items() if "/" not in name}  # the others are part of these
+    stages = {name: value for name, value in stages.items() if "/" not in name and name != "step"}  # part of these
     if stages:
         total = sum(stages.values())
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
