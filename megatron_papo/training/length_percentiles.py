@@ -1,7 +1,7 @@
 """Percentiles of the lengths of a step's prompts and responses, over all ranks.
 
-How often each length occurs travels like every metric, as a sum over ranks and rounds: `lengths/<what>/<tokens>`. Of the
-totals a record has the percentiles alone.
+How often each length occurs travels like every metric, as a sum over ranks and rounds: `lengths/<what>/<tokens>`. A
+record has the percentiles of the totals alone.
 """
 
 from __future__ import annotations
