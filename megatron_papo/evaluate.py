@@ -103,7 +103,7 @@ def evaluate(
 
 def _generator(run: Run) -> Generator:
     """The engine, with the policy's weights."""
-    with run.clock.stage("hand over"):
+    with run.clock.stage("hand_over"):
         generator = build_generator(run.config, run.processor, run.layout, run.clock.report)
         hand_over(run, generator, policy_version=0)
     return generator

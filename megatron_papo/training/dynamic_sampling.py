@@ -17,6 +17,7 @@ from megatron_papo.algorithm.advantages import keep_group
 from megatron_papo.config import DynamicSamplingConfig, TrainConfig
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.optimization.pipeline import add_metrics
+from megatron_papo.training.length_percentiles import length_counts
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.types import Group, Metrics
 
@@ -55,7 +56,8 @@ class ChosenGroups:
         """
         own = dict(zip(positions, groups, strict=True))
         own_kept = _kept(own, self.train.dynamic_sampling)
-        all_ranks = gather_objects((list(own), list(own_kept), rollout_sums(groups, self.merge_unit)), data_group)
+        sums = rollout_sums(groups, self.merge_unit) | length_counts(groups)
+        all_ranks = gather_objects((list(own), list(own_kept), sums), data_group)
         drawn = [place for places, _, _ in all_ranks for place in places]
         kept = [place for _, places, _ in all_ranks for place in places]
         generated = dict(self.generated)

@@ -280,13 +280,16 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         update = sum(value for name, value in two.items() if name.startswith("flops/")) * 3 / 4
         assert two["tflops_per_gpu"] == pytest.approx(update / two["time/update"] / 2 / 1e12)
         assert two["tokens_per_s"] >= two["tokens_computed_per_s"] > 0
-        if "memory/update" in two:
-            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
-            assert all(2**26 < two[f"memory/{stage}"] < 2**36 for stage in stages)
+        assert two["tokens_per_s_per_gpu"] == two["tokens_per_s"] / 2 and two["time/step"] > two["time/update"]
+        lengths = [two[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert lengths == sorted(lengths) == [one[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        if "memory_gib/update" in two:
+            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand_over")
+            assert all(2**-4 < two[f"memory_gib/{stage}"] < 2**6 for stage in stages)
     for rank in range(2):
         with gzip.open(tmp_path / "2" / "profile" / f"rank_{rank}.json.gz") as trace:
             names = {event.get("name") for event in json.load(trace)["traceEvents"]}
-        assert {"draw", "generate", "pack", "score", "update", "hand over"} <= names
+        assert {"draw", "generate", "pack", "score", "update", "hand_over"} <= names
         assert {"aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"} <= names
     assert len(list((tmp_path / "1" / "profile").iterdir())) == 1
 
