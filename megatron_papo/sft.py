@@ -41,16 +41,18 @@ class Demonstrations(PromptDataset):
         super().__init__(config.data, "train", processor, needs_answer=False)
         self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
         self._encoder = processor
-        self.column(0, self._column)
+        for source in self.sources:
+            source.column(0, self._column)
 
     def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
         """The prompt of a row; raises BadRow where its response cannot be learnt from. Cheap checks come first."""
-        text = self._text(row)
-        prompt = super().prompt(row, masks, visit)
-        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
-        if num_tokens > self._budget:
-            raise self._too_long(row, f"{num_tokens} tokens with the prompt")
-        return prompt
+        with self.named(row):
+            text = self._text(row)
+            prompt = super().prompt(row, masks, visit)
+            num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
+            if num_tokens > self._budget:
+                raise self._too_long(row, f"{num_tokens} tokens with the prompt")
+            return prompt
 
     def group(self, prompt: Prompt) -> Group:
         """A prompt of this data set with its response, as a group of one rollout."""

@@ -21,10 +21,11 @@ _SCORES = ("accuracy", "format", "masked_accuracy", "gap", "perception_kl", "res
 
 def warn_of_bad_rows(run: Run, bad_rows: BadRows, which: str) -> None:
     """Warns of every row of `data.{which}` that a rank has just left out, and counts all of them; all ranks call it."""
-    shares = gather_objects(([str(bad) for bad in bad_rows.take_new()], bad_rows.counts), run.layout.data_group)
+    told = [bad.named_by(f"data.{which}") for bad in bad_rows.take_new()]
+    shares = gather_objects((told, bad_rows.counts), run.layout.data_group)
     new = sorted({text for texts, _ in shares for text in texts})
     for text in new:
-        warn(run, f"data.{which}: {text}: left out")
+        warn(run, f"{text}: left out")
     if new:
         counts = sum((Counter(counts) for _, counts in shares), Counter())
         warn(
