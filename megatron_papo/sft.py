@@ -27,7 +27,12 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
+from megatron_papo.training.console import (
+    say_what_is_read,
+    warn_of_bad_rows,
+    warn_of_missing_images,
+    warn_of_skipped_updates,
+)
 from megatron_papo.training.origin import origin_of
 from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.session import Run, open_run
@@ -80,6 +85,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
+            say_what_is_read(run, dataset)
             warn_of_missing_images(run, dataset)
             origin = origin_of(run, dataset, config.sft.response_column)
             bad_rows = BadRows(config.data.on_bad_row)

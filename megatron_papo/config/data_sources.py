@@ -44,9 +44,7 @@ class CellRange(Section):
         return self
 
 
-Condition = Annotated[
-    Annotated[Cell, Value] | Annotated[list[Cell], Listed] | Annotated[CellRange, Mapped], Forms
-]
+Condition = Annotated[Annotated[Cell, Value] | Annotated[list[Cell], Listed] | Annotated[CellRange, Mapped], Forms]
 Filter = Annotated[Annotated[str | None, Value] | Annotated[dict[str, Condition], Mapped], Forms]
 
 
@@ -80,7 +78,9 @@ class SourceConfig(Section):
     @classmethod
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None and not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r}: at most 64 letters, digits, `_`, `-` and `.`, since metrics are named after it")
+            raise ValueError(
+                f"{name!r}: at most 64 letters, digits, `_`, `-` and `.`, since metrics are named after it"
+            )
         return name
 
     @model_validator(mode="after")
@@ -172,6 +172,6 @@ def _made_names(entry: SourceConfig) -> tuple[str, str]:
         plain = [part for part in parts if not any(letter in part for letter in "*?[")]
         parts = plain or parts
         if len(plain) == len(parts):
-            parts[-1] = PurePosixPath(parts[-1]).stem if "." in parts[-1][1:] else parts[-1]
+            parts[-1] = re.sub(r"(?<=.)\.[A-Za-z]\w*$", "", parts[-1])
     cleaned = [re.sub(r"[^\w.-]+", "_", part).strip("_") or "data" for part in parts]
     return cleaned[-1][:64], "_".join(cleaned[-2:])[:64]

@@ -92,6 +92,17 @@ class PromptDataset:
         place = bisect_right(self._ends, row)
         return self.sources[place], row - (self._ends[place - 1] if place else 0)
 
+    def first_rows(self, limit: int | None) -> list[int]:
+        """The first `limit` rows (None: all), of several sources the first of each, in proportion to their sizes."""
+        total = len(self)
+        limit = min(limit or total, total)
+        firsts = [(end - len(source), len(source)) for source, end in zip(self.sources, self._ends, strict=True)]
+        return [
+            row
+            for first, size in firsts
+            for row in range(first, first + (limit * (first + size) // total - limit * first // total))
+        ]
+
     @contextmanager
     def named(self, row: int) -> Iterator[None]:
         """A BadRow from within says where the row lies: its source where there are several, its number in the file."""
@@ -169,7 +180,9 @@ class PromptDataset:
             source.fingerprints(more_columns, partial(self._images_of, end - len(source)))
             for source, end in zip(self.sources, self._ends, strict=True)
         ]
-        return each[0] if len(each) == 1 else {part: fingerprint(one[part].encode() for one in each) for part in each[0]}
+        return (
+            each[0] if len(each) == 1 else {part: fingerprint(one[part].encode() for one in each) for part in each[0]}
+        )
 
     def _images_of(self, first: int, row: int) -> tuple[bytes, ...]:
         """The images of row `row` of the source that begins at row `first`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_papo.data.order import random_state
+from megatron_papo.data.random_state import random_state
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,13 @@ def _is_in_range(cell: Any, condition: CellRange) -> bool:
 
 
 def _equal(cell: Any, value: Any) -> bool:
-    """Whether they are equal, a number also to the text that says it: all cells of a CSV are text."""
-    if isinstance(cell, str) and isinstance(value, (bool, int, float)):
-        return cell.strip().lower() == str(value).lower() or _number(cell) == (None if value is True else value)
-    if isinstance(value, str) and isinstance(cell, (bool, int, float)):
-        return _equal(value, cell)
-    return isinstance(cell, bool) == isinstance(value, bool) and bool(cell == value)
+    """Whether they are equal; numbers, true and false also to a text that says them: all cells of a CSV are text."""
+    if isinstance(cell, str) == isinstance(value, str):
+        return isinstance(cell, bool) == isinstance(value, bool) and bool(cell == value)
+    text, other = (cell, value) if isinstance(cell, str) else (value, cell)
+    if isinstance(other, bool):
+        return str(text).strip().lower() == str(other).lower()
+    return isinstance(other, (int, float)) and _number(text) == other
 
 
 def _number(text: str) -> float | None:

@@ -4,8 +4,8 @@ The library would open whatever file a row names, in any format and of any size:
 depth of a column, it is told to leave. Data sets that come as a program it has refused since version 4.
 
 A file (parquet, JSON lines, CSV, Arrow), a pattern of files, a folder saved by `datasets`, a folder of pictures with a
-metadata file, any other folder that `datasets` recognises, a name on the hub, or a function of the user's own. A name that is there as it is written
-is that file or folder, whatever `[ ]`, `?` or `*` it has.
+metadata file, any other folder that `datasets` recognises, a name on the hub, or a function of the user's own. A name
+that is there as it is written is that file or folder, whatever `[ ]`, `?` or `*` it has.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class SourceRows:
         self._check_source_column()
         self.answer_feature = self.rows.features.get(self.columns.answer)
         read = {self.columns.problem, self.columns.answer, self.columns.images}
-        self._others = [
-            name for name, kind in self.rows.features.items() if name not in read and not _is_picture(kind)
-        ]
+        self._others = [name for name, kind in self.rows.features.items() if name not in read and not _is_picture(kind)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,9 +98,7 @@ class SourceRows:
             return None
         return f"none of {len(places)} rows of {self.origin}, which has {len(cells)}, holds a picture in {column!r}"
 
-    def fingerprints(
-        self, more_columns: Sequence[str], images: Callable[[int], Sequence[bytes]]
-    ) -> dict[str, str]:
+    def fingerprints(self, more_columns: Sequence[str], images: Callable[[int], Sequence[bytes]]) -> dict[str, str]:
         """Fingerprints of what is read of the rows, cells of `more_columns` included, and of what `images` gives of a
         row; see `fingerprint.py`."""
         read = (self.columns.problem, self.columns.answer, *more_columns)
