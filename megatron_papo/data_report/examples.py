@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image
 from torch import Tensor
@@ -79,16 +79,10 @@ def _pictures(prompt: Prompt, pixel_values_PD: Tensor | None, processor: Process
 def _pieces(prompt: Prompt, processor: Processor) -> Iterator[Piece]:
     """The text that the token ids stand for, so nothing of it is what somebody believes that the template writes."""
     tokenizer = processor.tokenizer
-    text = tokenizer.decode(
-        prompt.inputs.token_ids_S.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
-    longest_first = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    place = 0
-    for match in re.finditer(rf"({longest_first})\1*", text) if special else ():
-        if match.start() > place:
-            yield Piece(text[place : match.start()], False)
-        yield Piece(match[1], True, len(match[0]) // len(match[1]))
-        place = match.end()
-    if place < len(text):
-        yield Piece(text[place:], False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for key, run in groupby(prompt.inputs.token_ids_S.tolist(), lambda token: token if token in special else None):
+        ids = list(run)
+        if key is None:
+            yield Piece(tokenizer.decode(ids), False)
+        else:
+            yield Piece(str(tokenizer.convert_ids_to_tokens(key)), True, len(ids))

@@ -37,8 +37,8 @@ def _edges(values: np.ndarray) -> np.ndarray:
     least, most = int(values.min()), int(values.max())
     if most - least < _BARS:
         return np.arange(least, most + 2) - 0.5
-    if most > _SKEWED * max(float(np.median(values)), 1.0) or (least > 0 and most > _SKEWED**2 * least):
-        return np.geomspace(max(least, 1), most, _BARS + 1) if least > 0 else np.linspace(least, most, _BARS + 1)
+    if least > 0 and most > _SKEWED * float(np.median(values)):
+        return np.geomspace(least, most, _BARS + 1)
     return np.linspace(least, most, _BARS + 1)
 
 

@@ -54,15 +54,18 @@ def open_rows(config: Config, verb: str, folder: Path) -> Rows:
     which: Literal["train", "eval"] = "eval" if verb == "eval" else "train"
     files = read_processor(folder)
     processor, measuring = Processor(files, folder, config.data), MeasuringProcessor(files, folder, config.data)
+    _ = measuring.form, measuring.end_of_turn_id, measuring.most_letters_of_a_token  # before threads ask for them
+    column = config.sft.response_column if verb == "sft" else None
+    measured, shown = (_dataset(config, verb, which, each) for each in (measuring, processor))
+    return Rows(verb, which, measured, shown, processor, measuring, column)
+
+
+def _dataset(config: Config, verb: str, which: Literal["train", "eval"], processor: Processor) -> PromptDataset:
     if verb == "sft":
         from megatron_papo.sft import Demonstrations  # with the trainer behind it: slow to import
 
-        datasets: list[PromptDataset] = [Demonstrations(config, each) for each in (measuring, processor)]
-    else:
-        datasets = [PromptDataset(config.data, which, each) for each in (measuring, processor)]
-    _ = processor.form, processor.end_of_turn_id, processor.most_letters_of_a_token  # before threads ask for them
-    column = config.sft.response_column if verb == "sft" else None
-    return Rows(verb, which, *datasets, processor, measuring, column)
+        return Demonstrations(config, processor)
+    return PromptDataset(config.data, which, processor)
 
 
 def read_rows(rows: Rows, limit: int | None) -> Survey:
@@ -78,7 +81,8 @@ def read_rows(rows: Rows, limit: int | None) -> Survey:
                 good.append(found)
             advance()
     seconds = time.monotonic() - start
-    return Survey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, seconds)
+    bounds = rows.processor.pixel_bounds
+    return Survey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, bounds, seconds)
 
 
 def _in_order(rows: Rows, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:

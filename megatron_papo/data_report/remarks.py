@@ -8,9 +8,6 @@ from megatron_papo.config import Config
 from megatron_papo.data_report.survey import Survey, most_common
 from megatron_papo.rewards.answers import MAX_ANSWER, kind_of_answer
 
-_SHRUNK = 0.9
-"""A picture of which the model sees less than this share of its pixels has been reduced, and not only rounded."""
-
 
 def headline(survey: Survey) -> str:
     """How many rows there are, and how many of those read can be prompts."""
@@ -64,14 +61,13 @@ def _of_pictures(config: Config, survey: Survey) -> Iterator[str]:
         if survey.verb == "train" and config.loss.perception_coef:
             effect = "; the perception term has nothing to work on there"
         yield f"{_rows(survey.num_without_pictures)} ({share:.1%} of the good ones) without a picture{effect}."
-    pairs = list(zip(survey.pixels, survey.seen_pixels, strict=True))
-    shrunk = sum(seen < _SHRUNK * pixels for pixels, seen in pairs)
-    grown = sum(pixels < _SHRUNK * seen for pixels, seen in pairs)
-    for number, how, key in ((shrunk, "reduced", "max_pixels"), (grown, "enlarged", "min_pixels")):
+    least, most = survey.pixel_bounds
+    shrunk, grown = (sum(pixels > most for pixels in survey.pixels), sum(pixels < least for pixels in survey.pixels))
+    for number, how, key, bound in ((shrunk, "reduced", "max_pixels", most), (grown, "enlarged", "min_pixels", least)):
         if number:
-            yield f"{number} of {len(pairs)} pictures are {how} before the model sees them (data.{key})."
+            yield f"{number} of {len(survey.pixels)} pictures are {how} for the model, by data.{key}={bound}."
     if survey.num_repeated:
-        yield f"{_rows(survey.num_repeated)} with the question and the pictures of an earlier row."
+        yield f"{_rows(survey.num_repeated)} with the same question and pictures as an earlier row."
 
 
 def _of_answers(config: Config, survey: Survey) -> Iterator[str]:

@@ -49,6 +49,8 @@ class Survey:
     num_read: int
     good: Sequence[MeasuredRow]
     bad: Sequence[BadRow]
+    pixel_bounds: tuple[int, int]
+    """The least and the most pixels of a picture as the model sees it."""
     seconds: float
 
     @property
