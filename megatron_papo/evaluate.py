@@ -9,6 +9,7 @@ k3 between the two views, on the answers that were given with the image. `papo e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dataclasses import replace
 from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.config.derived import model_folder
-from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.bad_rows import BadRows, reasons_in_words
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
@@ -95,10 +96,20 @@ def evaluate(
     warn_of_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if not scores:
-        raise NothingEvaluated(f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated")
+        raise NothingEvaluated(
+            f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated: "
+            f"{_reasons(run, bad_rows)}"
+        )
     if "masked_accuracy" in scores:
         scores["gap"] = scores["seen_accuracy"] - scores["masked_accuracy"]
     return {name: value for name, value in scores.items() if not name.startswith("seen_")}
+
+
+def _reasons(run: Run, bad_rows: BadRows) -> str:
+    """Why rows were left out, over all ranks, which all call it."""
+    shares = gather_objects((bad_rows.counts, bad_rows.first), run.layout.data_group)
+    counts = sum((Counter(counts) for counts, _ in shares), Counter[str]())
+    return reasons_in_words(counts, next((first for _, first in shares if first), ""))
 
 
 def _generator(run: Run) -> Generator:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
@@ -382,7 +383,8 @@ def test_stop_names_the_row(processor, bad_file):
 
 def test_a_dataset_without_good_rows_ends(processor, tmp_path):
     path = write_lines(tmp_path / "train.jsonl", [{"problem": "<image>", "answer": "3"}] * 3)
-    with pytest.raises(ValueError, match=r"data.train: no good row left in .*: {'placeholder count': 3}"):
+    told = r"data.train: no good row left in .*: placeholder count 3; the first: row 0: placeholder count \(1 <image>"
+    with pytest.raises(ValueError, match=told):
         draw(open_train(processor, path), DataCursor(num_rows=3, seed=0), BadRows("skip"))
 
 
@@ -390,3 +392,21 @@ def test_evaluation_leaves_bad_rows_out(processor, bad_file):
     tally = BadRows("skip")
     rows = [prompt.row for prompt in prompts_of(open_train(processor, bad_file), range(18), tally)]
     assert rows == [0, *range(9, 18)] and sorted(tally.by_row) == list(range(1, 9))
+
+
+def test_prompts_of_a_certificate_are_the_good_rows_and_where_there_is_none_the_reasons_are_told(processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
+    bad = [{**good, "images": ["gone.png"]}, {**good, "images": ["a.png", "a.png"]}, {**good, "answer": ""}]
+
+    def chosen(*rows):
+        config = load_config(None, [f"data.train={write_lines(tmp_path / f'{len(rows)}.jsonl', rows)}"])
+        data = DATA.model_copy(update={"train": config.data.train, "on_bad_row": "skip"})
+        return prompts_to_certify(config.model_copy(update={"data": data}), processor)
+
+    assert [prompt.problem for prompt in chosen(*bad, good)] == ["<image>How many?"], "pictures come first"
+    with pytest.raises(ValueError) as error:
+        chosen(*bad)
+    assert "data.train: none of the first 3 rows of" in str(error.value)
+    for reason in ("image file missing 1", "the same picture twice 1", "no answer 1", "the first: row 0: image file"):
+        assert reason in str(error.value)
