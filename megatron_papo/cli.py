@@ -18,7 +18,13 @@ from typing import Any
 from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
-from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
+from megatron_papo.preflight.inputs import (
+    fault_of_folder,
+    fault_of_run_dir,
+    faults_of_data,
+    faults_of_inputs,
+    not_a_folder,
+)
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
@@ -46,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
+        if options.verb == "data":
+            return _report_data(options, config)
         num_ranks = _num_ranks(options.verb, config, options.ranks)
         if not options.dry_run:
             _check_given(options, config)
@@ -110,6 +118,21 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         if _speaks():
             print(f"papo: error: {as_text(error)}", file=sys.stderr)
         return 2
+
+
+def _report_data(options: argparse.Namespace, config: Config) -> int:
+    """`papo data`. Raises ConfigError for settings, options and data that cannot be read."""
+    out = options.out or config.run.dir / "data.html"
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: {options.limit} is no number of rows")
+    folder = [f"--out: {out}: is a folder"] if os.path.isdir(out) else fault_of_folder("--out", out.parent)
+    _raise_any([*faults_of_data(options.of, config), *folder])
+    from megatron_papo.data_report import main as report_data
+
+    try:
+        return report_data(config, options.of, options.limit, out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:

@@ -36,6 +36,11 @@ def faults_of_inputs(verb: str, config: Config) -> list[str]:
     return [fault for part in parts for fault in part(verb, config)]
 
 
+def faults_of_data(verb: str, config: Config) -> list[str]:
+    """Those of `faults_of_inputs` that concern the data, and a model folder that is not named."""
+    return [*_models(verb, config), *_data(verb, config)]
+
+
 def fault_of_folder(key: str, folder: Path, inner: Sequence[str] = ()) -> list[str]:
     """Why `folder`, which `key` names, or one of its folders `inner`, can neither be there nor be made; as far as it
     shows without writing."""
