@@ -27,9 +27,11 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
+from megatron_papo.rewards.returned import FAILED
 from megatron_papo.training.batching import pack_rows
 from megatron_papo.training.console import print_scores, warn_of_bad_rows, warn_of_missing_images
 from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.reward_failures import FILE
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
@@ -39,7 +41,7 @@ _PROMPTS_AT_ONCE = 64
 
 
 class NothingEvaluated(ValueError):
-    """Raised where every row of `data.eval` is a bad row."""
+    """Raised where every row of `data.eval` is a bad row, or the user's reward function failed for all responses."""
 
 
 def main(config: Config) -> int:
@@ -71,7 +73,8 @@ def evaluate(
 
     With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
     `masked_response_tokens`, `perception_kl` (nats a token), and `gap`, the accuracy with the image less that with the
-    masked one. Raises NothingEvaluated.
+    masked one. `failed` and `masked_failed` are the share of responses for which the user's reward function failed,
+    where there are any; they count 0. Raises NothingEvaluated.
     """
     config = run.config
     num_rows = min(len(dataset), config.eval.limit or len(dataset))
@@ -96,6 +99,9 @@ def evaluate(
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if not scores:
         raise NothingEvaluated(f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated")
+    if scores["failed"] == 1.0:
+        raise NothingEvaluated(f"reward.function: it failed for all responses to data.eval: see {run.folder / FILE}")
+    scores = {name: value for name, value in scores.items() if value or not name.endswith(FAILED)}
     if "masked_accuracy" in scores:
         scores["gap"] = scores["seen_accuracy"] - scores["masked_accuracy"]
     return {name: value for name, value in scores.items() if not name.startswith("seen_")}
@@ -124,7 +130,7 @@ def _answer(
         masked=masked,
     )
     with run.clock.stage("answer"):
-        return reward_groups(rewarder, generate(run, generator, prompts, sampling), run.layout)
+        return reward_groups(run, rewarder, generate(run, generator, prompts, sampling))
 
 
 def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
@@ -132,6 +138,9 @@ def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
     values = {
         name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")
     }
+    values[FAILED] = [
+        value for group in groups for value in group.reward_parts.get(FAILED, (0.0,) * len(group.rollouts))
+    ]
     values["response_tokens"] = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
     return {f"{prefix}{name}": (float(sum(numbers)), float(len(numbers))) for name, numbers in values.items()}
 
