@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_papo.rewards.returned import Failed, Value, failed_with, read_returned
-from megatron_papo.rewards.rows import RewardRow
+from megatron_papo.rewards.reward_row import RewardRow
 from megatron_papo.rewards.starters import Starter
 
 FIRST_PAUSE_S = 1.0
@@ -27,7 +27,7 @@ _CHANCE = random.SystemRandom()
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     concurrency: int
     """Calls at a time."""
     timeout_s: float
@@ -55,7 +55,7 @@ class _Running:
 class Asking:
     """`wait` until it is true; then `values` has one entry a row. The first call begins with the first `wait`."""
 
-    def __init__(self, starter: Starter, batches: Sequence[Sequence[RewardRow]], limits: Limits) -> None:
+    def __init__(self, starter: Starter, batches: Sequence[Sequence[RewardRow]], limits: CallLimits) -> None:
         """`batches`: the rows of each call."""
         self._starter, self._limits = starter, limits
         self._rows = [row for batch in batches for row in batch]

@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_papo.config import RewardConfig
 from megatron_papo.config.user_function import load_user_function, name_of_function
-from megatron_papo.rewards.asking import Asking, Limits
+from megatron_papo.rewards.asking import Asking, CallLimits
 from megatron_papo.rewards.returned import Failed, Value, failed_with, read_returned
-from megatron_papo.rewards.rows import RewardRow
+from megatron_papo.rewards.reward_row import RewardRow
 from megatron_papo.rewards.starters import LoopStarter, Starter, ThreadStarter
 
 _KEY = "reward.function"
@@ -38,7 +38,7 @@ class OwnFunction:
             raise ValueError(f"{_KEY}: {name} is async and must take (rows)")
         self._rows_per_call = reward.rows_per_call
         concurrency = reward.concurrency or (_ASYNC_CALLS if is_async else 1)
-        self._limits = Limits(concurrency, reward.function_timeout_s, reward.retries)
+        self._limits = CallLimits(concurrency, reward.function_timeout_s, reward.retries)
         self._starter: Starter = LoopStarter(self._function) if is_async else ThreadStarter(self._function)
 
     def ask(self, groups: Sequence[Sequence[RewardRow]]) -> Asking:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_papo.text.untrusted import as_text, shortened
@@ -30,8 +33,18 @@ Value = float | dict[str, float]
 
 
 def failed_with(error: BaseException) -> Failed:
-    """The failure that an exception is."""
-    return Failed(f"failed: {type(error).__name__}: {as_text(shortened(error, _MOST_SHOWN))}")
+    """The failure that an exception is, with the place in the user's own code that raised it."""
+    return Failed(f"failed: {type(error).__name__}: {as_text(shortened(error, _MOST_SHOWN))}{_place(error)}")
+
+
+def _place(error: BaseException) -> str:
+    """The innermost place outside Python's library and installed packages; empty where there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith((sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "<"))
 
 
 def read_returned(returned: Any, num_rows: int) -> list[Value | Failed]:

@@ -23,7 +23,7 @@ from megatron_papo.rewards.asking import Asking
 from megatron_papo.rewards.own_function import OwnFunction
 from megatron_papo.rewards.parts import anls, format_reward, overlong, repetition, without_spaces_at_tags
 from megatron_papo.rewards.returned import FAILED, Failed, Value
-from megatron_papo.rewards.rows import RewardRow, rows_of
+from megatron_papo.rewards.reward_row import RewardRow, rows_of
 from megatron_papo.rewards.spelling import normalise
 from megatron_papo.rewards.verifier import Verifier
 from megatron_papo.types import Group, Prompt, Rollout

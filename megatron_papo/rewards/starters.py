@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from megatron_papo.rewards.rows import RewardRow
+from megatron_papo.rewards.reward_row import RewardRow
 
 _MOST_LEFT_BEHIND = 100
 """Threads of calls that ran out of time and still run; with more of them, calls fail until some have returned."""

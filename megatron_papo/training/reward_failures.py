@@ -16,7 +16,7 @@ from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.files.small_files import append_record
 from megatron_papo.rewards.own_function import OwnFunction
 from megatron_papo.rewards.returned import FAILED, Failed
-from megatron_papo.rewards.rows import RewardRow
+from megatron_papo.rewards.reward_row import RewardRow
 from megatron_papo.text.untrusted import shortened
 from megatron_papo.training.console import warn
 from megatron_papo.training.session import Run
