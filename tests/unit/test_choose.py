@@ -112,7 +112,7 @@ def test_groups_with_a_failed_reward_are_left_out_and_the_rest_is_cut_anew(alone
 
 def test_a_step_of_which_every_group_failed_ends_the_run(alone):
     chosen = ChosenGroups(TrainConfig(prompts_per_step=3, group_size=2), merge_unit=4, drop_failed=True)
-    with pytest.raises(ValueError, match="^reward.on_failure=drop_group: .* every prompt of the step"):
+    with pytest.raises(ValueError, match=r"^reward.on_failure=drop_group: .* every prompt of the step"):
         chosen.add(range(3), _with_a_failure([MIXED] * 3, 3), alone)
 
 
