@@ -133,7 +133,7 @@ def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
             groups = reward_groups(run, training.rewarder, groups, step)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
-    with clock.stage("hand over"):
+    with clock.stage("hand_over"):
         hand_over(run, training.generator, policy_version=step + 1)
     metrics |= sum_metrics(training.generator.take_metrics())  # before the certifier's requests add to them
     return groups, metrics | training.certifier.after_hand_over(step + 1)
@@ -164,6 +164,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
+    metrics["perception_coef"] = settings.perception_coef, 1.0
     warn_of_skipped_updates(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 
@@ -173,7 +174,7 @@ def open_training(run: Run) -> Iterator[Training]:
     """The state of a training run as it starts, closed again at the end; the generator has no weights yet."""
     config = run.config
     with ExitStack() as stack:
-        with run.clock.stage("set up"):
+        with run.clock.stage("set_up"):
             dataset = training_rows(run)
             warn_of_missing_images(run, dataset, perception=config.reads_masked_view)
             origin = origin_of(run, dataset)
@@ -294,6 +295,6 @@ def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
 def _resume(training: Training, checkpoints: Checkpoints) -> int:
     """Loads the newest checkpoint and gives the generator its weights; the step to begin with."""
     restore(training, checkpoints)
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
     return checkpoints.next_step

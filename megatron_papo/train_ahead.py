@@ -127,7 +127,7 @@ def _hand_over(training: Training, policy_version: int) -> Metrics:
     """Gives the engines the policy's weights unless they have them already; what the certificate measured of them."""
     if training.generator.policy_version == policy_version:
         return {}
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version)
     return training.certifier.after_hand_over(policy_version)
 
@@ -155,7 +155,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> PendingRollouts | N
     if step >= training.run.config.train.steps:
         return None
     pending = _restore_pending(training, saved, step) if saved else None
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)
     return pending

@@ -19,6 +19,7 @@ from megatron_papo.algorithm.advantages import keep_group
 from megatron_papo.config import Config, DynamicSamplingConfig, TrainConfig
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.optimization.pipeline import add_metrics
+from megatron_papo.training.length_percentiles import length_counts
 from megatron_papo.training.reward_failures import has_failed
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.types import Group, Metrics
@@ -71,7 +72,8 @@ class ChosenGroups:
             if not (self.drop_failed and has_failed(group))
         }
         own_kept = _kept(usable, self.train.dynamic_sampling)
-        share = (len(groups), list(usable), list(own_kept), rollout_sums(groups, self.merge_unit))
+        sums = rollout_sums(groups, self.merge_unit) | length_counts(groups)
+        share = (len(groups), list(usable), list(own_kept), sums)
         all_ranks = gather_objects(share, data_group)
         kept = [place for _, _, places, _ in all_ranks for place in places]
         generated = dict(self.generated)

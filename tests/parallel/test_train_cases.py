@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import importlib
 import io
@@ -16,6 +17,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from megatron_papo.files.small_files import read_records
 from megatron_papo.rewards import RewardRow
@@ -255,6 +257,42 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     assert told_elsewhere[5:] == ["", ""], "the writer speaks for all"
 
 
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.distcp"))
+
+
+def test_what_a_run_saves_and_exports_is_what_the_settings_ask_for(inputs, tmp_path):
+    """Checkpoints of weights alone, from which a run goes on with new moments; none; folders on the way."""
+
+    def sft(name: str, steps: int, **settings: Any) -> tuple[str, Config]:
+        return "sft", tiny_run(inputs, tmp_path / name, sft__steps=steps, sft__batch_size=2, **settings)
+
+    weights = {"checkpoint__contents": "weights", "checkpoint__save_every": 1}
+    exported = {"checkpoint__export_every": 1, "checkpoint__keep_exports": 2, "checkpoint__export_at_end": True}
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked/exports").write_text("a file, where the folder belongs")
+    runs = [sft("full", 2), sft("weights", 2, **weights), sft("weights", 3, **weights, **exported)]
+    runs += [sft("none", 3, checkpoint__contents="none", **exported), sft("blocked", 1, **exported)]
+    told, _ = run_ranks(_said, 2, *runs)
+    full, last = (tmp_path / name / "checkpoints/step_00000002" for name in ("full", "weights"))
+    assert _bytes_of(last) < 0.4 * _bytes_of(full), "weights are a third of a checkpoint in float32"
+    assert told[2].splitlines()[:2] == [
+        f"papo: resumed from {last}, step 2",
+        f"papo: warning: {last} holds no optimizer state (checkpoint.contents=weights): Adam's moments begin anew",
+    ]
+    assert read_state_file(last)["schedule_steps"] == 2, "the learning rate goes on where it was"
+    assert [line["step"] for line in _records(tmp_path / "weights")] == [0, 1, 2]
+    assert {path.name for path in (tmp_path / "none").iterdir()} >= {"export", "exports"}
+    assert not (tmp_path / "none/checkpoints").exists()
+    exports = sorted((tmp_path / "none/exports").iterdir())
+    assert [path.name for path in exports] == ["step_00000002", "step_00000003"], "the newest two are kept"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert filecmp.cmp(exports[-1] / name, tmp_path / "none/export" / name, shallow=False), "the same weights"
+    assert not filecmp.cmp(exports[0] / "model.safetensors", exports[1] / "model.safetensors", shallow=False)
+    assert "the Hugging Face folder of step 1 was not written: rank 0: " in told[4] and "blocked/exports" in told[4]
+    assert _records(tmp_path / "blocked")[-1]["step"] == 0 and (tmp_path / "blocked/export/config.json").is_file()
+
+
 def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(inputs, tmp_path):
     """FLOPs of the head by hand: forward and backward of the update, and log-probs of the reference."""
     runs = {"train__steps": 2, "observe__profile_step": 1, "observe__peak_tflops": 0.5}
@@ -270,13 +308,16 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         update = sum(value for name, value in two.items() if name.startswith("flops/")) * 3 / 4
         assert two["tflops_per_gpu"] == pytest.approx(update / two["time/update"] / 2 / 1e12)
         assert two["tokens_per_s"] >= two["tokens_computed_per_s"] > 0
-        if "memory/update" in two:
-            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
-            assert all(2**26 < two[f"memory/{stage}"] < 2**36 for stage in stages)
+        assert two["tokens_per_s_per_gpu"] == two["tokens_per_s"] / 2 and two["time/step"] > two["time/update"]
+        lengths = [two[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert lengths == sorted(lengths) == [one[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        if "memory_gib/update" in two:
+            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand_over")
+            assert all(2**-4 < two[f"memory_gib/{stage}"] < 2**6 for stage in stages)
     for rank in range(2):
         with gzip.open(tmp_path / "2" / "profile" / f"rank_{rank}.json.gz") as trace:
             names = {event.get("name") for event in json.load(trace)["traceEvents"]}
-        assert {"draw", "generate", "pack", "score", "update", "hand over"} <= names
+        assert {"draw", "generate", "pack", "score", "update", "hand_over"} <= names
         assert {"aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"} <= names
     assert len(list((tmp_path / "1" / "profile").iterdir())) == 1
 

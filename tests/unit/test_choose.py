@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_papo.config import TrainConfig
 from megatron_papo.training.dynamic_sampling import ChosenGroups
+from megatron_papo.training.length_percentiles import split_lengths
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 MIXED, WRONG, RIGHT = (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)
@@ -61,6 +62,18 @@ def test_what_is_reported_is_of_all_that_was_generated(alone):
     assert means["reward/accuracy"] == pytest.approx(6 / 18), "0.5 of those kept"
     assert means["reward"] == pytest.approx(0.9 * 6 / 18)
     assert (means["group/all_equal"], means["response_tokens"], means["prompt_tokens"]) == (5 / 9, 1.5, 3)
+
+
+def test_percentiles_of_lengths_are_of_all_ranks_and_rounds(alone):
+    """By hand: `_group` has prompts of three tokens, and responses of one and of two."""
+    rest, found = split_lengths(_chosen(alone, [WRONG, MIXED, MIXED], [MIXED, MIXED, WRONG]).metrics)
+    assert not [name for name in rest if "lengths" in name] and "response_tokens" in rest
+    assert found == {f"prompt_tokens_{name}": 3 for name in ("p50", "p90", "p99", "max")} | {
+        "response_tokens_p50": 1, "response_tokens_p90": 2, "response_tokens_p99": 2, "response_tokens_max": 2,
+    }  # fmt: skip
+    ten = {f"trained/lengths/response_tokens/{tokens}": (1.0, 1.0) for tokens in (7, 100, *range(10, 18))}
+    shares = {name.removeprefix("trained/response_tokens_"): value for name, value in split_lengths(ten)[1].items()}
+    assert shares == {"p50": 13, "p90": 17, "p99": 100, "max": 100}
 
 
 def test_without_dynamic_sampling_all_are_trained_on_and_nothing_is_reported_twice(alone):
