@@ -28,9 +28,11 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
+from megatron_papo.rewards.returned import FAILED
 from megatron_papo.training.batching import pack_rows
 from megatron_papo.training.console import print_scores, say_what_is_read, warn_of_bad_rows, warn_of_missing_images
 from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.reward_failures import FILE
 from megatron_papo.training.rollout_metrics import sum_and_count, sums_by_source
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
@@ -41,7 +43,7 @@ _PROMPTS_AT_ONCE = 64
 
 
 class NothingEvaluated(ValueError):
-    """Raised where every row of `data.eval` is a bad row."""
+    """Raised where every row of `data.eval` is a bad row, or the user's reward function failed for all responses."""
 
 
 def main(config: Config) -> int:
@@ -74,7 +76,9 @@ def evaluate(
 
     With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
     `masked_response_tokens`, `perception_kl` (nats a token), and `gap`, the accuracy with the image less that with the
-    masked one. Where rows name their source, also `source/<name>/<score>` of each. Raises NothingEvaluated.
+    masked one. `failed` and `masked_failed` are the share of responses for which the user's reward function failed,
+    where there are any; they count 0. Where rows name their source, also `source/<name>/<score>` of each. Raises
+    NothingEvaluated.
     """
     config = run.config
     all_rows = dataset.first_rows(config.eval.limit)
@@ -102,7 +106,9 @@ def evaluate(
             f"data.eval: no good row left in {dataset.name}, of {len(all_rows)}: nothing was evaluated: "
             f"{_reasons(run, bad_rows)}"
         )
-    return with_gaps(scores)
+    if scores[FAILED] == 1.0:
+        raise NothingEvaluated(f"reward.function: it failed for all responses to data.eval: see {run.folder / FILE}")
+    return with_gaps({name: value for name, value in scores.items() if value or not name.endswith(FAILED)})
 
 
 def _reasons(run: Run, bad_rows: BadRows) -> str:
@@ -135,7 +141,7 @@ def _answer(
         masked=masked,
     )
     with run.clock.stage("answer"):
-        return reward_groups(rewarder, generate(run, generator, prompts, sampling), run.layout)
+        return reward_groups(run, rewarder, generate(run, generator, prompts, sampling))
 
 
 def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
@@ -144,6 +150,7 @@ def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
 
     def scores(group: Group) -> dict[str, list[float]]:
         values = {name: list(group.reward_parts[name]) for name in ("accuracy", "format")}
+        values[FAILED] = list(group.reward_parts.get(FAILED, (0.0,) * len(group.rollouts)))
         values["response_tokens"] = [float(len(rollout.response_ids)) for rollout in group.rollouts]
         return {f"{prefix}{name}": numbers for name, numbers in values.items()}
 

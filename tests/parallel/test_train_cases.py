@@ -19,6 +19,8 @@ import pytest
 
 from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
+from megatron_papo.files.small_files import read_records
+from megatron_papo.rewards import RewardRow
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
 from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
@@ -27,6 +29,14 @@ from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, ti
 def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:
     """A reward that differs within a group for two prompts, and is nothing for all others."""
     return share_of_even_bytes(response, answer, problem) if problem.endswith(("0?", "1?")) else 0.0
+
+
+async def fails_but_for_row_0(rows: list[RewardRow]) -> list[dict[str, float]]:
+    """A reward that fails for every row but one, and for one response to another."""
+    row = rows[0]
+    if not row.problem.endswith("0?") and (row.rollout == 1 or not row.problem.endswith("1?")):
+        raise ConnectionError("the judge is away")
+    return [{"even": share_of_even_bytes(row.response, row.answer, row.problem)}]
 
 
 def _stopped(config: Config) -> str:
@@ -70,8 +80,26 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
         "train__tokens_per_micro_batch": 400,
         "perception__masked_branch": branch,
     }
+    of_failed = {
+        "reward__function": "tests.parallel.test_train_cases:fails_but_for_row_0",
+        "reward__on_failure": "drop_group",
+        "data__shuffle": "false",
+        "train__steps": 1,
+        "train__tokens_per_micro_batch": 400,
+        "perception__masked_branch": branch,
+    }
     for ranks in (1, 2):
-        run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
+        failed = tiny_run(inputs, tmp_path / f"failed_{ranks}", **of_failed)
+        run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings), failed)
+    (alone,), (shared,) = metrics(tmp_path / "failed_1"), metrics(tmp_path / "failed_2")
+    assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
+    assert shared["sampling/kept_share"] == 1 / 4 and shared["trained/reward/failed"] == 0
+    assert shared["reward/failed"] == pytest.approx(7 / 12) and shared["rewards_failed"] == 7
+    told = read_records(tmp_path / "failed_2" / "reward_failures.jsonl")
+    assert sorted((line["prompt"][-1], line["rollout"]) for line in told) == [
+        ("1", 1), ("2", 0), ("2", 1), ("2", 2), ("3", 0), ("3", 1), ("3", 2),
+    ]  # fmt: skip
+    assert told[0]["reason"].startswith("failed: ConnectionError: the judge is away (test_train_cases.py:")
     (alone,), (shared,) = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
     assert shared["sampling/rounds"] >= 3 and shared["sampling/kept_share"] < 0.5
