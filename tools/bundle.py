@@ -14,7 +14,6 @@ architectures, and pip, which downloads. Exit status: 0 done; 2 refused.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -30,19 +29,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_papo.preflight.tested_versions import spelt, versions
+from tools.bundle_files import (
+    ABOUT,
+    LEGACY_TAGS,
+    LIST,
+    ROOT,
+    SET,
+    SOURCE,
+    SUMS,
+    WHEELS,
+    digest,
+    glibc_of,
+    install,
+    make_venv,
+    own_glibc,
+    run,
+    verify,
+    wheels_of,
+    write_sums,
+)
 
-SUMS, ABOUT, WHEELS, LIST, SET, SOURCE = (
-    "SHA256SUMS", "bundle.json", "wheels", "requirements.txt", "constraints.txt", "megatron_papo.tar.gz",
-)  # fmt: skip
 TRANSFORMER_ENGINE = "transformer-engine-torch"
 _HASHED = re.compile(r"^([\w.-]+)==\S+.*--hash=sha256:(\w{64})", re.M)
-_NEEDS_GLIBC = re.compile(r"manylinux_2_(\d+)_")
-_LEGACY = {"manylinux2014": 17, "manylinux2010": 12, "manylinux1": 5}
-"""Old names of platform tags → the second number of the glibc that they mean."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Target:
     with_te: bool
 
     def in_words(self) -> str:
-        te = "" if self.with_te else ", without Transformer Engine"
+        te = ", without Transformer Engine" if self.set == "cuda" and not self.with_te else ""
         return f"the {self.set} set for Python {self.python}, {self.arch}, glibc 2.{self.glibc}{te}"
 
 
@@ -80,14 +91,16 @@ class Package:
 
 def main() -> int:
     options = _parser().parse_args()
+    options.folder = options.folder.absolute()
     try:
         if options.verb == "make":
             glibc = _second_number(options.glibc)
-            make(options.folder, Target(options.set, options.arch, options.python, glibc, not options.without_te))
+            with_te = options.set == "cuda" and not options.without_te
+            make(options.folder, Target(options.set, options.arch, options.python, glibc, with_te))
         elif options.verb == "verify":
             print(f"bundle: {verify(options.folder)} files are as the list says")
         else:
-            install(options.folder, options.venv)
+            install(options.folder, options.venv.absolute())
     except (ValueError, OSError) as error:
         print(*(f"bundle: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
@@ -134,13 +147,13 @@ def make(folder: Path, target: Target) -> None:
     _drop_others(packages, folder / WHEELS)
     (folder / LIST).write_text("".join(f"{package.name}=={package.version}\n" for package in packages))
     _pack_project(folder / SOURCE)
-    glibc = _own_glibc() if sources else 0
+    glibc = own_glibc() if sources else 0
     glibc = max(glibc, *(glibc_of(file.name) for file in (folder / WHEELS).iterdir()))
     (folder / ABOUT).write_text(json.dumps(asdict(target) | {"glibc": glibc}, indent=1) + "\n")
     write_sums(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*")) / 2**30
     print(f"bundle: {folder}: {len(packages)} packages, {size:.2f} GiB, after {time.monotonic() - started:.0f} s")
-    print(f"bundle: SHA-256 of {SUMS}: {_digest(folder / SUMS)}")
+    print(f"bundle: SHA-256 of {SUMS}: {digest(folder / SUMS)}")
 
 
 def resolved(target: Target) -> list[Package]:
@@ -192,7 +205,7 @@ def _check_compilable(sources: list[Package], target: Target) -> None:
     names = ", ".join(f"{package.name} {package.version}" for package in sources)
     only_te = [package.name for package in sources] == [TRANSFORMER_ENGINE]
     way_out = "; WITHOUT_TE=1 leaves it out" if only_te else ""
-    here, glibc = platform.machine(), _own_glibc()
+    here, glibc = platform.machine(), own_glibc()
     if here != target.arch or glibc > target.glibc:
         raise ValueError(
             f"{names}: no wheel fits, and source is compiled on a machine like the target, {target.arch} with glibc "
@@ -201,21 +214,6 @@ def _check_compilable(sources: list[Package], target: Target) -> None:
     nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     if TRANSFORMER_ENGINE in (package.name for package in sources) and not os.access(nvcc, os.X_OK):
         raise ValueError(f"{names}: no wheel fits, and there is no {nvcc} to compile it: set CUDA_HOME{way_out}")
-
-
-def _own_glibc() -> int:
-    """The second number of this machine's glibc, 0 where the C library is another."""
-    name, version = platform.libc_ver()
-    return int(version.split(".")[1]) if name == "glibc" else 0
-
-
-def glibc_of(wheel: str) -> int:
-    """The second number of the oldest glibc that a wheel's name admits, 0 for any."""
-    tags = wheel.removesuffix(".whl").rsplit("-", 1)[-1].split(".")
-    numbers = [int(found[1]) for tag in tags if (found := _NEEDS_GLIBC.match(tag))]
-    return min(
-        numbers + [number for tag in tags for name, number in _LEGACY.items() if tag.startswith(name)], default=0
-    )
 
 
 def _begin(folder: Path, target: Target) -> None:
@@ -235,38 +233,33 @@ def _begin(folder: Path, target: Target) -> None:
 
 def _download(wheels: list[Package], target: Target, into: Path) -> None:
     """By pip, which takes the wheel that fits best, with the hashes that uv was told."""
-    names = [f"manylinux_2_{number}" for number in range(target.glibc, 4, -1)] + [*_LEGACY, "linux"]
+    names = [f"manylinux_2_{number}" for number in range(target.glibc, 4, -1)] + [*LEGACY_TAGS, "linux"]
     platforms = [word for name in names for word in ("--platform", f"{name}_{target.arch}")]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
-        wanted.write("\n".join(package.line() for package in wheels))
-        wanted.flush()
+    with tempfile.TemporaryDirectory(dir=into.parent) as partial:  # as large as the bundle, so on the same disk
+        wanted = Path(partial, "wanted.txt")
+        wanted.write_text("\n".join(package.line() for package in wheels))
         options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--implementation", "cp", *platforms]
         words = ["download", "--quiet", *options, "--python-version", target.python, "-d", str(into)]
-        _run([sys.executable, "-m", "pip", *words, "-r", wanted.name])
+        run([sys.executable, "-m", "pip", *words, "-r", str(wanted)], TMPDIR=partial)
 
 
 def _compile(sources: list[Package], folder: Path) -> None:
     """Makes wheels of source archives, in an environment that has the bundle's other packages. What a compiler is
     to find, `make` puts into the environment variables."""
     venv = folder.with_name(f"{folder.name}.build")
-    _make_venv(venv)
+    make_venv(venv)
     python = venv / "bin" / "python"
-    others = [f"{name}=={_version}" for name, _version in _wheels_of(folder / WHEELS)]
+    others = [f"{name}=={_version}" for name, _version in wheels_of(folder / WHEELS)]
     offline = ["--isolated", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(folder / WHEELS)]
     source_names = {package.name for package in sources}
-    _run([str(python), "-m", "pip", *offline, *(line for line in others if line.split("==")[0] not in source_names)])
+    run([str(python), "-m", "pip", *offline, *(line for line in others if line.split("==")[0] not in source_names)])
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
         wanted.write("\n".join(package.line() for package in sources))
         wanted.flush()
         words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", str(folder / WHEELS)]
         print(f"bundle: compiling {', '.join(sorted(source_names))}", flush=True)
-        _run([str(python), "-m", "pip", *words, "-r", wanted.name])
+        run([str(python), "-m", "pip", *words, "-r", wanted.name])
     shutil.rmtree(venv)
-
-
-def _wheels_of(folder: Path) -> list[tuple[str, str]]:
-    """Name and version of each wheel in `folder`."""
-    return [(spelt(parts[0]), parts[1]) for parts in (file.name.split("-") for file in sorted(folder.glob("*.whl")))]
 
 
 def _drop_others(packages: list[Package], folder: Path) -> None:
@@ -289,86 +282,6 @@ def _pack_project(archive: Path) -> None:
         for name in sorted(filter(None, listed.stdout.decode().split("\0"))):
             if (ROOT / name).exists():
                 packed.add(ROOT / name, f"megatron_papo/{name}")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS: a line for every file below `folder` but itself."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SUMS)
-    (folder / SUMS).write_text("".join(f"{_digest(file)}  {file.relative_to(folder)}\n" for file in files))
-
-
-def verify(folder: Path) -> int:
-    """Number of files; ValueError, a line each, for files that lack, differ or are not in the list: `pip` would take
-    those too."""
-    if not (folder / SUMS).is_file():
-        raise ValueError(f"{folder}: has no {SUMS}: no bundle, or one that was not finished")
-    lines = [line.partition("  ") for line in (folder / SUMS).read_text().splitlines()]
-    listed = {name: told for told, _, name in lines}
-    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()} - {SUMS}
-    faults = [f"{name}: is not there" for name in sorted(listed.keys() - there)]
-    faults += [f"{name}: is not in {SUMS}" for name in sorted(there - listed.keys())]
-    same = sorted(listed.keys() & there)
-    faults += [f"{name}: is damaged: its checksum differs" for name in same if _digest(folder / name) != listed[name]]
-    if faults:
-        raise ValueError("\n".join(f"{folder}/{fault}" for fault in faults))
-    return len(there)
-
-
-def check_machine(about: dict[str, Any], python: str, arch: str, glibc: int) -> None:
-    """Raises ValueError where a bundle is for another kind of machine."""
-    here = {"python": python, "arch": arch}
-    for key, value in here.items():
-        if about[key] != value:
-            raise ValueError(f"the bundle is for {key} {about[key]}, this machine has {value}")
-    if about["glibc"] > glibc:
-        raise ValueError(f"the bundle needs glibc 2.{about['glibc']}, this machine has 2.{glibc}")
-
-
-def install(folder: Path, venv: Path) -> None:
-    """Installs a bundle and this checkout into `venv`, asking no index. Raises ValueError for a damaged bundle."""
-    started = time.monotonic()
-    files = verify(folder)
-    about = json.loads((folder / ABOUT).read_text())
-    check_machine(about, "{}.{}".format(*sys.version_info), platform.machine(), _own_glibc())
-    print(f"bundle: {files} files are as the list says; installing the {about['set']} set into {venv}", flush=True)
-    _make_venv(venv)
-    python = venv / "bin" / "python"
-    offline = ["--no-index", "--no-deps", "--find-links", str(folder / WHEELS)]
-    if uv := shutil.which("uv"):
-        pip = [uv, "--no-config", "--offline", "pip", "install", "--quiet", "--python", str(python), *offline]
-    else:
-        pip = [str(python), "-m", "pip", "--isolated", "install", "--quiet", *offline]
-    _run([*pip, "-r", str(folder / LIST)])
-    _run([*pip, "--no-build-isolation", "-e", str(ROOT)])
-    shutil.copy(folder / SET, venv / "constraints.txt")
-    (venv / "set").write_text(f"{about['set']}\n")
-    print(f"bundle: {venv} is ready, after {time.monotonic() - started:.0f} s; now: {venv}/bin/papo doctor")
-
-
-def _make_venv(venv: Path) -> None:
-    """By Python's own module, which brings its pip along; uv's is for a Python that lacks that."""
-    if os.access(venv / "bin" / "python", os.X_OK):
-        return
-    done = subprocess.run([sys.executable, "-m", "venv", str(venv)], text=True, capture_output=True)
-    uv = shutil.which("uv")
-    if done.returncode and uv is None:
-        raise ValueError(f"{venv}: {sys.executable} makes no environment: {(done.stdout + done.stderr).strip()}")
-    if done.returncode:
-        shutil.rmtree(venv, ignore_errors=True)
-        _run([str(uv), "--offline", "venv", "--quiet", "--python", sys.executable, str(venv)])
-
-
-def _run(command: list[str]) -> None:
-    """Raises ValueError with the command, whose own words stand above it."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("UV_",))}
-    done = subprocess.run(command, cwd=ROOT, env=environ)
-    if done.returncode:
-        raise ValueError(f"this failed with status {done.returncode}: {' '.join(command[:6])} ...")
 
 
 if __name__ == "__main__":
