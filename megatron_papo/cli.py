@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
 from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
@@ -23,25 +24,18 @@ from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
 
-_VERBS = {
-    "sft": "supervised warm-up on the demonstrations of data.train",
-    "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
-    "certify": "what Hugging Face, trainer and engine make of the same prompts, part by part, without training",
-    "eval": "avg@k on data.eval, with the images and with them masked",
-    "score": "log-probs, entropy and perception KL of given responses, token by token",
-}
 _LOCKING = ("sft", "train", "certify")
-_SETTINGS_HELP = "a YAML file of settings, and settings as key.path=value, which win over the file"
-_EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 a rank failed, 2 refused settings."""
-    options = _parse(sys.argv[1:] if argv is None else argv)
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
         from megatron_papo.preflight.doctor import main as doctor
 
         return doctor()
+    if options.verb == "export":
+        return _export(options)
     config = None
     try:
         _check_shell()
@@ -65,6 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options, config, num_ranks)
     except ConfigError as error:  # of the folders that the ranks would need
         return _refuse(error, config)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_papo.conversion.export import ExportRequest, export
+
+    go_on_without_readers()
+    names = ("source", "out", "best", "step", "dtype", "workers", "push", "public")
+    try:
+        return export(ExportRequest(**{name: getattr(options, name) for name in names}))
+    except ValueError as error:
+        return _refuse(ConfigError(str(error)), None)
+    except OSError as error:
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), None)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
@@ -115,62 +122,6 @@ def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:
     first = outer is None or environ["RANK"] == "0"
     mine = Holder.here(verb, environ, config.run.heartbeat_limit_s)
     return exclusive_run(config.run.dir, mine, takes=first and verb in _LOCKING)
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="papo", description="Perception-aware reinforcement learning of vision-language models.", epilog=_EPILOG
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text in _VERBS.items():
-        _add_verb(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG), name)
-    _add_check(verbs)
-    text = "what this machine has, and what each absence costs"
-    verbs.add_parser("doctor", help=text, description=text)
-    options, rest = parser.parse_known_args(argv)
-    # argparse takes one run of positional arguments; those between and after options come back as the rest
-    unknown = [word for word in rest if word.startswith("-") or options.verb == "doctor"]
-    if unknown:
-        parser.error(as_text(f"unrecognized arguments: {' '.join(unknown)}"))
-    if options.verb != "doctor":
-        words = [*options.settings, *rest]
-        files = [word for word in words if "=" not in word]
-        if len(files) > 1:
-            parser.error(as_text(f"one settings file at most, got {' '.join(files)}"))
-        options.config = Path(files[0]) if files else None
-        options.overrides = [word for word in words if "=" in word]
-    return options
-
-
-def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        metavar="N",
-        help="local ranks to start; by default parallel.tensor x parallel.pipeline, and those of separate engines",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
-    parser.set_defaults(model=None)
-    if name in ("eval", "score"):
-        text = "a Hugging Face folder or a Megatron checkpoint; instead of model.path"
-        parser.add_argument("--model", type=Path, required=name == "score", metavar="PATH", help=text)
-    if name == "score":
-        text = "JSON lines with problem, images (paths) and response"
-        parser.add_argument("--data", type=Path, required=True, metavar="IN.jsonl", help=text)
-        text = "the same rows with tokens, policy_logprobs, masked_logprobs, entropy, perception_kl"
-        parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help=text)
-
-
-def _add_check(verbs: Any) -> None:
-    text = "what can be known before a rank starts: settings, inputs, layout, memory, packages, room on the disk"
-    parser = verbs.add_parser("check", help=text, description=text)
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
-    text = "ranks of the whole run; by default those of the section cluster"
-    parser.add_argument("--ranks", type=int, metavar="N", help=text)
-    parser.add_argument("--of", choices=("train", "sft", "eval"), default="train", help="the verb to check for")
-    parser.add_argument("--json", action="store_true", help="print the resolved settings as JSON when all is well")
-    parser.set_defaults(model=None)
 
 
 def _implied(options: argparse.Namespace) -> list[str]:

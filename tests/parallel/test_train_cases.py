@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import importlib
 import io
@@ -16,6 +17,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
@@ -225,6 +227,42 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     last = last.with_name("step_00000002")
     assert told[4].splitlines() == [f"papo: resumed from {last}, step 2", f"{changed} 2 -> 3"], "it began with these"
     assert told_elsewhere[5:] == ["", ""], "the writer speaks for all"
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.distcp"))
+
+
+def test_what_a_run_saves_and_exports_is_what_the_settings_ask_for(inputs, tmp_path):
+    """Checkpoints of weights alone, from which a run goes on with new moments; none; folders on the way."""
+
+    def sft(name: str, steps: int, **settings: Any) -> tuple[str, Config]:
+        return "sft", tiny_run(inputs, tmp_path / name, sft__steps=steps, sft__batch_size=2, **settings)
+
+    weights = {"checkpoint__contents": "weights", "checkpoint__save_every": 1}
+    exported = {"checkpoint__export_every": 1, "checkpoint__keep_exports": 2, "checkpoint__export_at_end": True}
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked/exports").write_text("a file, where the folder belongs")
+    runs = [sft("full", 2), sft("weights", 2, **weights), sft("weights", 3, **weights, **exported)]
+    runs += [sft("none", 3, checkpoint__contents="none", **exported), sft("blocked", 1, **exported)]
+    told, _ = run_ranks(_said, 2, *runs)
+    full, last = (tmp_path / name / "checkpoints/step_00000002" for name in ("full", "weights"))
+    assert _bytes_of(last) < 0.4 * _bytes_of(full), "weights are a third of a checkpoint in float32"
+    assert told[2].splitlines()[:2] == [
+        f"papo: resumed from {last}, step 2",
+        f"papo: warning: {last} holds no optimizer state (checkpoint.contents=weights): Adam's moments begin anew",
+    ]
+    assert read_state_file(last)["schedule_steps"] == 2, "the learning rate goes on where it was"
+    assert [line["step"] for line in _records(tmp_path / "weights")] == [0, 1, 2]
+    assert {path.name for path in (tmp_path / "none").iterdir()} >= {"export", "exports"}
+    assert not (tmp_path / "none/checkpoints").exists()
+    exports = sorted((tmp_path / "none/exports").iterdir())
+    assert [path.name for path in exports] == ["step_00000002", "step_00000003"], "the newest two are kept"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert filecmp.cmp(exports[-1] / name, tmp_path / "none/export" / name, shallow=False), "the same weights"
+    assert not filecmp.cmp(exports[0] / "model.safetensors", exports[1] / "model.safetensors", shallow=False)
+    assert "the Hugging Face folder of step 1 was not written: rank 0: " in told[4] and "blocked/exports" in told[4]
+    assert _records(tmp_path / "blocked")[-1]["step"] == 0 and (tmp_path / "blocked/export/config.json").is_file()
 
 
 def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(inputs, tmp_path):
