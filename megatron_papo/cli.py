@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
+from megatron_papo.distributed.visible_gpus import HIDDEN, num_visible_gpus
 from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
+from megatron_papo.preflight.local_ranks import faults_of_cpu, local_ranks
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
@@ -52,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
-        num_ranks = _num_ranks(options.verb, config, options.ranks)
+        if options.cpu:
+            os.environ.update(HIDDEN)
+        num_ranks = _num_ranks(options, config)
         if not options.dry_run:
             _check_given(options, config)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
-        _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
+        _check_layout(options, config, num_ranks - num_engine_ranks(options.verb, config))
     except ConfigError as error:
         return _refuse(error, config)
     except OSError as error:  # of this machine
@@ -148,8 +151,11 @@ def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="local ranks to start; by default parallel.tensor x parallel.pipeline, and those of separate engines",
+        help="local ranks to start; by default one for each GPU of this machine, and without a GPU "
+        "parallel.tensor x parallel.pipeline and those of separate engines",
     )
+    text = "use no GPU, and take a model of any size"
+    parser.add_argument("--cpu", action="store_true", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     parser.set_defaults(model=None)
     if name in ("eval", "score"):
@@ -185,19 +191,15 @@ def _implied(options: argparse.Namespace) -> list[str]:
     return [f"model.path={options.model}", "model.checkpoint=null", "model.random_init=false"]
 
 
-def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
-    """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
+def _num_ranks(options: argparse.Namespace, config: Config) -> int:
+    """Ranks of the whole run: what torchrun or srun started, else those of this machine."""
     world_size = _world_outside()
     if world_size is not None:
-        if asked is not None and asked != world_size:
-            raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
+        if options.ranks is not None and options.ranks != world_size:
+            raise ConfigError(f"--ranks: {options.ranks} asked for, but {world_size} were started from outside")
         return world_size
-    needed, engines = model_ranks(config.parallel), num_engine_ranks(verb, config)
-    if engines:  # how many are too few is for faults_of_ranks to say
-        return needed + engines if asked is None else asked
-    if asked is not None and fault_of_ranks(config.parallel, asked):
-        raise ConfigError(f"--ranks: {asked} is no multiple of {model_ranks_in_words(config.parallel)}")
-    return asked or needed
+    num_gpus = 0 if options.dry_run else num_visible_gpus(os.environ)
+    return local_ranks(options.verb, config, options.ranks, num_gpus)
 
 
 def _world_outside() -> int | None:
@@ -242,8 +244,10 @@ def _raise_any(faults: list[str]) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
-    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow."""
+def _check_layout(options: argparse.Namespace, config: Config, num_ranks: int) -> None:
+    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow, and a machine
+    without a GPU for a large model."""
+    verb = options.verb
     if config.model.path is None:
         return
     from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
@@ -255,6 +259,8 @@ def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
     check_layout(config, shape, num_ranks)
+    if not (options.cpu or options.dry_run or num_visible_gpus(os.environ)) and _world_outside() is None:
+        _raise_any(list(faults_of_cpu(verb, config, shape, num_ranks)))
     _raise_any(faults_of_fp8(config, shape))
     if verb in ("train", "certify", "eval"):
         _raise_any(faults_of_engine(config, shape))

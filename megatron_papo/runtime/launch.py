@@ -31,6 +31,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_papo.config import ConfigError
+from megatron_papo.distributed.visible_gpus import num_visible_gpus
 from megatron_papo.runtime.failure_notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun
 from megatron_papo.runtime.failures import SAVED_EXIT, describe, print_failure
 from megatron_papo.runtime.hostlist import first_host
@@ -125,6 +126,7 @@ def launch(work: Work, num_ranks: int) -> int:
         rank = int(os.environ["RANK"])
         try:
             _make_folder(work.run_dir)
+            _can_use_gpus()
         except ConfigError as error:
             failure = describe(rank, ValueError(str(error)))
             print_failure(failure, work.run_dir)
@@ -176,7 +178,11 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
     """Starts the ranks on this machine and waits for them. `made`: folders that this run has made; they are removed
     again when nothing was written to them."""
     with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
-        spawned = has_gpu()
+        try:
+            spawned = _can_use_gpus()
+        except ConfigError:
+            _tidy(work.run_dir, made)
+            raise
         if not spawned:
             _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
         context = multiprocessing.get_context("spawn" if spawned else "fork")
@@ -252,6 +258,19 @@ def _most_open_files() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return sys.maxsize if most == resource.RLIM_INFINITY else most
+
+
+def _can_use_gpus() -> bool:
+    """Whether the ranks have GPUs. Raises ConfigError where this machine shows GPUs that torch cannot use: the ranks
+    would train on its CPUs without a word."""
+    if has_gpu():
+        return True
+    if num_gpus := num_visible_gpus(os.environ):
+        raise ConfigError(
+            f"torch: cannot use the {num_gpus} GPU{'s' * (num_gpus > 1)} of this machine (an old driver, or a build "
+            "for CPUs): `papo doctor` says why; --cpu runs without them"
+        )
+    return False
 
 
 def has_gpu() -> bool:

@@ -232,8 +232,9 @@ def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monke
     for name in OUTER:
         monkeypatch.delenv(name, raising=False)
     words = ["data.train=rows.jsonl", "data.eval=rows.jsonl", f"run.dir={folder}", "train.tokens_per_micro_batch=99999"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --cpu does too, for good
     for verb in ("train", "sft", "eval", "certify"):
-        assert main([verb, f"model.path={model}", *words]) == 2
+        assert main([verb, "--cpu", f"model.path={model}", *words]) == 2
         line = f"papo: error: run.dir: {Path(folder)}{why.format(rows)}"
         assert capsys.readouterr().err.splitlines()[-1:] == [line]
 
