@@ -13,6 +13,7 @@
 #   PAPO_MODULES       names of environment modules, loaded in this order (any environment)
 #   PAPO_CONTAINER     image for srun --container-image, of pyxis (container)
 #   PAPO_MOUNTS        more folders for it, HOST:CONTAINER, by commas; project and working folder are there anyway
+#   PAPO_SECRETS       a file of lines NAME=value with keys and tokens for the ranks, that only its owner can read
 #   PAPO_PYTHON        the interpreter of the ranks; by default the virtual environment's, else python3
 #   PAPO_HOST_PYTHON   the interpreter of the batch host, when its python3 is too old and ranks run in a container
 #   PAPO_HOME          the project's folder, which the job script has found
@@ -100,6 +101,12 @@ papo_host_python=$(command -v "${PAPO_HOST_PYTHON:-python3}") ||
   papo_refuse "there is no ${PAPO_HOST_PYTHON:-python3} on $(hostname)"
 "$papo_host_python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
   papo_refuse "$papo_host_python on $(hostname) is older than 3.9; PAPO_HOST_PYTHON names another"
+
+if [ -n "${PAPO_SECRETS:-}" ]; then # from a pipe: no value is an argument of a process
+  papo_secrets=$("$papo_host_python" -m megatron_papo.cluster.secrets_file "$PAPO_SECRETS") || exit 2
+  eval "$papo_secrets"
+  unset papo_secrets
+fi
 
 # What Slurm really gave: --nodes and --gpus-per-node behind sbatch win over the settings.
 papo_tasks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}

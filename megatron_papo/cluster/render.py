@@ -136,6 +136,8 @@ def _environment(cluster: ClusterConfig) -> Iterator[str]:
     if cluster.environment != "container":
         yield f"PAPO_VENV={shlex.quote('' if cluster.venv is None else str(cluster.venv))}"
     yield f"PAPO_MODULES={shlex.quote(' '.join(cluster.modules))}"
+    if cluster.secrets_file is not None:
+        yield f"PAPO_SECRETS={shlex.quote(str(cluster.secrets_file.expanduser()))}"
     if cluster.environment == "container":
         yield f"PAPO_CONTAINER={shlex.quote(cluster.container or '')}"
         yield f"PAPO_MOUNTS={shlex.quote(','.join(cluster.mounts))}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.render import job_script
+from megatron_papo.cluster.secrets_file import fault_of_secrets
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.files.small_files import write_atomically
@@ -120,6 +121,8 @@ def _environment_faults(config: Config) -> list[str]:
         python = (HOME / cluster.venv) / "bin" / "python"
         if not python.exists():
             faults.append(f"cluster.venv: no virtual environment in {HOME / cluster.venv}")
+    if cluster.secrets_file is not None and (fault := fault_of_secrets(cluster.secrets_file.expanduser())):
+        faults.append(fault)
     image = cluster.container if cluster.environment == "container" else None
     if image is not None and image.startswith(("/", "./")) and not Path(image).exists():
         faults.append(f"cluster.container: {image}: no such image")

@@ -64,7 +64,11 @@ class ClusterConfig(Section):
     setup: list[str] = []
     """Shell lines that the batch script runs after the modules and the environment."""
     variables: dict[str, str] = {}
-    """Environment variables of every rank; they win over those of slurm/fabric.sh. No secrets (docs/security.md)."""
+    """Environment variables of every rank; they win over those of slurm/fabric.sh. Keys and tokens are refused here:
+    they go into cluster.secrets_file."""
+    secrets_file: Path | None = None
+    """File of lines NAME=value (WANDB_API_KEY, HF_TOKEN, ...) that only its owner can read (chmod 600). The job reads
+    it into the environment of the ranks; its name alone is kept."""
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:

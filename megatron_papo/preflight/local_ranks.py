@@ -57,11 +57,11 @@ def faults_of_cpu(verb: str, config: Config, shape: ModelShape | None, num_ranks
         return
     size, needs, has = num_parameters(shape), host_bytes(verb, config, shape, num_ranks), _memory()
     what = f"model.path: {size / 1e9:.1f} billion parameters, and this machine shows no GPU"
-    remedy = "`papo doctor` says what it has, CUDA_VISIBLE_DEVICES may hide its GPUs, --cpu takes the CPUs all the same"
+    remedy = "`papo doctor` says what it has, CUDA_VISIBLE_DEVICES may hide its GPUs, --cpu takes its CPUs all the same"
     if verb in _TRAINS and size > _MOST_ON_CPUS:
         yield f"{what}: on CPUs a step would take minutes to hours; {remedy}"
     elif needs > has:
-        yield f"{what}: {num_ranks} ranks on CPUs need {needs / GIB:.1f} GiB of memory, it has {has / GIB:.1f}; {remedy}"
+        yield f"{what}: {num_ranks} ranks need {needs / GIB:.1f} GiB of its memory, which is {has / GIB:.1f}; {remedy}"
 
 
 def host_bytes(verb: str, config: Config, shape: ModelShape, num_ranks: int) -> int:

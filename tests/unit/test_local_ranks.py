@@ -85,13 +85,14 @@ def test_a_large_model_is_not_trained_on_cpus_unless_that_is_meant(shape: ModelS
     (line,) = faults_of_cpu("train", config, shape, 8)
     assert line == (
         "model.path: 3.8 billion parameters, and this machine shows no GPU: on CPUs a step would take minutes to "
-        "hours; `papo doctor` says what it has, CUDA_VISIBLE_DEVICES may hide its GPUs, --cpu takes the CPUs all the same"
+        "hours; `papo doctor` says what it has, CUDA_VISIBLE_DEVICES may hide its GPUs, --cpu takes its "
+        "CPUs all the same"
     )
     monkeypatch.setattr(module, "_memory", lambda: 128 * 2**30)
     assert not list(faults_of_cpu("score", config, shape, 2)) and not list(faults_of_cpu("train", config, None, 8))
     monkeypatch.setattr(module, "_memory", lambda: 10 * 2**30)
     (line,) = faults_of_cpu("score", config, shape, 2)
-    assert "2 ranks on CPUs need 14.0 GiB of memory, it has 10.0" in line and "--cpu" in line
+    assert "2 ranks need 14.0 GiB of its memory, which is 10.0" in line and "--cpu" in line
 
 
 def test_the_memory_of_a_host_holds_every_copy_of_the_model(shape: ModelShape):
