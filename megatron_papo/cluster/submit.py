@@ -123,7 +123,7 @@ def _environment_faults(config: Config) -> list[str]:
             faults.append(f"cluster.venv: no virtual environment in {HOME / cluster.venv}")
     if cluster.secrets_file is not None and (fault := fault_of_secrets(cluster.secrets_file.expanduser())):
         faults.append(fault)
-    image = cluster.container if cluster.environment == "container" else None
+    image = cluster.image
     if image is not None and image.startswith(("/", "./")) and not Path(image).exists():
         faults.append(f"cluster.container: {image}: no such image")
     if not (HOME / "slurm" / "launch.sh").is_file():

@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -38,16 +39,25 @@ class CheckResult:
 
 def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     """Checks a verb on `num_ranks` ranks of the whole run, from this machine."""
+    packages = packages_are_here(config)
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
-    faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
+    faults += [*faults_of_inputs(verb, config, packages), *(_packages(verb, config) if packages else ())]
+    faults += _folder(verb, config, shape)
     if faults:
         return CheckResult(tuple(dict.fromkeys(faults)), (), "")
     num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
     warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
     beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
-    return CheckResult((), warnings, summary(config, shape, trainer) + beside)
+    later = "" if packages else "; the job's first step looks for packages in the image"
+    return CheckResult((), warnings, summary(config, shape, trainer) + beside + later)
+
+
+def packages_are_here(config: Config) -> bool:
+    """Whether the ranks run in the environment of this process, whose packages can be looked for: a login node does not
+    see into the container that `cluster` names, a job's step runs in it."""
+    return config.cluster.image is None or "SLURM_STEP_ID" in os.environ
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:

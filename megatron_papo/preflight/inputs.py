@@ -29,9 +29,10 @@ _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 _READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
 
 
-def faults_of_inputs(verb: str, config: Config) -> list[str]:
-    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
-    parts = (_models, _data, _engine_and_reward, _transformer_engine)
+def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
+    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
+    `packages`: whether what has to be installed is looked for too."""
+    parts = (_models, _data, *((_engine_and_reward, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
 
 

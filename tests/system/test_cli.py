@@ -315,6 +315,7 @@ def test_an_engine_that_is_too_old_is_refused(model, monkeypatch):
     "settings",
     [
         ["model.spec=transformer_engine"],
+        ["model.spec=transformer_engine", "fp8.recipe=tensorwise"],
         ["model.cuda_graphs=true", "train.fixed_rows=true"],
         ["optim.precision_aware=true", "parallel.distributed_optimizer=true"],
         ["parallel.overlap_tensor=true", "train.fixed_rows=true", "parallel.sequence=true", "parallel.tensor=2"],
@@ -325,6 +326,7 @@ def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkey
     config = load_config(None, [f"model.path={model}", "data.train=org/name", *settings])
     key = settings[0].partition("=")[0]
     assert faults_of_inputs("train", config) == [f"{key}: needs Transformer Engine, which is not installed"]
+    assert faults_of_inputs("train", config, packages=False) == []  # a container's image has them, or not
 
 
 def test_given_weights_win_over_those_of_the_file(tmp_path, model):
