@@ -56,7 +56,10 @@ def container_mounts(config: Config, home: Path, work_dir: Path) -> list[str]:
 
 def _paths(config: Config) -> Iterator[tuple[str, PurePath | str, bool]]:
     """Key, path, and whether the run writes there."""
-    yield "run.dir", config.run.dir, True
+    writes = {"run.dir": config.run.dir, "run.cache_dir": config.run.cache_dir, "run.tmp_dir": config.run.tmp_dir}
+    for key, folder in writes.items():
+        if folder is not None:
+            yield key, folder, True
     reads = {
         "model.path": config.model.path,
         "model.checkpoint": config.model.checkpoint,
@@ -71,8 +74,8 @@ def _paths(config: Config) -> Iterator[tuple[str, PurePath | str, bool]]:
         yield "observe.calibration", config.observe.calibration.parent, False
     for key in ("train", "eval"):
         for name in _names(getattr(config.data, key)):
-            if folder := _folder_of(name):
-                yield f"data.{key}", folder, False
+            if found := _folder_of(name):
+                yield f"data.{key}", found, False
 
 
 def _names(data: object) -> Iterator[str]:
