@@ -15,30 +15,24 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.visible_gpus import HIDDEN, num_visible_gpus
 from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.preflight.local_ranks import faults_of_cpu, local_ranks
+from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
+from megatron_papo.runtime.caches import caches_that_can_be_written, use_own_folders
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
 
-_VERBS = {
-    "sft": "supervised warm-up on the demonstrations of data.train",
-    "train": "reinforcement learning: GRPO or DAPO with PAPO's perception term",
-    "certify": "what Hugging Face, trainer and engine make of the same prompts, part by part, without training",
-    "eval": "avg@k on data.eval, with the images and with them masked",
-    "score": "log-probs, entropy and perception KL of given responses, token by token",
-}
 _LOCKING = ("sft", "train", "certify")
-_SETTINGS_HELP = "a YAML file of settings, and settings as key.path=value, which win over the file"
-_EPILOG = "`papo VERB --dry-run` prints every setting and stops"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 a rank failed, 2 refused settings."""
-    options = _parse(sys.argv[1:] if argv is None else argv)
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     if options.verb == "doctor":
         from megatron_papo.preflight.doctor import main as doctor
 
@@ -47,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_shell()
         config = load_config(options.config, [*_implied(options), *options.overrides])
+        use_own_folders(config.run, os.environ)
         if options.verb == "check":
             from megatron_papo.preflight.check import check
 
@@ -74,12 +69,11 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     if not options.dry_run:
         go_on_without_readers()
     if _speaks():
-        for warning in config.warnings():
+        for warning in [*config.warnings(), *_doubts_of_this_machine(options)]:
             print(f"papo: warning: {as_text(warning)}", file=sys.stderr)
     if options.dry_run:
         print(dump_config(config), end="")
         return 0
-    from megatron_papo.runtime.caches import caches_that_can_be_written
     from megatron_papo.runtime.failure_notes import tell_torchrun
     from megatron_papo.runtime.launch import Work, launch
     from megatron_papo.runtime.run_lock import RunHeld
@@ -108,6 +102,12 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         return 2
 
 
+def _doubts_of_this_machine(options: argparse.Namespace) -> list[str]:
+    """What may end ranks that this command starts here; a job's first step looks for the others (`papo check`)."""
+    several = not options.dry_run and _world_outside() is None and num_visible_gpus(os.environ) > 1
+    return warnings_of_shared_memory() if several else []
+
+
 def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:
     """The lock of run.dir, for the verbs that write what a later run goes on with; the others look at it."""
     from megatron_papo.runtime.launch import outer_rank
@@ -118,65 +118,6 @@ def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:
     first = outer is None or environ["RANK"] == "0"
     mine = Holder.here(verb, environ, config.run.heartbeat_limit_s)
     return exclusive_run(config.run.dir, mine, takes=first and verb in _LOCKING)
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="papo", description="Perception-aware reinforcement learning of vision-language models.", epilog=_EPILOG
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text in _VERBS.items():
-        _add_verb(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG), name)
-    _add_check(verbs)
-    text = "what this machine has, and what each absence costs"
-    verbs.add_parser("doctor", help=text, description=text)
-    options, rest = parser.parse_known_args(argv)
-    # argparse takes one run of positional arguments; those between and after options come back as the rest
-    unknown = [word for word in rest if word.startswith("-") or options.verb == "doctor"]
-    if unknown:
-        parser.error(as_text(f"unrecognized arguments: {' '.join(unknown)}"))
-    if options.verb != "doctor":
-        words = [*options.settings, *rest]
-        files = [word for word in words if "=" not in word]
-        if len(files) > 1:
-            parser.error(as_text(f"one settings file at most, got {' '.join(files)}"))
-        options.config = Path(files[0]) if files else None
-        options.overrides = [word for word in words if "=" in word]
-    return options
-
-
-def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        metavar="N",
-        help="local ranks to start; by default one for each GPU of this machine, and without a GPU "
-        "parallel.tensor x parallel.pipeline and those of separate engines",
-    )
-    text = "use no GPU, and take a model of any size"
-    parser.add_argument("--cpu", action="store_true", help=text)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
-    parser.set_defaults(model=None)
-    if name in ("eval", "score"):
-        text = "a Hugging Face folder or a Megatron checkpoint; instead of model.path"
-        parser.add_argument("--model", type=Path, required=name == "score", metavar="PATH", help=text)
-    if name == "score":
-        text = "JSON lines with problem, images (paths) and response"
-        parser.add_argument("--data", type=Path, required=True, metavar="IN.jsonl", help=text)
-        text = "the same rows with tokens, policy_logprobs, masked_logprobs, entropy, perception_kl"
-        parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help=text)
-
-
-def _add_check(verbs: Any) -> None:
-    text = "what can be known before a rank starts: settings, inputs, layout, memory, packages, room on the disk"
-    parser = verbs.add_parser("check", help=text, description=text)
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
-    text = "ranks of the whole run; by default those of the section cluster"
-    parser.add_argument("--ranks", type=int, metavar="N", help=text)
-    parser.add_argument("--of", choices=("train", "sft", "eval"), default="train", help="the verb to check for")
-    parser.add_argument("--json", action="store_true", help="print the resolved settings as JSON when all is well")
-    parser.set_defaults(model=None)
 
 
 def _implied(options: argparse.Namespace) -> list[str]:

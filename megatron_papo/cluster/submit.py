@@ -51,7 +51,7 @@ def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num
         raise ConfigError("\n".join(faults))
     folder = run_records.folder_of(config.run.dir.absolute())
     script = job_script(config, home=HOME, work_dir=Path.cwd(), folder=folder, made_from=made_from)
-    return SubmissionPlan(config, script, checked.summary, tuple(checked.warnings))
+    return SubmissionPlan(config, script, checked.summary, (*checked.warnings, *_losses(config)))
 
 
 def submit(plan: SubmissionPlan, num_jobs: int = 1) -> list[str]:
@@ -82,6 +82,8 @@ def write(plan: SubmissionPlan) -> Path:
     """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
     folder = run_records.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if plan.config.run.cache_dir is not None:
+        plan.config.run.cache_dir.mkdir(parents=True, exist_ok=True)  # a container mounts it, which takes a folder
     write_atomically(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
     write_atomically(folder / "job.sh", plan.script, private=True)
     return folder
@@ -111,6 +113,12 @@ def work_dir(run_dir: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: was submitted from {folder}, which is no more; relative paths began there")
     return folder
+
+
+def _losses(config: Config) -> list[str]:
+    if config.cluster.image is None or config.run.cache_dir is not None:
+        return []
+    return ["run.cache_dir: null: what libraries download and compile within a container may be lost with it"]
 
 
 def _environment_faults(config: Config) -> list[str]:

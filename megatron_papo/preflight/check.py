@@ -22,6 +22,7 @@ from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.inputs import fault_of_run_dir, faults_of_inputs, find_module
 from megatron_papo.preflight.layout_faults import faults_of_layout, num_engine_ranks, warnings_of_layout
+from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
 from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
@@ -49,6 +50,8 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
     warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
+    if "SLURM_STEP_ID" in os.environ and config.cluster.gpus_per_node > 1:  # on a machine of the job
+        warnings += tuple(warnings_of_shared_memory())
     beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
     later = "" if packages else "; the job's first step looks for packages in the image"
     return CheckResult((), warnings, summary(config, shape, trainer) + beside + later)

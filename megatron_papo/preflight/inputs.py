@@ -54,9 +54,13 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
-    by who writes it."""
-    return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
+    """Faults of `run.dir`, of the folders that every run has in it, and of `run.cache_dir`. A file in the place of the
+    export is set aside by who writes it."""
+    caches = config.run.cache_dir
+    return [
+        *fault_of_folder("run.dir", config.run.dir, _OF_A_RUN),
+        *([] if caches is None else fault_of_folder("run.cache_dir", caches)),
+    ]
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
