@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     module = {"eval": "evaluate", "certify": "parity.run_certify"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
-    work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
+    work = Work(f"megatron_papo.{module}:main", args, config.run.dir, saves=options.verb in ("train", "sft"))
     try:
         with _run_lock(options.verb, config), caches_that_can_be_written(os.environ) as instead:
             if instead is not None and _speaks():
