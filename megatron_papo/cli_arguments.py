@@ -56,8 +56,10 @@ def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="local ranks to start; by default parallel.tensor x parallel.pipeline, and those of separate engines",
+        help="local ranks to start; by default one for each GPU of this machine, and without a GPU "
+        "parallel.tensor x parallel.pipeline and those of separate engines",
     )
+    parser.add_argument("--cpu", action="store_true", help="use no GPU, and take a model of any size")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     parser.set_defaults(model=None)
     if name in ("eval", "score"):

@@ -30,9 +30,10 @@ _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 _READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
 
 
-def faults_of_inputs(verb: str, config: Config) -> list[str]:
-    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
-    parts = (_models, _data, _engine_and_reward, _transformer_engine)
+def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
+    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
+    `packages`: whether what has to be installed is looked for too."""
+    parts = (_models, _data, *((_engine_and_reward, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
 
 
@@ -59,9 +60,13 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
-    by who writes it."""
-    return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
+    """Faults of `run.dir`, of the folders that every run has in it, and of `run.cache_dir`. A file in the place of the
+    export is set aside by who writes it."""
+    caches = config.run.cache_dir
+    return [
+        *fault_of_folder("run.dir", config.run.dir, _OF_A_RUN),
+        *([] if caches is None else fault_of_folder("run.cache_dir", caches)),
+    ]
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
