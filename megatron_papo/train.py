@@ -123,14 +123,14 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     """Generates one rollout batch and trains on it. Returns the groups that were trained on, and the step's metrics."""
     run, config, clock = training.run, training.run.config, training.run.clock
-    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
+    chosen = ChosenGroups.of(config, run.shape.vision.merge_unit)
     while not chosen.enough:
         with clock.stage("draw"):
             draw = draw_prompts_of(training, step)
         with clock.stage("generate"):
             groups = generate(run, training.generator, draw.prompts, sampling_of(config))
         with clock.stage("reward"):
-            groups = reward_groups(training.rewarder, groups, run.layout)
+            groups = reward_groups(run, training.rewarder, groups, step)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
     with clock.stage("hand_over"):

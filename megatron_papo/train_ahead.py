@@ -96,8 +96,8 @@ def train_step(training: Training, pending: PendingRollouts) -> tuple[list[Group
     certificate_metrics = _hand_over(training, policy_version=step)
     next_pending = submit_next(training, step + 1) if step + 1 < config.train.steps else None
     with run.clock.stage("reward"):
-        groups = reward_groups(training.rewarder, pending.groups, run.layout)
-    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
+        groups = reward_groups(run, training.rewarder, pending.groups, step)
+    chosen = ChosenGroups.of(config, run.shape.vision.merge_unit)
     chosen = chosen.add(pending.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
     return groups, metrics | sum_metrics(rollout_metrics) | certificate_metrics, next_pending
