@@ -24,7 +24,7 @@ class ObserveConfig(Section):
     """Name of the project in wandb; the run is named run.name there."""
     wandb_entity: str | None = None
     """User or team in wandb that the project belongs to; null: the one that wandb takes by default."""
-    wandb_tags: tuple[str, ...] = ()
+    wandb_tags: list[str] = []
     """Tags of the run in wandb."""
     samples_every: Annotated[int, Field(ge=0)] = 10
     """Steps between two pages of sampled rollouts; 0: no pages."""
