@@ -124,6 +124,8 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
+    for name in config.observe.metrics if verb == "train" else ():
+        yield from _user_function("observe.metrics", name)
     if config.reward.function is not None and verb != "certify":
         yield from _user_function("reward.function", config.reward.function)
     elif config.reward.accuracy == "mathruler" and verb != "certify":
