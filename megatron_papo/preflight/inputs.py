@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_papo.config import Config
 from megatron_papo.files.data_suffixes import BUILDERS
+from megatron_papo.preflight.model_files import fault_of_missing_model
 
 OLDEST_VLLM = (0, 26)
 """The oldest version of vLLM with `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over
@@ -26,7 +27,8 @@ _OF_A_RUN = ("checkpoints", "stacks")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-_READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+"""Verb -> the data sets that it reads."""
 
 
 def faults_of_inputs(verb: str, config: Config) -> list[str]:
@@ -62,6 +64,8 @@ def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
     if model.path is not None and os.path.isfile(model.path):
         yield f"model.path: {model.path} {not_a_folder(model.path)}"
+    elif missing := fault_of_missing_model(config):
+        yield missing
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
     folders = {"model.checkpoint": model.checkpoint}
@@ -81,7 +85,7 @@ def _data(verb: str, config: Config) -> Iterator[str]:
     for root in config.data.image_roots:
         if not os.path.isdir(root):
             yield f"data.image_roots: {root} {not_a_folder(root)}"
-    for key in _READS[verb]:
+    for key in READS[verb]:
         name = names[key]
         if name is not None and _is_gone(name):
             yield f"data.{key}: {name}: no such file or folder"
