@@ -1,7 +1,8 @@
 """Published models of all families by name: config.json, shape and number of parameters, without any download.
 
 A family's module `published` holds the table NUM_PARAMETERS (name -> parameters of the whole model), the pattern
-HUB_NAME of names on the hub, and the function `published_config(name)`; a family that has no such module has no published models. Imports no torch.
+HUB_NAME of names on the hub, and the function `published_config(name)`; a family that has no such module has no
+published models. Imports no torch.
 """
 
 from __future__ import annotations

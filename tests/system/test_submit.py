@@ -166,8 +166,8 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
 
 
 NO_MODEL = (
-    "papo: error: model.path: Qwen2.5-VL-3B-Instruct: no such folder, and a name of the hub is not downloaded by itself: "
-    "`hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir Qwen2.5-VL-3B-Instruct`, then "
+    "papo: error: model.path: Qwen2.5-VL-3B-Instruct: no such folder, and a name of the hub is not downloaded by "
+    "itself: `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir Qwen2.5-VL-3B-Instruct`, then "
     "model.path=Qwen2.5-VL-3B-Instruct"
 )
 

@@ -241,7 +241,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for(monkeypatch):
     questions = [("key: the hub", lambda: types.SimpleNamespace(text=never.wait(5)))]
     (answer,) = network._answers(questions)
     never.set()
-    assert answer == network.Finding("key: the hub did not answer within -1 s")
+    assert answer == network.NetworkFinding("key: the hub did not answer within -1 s")
 
 
 def test_offline_a_name_has_to_be_in_the_cache(tmp_path, monkeypatch):
