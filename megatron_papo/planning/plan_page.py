@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_papo.config import Config
 from megatron_papo.costs import full_rows
 from megatron_papo.costs.memory import GIB
-from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
@@ -29,8 +29,8 @@ _MEMORY = {
 """Parts of `Memory` and what the table calls them; the first four are those of `papo check`, which counts the engine as
 a whole, by its share of the GPU."""
 HEADERS = (
-    "layout", "stages", "recompute", "optimizer", "engine", *(f"{name} s" for name in PLANNED_STAGES), "step s",
-    "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY.values()), "peak GiB",
+    "layout", "stages", "recompute", "optimizer", "engine", *(f"{shown_stage(name)} s" for name in PLANNED_STAGES),
+    "step s", "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY.values()), "peak GiB",
 )  # fmt: skip
 
 
@@ -123,8 +123,8 @@ def print_published(assumed: Assumptions) -> None:
 
 
 SCALE_HEADERS = (
-    "GPUs", "prompts a step", "layout", "step s", *(f"{name} s" for name in PLANNED_STAGES), "tokens/s/GPU",
-    "of the first", "MFU", "bubble", "what breaks first",
+    "GPUs", "prompts a step", "layout", "step s", *(f"{shown_stage(name)} s" for name in PLANNED_STAGES),
+    "tokens/s/GPU", "of the first", "MFU", "bubble", "what breaks first",
 )  # fmt: skip
 
 

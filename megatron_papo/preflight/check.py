@@ -10,11 +10,13 @@ activations fit. Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_papo.config import Config, plain_tree
+from megatron_papo.config.data_sources import source_entries, source_key
 from megatron_papo.config.derived import model_folder_or_none
 from megatron_papo.costs import full_rows
 from megatron_papo.costs.memory import GIB, gpu_bytes, stage_memory
@@ -25,6 +27,7 @@ from megatron_papo.preflight.inputs import READS, fault_of_run_dir, faults_of_in
 from megatron_papo.preflight.layout_faults import faults_of_layout, num_engine_ranks, warnings_of_layout
 from megatron_papo.preflight.model_files import fault_of_missing_model, faults_of_model_files
 from megatron_papo.preflight.network import ask_network
+from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
 from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
@@ -42,17 +45,27 @@ class CheckResult:
 
 def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     """Checks a verb on `num_ranks` ranks of the whole run, from this machine."""
+    packages = packages_are_here(config)
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
-    faults += [*faults_of_model_files(verb, config), *faults_of_inputs(verb, config)]
-    faults += [*_packages(verb, config), *_folder(verb, config, shape)]
+    faults += [*faults_of_model_files(verb, config), *faults_of_inputs(verb, config, packages)]
+    faults += [*(_packages(verb, config) if packages else ()), *_folder(verb, config, shape)]
     found = [] if faults else ask_network(verb, config, _data_sets(verb, config))
-    faults += [finding.text for finding in found if finding.is_fault]
+    faults += [reply.text for reply in found if reply.is_fault]
     if faults:
         return CheckResult(tuple(dict.fromkeys(faults)), (), "")
     trainer = num_ranks - num_engine_ranks(verb, config)
-    warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer), *(each.text for each in found))
-    return CheckResult((), warnings, summary(verb, config, shape, num_ranks))
+    warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer), *(reply.text for reply in found))
+    if "SLURM_STEP_ID" in os.environ and config.cluster.gpus_per_node > 1:  # on a machine of the job
+        warnings += tuple(warnings_of_shared_memory())
+    later = "" if packages else "; the job's first step looks for packages in the image"
+    return CheckResult((), warnings, summary(verb, config, shape, num_ranks) + later)
+
+
+def packages_are_here(config: Config) -> bool:
+    """Whether the ranks run in the environment of this process, whose packages can be looked for: a login node does not
+    see into the container that `cluster` names, a job's step runs in it."""
+    return config.cluster.image is None or "SLURM_STEP_ID" in os.environ
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:
@@ -140,7 +153,12 @@ def _folder(verb: str, config: Config, shape: ModelShape | None) -> Iterator[str
     yield from faults_of_disk(verb, config, shape)
 
 
-def _data_sets(verb: str, config: Config) -> dict[str, list[str]]:
-    """Key of the settings -> the data sets that the verb reads by it."""
-    names = {"data.train": config.data.train, "data.eval": config.data.eval}
-    return {key: [name] for key, name in names.items() if name is not None and key.removeprefix("data.") in READS[verb]}
+def _data_sets(verb: str, config: Config) -> dict[str, str]:
+    """Key of the settings -> the path or name of a data set that the verb reads."""
+    written = {"train": config.data.train, "eval": config.data.eval}
+    return {
+        source_key(which, written[which], place): source.path
+        for which in READS[verb]
+        for place, source in enumerate(source_entries(written[which]))
+        if source.path is not None
+    }

@@ -32,20 +32,20 @@ _WANDB = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
-class NetworkFinding:
+class Reply:
     """A line that begins with the setting's path."""
 
     text: str
     is_fault: bool = False
 
 
-Question = Callable[[], NetworkFinding | None]
+Question = Callable[[], Reply | None]
 
 
-def ask_network(verb: str, config: Config, data: Mapping[str, Sequence[str]]) -> list[NetworkFinding]:
-    """What is wrong or unknown of the services that `verb` needs. `data`: key of the settings -> names of data sets,
-    of which the local ones are passed over."""
-    names = {name: key for key, of_key in data.items() for name in of_key if is_hub_name(name)}
+def ask_network(verb: str, config: Config, data: Mapping[str, str]) -> list[Reply]:
+    """What is wrong or unknown of the services that `verb` needs. `data`: key of the settings -> name of a data set;
+    local ones are passed over."""
+    names = {name: key for key, name in data.items() if is_hub_name(name)}
     questions: list[tuple[str, Question]] = [
         (f"{key}: {name}: the hub", lambda name=name, key=key: _ask_hub(key, name))  # type: ignore[misc]
         for name, key in names.items()
@@ -61,12 +61,10 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in BUILDERS and not os.path.exists(name)
 
 
-def _answers(questions: Sequence[tuple[str, Question]]) -> list[NetworkFinding | None]:
+def _answers(questions: Sequence[tuple[str, Question]]) -> list[Reply | None]:
     """The answers, in order, of questions that are asked at once: a name service that does not answer holds up a
     thread, which is then left behind."""
-    answers: list[NetworkFinding | None] = [
-        NetworkFinding(f"{what} did not answer within {LIMIT_S:.0f} s") for what, _ in questions
-    ]
+    answers: list[Reply | None] = [Reply(f"{what} did not answer within {LIMIT_S:.0f} s") for what, _ in questions]
 
     def ask(at: int, question: Question) -> None:
         answers[at] = question()
@@ -82,39 +80,35 @@ def _answers(questions: Sequence[tuple[str, Question]]) -> list[NetworkFinding |
 
 
 @cache
-def _ask_hub(key: str, name: str) -> NetworkFinding | None:
+def _ask_hub(key: str, name: str) -> Reply | None:
     from huggingface_hub import HfApi, constants, errors  # slow to import, and not needed where data is local
 
     if constants.HF_HUB_OFFLINE:
         cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
         missing = f"HF_HUB_OFFLINE is set and {constants.HF_HUB_CACHE} has no data set of this name"
-        return None if cached.is_dir() else NetworkFinding(f"{key}: {name}: {missing}")
+        return None if cached.is_dir() else Reply(f"{key}: {name}: {missing}")
     try:
         HfApi().dataset_info(name, timeout=LIMIT_S)
     except errors.GatedRepoError:
-        return NetworkFinding(
-            f"{key}: {name}: its owner lets in who has asked: accept the terms on its page, `hf auth login`"
-        )
+        return Reply(f"{key}: {name}: its owner lets in who has asked: accept the terms on its page, `hf auth login`")
     except errors.RepositoryNotFoundError:
-        return NetworkFinding(
+        return Reply(
             f"{key}: {name}: neither a file or folder here nor a data set on the hub that this account sees "
             "(`hf auth login` for a private one)",
             is_fault=True,
         )
     except Exception as error:  # of the network, of many types
-        return NetworkFinding(
-            f"{key}: {name}: the hub could not be asked ({_shortly(error)}): is it in the nodes' cache?"
-        )
+        return Reply(f"{key}: {name}: the hub could not be asked ({_shortly(error)}): is it in the nodes' cache?")
     return None
 
 
-def _ask_wandb(environ: Mapping[str, str]) -> NetworkFinding | None:
+def _ask_wandb(environ: Mapping[str, str]) -> Reply | None:
     url = _wandb_url(environ)
     host = urlsplit(url).hostname or url
     key = environ.get("WANDB_API_KEY") or _netrc_key(environ, host)
     if key is None:
         remedy = "`wandb login`, the variable WANDB_API_KEY, or observe.wandb=offline"
-        return NetworkFinding(f"observe.wandb: no key for {host} in the environment or in ~/.netrc: {remedy}")
+        return Reply(f"observe.wandb: no key for {host} in the environment or in ~/.netrc: {remedy}")
     request = urllib.request.Request(
         f"{url}/graphql",
         data=json.dumps({"query": "query { viewer { username } }"}).encode(),
@@ -129,12 +123,10 @@ def _ask_wandb(environ: Mapping[str, str]) -> NetworkFinding | None:
     except urllib.error.HTTPError as error:
         refused = error.code in (401, 403)
         said = "does not take this key" if refused else f"answered with HTTP status {error.code}"
-        return NetworkFinding(f"observe.wandb: {host} {said}")
+        return Reply(f"observe.wandb: {host} {said}")
     except (OSError, ValueError, AttributeError) as error:
-        return NetworkFinding(
-            f"observe.wandb: {host} could not be asked ({_shortly(error)}): observe.wandb=offline needs none"
-        )
-    return None if viewer else NetworkFinding(f"observe.wandb: {host} does not take this key")
+        return Reply(f"observe.wandb: {host} could not be asked ({_shortly(error)}): observe.wandb=offline needs none")
+    return None if viewer else Reply(f"observe.wandb: {host} does not take this key")
 
 
 def _wandb_url(environ: Mapping[str, str]) -> str:

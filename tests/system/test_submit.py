@@ -187,7 +187,10 @@ NO_MODEL = (
             "this cluster",
         ),
         ({"PAPO_CONFIG": "gone.yaml"}, "papo: error: gone.yaml: no such config file"),
-        ({"PAPO_ENVIRONMENT": "conda"}, "papo: error: cluster.environment: conda is none of venv, modules, container"),
+        (
+            {"PAPO_ENVIRONMENT": "conda"},
+            "papo: error: cluster.environment: conda is none of venv, modules, container, apptainer",
+        ),
     ],
 )
 def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):

@@ -195,7 +195,7 @@ def _HfApi(url: str) -> object:
     return HfApi(endpoint=url, token=False)
 
 
-def said(config: Config, **data: list[str]) -> list[str]:
+def said(config: Config, **data: str) -> list[str]:
     return [f"{each.text}{' FAULT' * each.is_fault}" for each in ask_network("train", config, data)]
 
 
@@ -204,10 +204,10 @@ def test_the_hub_is_asked_for_names_alone(service, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ("a/b", "a", "local", "rows.jsonl", "https://x/y", "a/*", "/a/b", "a/b/c")
     assert [name for name in names if is_hub_name(name)] == ["a/b", "a"]
-    found = said(load_config(None, []), train=["there/rows", "local"], eval=["gone/rows", "gated/rows"])
+    found = said(load_config(None, []), train="there/rows", here="local", eval="gone/rows", more="gated/rows")
     assert [line.partition(" (`hf")[0] for line in found] == [
         "eval: gone/rows: neither a file or folder here nor a data set on the hub that this account sees",
-        "eval: gated/rows: its owner lets in who has asked: accept the terms on its page, `hf auth login`",
+        "more: gated/rows: its owner lets in who has asked: accept the terms on its page, `hf auth login`",
     ]
     assert found[0].endswith(" FAULT") and not found[1].endswith("FAULT")
 
@@ -228,7 +228,7 @@ def test_without_a_network_names_and_keys_are_warned_of(tmp_path, monkeypatch):
         closed.bind(("127.0.0.1", 0))
         _reach(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
         monkeypatch.setenv("WANDB_API_KEY", "a-secret-key")
-        hub, wandb = said(load_config(None, ["observe.wandb=online"]), train=["there/rows"])
+        hub, wandb = said(load_config(None, ["observe.wandb=online"]), train="there/rows")
     assert hub.startswith("train: there/rows: the hub could not be asked (") and hub.endswith(
         ": is it in the nodes' cache?"
     )
@@ -241,7 +241,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for(monkeypatch):
     questions = [("key: the hub", lambda: types.SimpleNamespace(text=never.wait(5)))]
     (answer,) = network._answers(questions)
     never.set()
-    assert answer == network.NetworkFinding("key: the hub did not answer within -1 s")
+    assert answer == network.Reply("key: the hub did not answer within -1 s")
 
 
 def test_offline_a_name_has_to_be_in_the_cache(tmp_path, monkeypatch):
@@ -249,5 +249,5 @@ def test_offline_a_name_has_to_be_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "datasets--there--rows").mkdir()
-    (line,) = said(load_config(None, []), train=["there/rows", "gone/rows"])
+    (line,) = said(load_config(None, []), train="gone/rows", eval="there/rows")
     assert line.startswith("train: gone/rows: HF_HUB_OFFLINE is set and ")
