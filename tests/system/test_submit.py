@@ -171,7 +171,7 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
         ({}, "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"),
         (
             {"PAPO_VENV": "gone"},
-            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make venv' in {REPO} makes one",
+            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make gpu-venv' in {REPO} makes one",
         ),
         ({"PAPO_ENVIRONMENT": "container"}, "papo: error: cluster.container: names no image"),
         (
