@@ -18,7 +18,13 @@ from typing import Any
 from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.visible_gpus import HIDDEN, num_visible_gpus
-from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
+from megatron_papo.preflight.inputs import (
+    fault_of_folder,
+    fault_of_run_dir,
+    faults_of_data,
+    faults_of_inputs,
+    not_a_folder,
+)
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.preflight.local_ranks import faults_of_cpu, local_ranks
 from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
@@ -37,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_papo.preflight.doctor import main as doctor
 
         return doctor()
+    if options.verb == "export":
+        return _export(options)
     config = None
     try:
         _check_shell()
@@ -48,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
+        if options.verb == "data":
+            return _report_data(options, config)
         if options.cpu:
             os.environ.update(HIDDEN)
         num_ranks = _num_ranks(options, config)
@@ -63,6 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options, config, num_ranks)
     except ConfigError as error:  # of the folders that the ranks would need
         return _refuse(error, config)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_papo.conversion.export import ExportRequest, export
+
+    go_on_without_readers()
+    names = ("source", "out", "best", "step", "dtype", "workers", "push", "public")
+    try:
+        return export(ExportRequest(**{name: getattr(options, name) for name in names}))
+    except ValueError as error:
+        return _refuse(ConfigError(str(error)), None)
+    except OSError as error:
+        return _refuse(ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)), None)
 
 
 def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
@@ -100,6 +123,21 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         if _speaks():
             print(f"papo: error: {as_text(error)}", file=sys.stderr)
         return 2
+
+
+def _report_data(options: argparse.Namespace, config: Config) -> int:
+    """`papo data`. Raises ConfigError for settings, options and data that cannot be read."""
+    out = options.out or config.run.dir / "data.html"
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: {options.limit} is no number of rows")
+    folder = [f"--out: {out}: is a folder"] if os.path.isdir(out) else fault_of_folder("--out", out.parent)
+    _raise_any([*faults_of_data(options.of, config), *folder])
+    from megatron_papo.data_report import main as report_data
+
+    try:
+        return report_data(config, options.of, options.limit, out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _doubts_of_this_machine(options: argparse.Namespace) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from megatron_papo.config.basics import Count, Positive, Section
 
@@ -13,9 +14,16 @@ _LONGEST_TMP = 70
 """Letters: sockets lie in it, whose names Linux limits to 107."""
 
 
+def _stages_of_today(limits: Any) -> Any:
+    """Names of stages had spaces before: `hand over` was what is `hand_over` today."""
+    if not isinstance(limits, dict):
+        return limits
+    return {name.replace(" ", "_") if isinstance(name, str) else name: limit for name, limit in limits.items()}
+
+
 class RunConfig(Section):
     name: str = "papo"
-    """Name of the job in Slurm's queue; otherwise only recorded with the settings."""
+    """Name of the run: in wandb, and of its job in Slurm's queue."""
     dir: Path = Path("runs/papo")
     """Folder under which a run writes everything."""
     cache_dir: Path | None = None
@@ -33,7 +41,7 @@ class RunConfig(Section):
     stall_limit_s: Positive = 1800.0
     """Seconds without progress, in a stage or between two stages, after which every rank's Python stack is written and
     the run stops."""
-    stage_limits_s: dict[str, Positive] = {}
+    stage_limits_s: Annotated[dict[str, Positive], BeforeValidator(_stages_of_today)] = {}
     """Limits of single stages in place of run.stall_limit_s, e.g. `{generate: 3600, save: 600}`. The names are those of
     the metrics `time/<stage>`; of a stage within another, the last part."""
     heartbeat_s: Positive = 5.0

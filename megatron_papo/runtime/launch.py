@@ -31,7 +31,6 @@ from types import ModuleType
 from typing import Any
 
 from megatron_papo.config import ConfigError
-from megatron_papo.distributed.visible_gpus import num_visible_gpus
 from megatron_papo.runtime.failure_notes import NotesInMemory, announce, report_to, tell_launcher, tell_torchrun
 from megatron_papo.runtime.failures import SAVED_EXIT, describe, print_failure
 from megatron_papo.runtime.hostlist import first_host
@@ -46,6 +45,7 @@ from megatron_papo.runtime.process import (
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
 from megatron_papo.runtime.rank_watch import watch_ranks
 from megatron_papo.runtime.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
+from megatron_papo.runtime.unused_gpu import fault_of_gpus
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -113,8 +113,9 @@ def _number(environ: Mapping[str, str]) -> int:
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0 to num_ranks-1, or in this process only when it is a rank already. Returns the exit code.
 
-    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
-    a rank that was started from outside fails then, and may be started again.
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, or the machine has GPUs
+    that torch cannot use, before it starts a rank; a rank that was started from outside fails then, and may be started
+    again.
     """
     begin()
     go_on_without_readers()
@@ -128,7 +129,7 @@ def launch(work: Work, num_ranks: int) -> int:
         rank = int(os.environ["RANK"])
         try:
             _make_folder(work.run_dir)
-            _can_use_gpus()
+            _check_gpus()
         except ConfigError as error:
             failure = describe(rank, ValueError(str(error)))
             print_failure(failure, work.run_dir)
@@ -138,6 +139,7 @@ def launch(work: Work, num_ranks: int) -> int:
     if (most := _most_open_files()) < _OPEN_FILES:
         print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
         return 2
+    _check_gpus()
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     _make_folder(work.run_dir)
     try:
@@ -164,6 +166,12 @@ def _call_here(work: Work, rank: int) -> int:
     return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
 
 
+def _check_gpus() -> None:
+    """Raises ConfigError on a machine whose GPUs torch cannot use: the run would go on on the CPU."""
+    if (fault := fault_of_gpus()) is not None:
+        raise ConfigError(fault)
+
+
 def _make_folder(run_dir: Path) -> None:
     """Makes the run's folder and checks that files can be written there. Raises ConfigError."""
     try:
@@ -180,11 +188,7 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
     """Starts the ranks on this machine and waits for them. `made`: folders that this run has made; they are removed
     again when nothing was written to them."""
     with kept_groups() as keep:  # first, for it forks a process as small as this one is by now
-        try:
-            spawned = _can_use_gpus()
-        except ConfigError:
-            _tidy(work.run_dir, made)
-            raise
+        spawned = has_gpu()
         if not spawned:
             _imported(work.target.partition(":")[0])  # once, for all forked ranks; a spawned one imports for itself
         context = multiprocessing.get_context("spawn" if spawned else "fork")
@@ -260,19 +264,6 @@ def _most_open_files() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return sys.maxsize if most == resource.RLIM_INFINITY else most
-
-
-def _can_use_gpus() -> bool:
-    """Whether the ranks have GPUs. Raises ConfigError where this machine shows GPUs that torch cannot use: the ranks
-    would train on its CPUs without a word."""
-    if has_gpu():
-        return True
-    if num_gpus := num_visible_gpus(os.environ):
-        raise ConfigError(
-            f"torch: cannot use the {num_gpus} GPU{'s' * (num_gpus > 1)} of this machine (an old driver, or a build "
-            "for CPUs): `papo doctor` says why; --cpu runs without them"
-        )
-    return False
 
 
 def has_gpu() -> bool:

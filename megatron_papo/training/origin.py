@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_papo.checkpoint.weight_fingerprint import fingerprint_of_weights
 from megatron_papo.config import Config, plain_tree
+from megatron_papo.config.data_sources import described_sources
 from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.fingerprint import fingerprint
@@ -107,7 +108,8 @@ def kept_origin(cursor: Mapping[str, Any]) -> Origin:
 def _describe_change(part: str, before: Mapping[str, Any], config: Config) -> str:
     """The sentence that names the setting, the part that differs, and where the run read it when it began."""
     if part in ("rows", "pictures"):
-        key, was, now = "data.train", before["data"]["train"], str(config.data.train)
+        key, was = "data.train", described_sources(before["data"]["train"])
+        now = described_sources(plain_tree(config)["data"]["train"])
     else:
         model = before["model"]
         key, was, now = "model.path", model["path"] or model["checkpoint"], str(model_folder(config))

@@ -11,6 +11,7 @@ from megatron_papo.data.masking import Masks
 from megatron_papo.data.prefetch import Prefetch
 from megatron_papo.data.processor import load_processor
 from megatron_papo.generation import Sampling
+from megatron_papo.training.console import say_what_is_read
 from megatron_papo.training.session import Run
 
 
@@ -19,7 +20,9 @@ def training_rows(run: Run) -> PromptDataset:
     tokenizer at the same time, and a tokenizer does not bear two threads."""
     config = run.config
     processor = load_processor(run.processor.folder, config.data) if config.data.prefetch else run.processor
-    return PromptDataset(config.data, "train", processor)
+    dataset = PromptDataset(config.data, "train", processor)
+    say_what_is_read(run, dataset)
+    return dataset
 
 
 def prefetch_prompts(run: Run, dataset: PromptDataset) -> Prefetch:

@@ -292,7 +292,7 @@ def test_an_engine_that_is_not_installed_is_refused(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not
     config = load_config(None, [f"model.path={model}", "data.train=org/name", "generation.engine=vllm"])
     (line,) = faults_of_inputs("train", config)
-    assert line.startswith("generation.engine: vLLM is not installed")
+    assert line.startswith("generation.engine: vLLM is not installed; run: make gpu-venv")
     assert faults_of_inputs("sft", config) == []
 
 
@@ -325,7 +325,9 @@ def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkey
     monkeypatch.setitem(sys.modules, "transformer_engine", None)  # as if it were not
     config = load_config(None, [f"model.path={model}", "data.train=org/name", *settings])
     key = settings[0].partition("=")[0]
-    assert faults_of_inputs("train", config) == [f"{key}: needs Transformer Engine, which is not installed"]
+    assert faults_of_inputs("train", config) == [
+        f"{key}: needs Transformer Engine, which is not installed; run: make gpu-venv"
+    ]
     assert faults_of_inputs("train", config, packages=False) == []  # a container's image has them, or not
 
 
