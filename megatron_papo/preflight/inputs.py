@@ -195,6 +195,6 @@ def find_module(module: str) -> ModuleSpec | None:
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
             return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        # the inner name alone: of a dotted one the parent is looked for among imported modules
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec
