@@ -12,7 +12,7 @@ def score(rows: list[RewardRow]) -> list[dict[str, float]]:
 
 
 def _parts(row: RewardRow) -> dict[str, float]:
-    counted = last_box(row.response).strip()
+    counted = (last_box(row.response) or "").strip()
     if not (counted.isascii() and counted.isdigit() and len(counted) <= 3):
         return {"accuracy": 0.0, "close": 0.0}  # the response is a model's: it may hold anything
     off_by = abs(int(counted) - row.columns["squares"])
