@@ -9,6 +9,7 @@ k3 between the two views, on the answers that were given with the image. `papo e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dataclasses import replace
 from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.config.derived import model_folder
-from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.bad_rows import BadRows, reasons_in_words
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
@@ -102,11 +103,19 @@ def evaluate(
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if not scores:
         raise NothingEvaluated(
-            f"data.eval: no good row left in {dataset.name}, of {len(all_rows)}: nothing was evaluated"
+            f"data.eval: no good row left in {dataset.name}, of {len(all_rows)}: nothing was evaluated: "
+            f"{_reasons(run, bad_rows)}"
         )
     if scores[FAILED] == 1.0:
         raise NothingEvaluated(f"reward.function: it failed for all responses to data.eval: see {run.folder / FILE}")
     return with_gaps({name: value for name, value in scores.items() if value or not name.endswith(FAILED)})
+
+
+def _reasons(run: Run, bad_rows: BadRows) -> str:
+    """Why rows were left out, over all ranks, which all call it."""
+    shares = gather_objects((bad_rows.counts, bad_rows.first), run.layout.data_group)
+    counts = sum((Counter(counts) for counts, _ in shares), Counter[str]())
+    return reasons_in_words(counts, next((first for _, first in shares if first), ""))
 
 
 def _generator(run: Run) -> Generator:

@@ -51,6 +51,7 @@ class Recorder:
             start_step=first_step,
             num_steps=num_steps,
             warn=partial(warn, run),
+            wandb_run=run.wandb_run,
         )
 
     def __enter__(self) -> Recorder:

@@ -21,6 +21,7 @@ from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from megatron_papo.files.small_files import read_records
 from megatron_papo.rewards import MetricRow, RewardRow
+from tests.support.metric_names import recorded_at_every_step
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
 from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
@@ -308,6 +309,7 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **runs))
     alone, shared = (_records(tmp_path / str(ranks)) for ranks in (1, 2))
     for one, two in zip(alone, shared, strict=True):
+        assert not recorded_at_every_step() - two.keys()
         num_response = round(4 * 3 * one["response_tokens"])
         assert one["flops/head"] == two["flops/head"] == 4 * (2 * num_response * 64 * 272)
         assert one["flops/vision"] > 0 and one["flops/language"] > one["flops/attention"] > 0

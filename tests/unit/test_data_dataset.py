@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
@@ -383,7 +384,8 @@ def test_stop_names_the_row(processor, bad_file):
 
 def test_a_dataset_without_good_rows_ends(processor, tmp_path):
     path = write_lines(tmp_path / "train.jsonl", [{"problem": "<image>", "answer": "3"}] * 3)
-    with pytest.raises(ValueError, match=r"data.train: no good row left in .*: {'placeholder count': 3}"):
+    told = r"data.train: no good row left in .*: placeholder count 3; the first: row 0: placeholder count \(1 <image>"
+    with pytest.raises(ValueError, match=told):
         draw(open_train(processor, path), DataCursor(num_rows=3, seed=0), BadRows("skip"))
 
 
@@ -519,3 +521,58 @@ def test_the_example_of_a_data_source(processor):
     data = open_sources(processor, {**made, "name": "all"}, {**made, "name": "easy", "filter": f"{name}:is_easy"})
     assert 20 < len(data) < 40 and data.prompt(0).columns == {"squares": int(data.prompt(0).answer)}
     assert data.images(0) == open_sources(processor, made).images(0), "the same rows on every rank"
+
+
+def test_prompts_of_a_certificate_are_the_good_rows_and_where_there_is_none_the_reasons_are_told(processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
+    bad = [{**good, "images": ["gone.png"]}, {**good, "images": ["a.png", "a.png"]}, {**good, "answer": ""}]
+
+    def chosen(*rows):
+        config = load_config(None, [f"data.train={write_lines(tmp_path / f'{len(rows)}.jsonl', rows)}"])
+        data = DATA.model_copy(update={"train": config.data.train, "on_bad_row": "skip"})
+        return prompts_to_certify(config.model_copy(update={"data": data}), processor)
+
+    assert [prompt.problem for prompt in chosen(*bad, good)] == ["<image>How many?"], "pictures come first"
+    with pytest.raises(ValueError) as error:
+        chosen(*bad)
+    assert "data.train: none of the first 3 rows of" in str(error.value)
+    for reason in ("image file missing 1", "the same picture twice 1", "no answer 1", "the first: row 0: image file"):
+        assert reason in str(error.value)
+
+
+def test_each_row_has_its_own_system_turn_and_else_that_of_the_settings(processor, tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "how many?"}]
+    rows = [
+        {"problem": "how many?", "answer": "3", "told": "Be brief."},
+        {"problem": "how many?", "answer": "3", "told": ""},
+        {"problem": "how many?", "answer": "3", "told": "See <|image_pad|>"},
+        {"problem": "how many?", "answer": "3", "told": "so " * 99},
+    ]
+    path, talks = (
+        write_lines(tmp_path / "a.jsonl", rows),
+        write_lines(tmp_path / "b.jsonl", [{**rows[1], "problem": turns}]),
+    )
+    settled = load_processor(processor.folder, DATA.model_copy(update={"system": "Be exact."}))
+    columns = ColumnsConfig(system="told", images=None)
+    for given, second in ((processor, None), (settled, "Be exact.")):
+        dataset = open_train(given, path, columns=columns)
+        first = dataset.prompt(0)
+        assert first.system == "Be brief." and dataset.prompt(1).system is None
+        for prompt, system in ((first, "Be brief."), (dataset.prompt(1), second)):
+            text = given.tokenizer.decode(prompt.inputs.token_ids_S.tolist())
+            assert text.startswith("<|im_start|>system\n" + system if system else "<|im_start|>user"), text
+        assert open_train(given, talks, columns=ColumnsConfig(images=None)).prompt(0).system == "Be kind."
+    for row, reason in ((2, "vision token in text"), (3, "prompt too long")):
+        with pytest.raises(BadRow, match=reason):
+            dataset.prompt(row)
+    with pytest.raises(ValueError, match=r"data.columns.system: .* has no column 'tone'"):
+        open_train(processor, path, columns=ColumnsConfig(system="tone", images=None))
+    other = write_lines(tmp_path / "c.jsonl", [{**rows[0], "told": "Be long."}, *rows[1:]])
+    prints = [open_train(processor, name, columns=columns).fingerprints() for name in (path, other)]
+    assert prints[0] != prints[1], "the column is part of what the rows are"
+    plain = ColumnsConfig(images=None)
+    assert (
+        open_train(processor, path, columns=plain).fingerprints()
+        == open_train(processor, other, columns=plain).fingerprints()
+    )
