@@ -70,9 +70,10 @@ def _evaluate(*configs: Config) -> None:
 
 @pytest.mark.parametrize("branch", ["frozen", "joint"])
 def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
-    rows, others = inputs / "rows.jsonl", "{min: 1}"
+    rows = inputs / "rows.jsonl"
+    others = f"{{path: {rows}, filter: {{answer: {{min: 1}}}}}}"
     settings = {
-        "data__train": f"[{{path: {rows}, name: a, filter: {{answer: 0}}}}, {{path: {rows}, filter: {{answer: {others}}}}}]",
+        "data__train": f"[{{path: {rows}, name: a, filter: {{answer: 0}}}}, {others}]",
         "reward__function": "tests.parallel.test_train_cases:only_rows_0_and_1",
         "data__shuffle": "false",
         "train__steps": 1,
