@@ -162,11 +162,6 @@ class PromptDataset:
         source, own_row = self.locate(row)
         return source.column(own_row, name)
 
-    @property
-    def lacks_image_column(self) -> bool:
-        """Whether a source has no column of pictures although no setting says so."""
-        return any(source.lacks_image_column for source in self.sources)
-
     def without_pictures(self) -> str | None:
         """Why this seems to be a data set of text alone, in words; None where a row has a picture."""
         reasons = []

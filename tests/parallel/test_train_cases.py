@@ -76,7 +76,10 @@ def _evaluate(*configs: Config) -> None:
 
 @pytest.mark.parametrize("branch", ["frozen", "joint"])
 def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
+    rows = inputs / "rows.jsonl"
+    others = f"{{path: {rows}, filter: {{answer: {{min: 1}}}}}}"
     settings = {
+        "data__train": f"[{{path: {rows}, name: a, filter: {{answer: 0}}}}, {others}]",
         "reward__function": "tests.parallel.test_train_cases:only_rows_0_and_1",
         "data__shuffle": "false",
         "train__steps": 1,
@@ -114,6 +117,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     assert 0 < shared["reward/accuracy"] < 0.5 * shared["trained/reward/accuracy"], "of all, and of those trained on"
     assert shared["group/all_equal"] > 0.5 > shared["trained/group/all_equal"]
     assert shared["optim/grad_norm"] > 0
+    assert shared["source/a/reward"] > shared["source/rows/reward"] > 0 and shared["source/a/group/all_equal"] == 0
 
 
 def test_every_kind_of_mask_trains_and_is_shown(inputs, tmp_path):
@@ -181,12 +185,19 @@ def _scores(folder: Path) -> dict[str, float]:
 
 
 def test_evaluation_does_not_depend_on_the_ranks(inputs, tmp_path):
+    rows = inputs / "rows.jsonl"
+    sources = (
+        f"[{{path: {rows}, filter: {{answer: {{max: 4}}}}}}, {{path: {rows}, name: few, filter: {{answer: [7]}}}}]"
+    )
     for ranks in (1, 3):
-        settings = {"data__eval": inputs / "rows.jsonl", "eval__samples": 2, "eval__limit": 7}
+        settings = {"data__eval": sources, "eval__samples": 2, "eval__limit": 5}
         run_ranks(_evaluate, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
     alone, shared = _scores(tmp_path / "1"), _scores(tmp_path / "3")
     assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
     assert {"accuracy", "masked_accuracy", "gap", "perception_kl"} <= shared.keys()
+    assert {f"source/{name}/{score}" for name in ("rows", "few") for score in ("accuracy", "gap")} <= shared.keys()
+    parts = shared["source/rows/response_tokens"] * 4 / 5 + shared["source/few/response_tokens"] / 5
+    assert parts == pytest.approx(shared["response_tokens"]), "four rows of one source, one of the other"
 
 
 @pytest.mark.fast
