@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_papo.runtime.process import command
-from megatron_papo.runtime.progress import read_progress
+from megatron_papo.runtime.progress import planned_steps, read_progress
 from megatron_papo.text.untrusted import as_text
 
 
@@ -25,7 +25,8 @@ def is_finished(settings: dict[str, Any]) -> bool:
     if not checkpoint["resume"]:
         return False
     exported = not checkpoint["export_at_end"] or (run_dir / "export").is_dir()
-    return exported and read_progress(run_dir).steps_saved >= settings["train"]["steps"]
+    steps = planned_steps(settings)
+    return exported and steps is not None and read_progress(run_dir).steps_saved >= steps
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     if not is_finished(settings):
         return 1
     run_dir = as_text(settings["run"]["dir"])
-    print(f"papo: {run_dir}: finished already, {settings['train']['steps']} steps; nothing to do")
+    print(f"papo: {run_dir}: finished already, {planned_steps(settings)} steps; nothing to do")
     return 0
 
 

@@ -115,9 +115,13 @@ class PromptDataset:
 
     def column(self, row: int, name: str) -> Any:
         """Any other cell of the row, e.g. the response that supervision reads; ValueError for an unknown column."""
-        if name not in self._rows.column_names:
-            raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {listed(self._rows.features)}")
+        self._check_column(name)
         return self._rows[row][name]
+
+    def column_values(self, name: str) -> Sequence[Any]:
+        """The cells of a column, a value for each row; ValueError for an unknown column."""
+        self._check_column(name)
+        return self._rows.select_columns([name])[:][name]
 
     @property
     def lacks_image_column(self) -> bool:
@@ -145,6 +149,10 @@ class PromptDataset:
         read = (self._columns.problem, self._columns.answer, *more_columns)
         columns = [name for name in dict.fromkeys(read) if name in self._rows.column_names]
         return fingerprints_of_rows(self._rows, columns, self.images)
+
+    def _check_column(self, name: str) -> None:
+        if name not in self._rows.column_names:
+            raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {listed(self._rows.features)}")
 
     def _pictures(self, cells: dict[str, Any]) -> Any:
         return cells.get(self._columns.images) if self._columns.images is not None else None
