@@ -28,7 +28,12 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
+from megatron_papo.training.console import (
+    say_what_is_read,
+    warn_of_bad_rows,
+    warn_of_missing_images,
+    warn_of_skipped_updates,
+)
 from megatron_papo.training.origin import origin_of
 from megatron_papo.training.prompt_source import resumed_cursor
 from megatron_papo.training.recorder import Recorder, StepPlanner
@@ -44,16 +49,18 @@ class Demonstrations(PromptDataset):
         super().__init__(config.data, "train", processor, needs_answer=False)
         self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
         self._encoder = processor
-        self.column(0, self._column)
+        for source in self.sources:
+            source.column(0, self._column)
 
     def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
         """The prompt of a row; raises BadRow where its response cannot be learnt from. Cheap checks come first."""
-        text = self._text(row)
-        prompt = super().prompt(row, masks, visit)
-        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
-        if num_tokens > self._budget:
-            raise self._too_long(row, f"{num_tokens} tokens with the prompt")
-        return prompt
+        with self.named(row):
+            text = self._text(row)
+            prompt = super().prompt(row, masks, visit)
+            num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
+            if num_tokens > self._budget:
+                raise self._too_long(row, f"{num_tokens} tokens with the prompt")
+            return prompt
 
     def group(self, prompt: Prompt) -> Group:
         """A prompt of this data set with its response, as a group of one rollout."""
@@ -81,9 +88,10 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
     with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
         with run.clock.stage("set up"):
             dataset = Demonstrations(config, run.processor)
+            say_what_is_read(run, dataset)
             warn_of_missing_images(run, dataset)
             bad_rows = BadRows(config.data.on_bad_row)
-            cursor = first_cursor(config.data, dataset, config.run.seed)
+            cursor = first_cursor(config.data, dataset, config.run.seed, config.sft.batch_size)
             origin = origin_of(run, dataset, cursor, config.sft.response_column)
             run = with_num_steps(run, "sft", cursor)
             config, num_steps = run.config, run.config.sft.num_steps

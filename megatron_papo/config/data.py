@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_papo.config.basics import Count, Section
+from megatron_papo.config.curriculum import StageConfig, fault_of_stages
+from megatron_papo.config.data_sources import Preset, SourceConfig, Sources, source_entries
 
 
 class ColumnsConfig(Section):
@@ -24,16 +26,16 @@ MOST_IMAGE_PIXELS = 89_000_000
 
 
 class DataConfig(Section):
-    train: str | None = None
+    train: Sources = None
     """Training set: a file (parquet, jsonl), a pattern of files, an image folder or a name on the Hugging Face hub, as
-    `datasets` reads them."""
-    eval: str | None = None
-    """Held-out set for evaluation, in the same forms as data.train."""
+    `datasets` reads them; or a list of these, each the name alone or a mapping with the keys below."""
+    eval: Sources = None
+    """Held-out set for evaluation, in the same forms as data.train, without weights."""
     split: str = "train"
     """Name of the split of data.train that is read."""
     eval_split: str | None = None
     """Name of the split of data.eval that is read; null: the same as data.split."""
-    preset: Literal["none", "virl39k", "geometry3k"] = "none"
+    preset: Preset = "none"
     """Column names of a published data set, in place of data.columns."""
     columns: ColumnsConfig = ColumnsConfig()
     instruction: str = (
@@ -70,6 +72,9 @@ class DataConfig(Section):
     """Sampler of your own, `module:function`, in place of data.shuffle and data.order_by: a function of (num_rows,
     epoch, seed, column) that returns the numbers of the rows of an epoch in order; rows may come several times or not
     at all. `column("name")` gives the cells of a column. It must return the same for the same arguments."""
+    curriculum: list[StageConfig] = []
+    """Stages of the run, one after the other, each of which draws from some of the rows: mappings with the keys below.
+    Within a stage, order and weights are as elsewhere."""
     on_change: Literal["stop", "continue"] = "stop"
     """What to do when a run is resumed with other rows of data.train, or another order of them, than it began with:
     refuse, or go on. It then goes on with the new rows in their order, of which as many prompts count as drawn as were
@@ -82,8 +87,38 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}")
+        self._check_sources()
         if self.preset != "none" and self.columns != ColumnsConfig():
             raise ValueError(f"data.columns: data.preset={self.preset} names the columns; give one of the two")
         if self.sampler is not None and self.order_by is not None:
             raise ValueError(f"data.order_by={self.order_by}: data.sampler says the order; give one of the two")
+        if self.sampler is not None and any(entry.weight != 1 for entry in self.sources("train")):
+            raise ValueError("data.train: data.sampler says how often each row comes: leave the weights out")
+        if fault := fault_of_stages(self.curriculum):
+            raise ValueError(fault)
         return self
+
+    def _check_sources(self) -> None:
+        for which, entries in (("train", self.sources("train")), ("eval", self.sources("eval"))):
+            names = [entry.name for entry in entries]
+            for place, entry in enumerate(entries):
+                key = f"data.{which}[{place}]"
+                if unknown := sorted(set(entry.columns) - set(ColumnsConfig.model_fields)):
+                    known = ", ".join(ColumnsConfig.model_fields)
+                    raise ValueError(f"{key}.columns: unknown key {unknown[0]}, known are {known}")
+                if names.index(entry.name) != place:
+                    raise ValueError(f"{key}.name: {entry.name!r} is the name of another entry too")
+                if which == "eval" and entry.weight != 1:
+                    raise ValueError(f"{key}.weight: evaluation reads every row once")
+                self.columns_of(entry)
+
+    def sources(self, which: Literal["train", "eval"]) -> tuple[SourceConfig, ...]:
+        """The entries of data.train or data.eval, each with its name and its split; none where it is not set."""
+        split = self.split if which == "train" else self.eval_split or self.split
+        entries = source_entries(self.train if which == "train" else self.eval)
+        return tuple(entry.model_copy(update={"split": entry.split or split}) for entry in entries)
+
+    def columns_of(self, source: SourceConfig) -> tuple[Preset, ColumnsConfig]:
+        """The preset and the columns that hold for one entry: its own before those of the section."""
+        preset = source.preset or ("none" if source.columns else self.preset)
+        return preset, ColumnsConfig.model_validate({**self.columns.model_dump(), **source.columns})

@@ -15,9 +15,22 @@ class BadRow(ValueError):
     """A row that cannot be a prompt. `reason` is one of a few, for counting; `detail` says more, shortly."""
 
     def __init__(self, row: int, reason: str, detail: str = "") -> None:
-        detail = shortened(detail, _MOST_LETTERS)
-        super().__init__(f"row {row}: {reason}" + (f" ({detail})" if detail else ""))
-        self.row, self.reason, self.detail = row, reason, detail
+        self.row, self.reason, self.detail = row, reason, shortened(detail, _MOST_LETTERS)
+        self.source, self.number = "", row
+        super().__init__(str(self))
+
+    def lies_in(self, source: str, number: int) -> None:
+        """Says where the row lies: its number in its file, and the source where the data set has several."""
+        self.source, self.number = source, number
+        self.args = (str(self),)
+
+    def named_by(self, key: str) -> str:
+        """The text with the setting `key` in front; the name of one source among several begins with it already."""
+        return str(self) if self.source else f"{key}: {self}"
+
+    def __str__(self) -> str:
+        place = f"{self.source}: row {self.number}" if self.source else f"row {self.number}"
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass

@@ -96,7 +96,10 @@ class RowOrder:
                 stage, first, before = stage + 1, start, 0
         length, most = len(self._rows(number, stage)), self._stages[stage].prompts
         if not length:
-            raise ValueError(f"data.train: no row is left to draw in epoch {number}")
+            raise ValueError(
+                f"data.sampler: none of the rows that it gives epoch {number} is one that data.curriculum[{stage}] "
+                "draws from"
+            )
         if most is not None:
             length = min(length, first + most - start)
         self._epochs.append(_Epoch(number, stage, first, before, start, length))

@@ -158,6 +158,7 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
     of = f" of {num_steps}" if num_steps else ""
     parts = [f"[bold]step {step:>4}[/]{of}" if step >= 0 else "[bold]before step 0[/]"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
+    parts += _by_source(values)
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
     stages = {name: value for name, value in stages.items() if "/" not in name}  # the others are part of these
     if stages:
@@ -166,6 +167,12 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
         detail = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
         parts.append(f"[dim]{total:.1f} s ({detail})[/]")
     return "  ".join(parts)
+
+
+def _by_source(values: Mapping[str, float]) -> list[str]:
+    """The held-out accuracy of each source, where there are several."""
+    found = (re.fullmatch(r"eval/source/([\w.-]+)/accuracy", name) for name in values)
+    return [f"[dim]{match[1]}[/] [cyan]{values[match[0]]:.3f}[/]" for match in found if match]
 
 
 def _step_of(line: bytes) -> float:

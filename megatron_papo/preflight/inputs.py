@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from megatron_papo.config import Config
+from megatron_papo.config import Config, SourceConfig
+from megatron_papo.config.data_sources import source_entries, source_key
 from megatron_papo.files.data_suffixes import BUILDERS
 
 OLDEST_VLLM = (0, 26)
@@ -75,16 +76,25 @@ def _models(verb: str, config: Config) -> Iterator[str]:
 
 
 def _data(verb: str, config: Config) -> Iterator[str]:
-    names = {"train": config.data.train, "eval": config.data.eval}
-    if verb in _NEEDED and names[_NEEDED[verb]] is None:
+    written = {"train": config.data.train, "eval": config.data.eval}
+    if verb in _NEEDED and written[_NEEDED[verb]] is None:
         yield f"data.{_NEEDED[verb]}: papo {verb} needs it"
     for root in config.data.image_roots:
         if not os.path.isdir(root):
             yield f"data.image_roots: {root} {not_a_folder(root)}"
-    for key in _READS[verb]:
-        name = names[key]
-        if name is not None and _is_gone(name):
-            yield f"data.{key}: {name}: no such file or folder"
+    for which in _READS[verb]:
+        for place, source in enumerate(source_entries(written[which])):
+            yield from _source(source_key(which, written[which], place), source)
+
+
+def _source(key: str, source: SourceConfig) -> Iterator[str]:
+    """Faults of one entry of data.train or data.eval."""
+    if source.path is not None and _is_gone(source.path):
+        yield f"{key}: {source.path}: no such file or folder"
+    if source.function is not None:
+        yield from _user_function(f"{key}.function", source.function)
+    if isinstance(source.filter, str):
+        yield from _user_function(f"{key}.filter", source.filter)
 
 
 def not_a_folder(path: Path) -> str:
@@ -105,7 +115,7 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
     if config.generation.engine == "vllm":
         yield from _vllm()
     if config.reward.function is not None and verb != "certify":
-        yield from _reward_function(config.reward.function)
+        yield from _user_function("reward.function", config.reward.function)
     elif config.reward.accuracy == "mathruler" and verb != "certify":
         for name in ("mathruler", "pylatexenc"):  # which mathruler imports and does not ask for
             if importlib.util.find_spec(name) is None:
@@ -142,19 +152,20 @@ def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
             yield f"{key}: needs Transformer Engine, which is not installed"
 
 
-def _reward_function(name: str) -> Iterator[str]:
+def _user_function(key: str, name: str) -> Iterator[str]:
+    """Faults of a function of the user's own that the setting `key` names, as far as they show without importing it."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        yield f"reward.function: {name!r} is not written module:function"
+        yield f"{key}: {name!r} is not written module:function"
         return
     spec = find_module(module)
     if spec is None:
-        yield f"reward.function: there is no module {module}"
+        yield f"{key}: there is no module {module}"
     elif spec.origin is not None and spec.origin.endswith(".py"):
         source = Path(spec.origin).read_text(errors="replace")
         # a name that a module has is written in it, unless it takes over all names of another
         if "import *" not in source and not re.search(rf"\b{re.escape(function)}\b", source):
-            yield f"reward.function: there is no {function} in {spec.origin}"
+            yield f"{key}: there is no {function} in {spec.origin}"
 
 
 def find_module(module: str) -> ModuleSpec | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_papo.checkpoint.weight_fingerprint import fingerprint_of_weights
 from megatron_papo.config import Config, plain_tree
+from megatron_papo.config.data_sources import described_sources
 from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.fingerprint import fingerprint
@@ -47,8 +48,8 @@ _IMAGE_SETTINGS = (
 _OF_DATA = ("rows", "pictures", "order")
 """What `data.on_change` is about."""
 _OF_ORDER = (
-    "data.train", "data.shuffle", "data.order_by", "data.order_descending", "data.sampler", "run.seed",
-    "train.prompts_per_step", "sft.batch_size",
+    "data.train", "data.shuffle", "data.order_by", "data.order_descending", "data.sampler", "data.curriculum",
+    "run.seed", "train.prompts_per_step", "sft.batch_size",
 )  # fmt: skip
 """Settings that the order of rows follows from, beside the rows themselves."""
 _MACHINE_SETTINGS = ("run.dir", "cluster.", "observe.", "data.train", "model.path", "model.checkpoint")
@@ -154,7 +155,8 @@ def _describe_change(part: str, saved: Mapping[str, Any], config: Config) -> str
         why = _changes(before, config, _OF_ORDER) or "with the same settings: a sampler or a column gives another"
         return f"data: another order of rows than when this run began ({why})"
     if part in ("rows", "pictures"):
-        key, was, now = "data.train", before["data"]["train"], str(config.data.train)
+        key, was = "data.train", described_sources(before["data"]["train"])
+        now = described_sources(plain_tree(config)["data"]["train"])
     else:
         model = before["model"]
         key, was, now = "model.path", model["path"] or model["checkpoint"], str(model_folder(config))

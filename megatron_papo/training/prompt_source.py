@@ -15,7 +15,7 @@ from megatron_papo.data.processor import load_processor
 from megatron_papo.data.settings_order import first_cursor
 from megatron_papo.generation import Sampling
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import say
+from megatron_papo.training.console import say, say_what_is_read
 from megatron_papo.training.run_length import with_num_steps
 from megatron_papo.training.session import Run
 
@@ -29,7 +29,8 @@ def open_training_rows(run: Run) -> tuple[Run, PromptDataset, DataCursor]:
     config = run.config
     processor = load_processor(run.processor.folder, config.data) if config.data.prefetch else run.processor
     dataset = PromptDataset(config.data, "train", processor)
-    cursor = first_cursor(config.data, dataset, config.run.seed)
+    say_what_is_read(run, dataset)
+    cursor = first_cursor(config.data, dataset, config.run.seed, config.train.prompts_per_step)
     return with_num_steps(run, "train", cursor), dataset, cursor
 
 

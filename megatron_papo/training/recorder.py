@@ -144,4 +144,5 @@ def _sample(run: Run, group: Group) -> SampleRow:
         masked_images=masked,
         reward=group.rewards[0] if group.rewards else 0.0,
         reward_parts={name: values[0] for name, values in group.reward_parts.items()},
+        source=prompt.source,
     )

@@ -7,8 +7,9 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from megatron_papo.config import Config, DataConfig
-from megatron_papo.data import DataCursor, share_of
+from megatron_papo.config import Config, DataConfig, load_config
+from megatron_papo.data import DataCursor, PromptDataset, share_of
+from megatron_papo.data.mixture import Mixture
 from megatron_papo.data.order import positions_for_step
 from megatron_papo.data.random_state import random_state
 from megatron_papo.data.settings_order import first_cursor
@@ -100,15 +101,20 @@ LEVELS = [3, 1, None, 2, 1, 3, math.nan, 2]
 
 
 class Rows:
-    """What an order reads of a data set: its length and its columns."""
+    """What an order reads of a data set: its length, its columns and the weights of its sources."""
 
-    which = "train"
-
-    def __init__(self, **columns):
+    def __init__(self, weights=(1.0,), **columns):
         self.columns = columns
+        share = len(self) // len(weights)
+        self.mixture = Mixture((share,) * len(weights), weights)
 
     def __len__(self):
         return len(next(iter(self.columns.values())))
+
+    def rows_passing(self, conditions, key):
+        if conditions is None:
+            return np.arange(len(self))
+        return np.array([place for place, level in enumerate(self.columns["level"]) if level == conditions["level"]])
 
     def column_values(self, name):
         if name not in self.columns:
@@ -116,9 +122,9 @@ class Rows:
         return self.columns[name]
 
 
-def ordered(num_positions, columns=None, seed=0, **data):
-    rows = Rows(**(columns or {"level": LEVELS}))
-    cursor = first_cursor(DataConfig(**data), rows, seed)
+def ordered(num_positions, columns=None, seed=0, weights=(1.0,), **data):
+    rows = Rows(weights, **(columns or {"level": LEVELS}))
+    cursor = first_cursor(DataConfig(**data), rows, seed, prompts_per_step=3)
     return [row(cursor, position) for position in range(num_positions)]
 
 
@@ -162,7 +168,7 @@ def gives_what_epoch_says(num_rows, epoch, seed, column):
 def test_a_sampler_says_the_rows_of_every_epoch():
     name = "tests.unit.test_data_order:easy_first"
     assert ordered(8, sampler=name) == [1, 4, 1, 4, 1, 1, 4, 1], "epochs of 2, 3 and 4 rows"
-    cursor = first_cursor(DataConfig(sampler=name), Rows(level=LEVELS), 0)
+    cursor = first_cursor(DataConfig(sampler=name), Rows(level=LEVELS), 0, 3)
     assert [cursor.order.num_prompts(epochs) for epochs in (0.5, 1, 2, 2.5)] == [1, 2, 5, 7]
     for kind, fault in (
         ("nothing", "no rows"), ("outside", "row 8, and data.train has rows 0 to 7"), ("negative", "row -1"),
@@ -180,7 +186,7 @@ def test_a_sampler_says_the_rows_of_every_epoch():
 
 def test_the_epoch_of_a_sampler_is_compared_on_resuming():
     def at(position, levels):
-        cursor = first_cursor(DataConfig(sampler="tests.unit.test_data_order:easy_first"), Rows(level=levels), 0)
+        cursor = first_cursor(DataConfig(sampler="tests.unit.test_data_order:easy_first"), Rows(level=levels), 0, 3)
         return cursor.advance(position)
 
     state = json.loads(json.dumps(at(2, LEVELS).state_dict()))
@@ -191,6 +197,91 @@ def test_the_epoch_of_a_sampler_is_compared_on_resuming():
     resumed = at(0, changed).load_state_dict(state, other_data=True)
     assert (resumed.position, resumed.where()) == (2, "epoch 0, row 2 of 3")
     assert at(0, changed).order_fingerprint() != at(0, LEVELS).order_fingerprint() == at(5, LEVELS).order_fingerprint()
+
+
+def stages(*stages):
+    return [{"filter": {"level": level}, **length} for level, length in stages]
+
+
+def test_a_stage_draws_from_its_rows_as_long_as_it_lasts():
+    """Rows of level 1 are 1 and 4, of level 3 are 0 and 5, of level 2 are 3 and 7."""
+    curriculum = [*stages((1, {"epochs": 2}), (3, {"steps": 1})), {}]
+    drawn = ordered(15, shuffle=False, curriculum=curriculum)
+    assert drawn == [1, 4, 1, 4, 0, 5, 0, 0, 1, 2, 3, 4, 5, 6, 7], "the second stage ends after one step of 3"
+    shuffled = ordered(15, curriculum=curriculum)
+    assert [set(shuffled[:2]), set(shuffled[2:4]), set(shuffled[4:7])] == [{1, 4}, {1, 4}, {0, 5}]
+    assert sorted(shuffled[7:]) == list(range(8))
+    # with weights, an order and a sampler
+    curriculum = [*stages((1, {"epochs": 1})), {}]
+    assert ordered(4, weights=(2.0, 1.0), shuffle=False, curriculum=curriculum)[:3] == [1, 1, 4], "row 1 counts twice"
+    assert ordered(5, shuffle=False, order_by="level", curriculum=curriculum) == [1, 4, 1, 4, 3]
+    assert ordered(5, sampler=f"{__name__}:backwards", curriculum=curriculum) == [4, 1, 7, 6, 5]
+    cursor = first_cursor(DataConfig(curriculum=curriculum), Rows(level=LEVELS), 0, 3)
+    assert [cursor.order.num_prompts(epochs) for epochs in (1, 1.5, 2)] == [2, 6, 10]
+    with pytest.raises(ValueError, match=r"data\.sampler: none of the rows .* epoch 0 .* data\.curriculum\[0\]"):
+        ordered(1, sampler=f"{__name__}:easy_first", curriculum=[*stages((3, {"epochs": 1})), {}])
+
+
+def backwards(num_rows, epoch, seed, column):
+    return range(num_rows - 1, -1, -1)
+
+
+def test_an_order_of_its_own_resumes_anywhere():
+    """Whatever is combined: a cursor that is moved to a position names the rows that one from the start names there."""
+    data = DataConfig(
+        order_by="level",
+        curriculum=[*stages((1, {"epochs": 3}), (3, {"steps": 2})), {}],
+        train=[{"path": "a", "weight": 1.5}, {"path": "b", "weight": 0.5}],
+    )
+
+    def start():
+        return first_cursor(data, Rows((1.5, 0.5), level=LEVELS), 5, 3)
+
+    whole = [list(start().rows(position)) for position in range(40)]
+    once = start()
+    assert [list(once.rows(position)) for position in reversed(range(40))] == whole[::-1]
+    moved = start().load_state_dict(json.loads(json.dumps(start().advance(17).state_dict())))
+    assert [list(moved.rows(position)) for position in range(17, 40)] == whole[17:]
+
+
+@pytest.mark.parametrize(
+    ("stages", "fault"),
+    [
+        ([{}, {}], r"data\.curriculum\[0\]: needs epochs or steps"),
+        ([{"epochs": 1, "steps": 1}, {}], r"data\.curriculum\[0\]: needs epochs or steps"),
+        ([{"epochs": 1}, {"steps": 1}], r"data\.curriculum\[1\]: the last stage goes on"),
+        ([{"epochs": 0}, {}], r"data\.curriculum\[0\]\.epochs: Input should be greater"),
+        ([{"filter": {"level": {"low": 1}}}], r"data\.curriculum\[0\]\.filter\.level\.low: unknown key"),
+    ],
+)
+def test_stages_that_cannot_be(stages, fault):
+    with pytest.raises(ValueError, match=fault):
+        load_config(None, [f"data.curriculum={json.dumps(stages)}"])
+
+
+def test_settings_of_an_order_that_contradict_each_other():
+    for words, fault in (
+        (["data.sampler=a:b", "data.order_by=c"], r"data\.order_by=c: data\.sampler says the order"),
+        (["data.sampler=a:b", "data.train=[{path: a, weight: 2}]"], "leave the weights out"),
+        (["train.epochs=1", "data.curriculum=[{steps: 3}, {}]"], r"train\.epochs: a stage of data\.curriculum lasts"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            load_config(None, words)
+
+
+def test_columns_and_filters_of_several_sources(tmp_path):
+    for name, levels in (("a", [1, 2]), ("b", [2, 3, 2])):
+        rows = [{"problem": "?", "answer": "1", "level": level} for level in levels]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], columns={"images": None})
+    dataset = PromptDataset(data, "train", None)
+    assert dataset.column_values("level") == [1, 2, 2, 3, 2]
+    passing = [dataset.rows_passing(filter, "key").tolist() for filter in ({"level": 2}, {"level": [3]}, None)]
+    assert passing == [[1, 2, 4], [3], [0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"key: none of the 5 rows of .*a\.jsonl, .*b\.jsonl passes"):
+        dataset.rows_passing({"level": 9}, "key")
+    with pytest.raises(ValueError, match=r"data\.train\[0\]: .*a\.jsonl has no column 'hard'"):
+        dataset.column_values("hard")
 
 
 def test_steps_follow_from_epochs_and_the_smaller_number_counts():
