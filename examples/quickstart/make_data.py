@@ -15,8 +15,15 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_papo.runtime.needed_packages import check_packages
+
+check_packages()
 
 import numpy as np
 import pyarrow

@@ -8,7 +8,14 @@ words that the quickstart's questions and answers are made of. transformers, vLL
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_papo.runtime.needed_packages import check_packages
+
+check_packages()
 
 import torch
 from model_folder import SPECIAL, model_config, wrap_tokenizer, write_folder

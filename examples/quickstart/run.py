@@ -21,6 +21,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two ranks, two cores
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_papo.runtime.needed_packages import check_packages
+
+check_packages()
+
 from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule

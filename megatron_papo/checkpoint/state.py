@@ -53,6 +53,8 @@ class TrainState:
     """None where only weights are saved and restored."""
     cursor: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    saves_moments: bool = True
+    """False: what is saved has the place in the optimizer's schedule, and none of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Restored:
     metric: float | None
     cursor: dict[str, Any]
     config: dict[str, Any]
+    lacks_moments: bool
+    """Whether updates had been made, and the checkpoint was saved without the optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def snapshot(step: int, state: TrainState, staging: Staging | None) -> Snapshot:
         megatron = state.optimizer.megatron
         steps = gather_objects(optimizer_state.step_count(megatron), world_group())
         counts = {"optimizer_step": max(steps), "schedule_steps": state.optimizer.schedule.num_steps}
+        if not state.saves_moments:
+            counts["optimizer_step"] = 0  # a reader leaves the optimizer as before its first update
         if counts["optimizer_step"]:
             tree |= _optimizer_tensors(state.optimizer, held, None)
     own = own_boxes(tree)
@@ -129,7 +135,8 @@ def read_state(folder: Path | str, state: TrainState, warn: Callable[[str], None
         set_random_states(states)
     if state.optimizer is not None:
         _restore_schedule(state.optimizer, saved)
-    return Restored(saved["step"], saved.get("metric"), saved["cursor"], saved["config"])
+    lacks_moments = saved["schedule_steps"] > 0 and not saved["optimizer_step"]
+    return Restored(saved["step"], saved.get("metric"), saved["cursor"], saved["config"], lacks_moments)
 
 
 def _read(opened: Opened, tree: dict[str, ShardedTensor], resumed: bool) -> Mapping[str, Any] | None:

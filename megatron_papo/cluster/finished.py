@@ -17,7 +17,8 @@ from megatron_papo.text.untrusted import as_text
 
 
 def is_finished(settings: dict[str, Any]) -> bool:
-    """Whether the last step's checkpoint is there, and the exported folder where one is asked for.
+    """Whether the last step's checkpoint is there, and the exported folder where one is asked for. Where nothing is
+    saved (`checkpoint.contents=none`) the steps that the run recorded count instead.
 
     `settings`: the whole tree, as `papo check --json` prints it.
     """
@@ -25,8 +26,9 @@ def is_finished(settings: dict[str, Any]) -> bool:
     if not checkpoint["resume"]:
         return False
     exported = not checkpoint["export_at_end"] or (run_dir / "export").is_dir()
-    steps = planned_steps(settings)
-    return exported and steps is not None and read_progress(run_dir).steps_saved >= steps
+    steps, progress = planned_steps(settings), read_progress(run_dir)
+    done = progress.steps_done if checkpoint.get("contents") == "none" else progress.steps_saved
+    return bool(exported and steps is not None and done >= steps)
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,10 @@ from megatron_papo.config.basics import Count, Section
 
 
 class CheckpointConfig(Section):
+    contents: Literal["full", "weights", "none"] = "full"
+    """What is saved: `full`, all that a run needs to go on as if it had not stopped; `weights`, without the optimizer's
+    state, a seventh of the size in bfloat16 and a third in float32, with which a resumed run begins with new moments of
+    Adam; `none`, nothing: a run that is stopped is lost."""
     save_every: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_last: Count = 2
@@ -22,7 +26,11 @@ class CheckpointConfig(Section):
     resume: bool = True
     """Whether a run goes on from the newest complete checkpoint under run.dir."""
     export_at_end: bool = True
-    """Whether a Hugging Face folder is written beside the last checkpoint."""
+    """Whether the Hugging Face folder RUN/export is written after the last step."""
+    export_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between Hugging Face folders RUN/exports/step_<step>; 0: none before the end. The step waits for each."""
+    keep_exports: Count | None = None
+    """Number of newest folders of export_every that are kept; null: all."""
     reference: Path | None = None
     """Hugging Face folder with the weights of the reference policy; null: a copy of the starting policy in CPU
     memory."""

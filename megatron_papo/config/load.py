@@ -43,7 +43,9 @@ def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = (), 
     except ValidationError as error:
         config = _validate_with_texts(tree, texts, error)
     faults = list(faults_of_values(config.model_dump(), left_out=not to_run))
-    faults += faults_of_variables(config.cluster.variables, config.cluster.setup) if to_run else []
+    if to_run:
+        cluster = config.cluster
+        faults += faults_of_variables(cluster.variables, cluster.setup, cluster.sbatch)
     if faults:
         raise ConfigError("\n".join(faults))
     return config

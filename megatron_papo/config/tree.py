@@ -87,6 +87,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.run.offline and self.observe.wandb == "online":
+            raise ValueError(
+                "observe.wandb=online needs a network, and run.offline=true says there is none: use offline"
+            )
         if self.perception.kl == "full" and self.perception.masked_branch == "frozen":
             raise ValueError("perception.kl=full needs perception.masked_branch=joint: a frozen branch keeps no logits")
         self._check_ahead()

@@ -3,6 +3,8 @@
 What goes where is planned from headers; then the rows of every parameter pass through a few buffers, are cast and
 hashed, and are written. No model is built, no Megatron is imported, no GPU is needed. In the order of reading:
 
+    export              what `papo export` does: a run's checkpoint converted, and uploaded
+    hub                 the upload of a folder to the Hugging Face hub
     run_conversion      what the command line tool calls
     convert             a whole conversion, from the plan to the published folder
     plan                what is written where, in files that one worker writes each

@@ -1,8 +1,10 @@
-"""What tools/convert_checkpoint.py does on each worker once its arguments are parsed, and what it prints."""
+"""One conversion or verification from its arguments: on how many workers it runs, what each does, what is printed."""
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +17,13 @@ from megatron_papo.conversion.convert import convert
 from megatron_papo.conversion.plan import Direction, Settings
 from megatron_papo.conversion.verify import compare, verify
 from megatron_papo.conversion.workers import Workers, reason_of
+from megatron_papo.runtime.launch import Work, launch, outer_rank
 from megatron_papo.text.untrusted import LINES, as_text
 
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """The arguments of the tool."""
+    """What is converted into what, or verified; the arguments of tools/convert_checkpoint.py."""
 
     verb: Literal["hf-to-megatron", "megatron-to-hf", "verify"]
     first: Path
@@ -32,6 +35,22 @@ class ConversionRequest:
     file_bytes: int = Settings.file_bytes
     files: Path | None = None
     """The folder that config, tokenizer and processor come from; for `verify` the source of the conversion."""
+
+
+def run_conversion(request: ConversionRequest, num_workers: int) -> int:
+    """Performs `request` in this process, on `num_workers` processes here, or as one of the workers that srun or
+    torchrun started; the exit status, as `perform` says. Raises ValueError and OSError for what cannot be read or
+    written; where several workers run, they say so themselves and the status is 2."""
+    if num_workers < 1:
+        raise ValueError(f"--workers: {num_workers} is not a number of processes")
+    if num_workers == 1 and outer_rank(os.environ) is None:
+        with Workers() as workers:
+            return perform(request, workers)
+    with tempfile.TemporaryDirectory(prefix="papo_convert_") as folder:
+        status = Path(folder, "status")
+        work_to_do = Work("megatron_papo.conversion.run_conversion:work", (request, status), Path(folder))
+        code = launch(work_to_do, num_workers)
+        return code or int(status.read_text() if status.exists() else 0)
 
 
 def work(request: ConversionRequest, status_file: Path) -> None:

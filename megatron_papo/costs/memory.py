@@ -174,8 +174,12 @@ def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[s
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
-    """Bytes of one checkpoint on disk: weights, Adam's moments and, beside bfloat16 weights, their fp32 master copy."""
-    return num_parameters(shape) * (weight_bytes(config) + state_bytes(config))
+    """Bytes of one checkpoint on disk: weights and, unless `checkpoint.contents` leaves them out, Adam's moments and,
+    beside bfloat16 weights, their fp32 master copy."""
+    if config.checkpoint.contents == "none":
+        return 0
+    state = state_bytes(config) if config.checkpoint.contents == "full" else 0
+    return num_parameters(shape) * (weight_bytes(config) + state)
 
 
 def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:

@@ -87,4 +87,4 @@ def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: B
             return dataset.prompt(row, masks, visit=position)
         except BadRow as bad:
             bad_rows.add(bad)
-    raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.counts}")
+    raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.in_words}")

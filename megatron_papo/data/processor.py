@@ -151,7 +151,7 @@ class Processor:
         """Normalised pixels of pictures without a text: the masked view goes the same way as the original.
         Raises ImageTooExtreme."""
         for image in images:
-            _check_aspect(image)
+            check_aspect(image)
         batch = self.image_processor(images=list(images), return_tensors="pt")
         return batch["pixel_values"].float(), batch["image_grid_thw"]
 
@@ -230,6 +230,7 @@ class Processor:
         return TemplateFailed(f"model.path: the chat template of {self.folder}: {error}")
 
 
-def _check_aspect(image: Image.Image) -> None:
+def check_aspect(image: Image.Image) -> None:
+    """Raises ImageTooExtreme for what the image processor would refuse."""
     if max(image.size) > _MAX_ASPECT * min(image.size):
         raise ImageTooExtreme(f"{image.width} x {image.height} pixels, aspect ratio beyond {_MAX_ASPECT}")

@@ -19,6 +19,7 @@ from megatron_papo.distributed.accelerator import wait_for_device
 from megatron_papo.observe.profiling import MeasuredMemory, named_range
 from megatron_papo.runtime.watchdog import Watchdog
 
+_GIB = 2**30
 PLAIN_EVERY_S = 10.0
 """Where the output is no terminal, a long stage prints a line this often."""
 
@@ -115,13 +116,14 @@ class StageClock:
         return self._watchdog.running()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`.
+        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in GiB, as
+        `memory_gib/<stage>`.
 
         Only the outermost, those without a slash in their name, add up: the seconds of the others are part of theirs.
         """
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}
+        return taken | {f"memory_gib/{name}": peak / _GIB for name, peak in self._memory.take().items()}
 
     def _enter(self, name: str) -> None:
         self._watchdog.enter(name)

@@ -91,7 +91,7 @@ def beside_each_other(pictures: Sequence[Picture]) -> Image.Image:
 
 def _card(row: SampleRow) -> str:
     verdict = "right" if row.reward_parts.get("accuracy", row.reward) > 0.5 else "wrong"
-    views = _views("image", row.images) + _views("masked image", row.masked_images)
+    views = figures_of("image", row.images) + figures_of("masked image", row.masked_images)
     parts = "".join(f"<span class=badge>{escape(name)} {value:.3g}</span>" for name, value in row.reward_parts.items())
     source = f"<dt>source</dt><dd>{escape(row.source)}</dd>" if row.source else ""
     return (
@@ -103,7 +103,8 @@ def _card(row: SampleRow) -> str:
     )
 
 
-def _views(caption: str, pictures: Sequence[Picture]) -> str:
+def figures_of(caption: str, pictures: Sequence[Picture]) -> str:
+    """The pictures as HTML, each with its caption below, numbered where they are several."""
     return "".join(
         f"<figure>{_img(picture)}<figcaption>{caption}{f' {index}' if len(pictures) > 1 else ''}</figcaption></figure>"
         for index, picture in enumerate(pictures, 1)

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
 from megatron_papo.files.small_files import parse_record, set_aside, write_atomically
+from megatron_papo.observe.old_names import with_old_names
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
 from megatron_papo.text.untrusted import LINES, as_text
@@ -87,6 +88,7 @@ class Sinks:
         """Records the numbers of a step. Values that are not finite are kept, as the strings `nan` and `inf`."""
         if not self._enabled:
             return
+        shown, values = values, with_old_names(values)
         record = {"step": step, "unix_time": round(time.time(), 3)}
         line = json.dumps({**record, **{name: _strict(value) for name, value in values.items()}}, allow_nan=False)
         self._outbox.append(self._metrics, f"{line}\n".encode())
@@ -98,7 +100,7 @@ class Sinks:
             self._wandb.numbers(step, values)
         due = step % self._console_every == 0 or step + 1 == self._num_steps or "eval/accuracy" in values
         if self._console and due:
-            self._console.print(console_line(step, values, self._num_steps), soft_wrap=True)
+            self._console.print(console_line(step, shown, self._num_steps), soft_wrap=True)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> Path | None:
         """Shows some rollouts of a step; returns the page, RUN/samples/step_NNNNNN.html."""
@@ -160,7 +162,7 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
     parts += _by_source(values)
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
-    stages = {name: value for name, value in stages.items() if "/" not in name}  # the others are part of these
+    stages = {name: value for name, value in stages.items() if "/" not in name and name != "step"}  # part of these
     if stages:
         total = sum(stages.values())
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]

@@ -57,7 +57,7 @@ class Estimate:
     candidate: Candidate
     stages: tuple[Memory, ...]
     seconds: dict[str, float]
-    """Seconds by stage of a step: generate, score, update, hand over; parts of the update under `update/...`."""
+    """Seconds by stage of a step: generate, score, update, hand_over; parts of the update under `update/...`."""
     bubble: float
     """Share of the updates' time in which stages stand still."""
     num_rows: int
@@ -184,7 +184,7 @@ def _seconds(
     seconds = {
         "score": score * (1 + assumed.row_spread) * assumed.score_factor,
         "update": update,
-        "hand over": _handover_s(candidate, shape, cluster, assumed) * assumed.handover_factor,
+        "hand_over": _handover_s(candidate, shape, cluster, assumed) * assumed.handover_factor,
         "update/exchange": work.updates * rows.num * each.exchange * 3,
         "update/vision": work.updates * rows.num * each.vision * 3,
         "update/gradients": work.updates * reduce,

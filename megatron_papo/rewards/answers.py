@@ -106,6 +106,21 @@ def agree(answer: str, gold: str) -> bool | Algebra:
     return Algebra(_for_math_verify(value), _for_math_verify(gold_value)) if verdict is None else verdict
 
 
+def kind_of_answer(answer: str) -> str:
+    """What a gold answer seems to be, in words: of the rules above the first that could settle it."""
+    text = plain(spell(gold_answer(answer)[:_MAX_READ]))
+    value = _read(text).value
+    kinds = {
+        "one choice": _choice(text),
+        "several choices": _CHOICES.fullmatch(text),
+        "words": _WORDS.fullmatch(text),
+        "date": _FULL_DATE.fullmatch(text),
+        "number": equal_numbers(value, value),
+        "expression": re.search(r"[\\^=<>{}+*/]|\d", text),
+    }
+    return next((kind for kind, found in kinds.items() if found), "other text")
+
+
 class _Reading(NamedTuple):
     text: str
     value: str

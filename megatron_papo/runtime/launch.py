@@ -3,10 +3,10 @@
 Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
 than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
 its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
-the last thing printed. Signals to this process are for all ranks: SIGINT, SIGTERM and SIGHUP end them, Ctrl-Z stops
-them, SIGUSR1 asks them to save and end after their step; the exit code is then SAVED_EXIT. Nothing of a run is left in
-folders for temporary files. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in
-a Slurm job.
+the last thing printed. Signals to this process are for all ranks: SIGTERM and SIGHUP end them, Ctrl-Z stops them,
+SIGUSR1 asks them to save and end after their step; the exit code is then SAVED_EXIT. Ctrl-C asks for the same where the
+verb can save, and the second one ends them at once. Nothing of a run is left in folders for temporary files. Leaves out
+several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from megatron_papo.runtime.process import (
 from megatron_papo.runtime.rank_signals import forward, ignore_ends, signals_to, stop
 from megatron_papo.runtime.rank_watch import watch_ranks
 from megatron_papo.runtime.stacks import drop_empty_stack_file, dump_stacks_on_sigterm
+from megatron_papo.runtime.unused_gpu import fault_of_gpus
 
 _VICTIM_WAIT_S = 5.0
 """A rank whose peer is gone waits this long before it ends, so that the peer's own reason is seen first."""
@@ -60,6 +61,8 @@ class Work:
     target: str
     args: tuple[Any, ...]
     run_dir: Path
+    saves: bool = False
+    """Whether a rank that is asked to (SIGUSR1) saves after its step and ends."""
 
     def call(self) -> int:
         """Calls the function on this rank. Returns the rank's exit code."""
@@ -110,8 +113,9 @@ def _number(environ: Mapping[str, str]) -> int:
 def launch(work: Work, num_ranks: int) -> int:
     """Calls `work` on ranks 0 to num_ranks-1, or in this process only when it is a rank already. Returns the exit code.
 
-    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, before it starts a rank;
-    a rank that was started from outside fails then, and may be started again.
+    Raises ConfigError when the run's folder, or one for temporary files, cannot be written to, or the machine has GPUs
+    that torch cannot use, before it starts a rank; a rank that was started from outside fails then, and may be started
+    again.
     """
     begin()
     go_on_without_readers()
@@ -125,6 +129,7 @@ def launch(work: Work, num_ranks: int) -> int:
         rank = int(os.environ["RANK"])
         try:
             _make_folder(work.run_dir)
+            _check_gpus()
         except ConfigError as error:
             failure = describe(rank, ValueError(str(error)))
             print_failure(failure, work.run_dir)
@@ -134,6 +139,7 @@ def launch(work: Work, num_ranks: int) -> int:
     if (most := _most_open_files()) < _OPEN_FILES:
         print(f"papo: error: ulimit -n: {most} open files are too few, ranks need {_OPEN_FILES}", file=sys.stderr)
         return 2
+    _check_gpus()
     made = [folder for folder in (work.run_dir, *work.run_dir.parents) if not folder.exists()]
     _make_folder(work.run_dir)
     try:
@@ -158,6 +164,12 @@ def _call_here(work: Work, rank: int) -> int:
         os._exit(failure.exit_code)  # without the clean-up of process groups, which may hang on dead peers
     drop_empty_stack_file(work.run_dir, rank)
     return 0 if code == SAVED_EXIT else code  # see SAVED_FILE
+
+
+def _check_gpus() -> None:
+    """Raises ConfigError on a machine whose GPUs torch cannot use: the run would go on on the CPU."""
+    if (fault := fault_of_gpus()) is not None:
+        raise ConfigError(fault)
 
 
 def _make_folder(run_dir: Path) -> None:
@@ -186,7 +198,7 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), notes))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
-        with signals_to(ranks):
+        with signals_to(ranks, work.saves):
             try:
                 with save_requests_blocked():  # until each rank is there and knows what it means
                     for process in ranks:

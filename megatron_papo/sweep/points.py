@@ -21,9 +21,7 @@ from megatron_papo.config.values import faults_of_values
 from megatron_papo.config.yaml_text import YamlFault, read_mapping
 
 BASICS = (
-    "checkpoint.save_every=0",
-    "checkpoint.keep_last=1",
-    "checkpoint.keep_best=false",
+    "checkpoint.contents=none",
     "checkpoint.export_at_end=false",
     "observe.samples_every=0",
     "data.eval=null",

@@ -1,9 +1,9 @@
-"""When a run saves, where it resumes, and the Hugging Face folder that it leaves behind.
+"""When a run saves or exports, and where it resumes.
 
 With `checkpoint.asynchronous` a step waits only until its state has been copied. At most one checkpoint is being
 written at a time: the next save waits for it. When a checkpoint fails there is one warning, counted as
 `checkpoints_failed`, and the run goes on; when the last one fails, or one that is made because the run stops, the run
-ends with the reason.
+ends with the reason. With `checkpoint.contents=none` nothing is ever saved.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_papo.optimization.optimizer import Optimizer
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.training.console import say, warn
+from megatron_papo.training.exports import Exports
 from megatron_papo.training.origin import Origin, carried_origin, changed_settings, compare_origins, data_changed
 from megatron_papo.training.session import Run
 from megatron_papo.weights.publishing import check_side_files
-from megatron_papo.weights.transfer import write_hf
 
 
 class Checkpoints:
@@ -48,6 +48,7 @@ class Checkpoints:
         self._num_steps, self._length_key = length.num_steps, f"{verb}.{'epochs' if length.epochs else 'steps'}"
         self._best = -math.inf
         self._said_wait = False
+        self._exports = Exports(run)
         for reason in check_side_files(model_folder(run.config)):
             warn(run, reason)
         self._store = CheckpointStore(
@@ -92,6 +93,10 @@ class Checkpoints:
     def _say_resumed(self, folder: Path, restored: Restored) -> None:
         lost = read_progress(self._run.folder).lost() if self._run.is_writer else ""
         say(self._run, f"resumed from {folder}, step {restored.step}" + (f"; {lost}" if lost else ""))
+        if restored.lacks_moments:
+            warn(
+                self._run, f"{folder} holds no optimizer state (checkpoint.contents=weights): Adam's moments begin anew"
+            )
         if changed := changed_settings(restored.config, self._run.config):
             say(self._run, f"settings that are others than the checkpoint's: {changed}")
         if restored.step >= self._num_steps:
@@ -102,7 +107,12 @@ class Checkpoints:
             )
 
     def is_due(self, step: int, num_steps: int, scores: dict[str, float] | None = None, *, now: bool = False) -> bool:
-        """Whether `save_when_due` would save."""
+        """Whether `save_when_due` would save or export."""
+        return self._saves(step, num_steps, scores, now) or self._exports.is_due(step)
+
+    def _saves(self, step: int, num_steps: int, scores: dict[str, float] | None, now: bool) -> bool:
+        if self._settings.contents == "none":
+            return False
         done, every = step + 1, self._settings.save_every
         accuracy = (scores or {}).get("accuracy")
         best = self._settings.keep_best and accuracy is not None and accuracy > self._best
@@ -118,12 +128,19 @@ class Checkpoints:
         now: bool = False,
     ) -> None:
         """Saves after step `step` (from 0) where that is due: every `checkpoint.save_every` steps, after the last step,
-        with `checkpoint.keep_best` when the held-out accuracy is the best so far, and with `now` in any case.
+        with `checkpoint.keep_best` when the held-out accuracy is the best so far, and with `now` in any case. Writes
+        the Hugging Face folder of every `checkpoint.export_every` steps too.
 
         After the last step and with `now` the checkpoint is on disk when this returns, or SaveFailed is raised.
         """
-        if not self.is_due(step, num_steps, scores, now=now):
-            return
+        if self._saves(step, num_steps, scores, now):
+            self._save(step, num_steps, state, scores, now)
+        if self._exports.is_due(step):
+            self._exports.write(step)
+
+    def _save(
+        self, step: int, num_steps: int, state: dict[str, Any], scores: dict[str, float] | None, now: bool
+    ) -> None:
         done, accuracy = step + 1, (scores or {}).get("accuracy")
         if accuracy is not None:
             self._best = max(self._best, accuracy)
@@ -141,22 +158,22 @@ class Checkpoints:
     def leave(self, step: int) -> int:
         """Ends a run that was asked to stop, once step `step` is saved; its exit code. The file RUN/saved tells a
         supervisor that the run can go on."""
+        if self._settings.contents == "none":
+            say(self._run, f"asked to stop after step {step + 1}: nothing is saved, as checkpoint.contents=none says")
+            return SAVED_EXIT
         if self._run.is_writer:
             write_atomically(self._run.folder / SAVED_FILE, f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")
         return SAVED_EXIT
 
-    def export(self) -> Path | None:
-        """Writes the policy as the Hugging Face folder RUN/export, if `checkpoint.export_at_end`; its path, or None."""
+    def export(self) -> None:
+        """Writes the policy as the Hugging Face folder RUN/export, if `checkpoint.export_at_end`."""
         if not self._settings.export_at_end:
-            return None
+            return
         self.finish()
-        folder = self._run.folder / "export"
-        with self._run.clock.stage("export"):
-            write_hf(self._run.policy, self._run.shape, folder, model_folder(self._run.config))
-        say(self._run, f"checkpoint: {self._store.latest()}")
-        say(self._run, f"Hugging Face folder: {folder}")
-        return folder
+        if (newest := self._store.latest()) is not None:
+            say(self._run, f"checkpoint: {newest}")
+        self._exports.write_last()
 
     def _wait_for_the_one_before(self, done: int) -> None:
         """Waits until the checkpoint before that of step `done` is written; says once that this took time."""
@@ -179,7 +196,14 @@ class Checkpoints:
 
     def _state(self, cursor: dict[str, Any]) -> TrainState:
         cursor = {"verb": self._verb, "origin": dict(self._origin), **cursor}
-        return TrainState(self._run.policy, self._run.shape, self._optimizer, cursor, plain_tree(self._run.config))
+        return TrainState(
+            self._run.policy,
+            self._run.shape,
+            self._optimizer,
+            cursor,
+            plain_tree(self._run.config),
+            saves_moments=self._settings.contents == "full",
+        )
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         """Raises ValueError where this run must not go on from the checkpoint `folder`, whose state file is `saved`."""

@@ -6,10 +6,12 @@ Tensors come with their published names; ranks play no part. `huggingface_folder
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,15 +33,20 @@ def write_folder(
     """Writes the named tensors as a Hugging Face folder, in files of at most `max_file_bytes` (but at least one
     tensor).
 
-    Config, tokenizer, processor and chat template are copied from `source`. The folder appears complete or not at all.
+    Config, tokenizer, processor and chat template are copied from `source`. The folder appears complete or not at all:
+    what was written of it is removed when the disk does not take the rest.
     """
     partial = folder.with_name(f"{folder.name}.tmp")
     make_way(partial)
     partial.mkdir(parents=True)
-    dtype = _write_tensors(tensors, partial, max_file_bytes)
-    copy_side_files(source, partial)
-    set_dtype(partial / "config.json", dtype)
-    publish(partial, folder)
+    try:
+        dtype = _write_tensors(tensors, partial, max_file_bytes)
+        copy_side_files(source, partial)
+        set_dtype(partial / "config.json", dtype)
+        publish(partial, folder)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -93,7 +100,11 @@ def _numbered(number: int) -> str:
 
 
 def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> list[str]:
-    save_file(tensors, folder / _numbered(number), metadata={"format": "pt"})
+    file = folder / _numbered(number)
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library says that a disk is full
+        raise OSError(f"{file}: {error}") from error
     return list(tensors)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_papo.distributed.agreement import fail_together
 from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import layout
+from megatron_papo.distributed.layout import layout, world_group
 from megatron_papo.model.parameter_map import fill_shard, parameter_names, parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.buckets import gather_bucket, make_buckets
@@ -95,12 +95,17 @@ def write_hf(
     """Writes the model as a Hugging Face folder that transformers loads; rank 0 writes, every rank must call.
 
     Config, tokenizer, processor and chat template are copied from `source`. The folder appears complete or not at
-    all, and replaces an older one at the same place.
+    all, and replaces an older one at the same place. Raises InputFailed, a ValueError, on every rank where the disk
+    does not take it.
     """
     tensors = hf_tensors(model, shape, progress=progress)
-    if layout().rank == 0:
-        write_folder(tensors, Path(folder), Path(source))
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+
+    def write() -> None:
+        try:
+            if layout().rank == 0:
+                write_folder(tensors, Path(folder), Path(source))
+        finally:  # also where the disk is full: the other ranks gather every tensor
+            for _ in tensors:
+                pass
+
+    fail_together(world_group(), write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import importlib
 import io
@@ -16,7 +17,10 @@ from unittest import mock
 
 import pytest
 
+from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
+from megatron_papo.files.small_files import read_records
+from megatron_papo.rewards import RewardRow
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
 from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
@@ -25,6 +29,14 @@ from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, ti
 def only_rows_0_and_1(response: str, answer: str, problem: str) -> float:
     """A reward that differs within a group for two prompts, and is nothing for all others."""
     return share_of_even_bytes(response, answer, problem) if problem.endswith(("0?", "1?")) else 0.0
+
+
+async def fails_but_for_row_0(rows: list[RewardRow]) -> list[dict[str, float]]:
+    """A reward that fails for every row but one, and for one response to another."""
+    row = rows[0]
+    if not row.problem.endswith("0?") and (row.rollout == 1 or not row.problem.endswith("1?")):
+        raise ConnectionError("the judge is away")
+    return [{"even": share_of_even_bytes(row.response, row.answer, row.problem)}]
 
 
 def _stopped(config: Config) -> str:
@@ -68,8 +80,26 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
         "train__tokens_per_micro_batch": 400,
         "perception__masked_branch": branch,
     }
+    of_failed = {
+        "reward__function": "tests.parallel.test_train_cases:fails_but_for_row_0",
+        "reward__on_failure": "drop_group",
+        "data__shuffle": "false",
+        "train__steps": 1,
+        "train__tokens_per_micro_batch": 400,
+        "perception__masked_branch": branch,
+    }
     for ranks in (1, 2):
-        run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
+        failed = tiny_run(inputs, tmp_path / f"failed_{ranks}", **of_failed)
+        run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings), failed)
+    (alone,), (shared,) = metrics(tmp_path / "failed_1"), metrics(tmp_path / "failed_2")
+    assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
+    assert shared["sampling/kept_share"] == 1 / 4 and shared["trained/reward/failed"] == 0
+    assert shared["reward/failed"] == pytest.approx(7 / 12) and shared["rewards_failed"] == 7
+    told = read_records(tmp_path / "failed_2" / "reward_failures.jsonl")
+    assert sorted((line["prompt"][-1], line["rollout"]) for line in told) == [
+        ("1", 1), ("2", 0), ("2", 1), ("2", 2), ("3", 0), ("3", 1), ("3", 2),
+    ]  # fmt: skip
+    assert told[0]["reason"].startswith("failed: ConnectionError: the judge is away (test_train_cases.py:")
     (alone,), (shared,) = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
     assert shared["sampling/rounds"] >= 3 and shared["sampling/kept_share"] < 0.5
@@ -246,6 +276,42 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     assert [text.partition("error")[0] for text in told_elsewhere[5:]] == [""] * 5, "the writer speaks for all"
 
 
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.distcp"))
+
+
+def test_what_a_run_saves_and_exports_is_what_the_settings_ask_for(inputs, tmp_path):
+    """Checkpoints of weights alone, from which a run goes on with new moments; none; folders on the way."""
+
+    def sft(name: str, steps: int, **settings: Any) -> tuple[str, Config]:
+        return "sft", tiny_run(inputs, tmp_path / name, sft__steps=steps, sft__batch_size=2, **settings)
+
+    weights = {"checkpoint__contents": "weights", "checkpoint__save_every": 1}
+    exported = {"checkpoint__export_every": 1, "checkpoint__keep_exports": 2, "checkpoint__export_at_end": True}
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked/exports").write_text("a file, where the folder belongs")
+    runs = [sft("full", 2), sft("weights", 2, **weights), sft("weights", 3, **weights, **exported)]
+    runs += [sft("none", 3, checkpoint__contents="none", **exported), sft("blocked", 1, **exported)]
+    told, _ = run_ranks(_said, 2, *runs)
+    full, last = (tmp_path / name / "checkpoints/step_00000002" for name in ("full", "weights"))
+    assert _bytes_of(last) < 0.4 * _bytes_of(full), "weights are a third of a checkpoint in float32"
+    assert told[2].splitlines()[:2] == [
+        f"papo: resumed from {last}, step 2",
+        f"papo: warning: {last} holds no optimizer state (checkpoint.contents=weights): Adam's moments begin anew",
+    ]
+    assert read_state_file(last)["schedule_steps"] == 2, "the learning rate goes on where it was"
+    assert [line["step"] for line in _records(tmp_path / "weights")] == [0, 1, 2]
+    assert {path.name for path in (tmp_path / "none").iterdir()} >= {"export", "exports"}
+    assert not (tmp_path / "none/checkpoints").exists()
+    exports = sorted((tmp_path / "none/exports").iterdir())
+    assert [path.name for path in exports] == ["step_00000002", "step_00000003"], "the newest two are kept"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert filecmp.cmp(exports[-1] / name, tmp_path / "none/export" / name, shallow=False), "the same weights"
+    assert not filecmp.cmp(exports[0] / "model.safetensors", exports[1] / "model.safetensors", shallow=False)
+    assert "the Hugging Face folder of step 1 was not written: rank 0: " in told[4] and "blocked/exports" in told[4]
+    assert _records(tmp_path / "blocked")[-1]["step"] == 0 and (tmp_path / "blocked/export/config.json").is_file()
+
+
 def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(inputs, tmp_path):
     """FLOPs of the head by hand: forward and backward of the update, and log-probs of the reference."""
     runs = {"train__steps": 2, "observe__profile_step": 1, "observe__peak_tflops": 0.5}
@@ -261,13 +327,16 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         update = sum(value for name, value in two.items() if name.startswith("flops/")) * 3 / 4
         assert two["tflops_per_gpu"] == pytest.approx(update / two["time/update"] / 2 / 1e12)
         assert two["tokens_per_s"] >= two["tokens_computed_per_s"] > 0
-        if "memory/update" in two:
-            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand over")
-            assert all(2**26 < two[f"memory/{stage}"] < 2**36 for stage in stages)
+        assert two["tokens_per_s_per_gpu"] == two["tokens_per_s"] / 2 and two["time/step"] > two["time/update"]
+        lengths = [two[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert lengths == sorted(lengths) == [one[f"response_tokens_{name}"] for name in ("p50", "p90", "p99", "max")]
+        if "memory_gib/update" in two:
+            stages = ("draw", "generate", "reward", "advantage", "pack", "score", "update", "hand_over")
+            assert all(2**-4 < two[f"memory_gib/{stage}"] < 2**6 for stage in stages)
     for rank in range(2):
         with gzip.open(tmp_path / "2" / "profile" / f"rank_{rank}.json.gz") as trace:
             names = {event.get("name") for event in json.load(trace)["traceEvents"]}
-        assert {"draw", "generate", "pack", "score", "update", "hand over"} <= names
+        assert {"draw", "generate", "pack", "score", "update", "hand_over"} <= names
         assert {"aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"} <= names
     assert len(list((tmp_path / "1" / "profile").iterdir())) == 1
 

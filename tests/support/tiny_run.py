@@ -90,6 +90,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         "mfu",
         "mfu_fp8",
         "memory/",
+        "memory_gib/",
         "flops/",
         "checkpoints_",
         "certify/",

@@ -180,7 +180,10 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
             "this cluster",
         ),
         ({"PAPO_CONFIG": "gone.yaml"}, "papo: error: gone.yaml: no such config file"),
-        ({"PAPO_ENVIRONMENT": "conda"}, "papo: error: cluster.environment: conda is none of venv, modules, container"),
+        (
+            {"PAPO_ENVIRONMENT": "conda"},
+            "papo: error: cluster.environment: conda is none of venv, modules, container, apptainer",
+        ),
     ],
 )
 def test_the_launcher_refuses_in_one_line(slurm: Slurm, tmp_path, variables, reason):

@@ -103,7 +103,7 @@ def test_each_environment_is_described_by_plain_variables():
     assert found == ("modules", "", "gcc/13 cuda/13.0", "unset", "unset")
     words = ["cluster.environment=container", "cluster.container=/images/papo.sqsh", "cluster.mounts=['/data:/data']"]
     found = variables(render(load_config(None, words)), *names)
-    assert found == ("container", "unset", "", "/images/papo.sqsh", "/data:/data")
+    assert found == ("container", "unset", "", "/images/papo.sqsh", "/data:/data"), "run.dir is in the working folder"
 
 
 def test_setup_lines_come_before_variables():

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
@@ -383,7 +384,8 @@ def test_stop_names_the_row(processor, bad_file):
 
 def test_a_dataset_without_good_rows_ends(processor, tmp_path):
     path = write_lines(tmp_path / "train.jsonl", [{"problem": "<image>", "answer": "3"}] * 3)
-    with pytest.raises(ValueError, match=r"data.train: no good row left in .*: {'placeholder count': 3}"):
+    told = r"data.train: no good row left in .*: placeholder count 3; the first: row 0: placeholder count \(1 <image>"
+    with pytest.raises(ValueError, match=told):
         draw(open_train(processor, path), DataCursor(num_rows=3, seed=0), BadRows("skip"))
 
 
@@ -519,3 +521,21 @@ def test_the_example_of_a_data_source(processor):
     data = open_sources(processor, {**made, "name": "all"}, {**made, "name": "easy", "filter": f"{name}:is_easy"})
     assert 20 < len(data) < 40 and data.prompt(0).columns == {"squares": int(data.prompt(0).answer)}
     assert data.images(0) == open_sources(processor, made).images(0), "the same rows on every rank"
+
+
+def test_prompts_of_a_certificate_are_the_good_rows_and_where_there_is_none_the_reasons_are_told(processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
+    bad = [{**good, "images": ["gone.png"]}, {**good, "images": ["a.png", "a.png"]}, {**good, "answer": ""}]
+
+    def chosen(*rows):
+        config = load_config(None, [f"data.train={write_lines(tmp_path / f'{len(rows)}.jsonl', rows)}"])
+        data = DATA.model_copy(update={"train": config.data.train, "on_bad_row": "skip"})
+        return prompts_to_certify(config.model_copy(update={"data": data}), processor)
+
+    assert [prompt.problem for prompt in chosen(*bad, good)] == ["<image>How many?"], "pictures come first"
+    with pytest.raises(ValueError) as error:
+        chosen(*bad)
+    assert "data.train: none of the first 3 rows of" in str(error.value)
+    for reason in ("image file missing 1", "the same picture twice 1", "no answer 1", "the first: row 0: image file"):
+        assert reason in str(error.value)

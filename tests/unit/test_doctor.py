@@ -1,14 +1,19 @@
 """What `papo doctor` finds, on folders and version lists made for it, and once on this machine."""
 
 import io
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import megatron_papo.preflight.doctor as doctor
 from megatron_papo import cli
+from megatron_papo.config import ConfigError
 from megatron_papo.preflight import tested_versions
 from megatron_papo.preflight.doctor import DoctorFinding, apex, compared, gpu, required, shortened
+from megatron_papo.runtime import unused_gpu
+from megatron_papo.runtime.launch import Work, launch
+from megatron_papo.runtime.unused_gpu import Driver
 
 
 def _package(folder, *subfolders):
@@ -45,10 +50,60 @@ def test_nccl_versions_that_fail_are_known():
     assert gpu.nccl("2.27.7").state == "ok"
 
 
-def test_no_cuda_is_told_from_a_gpu_that_torch_does_not_find():
-    assert gpu.no_cuda("13.0", device=False).state == "absent"
-    assert "a build for CPUs; run: make clean gpu-venv" in gpu.no_cuda(None, device=True).note
-    assert "torch for CUDA 13.0 does not find it" in gpu.no_cuda("13.0", device=True).note
+OLD, NEW = Driver("535.104.05", (12, 2), 8), Driver("580.65.06", (13, 0), 8)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "environ", "state", "note"),
+    [
+        ("13.0", None, {}, "absent", "adapted to the CPU"),
+        ("13.0", OLD, {}, "missing", "driver 535.104.05, which runs CUDA 12.2, is too old: torch is built for"),
+        ("13.0", OLD, {"CUDA_VISIBLE_DEVICES": "0,1"}, "missing", "13.0, which needs driver 580 or newer"),
+        ("13.0", OLD, {"CUDA_VISIBLE_DEVICES": ""}, "warning", "CUDA_VISIBLE_DEVICES hides it"),
+        ("13.0", NEW, {"CUDA_VISIBLE_DEVICES": "9"}, "missing", "CUDA_VISIBLE_DEVICES=9 names none of the 8 GPUs"),
+        ("13.0", NEW, {}, "missing", "is new enough; see nvidia-smi"),
+        (None, NEW, {}, "missing", "a build for CPUs; run: make clean gpu-venv"),
+        ("99.0", NEW, {}, "missing", "is too old: torch is built for CUDA 99.0"),
+    ],
+)  # fmt: skip
+def test_no_cuda_is_told_from_a_gpu_that_torch_cannot_use(built_for, driver, environ, state: str, note: str):
+    found = gpu.no_cuda(built_for, driver is not None, driver, environ)
+    assert found.state == state and note in found.note
+
+
+def test_a_gpu_whose_driver_does_not_answer_is_one_all_the_same(tmp_path):
+    assert not unused_gpu.has_device(None, tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert not unused_gpu.has_device(None, tmp_path)
+    (tmp_path / "nvidia3").touch()  # the one that a container was given
+    assert unused_gpu.has_device(None, tmp_path)
+    assert "--nv (Apptainer)" in gpu.no_cuda("13.0", True, None, {}).note
+
+
+def test_the_driver_is_asked_by_its_own_library(tmp_path):
+    library = tmp_path / "libnvidia-ml.so.1"
+    command = ["cc", "-shared", "-fPIC", '-DDRIVER="535.104.05"', "-DDRIVER_CUDA=12020"]
+    subprocess.run([*command, tested_versions.ROOT / "tools/fake_gpu/nvml.c", "-o", library], check=True)
+    assert unused_gpu.driver(str(library)) == Driver("535.104.05", (12, 2), 1)
+    assert unused_gpu.driver(str(tmp_path / "gone.so")) is None
+    assert unused_gpu.driver("libc.so.6") is None  # a library without these functions
+
+
+def test_a_run_on_a_machine_whose_gpus_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(unused_gpu, "driver", lambda: OLD)
+    fault = unused_gpu.fault_of_gpus({})
+    assert fault is not None and "is too old" in fault and fault.endswith("with --cpu it runs on the CPU")
+    with pytest.raises(ConfigError, match=r"this machine has GPUs that cannot be used: driver 535\.104"):
+        launch(Work("nothing:here", (), tmp_path / "run"), 1)
+    assert not (tmp_path / "run").exists()
+    assert unused_gpu.fault_of_gpus({"CUDA_VISIBLE_DEVICES": ""}) is None
+
+
+def test_a_card_that_torch_has_no_code_for_is_named():
+    assert gpu.too_old_card((7, 0), ["sm_75", "sm_80", "sm_90a"]).startswith(
+        "compute capability 7.0: torch has code for 7.5"
+    )
+    assert gpu.too_old_card((12, 0), ["sm_75", "sm_80"]) == gpu.too_old_card((9, 0), []) == ""
 
 
 @pytest.mark.parametrize(

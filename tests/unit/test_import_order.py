@@ -20,7 +20,8 @@ from tests.support.source_tree import Modules, own_imports, package, reached, re
 LAYERS = (
     ("__main__",),
     ("cli", "train_ahead", "sweep"),
-    ("train", "sft", "score", "cluster", "conversion", "planning"),
+    ("data_report",),
+    ("train", "sft", "score", "cluster", "conversion", "planning", "cli_arguments"),
     ("parity", "evaluate", "preflight"),
     ("training",),
     ("checkpoint", "observe"),

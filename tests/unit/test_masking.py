@@ -144,7 +144,9 @@ def test_swap_takes_another_rows_picture_at_the_same_size(processor):
     with pytest.raises(ValueError, match=r"perception.mask.kind: swap needs the dataset"):
         next(masked_raw_images(prompt, swap))
     Pool.rows = ((), ())
-    with pytest.raises(ValueError, match=r"perception.mask.kind: swap found no other picture in 100 rows"):
+    with pytest.raises(
+        ValueError, match=r"perception.mask.kind: swap found no other picture in 100 rows: none of them"
+    ):
         next(masked_raw_images(prompt, swap, Pool()))
 
 

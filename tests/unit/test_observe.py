@@ -20,7 +20,7 @@ from megatron_papo.config import ObserveConfig, RunConfig
 from megatron_papo.distributed.accelerator import reset_peak_memory
 from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.profiling import profiled
-from megatron_papo.observe.report import before_after_table, curves_png, series, smooth
+from megatron_papo.observe.report import before_after_table, curves_png, read_metrics, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before, markdown_table
 from megatron_papo.runtime.awake_clock import AwakeClock
@@ -177,14 +177,14 @@ def test_a_stage_within_another_is_not_counted_twice(tmp_path):
     clock = StageClock(RunConfig(dir=tmp_path), rank=1)
     start = time.monotonic()
     for _ in range(2):
-        with clock.stage("evaluate"), clock.stage("answer"), clock.stage("hand over"):
+        with clock.stage("evaluate"), clock.stage("answer"), clock.stage("hand_over"):
             time.sleep(0.02)
-    with clock.stage("hand over"):
+    with clock.stage("hand_over"):
         pass
     passed, taken = time.monotonic() - start, clock.take()
     seconds = {name: value for name, value in taken.items() if name.startswith("time/")}
     assert seconds.keys() == {
-        "time/evaluate", "time/evaluate/answer", "time/evaluate/answer/hand over", "time/hand over",
+        "time/evaluate", "time/evaluate/answer", "time/evaluate/answer/hand_over", "time/hand_over",
     }  # fmt: skip
     outermost = sum(value for name, value in seconds.items() if name.count("/") == 1)
     assert seconds["time/evaluate"] <= outermost <= passed
@@ -289,9 +289,9 @@ def test_a_stage_has_its_own_peak_and_at_least_that_of_the_stages_within(tmp_pat
     with clock.stage("around"), clock.stage("within"):
         hold(300)
     taken = clock.take()
-    base = taken["memory/empty"]
+    base = taken["memory_gib/empty"]
     expected = {"outer": 400, "outer/inner": 200, "outer/tiny": 0, "around": 300, "around/within": 300}
-    above = {name: (taken[f"memory/{name}"] - base) / 2**20 for name in expected}
+    above = {name: (taken[f"memory_gib/{name}"] - base) * 2**10 for name in expected}
     assert above == pytest.approx(expected, abs=40)
     assert clock.take() == {}
 
@@ -460,3 +460,20 @@ def test_the_silent_rank_is_the_one_whose_sign_is_old_of_this_attempt(tmp_path, 
     assert found is not None and found.reason() == (
         "papo: rank 1 failed: dead: no sign of life from node1 for 31 s (between stages)"
     )
+
+
+def test_a_renamed_metric_has_both_names_and_is_read_by_the_one_of_today(tmp_path):
+    """The names of before stay for a version; what older runs wrote is read by today's."""
+    now = {"time/hand_over": 2.0, "time/evaluate/hand_over": 1.0, "memory_gib/hand_over": 0.5, "reward": 1.0}
+    before = {"time/hand over": 2.0, "time/evaluate/hand over": 1.0, "memory/hand over": 2.0**29}
+    with Sinks(QUIET, tmp_path, "") as sinks:
+        sinks.log(0, now | {"planned/time/hand_over": 3.0, "time/update": 4.0})
+    (record,) = records(tmp_path)
+    del record["step"], record["unix_time"]
+    assert record == {**now, **before, "planned/time/hand_over": 3.0, "planned/time/hand over": 3.0, "time/update": 4.0}
+    (tmp_path / "old.jsonl").write_text(json.dumps({"step": 0, "samples": "x", **before, "memory/update": 2.0**30}))
+    (read,) = read_metrics(tmp_path / "old.jsonl")
+    assert {name: read[name] for name in now if name != "reward"} == {key: now[key] for key in now if key != "reward"}
+    assert read["memory_gib/update"] == 1.0
+    limits = RunConfig.model_validate({"stage_limits_s": {"hand over": 3, "save": 4}}).stage_limits_s
+    assert limits == {"hand_over": 3, "save": 4}

@@ -56,7 +56,7 @@ def check(config: Config, layout: Layout) -> None:
 def check_settings(config: Config) -> None:
     """Raises ValueError for what vLLM cannot do, wherever its ranks are."""
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("generation.engine=vllm: vLLM is not installed; install the package's [vllm] extra")
+        raise ValueError("generation.engine=vllm: vLLM is not installed; run: make gpu-venv (without a GPU: make vllm)")
     if config.generation.quantization != "none" and not accelerator.has_gpu():
         raise ValueError(f"generation.quantization={config.generation.quantization}: vLLM needs a GPU for it")
     for key, value in (("generation", config.generation.temperature), ("eval", config.eval.temperature)):

@@ -1,6 +1,7 @@
 """The accelerator, and what uses it beside torch: vLLM with FlashInfer, Transformer Engine, and the compiler of both.
 
-torch alone is imported, to ask for its accelerator and NCCL; nvcc is asked for its version.
+torch alone is imported, to ask for its accelerator and NCCL; the driver is asked through its own library
+(`runtime/unused_gpu.py`), nvcc for its version.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_papo.preflight.doctor.finding import DoctorFinding, VersionOf, brings, version
+from megatron_papo.runtime import unused_gpu
 
-_DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"))
-"""NVIDIA's first card under Linux, and any under WSL."""
 _SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
 def has_device() -> bool:
     """Whether a GPU is in this machine, whatever torch says of it."""
-    return any(device.exists() for device in _DEVICES)
+    return unused_gpu.has_device(unused_gpu.driver())
 
 
 def torch_and_accelerator() -> list[DoctorFinding]:
@@ -29,28 +29,40 @@ def torch_and_accelerator() -> list[DoctorFinding]:
         return [DoctorFinding("accelerator", "", "absent", "torch is not installed")]
     import torch
 
+    found = unused_gpu.driver()
     if not torch.cuda.is_available():
-        return [no_cuda(torch.version.cuda, has_device()), _nccl_unused()]
+        return [no_cuda(torch.version.cuda, unused_gpu.has_device(found), found, os.environ), _nccl_unused()]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    gpu = DoctorFinding(
-        "accelerator", f"{len(names)} x {names[0]}", "ok", f"{memory:.0f} GiB each, CUDA {torch.version.cuda}"
-    )
+    told = f"{memory:.0f} GiB each, CUDA {torch.version.cuda}" + (f", driver {found.version}" if found else "")
+    lacking = too_old_card(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list())
+    gpu = DoctorFinding("accelerator", f"{len(names)} x {names[0]}", "missing" if lacking else "ok", lacking or told)
     return [gpu, nccl(".".join(map(str, torch.cuda.nccl.version())))]
 
 
-def no_cuda(built_for: str | None, device: bool) -> DoctorFinding:
+def no_cuda(
+    built_for: str | None, device: bool, found: unused_gpu.Driver | None, environ: Mapping[str, str]
+) -> DoctorFinding:
     """The line for a torch that finds no GPU. `built_for` is the CUDA version that torch was built for, None for a
     build for CPUs; `device` says whether the machine has a GPU all the same."""
     if not device:
         cost = "Megatron-Core runs adapted to the CPU, over gloo: for small models, tests and the quickstart"
         return DoctorFinding("accelerator", "none: CPU", "absent", cost)
-    if built_for is None:
+    if unused_gpu.is_hidden(environ):
         return DoctorFinding(
-            "accelerator", "GPU unused", "warning", "torch is a build for CPUs; run: make clean gpu-venv"
+            "accelerator", "GPU hidden", "warning", "CUDA_VISIBLE_DEVICES hides it: all runs on the CPU"
         )
-    note = f"torch for CUDA {built_for} does not find it: an older driver, or CUDA_VISIBLE_DEVICES; see nvidia-smi"
-    return DoctorFinding("accelerator", "GPU unused", "warning", note)
+    return DoctorFinding("accelerator", "GPU unused", "missing", unused_gpu.reason(built_for, found, environ))
+
+
+def too_old_card(capability: tuple[int, int], arch_list: list[str]) -> str:
+    """What is wrong with a GPU for which torch has no code: it is older than all that torch was compiled for
+    (`sm_75`, ...). Empty for others, newer ones included, whose driver translates the code."""
+    oldest = min((int(arch[3:]) for arch in arch_list if arch[3:].isdigit()), default=0)
+    mine = capability[0] * 10 + capability[1]
+    if mine >= oldest:
+        return ""
+    return f"compute capability {mine / 10:.1f}: torch has code for {oldest / 10:.1f} and later only"
 
 
 def _nccl_unused() -> DoctorFinding:
