@@ -106,7 +106,7 @@ class SourceRows:
         """Fingerprints of what is read of the rows, cells of `more_columns` included, and of what `images` gives of a
         row; see `fingerprint.py`."""
         read = (self.columns.problem, self.columns.answer, self.columns.system, *more_columns)
-        columns = [name for name in dict.fromkeys(read) if name in self.rows.column_names]
+        columns = [name for name in dict.fromkeys(read) if name is not None and name in self.rows.column_names]
         return fingerprints_of_rows(self.rows, columns, images)
 
     def _filter(self) -> list[int] | None:
