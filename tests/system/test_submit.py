@@ -165,13 +165,20 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
     assert tool.lines()[done.stdout.strip()]["steps"] == "2 of 2"
 
 
+NO_MODEL = (
+    "papo: error: model.path: Qwen2.5-VL-3B-Instruct: no such folder, and a name of the hub is not downloaded by "
+    "itself: `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir Qwen2.5-VL-3B-Instruct`, then "
+    "model.path=Qwen2.5-VL-3B-Instruct"
+)
+
+
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({}, "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"),
+        ({}, NO_MODEL),
         (
             {"PAPO_VENV": "gone"},
-            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make venv' in {REPO} makes one",
+            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make gpu-venv' in {REPO} makes one",
         ),
         ({"PAPO_ENVIRONMENT": "container"}, "papo: error: cluster.container: names no image"),
         (
@@ -200,7 +207,7 @@ def test_modules_are_loaded_in_their_order(slurm: Slurm, tmp_path):
     log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good bad"})
     assert log == ["papo: error: cluster.modules: module load bad: ERROR: unable to locate bad "]
     log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good", "PAPO_VENV": str(environment())})
-    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+    assert log[0] == NO_MODEL
 
 
 PYXIS = """#!/bin/bash
@@ -227,7 +234,7 @@ def test_a_container_gets_the_project_and_the_working_folder(slurm: Slurm, tmp_p
     assert refused(slurm, tmp_path, variables) == [f"papo: error: cluster.container: {image}: no such image"]
     image.touch()
     log = refused(slurm, tmp_path, variables)
-    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+    assert log[0] == NO_MODEL
     assert (tmp_path / "said").read_text().splitlines() == [
         f"--container-image={image}",
         f"--container-workdir={tmp_path}",
