@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Literal
 
 from megatron_papo.config import Config, ConfigError
 
@@ -72,19 +73,11 @@ def _paths(config: Config) -> Iterator[tuple[str, PurePath | str, bool]]:
         yield "data.image_roots", root, False
     if config.observe.calibration is not None:
         yield "observe.calibration", config.observe.calibration.parent, False
-    for key in ("train", "eval"):
-        for name in _names(getattr(config.data, key)):
-            if found := _folder_of(name):
+    which: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    for key in which:
+        for entry in config.data.sources(key):
+            if entry.path is not None and (found := _folder_of(entry.path)):
                 yield f"data.{key}", found, False
-
-
-def _names(data: object) -> Iterator[str]:
-    """The paths and names of `data.train` or `data.eval`: one, or a list of entries with a `path`."""
-    entries = data if isinstance(data, list | tuple) else [data]
-    for entry in entries:
-        name = entry if isinstance(entry, str) else getattr(entry, "path", None)
-        if isinstance(name, str):
-            yield name
 
 
 def _folder_of(name: str) -> str:
