@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal
 
 from megatron_papo.config import Config, ConfigError
 
@@ -73,11 +72,10 @@ def _paths(config: Config) -> Iterator[tuple[str, PurePath | str, bool]]:
         yield "data.image_roots", root, False
     if config.observe.calibration is not None:
         yield "observe.calibration", config.observe.calibration.parent, False
-    which: tuple[Literal["train", "eval"], ...] = ("train", "eval")
-    for key in which:
-        for entry in config.data.sources(key):
-            if entry.path is not None and (found := _folder_of(entry.path)):
-                yield f"data.{key}", found, False
+    for key, sources in (("data.train", config.data.sources("train")), ("data.eval", config.data.sources("eval"))):
+        for source in sources:
+            if source.path is not None and (found := _folder_of(source.path)):
+                yield key, found, False
 
 
 def _folder_of(name: str) -> str:
