@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_AT_ONCE = 1024
+_WHOLE_ROWS_AT_ONCE = 32
+"""Of rows with all their cells, pictures too."""
 
 
 def rows_that_pass(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, name: str) -> list[int]:
+    """What `passing_rows` gives; raises ValueError also where no row passes."""
+    kept = passing_rows(rows, conditions, key, name)
+    if not kept:
+        raise ValueError(f"{key}: none of the {len(rows)} rows of {name} passes")
+    return kept
+
+
+def passing_rows(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, name: str) -> list[int]:
     """The numbers of the rows that pass, in order. `key` is the setting of the filter and `name` that of the source,
-    for messages. Raises ValueError for an unknown column, an error of the user's function, and where no row passes."""
+    for messages. Raises ValueError for an unknown column and for an error of the user's function."""
     if isinstance(conditions, str):
         passes = partial(_passes_function, load_user_function(key, conditions, ("row",))[0], f"{key}: {conditions}")
         cells = rows
@@ -28,16 +38,13 @@ def rows_that_pass(rows: Dataset, conditions: Mapping[str, Any] | str, key: str,
         if gone := [column for column in conditions if column not in rows.column_names]:
             raise ValueError(f"{key}: {name} has no column {gone[0]!r}, has {listed(rows.features)}")
         passes, cells = partial(_passes_conditions, conditions), rows.select_columns(list(conditions))
-    kept = list(_numbers(cells, passes))
-    if not kept:
-        raise ValueError(f"{key}: none of the {len(rows)} rows of {name} passes")
-    return kept
+    return list(_numbers(cells, passes, _WHOLE_ROWS_AT_ONCE if isinstance(conditions, str) else _ROWS_AT_ONCE))
 
 
-def _numbers(cells: Dataset, passes: Callable[[int, dict[str, Any]], bool]) -> Any:
-    for start in range(0, len(cells), _ROWS_AT_ONCE):
-        columns = cells[start : start + _ROWS_AT_ONCE]
-        for place in range(min(_ROWS_AT_ONCE, len(cells) - start)):
+def _numbers(cells: Dataset, passes: Callable[[int, dict[str, Any]], bool], at_once: int) -> Iterator[int]:
+    for start in range(0, len(cells), at_once):
+        columns = cells[start : start + at_once]
+        for place in range(min(at_once, len(cells) - start)):
             row = {column: values[place] for column, values in columns.items()}
             if passes(start + place, row):
                 yield start + place

@@ -242,8 +242,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     def copy(name: str) -> Path:
         return Path(shutil.copytree(inputs, tmp_path / name))
 
-    def sft(folder: Path, steps: int = 2) -> tuple[str, Config]:
-        return "sft", tiny_run(folder, run_dir, sft__steps=steps, sft__batch_size=2)
+    def sft(folder: Path, steps: int = 2, **settings) -> tuple[str, Config]:
+        return "sft", tiny_run(folder, run_dir, **{"sft__steps": steps, "sft__batch_size": 2, **settings})
 
     rows, template, weights = copy("rows"), copy("template"), copy("weights")
     (rows / "rows.jsonl").write_text((rows / "rows.jsonl").read_text().replace("it is 5", "it is 6"))
@@ -251,6 +251,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     make_tiny_folder(weights / "model", seed=1)
     refused = [sft(rows), sft(template), ("train", tiny_run(inputs, run_dir))]
     goes_on = [sft(weights), sft(copy("copy"), 3)]
+    by_length = {"data__order_by": "response", "sft__steps": "null", "sft__epochs": 0.9}  # 7.2 of 8 rows
+    goes_on += [sft(rows, **by_length), sft(rows, **by_length, data__on_change="continue"), sft(rows, **by_length)]
     told, told_elsewhere = run_ranks(_said, 2, sft(inputs, 1), sft(inputs, 1), *refused, *goes_on)
     begun, same, *told = told
     assert begun == ""
@@ -259,10 +261,13 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
         same == f"{resumed}\npapo: all 1 steps are done: nothing is left to train; a larger sft.steps would go on "
         "from here, another run.dir begins anew\n"
     )
-    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)\n"
+    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)"
+    or_continue = ", or data.on_change=continue, which goes on with these\n"
     began = f"{inputs}/{{}}, with which this run began; {otherwise}"
-    assert told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}"
-    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}"
+    assert (
+        told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}{or_continue}"
+    )
+    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}\n"
     assert told[2].startswith(f"error: run.dir: {last} is a checkpoint of papo sft, this is papo train")
     changed = "papo: settings that are others than the checkpoint's: sft.steps"
     other = f"model.path: {weights}/model has other weights than {inputs}/model, with which this run began"
@@ -273,7 +278,21 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     ]
     last = last.with_name("step_00000002")
     assert told[4].splitlines() == [f"papo: resumed from {last}, step 2", f"{changed} 2 -> 3"], "it began with these"
-    assert told_elsewhere[5:] == ["", ""], "the writer speaks for all"
+    length = "papo: sft.epochs=0.9: 8 prompts from 8 rows are 4 steps of 2"
+    other_rows = (
+        f"data.train: {rows}/rows.jsonl has other rows than {tmp_path}/copy/rows.jsonl, with which this run began"
+    )
+    said, refusal = told[5].splitlines()
+    assert said == length and refusal.startswith(f"error: {other_rows}; take")
+    assert told[6].splitlines()[:2] == [
+        length,
+        f"papo: warning: {other_rows}: it goes on with what is there now, of which 6 prompts count as drawn",
+    ]
+    assert 'data.order_by null -> "response"): it goes on with what is there now' in told[6]
+    assert "papo: data.train: 8 rows before, 8 now; after 6 prompts the run goes on at epoch 0, row 6 of 8" in told[6]
+    assert told[7].splitlines()[2].startswith("papo: settings that are others"), "it goes on with these by itself"
+    assert "all 4 steps are done: nothing is left to train; a larger sft.epochs would" in told[7]
+    assert [text.partition("error")[0] for text in told_elsewhere[5:]] == [""] * 5, "the writer speaks for all"
 
 
 def _bytes_of(folder: Path) -> int:
