@@ -13,8 +13,8 @@ from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
-from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from megatron_papo.data.settings_order import first_cursor
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
