@@ -21,6 +21,7 @@ from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from megatron_papo.files.small_files import read_records
 from megatron_papo.rewards import MetricRow, RewardRow
+from megatron_papo.runtime.failures import Failure, describe
 from tests.support.metric_names import recorded_at_every_step
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
@@ -375,6 +376,42 @@ def test_updates_that_are_not_finite_change_nothing_and_end_the_run_when_too_man
     assert (tmp_path / "checkpoints" / "step_00000002").is_dir(), "saved before it stopped"
 
 
+def _train_and_run_out_of_memory(config: Config, full: Config) -> tuple[Failure, tuple[int, int, int, int]]:
+    """Trains by `config`, then by `full`, where backward of the second row finds no memory. The failure that this ends
+    with; number of rows, and tokens, images and response tokens of the second."""
+    import torch
+
+    from megatron_papo import train
+    from megatron_papo.optimization import pipeline
+
+    _train(config)
+    seen: list[Any] = []
+    update, whole = train.update_policy, pipeline._finish
+
+    def finish(outputs: Any, *, row: Any, micro_loss: Any) -> Any:
+        loss, *rest = whole(outputs, row=row, micro_loss=micro_loss)
+        if micro_loss is not None and row.token_ids_T.equal(seen[1].token_ids_T):
+            loss.register_hook(no_memory)
+        return loss, *rest
+
+    def no_memory(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. If reserved memory is large try")
+
+    def updated(optimizer: Any, rows: Any, *more: Any) -> Any:
+        seen.extend(rows)
+        return update(optimizer, rows, *more)
+
+    with (
+        mock.patch.object(train, "update_policy", updated),
+        mock.patch.object(pipeline, "_finish", finish),
+        pytest.raises(ValueError) as caught,
+    ):
+        train.main(full)
+    row = seen[1]
+    images = 0 if row.grid_thw_I3 is None else len(row.grid_thw_I3)
+    return describe(0, caught.value), (len(seen), row.num_tokens, images, row.target_ids_R.numel())
+
+
 def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
     """In one precision the weights are 1: nothing moves but by rounding. With top-p they are not."""
     config = {"train__steps": 1}
@@ -382,9 +419,17 @@ def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
         "none": {},
         "truncated": {"loss__correction": "truncated"},
         "cut": {"loss__correction": "truncated", "generation__top_p": 0.7},
-        "engine": {"loss__old_logprobs": "rollout"},
     }.items():
         run_ranks(_train, 1, tiny_run(inputs, tmp_path / name, **config, **more))
+    engine = tiny_run(inputs, tmp_path / "engine", **config, loss__old_logprobs="rollout")
+    full = tiny_run(inputs, tmp_path / "full", **config, train__tokens_per_micro_batch=100)
+    ((failure, rows),) = run_ranks(_train_and_run_out_of_memory, 1, engine, full)
+    assert (failure.kind, failure.name) == ("value", "OutOfMemoryError")
+    assert failure.message == (
+        f"stage update, row 2 of {rows[0]} ({rows[1]:,} tokens, {rows[2]} images, {rows[3]} response tokens): CUDA out "
+        "of memory. Tried to allocate 20.00 GiB; what helps most: a smaller train.tokens_per_micro_batch, or "
+        "model.recompute=full (docs/troubleshooting.md#out-of-memory)"
+    )
     ((none,), (truncated,), (cut,), (engine,)) = (
         metrics(tmp_path / name) for name in ("none", "truncated", "cut", "engine")
     )
