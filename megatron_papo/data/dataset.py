@@ -179,11 +179,6 @@ class PromptDataset:
             raise ValueError(f"{key}: none of the {len(self)} rows of {self.name} passes")
         return np.array(numbers)
 
-    @property
-    def lacks_image_column(self) -> bool:
-        """Whether a source has no column of pictures although no setting says so."""
-        return any(source.lacks_image_column for source in self.sources)
-
     def without_pictures(self) -> str | None:
         """Why this seems to be a data set of text alone, in words; None where a row has a picture."""
         reasons = []

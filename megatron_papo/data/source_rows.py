@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_papo.config import DataConfig, SourceConfig
 from megatron_papo.data.columns import choose_columns, listed
-from megatron_papo.data.fingerprint import fingerprints_of_rows
+from megatron_papo.data.fingerprint import fingerprint, fingerprints_of_rows
 from megatron_papo.data.images import image_items
 from megatron_papo.data.row_files import missing_columns
 from megatron_papo.data.row_filter import passing_rows, rows_that_pass
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROWS_LOOKED_AT = 1024
 """For pictures, spread over the rows."""
+_ROWS_COMPARED = 64
 _MOST_SOURCES = 64
 """Different values of a `source_column`: each has its own metrics."""
 _LONGEST_SOURCE = 64
@@ -115,8 +116,16 @@ class SourceRows:
         """Fingerprints of what is read of the rows, cells of `more_columns` included, and of what `images` gives of a
         row; see `fingerprint.py`."""
         read = (self.columns.problem, self.columns.answer, self.columns.system, *more_columns)
-        columns = [name for name in dict.fromkeys(read) if name in self.rows.column_names]
+        columns = [name for name in dict.fromkeys(read) if name is not None and name in self.rows.column_names]
         return fingerprints_of_rows(self.rows, columns, images)
+
+    def sample(self) -> tuple[int, str]:
+        """The number of rows and, where a function made them, a fingerprint of a few questions: ranks compare these."""
+        if self.config.function is None:
+            return len(self), ""
+        cells = self.rows.select_columns([self.columns.problem])
+        places = range(0, len(cells), -(-len(cells) // _ROWS_COMPARED))
+        return len(self), fingerprint(repr(cells[place]).encode() for place in places)
 
     def _check_column(self, name: str) -> None:
         if name not in self.rows.column_names:
