@@ -16,7 +16,6 @@ from megatron_papo import cli
 from megatron_papo.config import Config, DataConfig, load_config
 from megatron_papo.data import Masks, PromptDataset
 from megatron_papo.data.bad_rows import BadRow
-from megatron_papo.data.patches import pictures_of_patches
 from megatron_papo.data.processor import ImageTooExtreme, Processor
 from megatron_papo.data.processor_files import read_processor
 from megatron_papo.data_report.histogram import histogram
@@ -87,15 +86,6 @@ def test_tokens_are_counted_without_pixels_as_the_processor_counts_them(folder):
         assert not pixels.numel() and torch.equal(real.num_tokens(grid), measuring.num_tokens(measured)), size
     with pytest.raises(ImageTooExtreme):
         measuring.pixel_values([picture(5, 1001)])
-
-
-def test_patches_come_back_as_the_picture_that_was_resized(folder):
-    processor = Processor(read_processor(folder), folder, DATA)
-    fitting, other = picture(56, 84), picture(300, 200)
-    values, grids = zip(*(processor.pixel_values([image]) for image in (fitting, other)))
-    first, second = pictures_of_patches(torch.cat(values), torch.cat(grids), processor)
-    assert np.array_equal(np.asarray(first), np.asarray(fitting)), "a size that fits is not resized"
-    assert second.size == (112, 84) and second.mode == "RGB"
 
 
 def test_the_same_rows_are_bad_as_for_the_trainer(folder, rows):
