@@ -25,7 +25,7 @@ class MaskConfig(Section):
     for each merged patch."""
     function: str | None = None
     """Own function in place of `kind`, written `module:function`: `(image, rng)`, a PIL picture in RGB and a
-    numpy.random.RandomState, gives a picture of the same size in RGB. See docs/data.md."""
+    numpy.random.RandomState, gives a picture of the same size in RGB. See docs/guides/plug_ins.md."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskConfig:

@@ -85,8 +85,22 @@ def read_rows(rows: OpenedData, limit: int | None) -> DataSurvey:
                 good.append(found)
             advance()
     seconds = time.monotonic() - start
-    bounds = rows.processor.pixel_bounds
-    return DataSurvey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, bounds, seconds)
+    return DataSurvey(
+        verb=rows.verb,
+        which=rows.which,
+        name=rows.measured.name,
+        num_rows=total,
+        num_read=number,
+        good=good,
+        bad=bad,
+        sources_of_bad=[_source_of(rows.measured, each.row) for each in bad],
+        pixel_bounds=rows.processor.pixel_bounds,
+        seconds=seconds,
+    )
+
+
+def _source_of(dataset: PromptDataset, row: int) -> str:
+    return str(dataset.locate(row)[0].config.name) if len(dataset.sources) > 1 else ""
 
 
 def _in_order(rows: OpenedData, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:

@@ -18,6 +18,7 @@ from megatron_papo.data import Masks, PromptDataset
 from megatron_papo.data.bad_rows import BadRow
 from megatron_papo.data.processor import ImageTooExtreme, Processor
 from megatron_papo.data.processor_files import read_processor
+from megatron_papo.data_report.examples import examples_of
 from megatron_papo.data_report.histogram import histogram
 from megatron_papo.data_report.measuring import MeasuringProcessor
 from megatron_papo.data_report.reading import open_rows, read_rows
@@ -106,6 +107,15 @@ def test_the_same_rows_are_bad_as_for_the_trainer(folder, rows):
     ]  # fmt: skip
     assert survey.num_repeated == 1 and set(survey.pixels) == {56 * 84} == set(survey.seen_pixels)
     assert [row.row for row in read_rows(opened, 4).good] == [0, 2, 5], "spread over the rows; row 8 is bad"
+
+
+def test_rows_are_counted_by_source(folder, rows):
+    entry = f"{{path: {rows}, name: left}}"
+    config = config_of(folder, rows, f"data.train=[{entry}, {{path: {rows}, name: right, filter: {{answer: [1, 2]}}}}]")
+    opened = open_rows(config, "train", folder)
+    survey = read_rows(opened, None)
+    assert survey.sources == [("left", 7, 4), ("right", 2, 0)]
+    assert [example.measured.source for example in examples_of(opened, survey)] == ["left", "right"]
 
 
 def test_demonstrations_are_measured(folder, rows):
