@@ -18,6 +18,9 @@ from megatron_papo.config import Config
 from megatron_papo.costs.memory import GIB, checkpoint_bytes, num_parameters, weight_bytes
 from megatron_papo.model.shape import ModelShape
 
+_MANY_STEPS = 10**6
+"""For a run whose number of steps follows from epochs, before the data is read: as many as any run has."""
+
 
 @dataclass(frozen=True)
 class DiskNeed:
@@ -47,7 +50,7 @@ class DiskNeed:
 def disk_need(verb: str, config: Config, shape: ModelShape) -> DiskNeed:
     """What a run of `verb`, `train` or `sft`, needs."""
     settings = config.checkpoint
-    steps = config.train.steps if verb == "train" else config.sft.steps
+    steps = (config.train if verb == "train" else config.sft).steps or _MANY_STEPS
     saves = math.ceil(steps / settings.save_every) if settings.save_every else 1
     best = verb == "train" and settings.keep_best and config.data.eval is not None
     if best:  # an evaluation may save too, when it is the best so far
