@@ -17,9 +17,18 @@ from typing import Any
 
 from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
-from megatron_papo.distributed.rank_arithmetic import fault_of_ranks, model_ranks, model_ranks_in_words
-from megatron_papo.preflight.inputs import fault_of_folder, fault_of_run_dir, faults_of_inputs, not_a_folder
+from megatron_papo.distributed.visible_gpus import HIDDEN, num_visible_gpus
+from megatron_papo.preflight.inputs import (
+    fault_of_folder,
+    fault_of_run_dir,
+    faults_of_data,
+    faults_of_inputs,
+    not_a_folder,
+)
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
+from megatron_papo.preflight.local_ranks import faults_of_cpu, local_ranks
+from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
+from megatron_papo.runtime.caches import caches_that_can_be_written, use_own_folders
 from megatron_papo.runtime.process import command, go_on_without_readers
 from megatron_papo.text.secret_values import text_without_secrets
 from megatron_papo.text.untrusted import as_text
@@ -40,17 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_shell()
         config = load_config(options.config, [*_implied(options), *options.overrides])
+        use_own_folders(config.run, os.environ)
         if options.verb == "check":
             from megatron_papo.preflight.check import check
 
             if options.ranks is not None and options.ranks < 1:
                 raise ConfigError(f"--ranks: {options.ranks} is no number of ranks")
             return check(options.of, config, options.ranks or config.cluster.num_ranks, options.json)
-        num_ranks = _num_ranks(options.verb, config, options.ranks)
+        if options.verb == "data":
+            return _report_data(options, config)
+        if options.cpu:
+            os.environ.update(HIDDEN)
+        num_ranks = _num_ranks(options, config)
         if not options.dry_run:
             _check_given(options, config)
         _raise_any(faults_of_ranks(options.verb, config, num_ranks))
-        _check_layout(options.verb, config, num_ranks - num_engine_ranks(options.verb, config))
+        _check_layout(options, config, num_ranks - num_engine_ranks(options.verb, config))
     except ConfigError as error:
         return _refuse(error, config)
     except OSError as error:  # of this machine
@@ -78,12 +92,11 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     if not options.dry_run:
         go_on_without_readers()
     if _speaks():
-        for warning in config.warnings():
+        for warning in [*config.warnings(), *_doubts_of_this_machine(options)]:
             print(f"papo: warning: {as_text(warning)}", file=sys.stderr)
     if options.dry_run:
         print(dump_config(config), end="")
         return 0
-    from megatron_papo.runtime.caches import caches_that_can_be_written
     from megatron_papo.runtime.failure_notes import tell_torchrun
     from megatron_papo.runtime.launch import Work, launch
     from megatron_papo.runtime.run_lock import RunHeld
@@ -98,7 +111,7 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
     module = {"eval": "evaluate", "certify": "parity.run_certify"}.get(options.verb, options.verb)
     if options.verb == "train" and config.train.ahead:
         module = "train_ahead"
-    work = Work(f"megatron_papo.{module}:main", args, config.run.dir)
+    work = Work(f"megatron_papo.{module}:main", args, config.run.dir, saves=options.verb in ("train", "sft"))
     try:
         with _run_lock(options.verb, config), caches_that_can_be_written(os.environ) as instead:
             if instead is not None and _speaks():
@@ -110,6 +123,27 @@ def _run(options: argparse.Namespace, config: Config, num_ranks: int) -> int:
         if _speaks():
             print(f"papo: error: {as_text(error)}", file=sys.stderr)
         return 2
+
+
+def _report_data(options: argparse.Namespace, config: Config) -> int:
+    """`papo data`. Raises ConfigError for settings, options and data that cannot be read."""
+    out = options.out or config.run.dir / "data.html"
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: {options.limit} is no number of rows")
+    folder = [f"--out: {out}: is a folder"] if os.path.isdir(out) else fault_of_folder("--out", out.parent)
+    _raise_any([*faults_of_data(options.of, config), *folder])
+    from megatron_papo.data_report import main as report_data
+
+    try:
+        return report_data(config, options.of, options.limit, out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _doubts_of_this_machine(options: argparse.Namespace) -> list[str]:
+    """What may end ranks that this command starts here; a job's first step looks for the others (`papo check`)."""
+    several = not options.dry_run and _world_outside() is None and num_visible_gpus(os.environ) > 1
+    return warnings_of_shared_memory() if several else []
 
 
 def _run_lock(verb: str, config: Config) -> AbstractContextManager[None]:
@@ -136,19 +170,15 @@ def _implied(options: argparse.Namespace) -> list[str]:
     return [f"model.path={options.model}", "model.checkpoint=null", "model.random_init=false"]
 
 
-def _num_ranks(verb: str, config: Config, asked: int | None) -> int:
-    """Ranks of the whole run: what torchrun or srun started, else `asked`, else what the layout needs."""
+def _num_ranks(options: argparse.Namespace, config: Config) -> int:
+    """Ranks of the whole run: what torchrun or srun started, else those of this machine."""
     world_size = _world_outside()
     if world_size is not None:
-        if asked is not None and asked != world_size:
-            raise ConfigError(f"--ranks: {asked} asked for, but {world_size} were started from outside")
+        if options.ranks is not None and options.ranks != world_size:
+            raise ConfigError(f"--ranks: {options.ranks} asked for, but {world_size} were started from outside")
         return world_size
-    needed, engines = model_ranks(config.parallel), num_engine_ranks(verb, config)
-    if engines:  # how many are too few is for faults_of_ranks to say
-        return needed + engines if asked is None else asked
-    if asked is not None and fault_of_ranks(config.parallel, asked):
-        raise ConfigError(f"--ranks: {asked} is no multiple of {model_ranks_in_words(config.parallel)}")
-    return asked or needed
+    num_gpus = 0 if options.dry_run else num_visible_gpus(os.environ)
+    return local_ranks(options.verb, config, options.ranks, num_gpus)
 
 
 def _world_outside() -> int | None:
@@ -193,8 +223,10 @@ def _raise_any(faults: list[str]) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
-    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow."""
+def _check_layout(options: argparse.Namespace, config: Config, num_ranks: int) -> None:
+    """Refuses a layout of the trainer's ranks or of an engine's that the model's shape does not allow, and a machine
+    without a GPU for a large model."""
+    verb = options.verb
     if config.model.path is None:
         return
     from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
@@ -206,6 +238,8 @@ def _check_layout(verb: str, config: Config, num_ranks: int) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
     check_layout(config, shape, num_ranks)
+    if not (options.cpu or options.dry_run or num_visible_gpus(os.environ)) and _world_outside() is None:
+        _raise_any(list(faults_of_cpu(verb, config, shape, num_ranks)))
     _raise_any(faults_of_fp8(config, shape))
     if verb in ("train", "certify", "eval"):
         _raise_any(faults_of_engine(config, shape))

@@ -31,6 +31,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         _add_verb(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG), name)
     _add_check(verbs)
     _add_export(verbs)
+    _add_data(verbs)
     text = "what this machine has, and what each absence costs"
     verbs.add_parser("doctor", help=text, description=text)
     options, rest = parser.parse_known_args(argv)
@@ -55,8 +56,10 @@ def _add_verb(parser: argparse.ArgumentParser, name: str) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="local ranks to start; by default parallel.tensor x parallel.pipeline, and those of separate engines",
+        help="local ranks to start; by default one for each GPU of this machine, and without a GPU "
+        "parallel.tensor x parallel.pipeline and those of separate engines",
     )
+    parser.add_argument("--cpu", action="store_true", help="use no GPU, and take a model of any size")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     parser.set_defaults(model=None)
     if name in ("eval", "score"):
@@ -96,3 +99,16 @@ def _add_export(verbs: Any) -> None:
     text = "upload the folder to the hub as this repository; the token is HF_TOKEN's or that of `hf auth login`"
     parser.add_argument("--push", metavar="OWNER/NAME", help=text)
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
+
+
+def _add_data(verbs: Any) -> None:
+    text = "what the trainer will see of the data: bad rows with reasons, lengths, pictures, a prompt in full; no ranks"
+    parser = verbs.add_parser("data", help=text, description=text)
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help=_SETTINGS_HELP)
+    of = parser.add_mutually_exclusive_group()
+    text = "the verb that will read the data: data.train for train and sft, data.eval for eval"
+    of.add_argument("--of", choices=("train", "sft", "eval"), default="train", help=text)
+    of.add_argument("--eval", action="store_const", const="eval", dest="of", help="the same as --of eval")
+    parser.add_argument("--limit", type=int, metavar="N", help="read N rows, at even distances; by default all")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="where the page goes; by default RUN/data.html")
+    parser.set_defaults(model=None)

@@ -9,6 +9,7 @@ k3 between the two views, on the answers that were given with the image. `papo e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dataclasses import replace
 from megatron_papo.algorithm.estimators import kl_k3
 from megatron_papo.config import Config
 from megatron_papo.config.derived import model_folder
-from megatron_papo.data.bad_rows import BadRows
+from megatron_papo.data.bad_rows import BadRows, reasons_in_words
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.draw import prompts_of
 from megatron_papo.data.masking import Masks
@@ -27,9 +28,12 @@ from megatron_papo.generation import Generator, Sampling, build_generator
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.optimization.pipeline import add_metrics, score_views
 from megatron_papo.rewards import Rewarder
+from megatron_papo.rewards.returned import FAILED
 from megatron_papo.training.batching import pack_rows
-from megatron_papo.training.console import print_scores, warn_of_bad_rows, warn_of_missing_images
+from megatron_papo.training.console import print_scores, say_what_is_read, warn_of_bad_rows, warn_of_missing_images
 from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.reward_failures import FILE
+from megatron_papo.training.rollout_metrics import sum_and_count, sums_by_source
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
@@ -39,7 +43,7 @@ _PROMPTS_AT_ONCE = 64
 
 
 class NothingEvaluated(ValueError):
-    """Raised where every row of `data.eval` is a bad row."""
+    """Raised where every row of `data.eval` is a bad row, or the user's reward function failed for all responses."""
 
 
 def main(config: Config) -> int:
@@ -60,6 +64,7 @@ def main(config: Config) -> int:
 def open_heldout(run: Run) -> PromptDataset:
     """The data set `data.eval`, with a warning where it seems to have lost its images."""
     dataset = PromptDataset(run.config.data, "eval", run.processor)
+    say_what_is_read(run, dataset)
     warn_of_missing_images(run, dataset)
     return dataset
 
@@ -71,11 +76,13 @@ def evaluate(
 
     With `eval.masked`, over the prompts that have an image: `masked_accuracy`, `masked_format`,
     `masked_response_tokens`, `perception_kl` (nats a token), and `gap`, the accuracy with the image less that with the
-    masked one. Raises NothingEvaluated.
+    masked one. `failed` and `masked_failed` are the share of responses for which the user's reward function failed,
+    where there are any; they count 0. Where rows name their source, also `source/<name>/<score>` of each. Raises
+    NothingEvaluated.
     """
     config = run.config
-    num_rows = min(len(dataset), config.eval.limit or len(dataset))
-    rows = share_of(range(num_rows), run.layout.data_rank, run.layout.data_size)
+    all_rows = dataset.first_rows(config.eval.limit)
+    rows = share_of(all_rows, run.layout.data_rank, run.layout.data_size)
     # generation may be a collective across data-parallel ranks: all of them call it equally often
     most = max(gather_objects(len(rows), run.layout.data_group))
     masks = Masks(config.perception.mask, config.run.seed) if config.eval.masked else None
@@ -95,15 +102,25 @@ def evaluate(
     warn_of_bad_rows(run, bad_rows, "eval")
     scores = {name: value / count for name, (value, count) in sum_metrics(total).items() if count}
     if not scores:
-        raise NothingEvaluated(f"data.eval: no good row left in {dataset.name}, of {num_rows}: nothing was evaluated")
-    if "masked_accuracy" in scores:
-        scores["gap"] = scores["seen_accuracy"] - scores["masked_accuracy"]
-    return {name: value for name, value in scores.items() if not name.startswith("seen_")}
+        raise NothingEvaluated(
+            f"data.eval: no good row left in {dataset.name}, of {len(all_rows)}: nothing was evaluated: "
+            f"{_reasons(run, bad_rows)}"
+        )
+    if scores[FAILED] == 1.0:
+        raise NothingEvaluated(f"reward.function: it failed for all responses to data.eval: see {run.folder / FILE}")
+    return with_gaps({name: value for name, value in scores.items() if value or not name.endswith(FAILED)})
+
+
+def _reasons(run: Run, bad_rows: BadRows) -> str:
+    """Why rows were left out, over all ranks, which all call it."""
+    shares = gather_objects((bad_rows.counts, bad_rows.first), run.layout.data_group)
+    counts = sum((Counter(counts) for counts, _ in shares), Counter[str]())
+    return reasons_in_words(counts, next((first for _, first in shares if first), ""))
 
 
 def _generator(run: Run) -> Generator:
     """The engine, with the policy's weights."""
-    with run.clock.stage("hand over"):
+    with run.clock.stage("hand_over"):
         generator = build_generator(run.config, run.processor, run.layout, run.clock.report)
         hand_over(run, generator, policy_version=0)
     return generator
@@ -124,16 +141,34 @@ def _answer(
         masked=masked,
     )
     with run.clock.stage("answer"):
-        return reward_groups(rewarder, generate(run, generator, prompts, sampling), run.layout)
+        return reward_groups(run, rewarder, generate(run, generator, prompts, sampling))
 
 
 def _answer_sums(groups: Sequence[Group], prefix: str) -> Metrics:
-    """Sums over all answers of the groups, with their counts; `prefix` begins every name."""
-    values = {
-        name: [value for group in groups for value in group.reward_parts[name]] for name in ("accuracy", "format")
-    }
-    values["response_tokens"] = [float(len(rollout.response_ids)) for group in groups for rollout in group.rollouts]
-    return {f"{prefix}{name}": (float(sum(numbers)), float(len(numbers))) for name, numbers in values.items()}
+    """Sums over all answers of the groups and over those of each source, with their counts; `prefix` begins the name of
+    every score."""
+
+    def scores(group: Group) -> dict[str, list[float]]:
+        values = {name: list(group.reward_parts[name]) for name in ("accuracy", "format")}
+        values[FAILED] = list(group.reward_parts.get(FAILED, (0.0,) * len(group.rollouts)))
+        values["response_tokens"] = [float(len(rollout.response_ids)) for rollout in group.rollouts]
+        return {f"{prefix}{name}": numbers for name, numbers in values.items()}
+
+    total: Metrics = {}
+    for group in groups:
+        add_metrics(total, sum_and_count(scores(group)))
+    return total | sums_by_source(groups, scores)
+
+
+def with_gaps(scores: dict[str, float]) -> dict[str, float]:
+    """The scores with `gap`, of all rows and of each source, in place of the parts that only it is made of."""
+    gaps = {}
+    for name, masked in scores.items():
+        source, part = name[: name.rfind("/") + 1], name[name.rfind("/") + 1 :]
+        if part == "masked_accuracy":
+            gaps[f"{source}gap"] = scores[f"{source}seen_accuracy"] - masked
+    parts = {name: value for name, value in scores.items() if not name.rpartition("/")[2].startswith("seen_")}
+    return parts | gaps
 
 
 def _perception_kl(run: Run, groups: Sequence[Group]) -> Metrics:

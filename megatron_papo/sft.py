@@ -18,6 +18,7 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.processor import Processor
+from megatron_papo.data.settings_order import first_cursor
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
@@ -27,9 +28,16 @@ from megatron_papo.runtime.failures import RunStopped
 from megatron_papo.runtime.stop_signal import StopSignal
 from megatron_papo.training.batching import pack_update
 from megatron_papo.training.checkpoints import Checkpoints
-from megatron_papo.training.console import warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
+from megatron_papo.training.console import (
+    say_what_is_read,
+    warn_of_bad_rows,
+    warn_of_missing_images,
+    warn_of_skipped_updates,
+)
 from megatron_papo.training.origin import origin_of
+from megatron_papo.training.prompt_source import resumed_cursor
 from megatron_papo.training.recorder import Recorder, StepPlanner
+from megatron_papo.training.run_length import with_num_steps
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -41,16 +49,18 @@ class Demonstrations(PromptDataset):
         super().__init__(config.data, "train", processor, needs_answer=False)
         self._column, self._budget = config.sft.response_column, config.train.tokens_per_micro_batch
         self._encoder = processor
-        self.column(0, self._column)
+        for source in self.sources:
+            source.column(0, self._column)
 
     def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
         """The prompt of a row; raises BadRow where its response cannot be learnt from. Cheap checks come first."""
-        text = self._text(row)
-        prompt = super().prompt(row, masks, visit)
-        num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
-        if num_tokens > self._budget:
-            raise self._too_long(row, f"{num_tokens} tokens with the prompt")
-        return prompt
+        with self.named(row):
+            text = self._text(row)
+            prompt = super().prompt(row, masks, visit)
+            num_tokens = prompt.inputs.token_ids_S.numel() + len(self._encoder.encode_response(text))
+            if num_tokens > self._budget:
+                raise self._too_long(row, f"{num_tokens} tokens with the prompt")
+            return prompt
 
     def group(self, prompt: Prompt) -> Group:
         """A prompt of this data set with its response, as a group of one rollout."""
@@ -75,22 +85,25 @@ class Demonstrations(PromptDataset):
 def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Trains up to `sft.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the exit
     code; raises RunStopped where too many updates in a row are skipped. `planner` is as in `train.main`."""
-    with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
-        with run.clock.stage("set up"):
+    with StopSignal() as stop, open_run(config, records=True) as run, ExitStack() as stack:
+        with run.clock.stage("set_up"):
             dataset = Demonstrations(config, run.processor)
+            say_what_is_read(run, dataset)
             warn_of_missing_images(run, dataset)
-            origin = origin_of(run, dataset, config.sft.response_column)
             bad_rows = BadRows(config.data.on_bad_row)
-            optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
-        cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
+            cursor = first_cursor(config.data, dataset, config.run.seed, config.sft.batch_size)
+            origin = origin_of(run, dataset, cursor, config.sft.response_column)
+            run = with_num_steps(run, "sft", cursor)
+            config, num_steps = run.config, run.config.sft.num_steps
+            optimizer = build_optimizer(wrap_policy(run.policy, config), config, num_steps)
         checkpoints = stack.enter_context(Checkpoints(run, optimizer, "sft", origin))
         state = checkpoints.resume()
         if state is not None:
-            cursor = cursor.load_state_dict(state["cursor"])
+            cursor = resumed_cursor(run, checkpoints, cursor, state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
         run.clock.take()  # the time until now belongs to no step
-        with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
-            for step in range(checkpoints.next_step, config.sft.steps):
+        with Recorder(run, checkpoints.next_step, num_steps, planner) as recorder:
+            for step in range(checkpoints.next_step, num_steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                     metrics = _update(run, optimizer, groups)
@@ -98,7 +111,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                 stopped = optimizer.guard.reason_to_stop
                 leaving = stop.requested()
                 state = {"cursor": cursor.state_dict(), "updates": optimizer.guard.state()}
-                checkpoints.save_when_due(step, config.sft.steps, state, now=bool(stopped) or leaving)
+                checkpoints.save_when_due(step, num_steps, state, now=bool(stopped) or leaving)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:

@@ -8,11 +8,13 @@
 # What is missing ends the job in one line. The job script describes the environment by plain variables:
 #
 #   PAPO_CONFIG        the YAML file of settings
-#   PAPO_ENVIRONMENT   venv, modules or container
+#   PAPO_ENVIRONMENT   venv, modules, container (pyxis) or apptainer
 #   PAPO_VENV          folder of the virtual environment, from PAPO_HOME on (venv; with modules where it is not empty)
 #   PAPO_MODULES       names of environment modules, loaded in this order (any environment)
-#   PAPO_CONTAINER     image for srun --container-image, of pyxis (container)
-#   PAPO_MOUNTS        more folders for it, HOST:CONTAINER, by commas; project and working folder are there anyway
+#   PAPO_CONTAINER     image for srun --container-image, of pyxis (container), or for `apptainer exec` (apptainer)
+#   PAPO_MOUNTS        more folders for it, HOST:CONTAINER or HOST:CONTAINER:ro, by commas; project and working folder
+#                      are there anyway. Scripts made by submit_slurm.py list every folder that the settings name
+#   PAPO_SECRETS       a file of lines NAME=value with keys and tokens for the ranks, that only its owner can read
 #   PAPO_PYTHON        the interpreter of the ranks; by default the virtual environment's, else python3
 #   PAPO_HOST_PYTHON   the interpreter of the batch host, when its python3 is too old and ranks run in a container
 #   PAPO_HOME          the project's folder, which the job script has found
@@ -49,24 +51,36 @@ papo_venv() {
   : "${PAPO_PYTHON:=$PAPO_VENV/bin/python}"
 }
 
-papo_container() { # adds to papo_srun
+papo_image() { # what both kinds of container need; leaves their mounts in $papo_mounts
   [ -n "${PAPO_CONTAINER:-}" ] || papo_refuse "cluster.container: names no image"
-  srun --help 2>/dev/null | grep -q -- --container-image ||
-    papo_refuse "cluster.environment=container: srun knows no --container-image; pyxis is not installed on this cluster"
   case $PAPO_HOME$PWD in *[,:]*) papo_refuse "cluster.container: $PAPO_HOME, $PWD: mounts are told apart by , and :" ;; esac
   case $PAPO_CONTAINER in
     /* | ./*) [ -e "$PAPO_CONTAINER" ] || papo_refuse "cluster.container: $PAPO_CONTAINER: no such image" ;;
   esac
+  papo_mounts=$PAPO_HOME:$PAPO_HOME,$PWD:$PWD${PAPO_MOUNTS:+,$PAPO_MOUNTS}
+}
+
+papo_container() { # adds to papo_srun
+  srun --help 2>/dev/null | grep -q -- --container-image ||
+    papo_refuse "cluster.environment=container: srun knows no --container-image; pyxis is not installed on this cluster"
   papo_srun+=("--container-image=$PAPO_CONTAINER" "--container-workdir=$PWD" --no-container-mount-home
-    "--container-mounts=$PAPO_HOME:$PAPO_HOME,$PWD:$PWD${PAPO_MOUNTS:+,$PAPO_MOUNTS}"
+    "--container-mounts=$papo_mounts"
     "--container-env=PYTHONPATH") # an image's own value would hide the project's
+}
+
+papo_apptainer() { # leaves the words before the ranks' interpreter in papo_within
+  local program
+  program=$(command -v apptainer || command -v singularity) ||
+    papo_refuse "cluster.environment=apptainer: neither apptainer nor singularity is in PATH on $(hostname)"
+  papo_within=("$program" exec --nv --no-home --pwd "$PWD" --bind "$papo_mounts" --env "PYTHONPATH=$PYTHONPATH"
+    "$PAPO_CONTAINER")
 }
 
 papo_check() { # settings and facts; leaves the resolved settings in $papo_settings and the run's folder in $papo_run
   local said
   papo_settings=$(mktemp) && said=$(mktemp) || papo_refuse "TMPDIR: no temporary file can be made on $(hostname)"
   if ! srun "${papo_srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "$PAPO_PYTHON" -m megatron_papo check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
+    "${papo_within[@]}" "$PAPO_PYTHON" -m megatron_papo check "$PAPO_CONFIG" "$@" --json >"$papo_settings" 2>"$said"; then
     grep '^papo: ' "$said" >&2 || cat "$said" >&2 # srun's own line on the exit status adds nothing to ours
     exit 2
   fi
@@ -85,12 +99,14 @@ papo_srun=(--export=ALL) # after sbatch --export=NONE a step would have no PATH
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || papo_srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
 export PYTHONPATH=$PAPO_HOME${PYTHONPATH:+:$PYTHONPATH}
 
+papo_within=()
 papo_modules
 case ${PAPO_ENVIRONMENT:=venv} in
   venv) : "${PAPO_VENV:=.venv}"; papo_venv ;;
   modules) [ -z "${PAPO_VENV:-}" ] || papo_venv ;;
-  container) papo_container ;;
-  *) papo_refuse "cluster.environment: $PAPO_ENVIRONMENT is none of venv, modules, container" ;;
+  container) papo_image; papo_container ;;
+  apptainer) papo_image; papo_apptainer ;;
+  *) papo_refuse "cluster.environment: $PAPO_ENVIRONMENT is none of venv, modules, container, apptainer" ;;
 esac
 : "${PAPO_PYTHON:=python3}"
 . "$PAPO_HOME/slurm/fabric.sh"
@@ -100,6 +116,12 @@ papo_host_python=$(command -v "${PAPO_HOST_PYTHON:-python3}") ||
   papo_refuse "there is no ${PAPO_HOST_PYTHON:-python3} on $(hostname)"
 "$papo_host_python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
   papo_refuse "$papo_host_python on $(hostname) is older than 3.9; PAPO_HOST_PYTHON names another"
+
+if [ -n "${PAPO_SECRETS:-}" ]; then # from a pipe: no value is an argument of a process
+  papo_secrets=$("$papo_host_python" -m megatron_papo.cluster.secrets_file "$PAPO_SECRETS") || exit 2
+  eval "$papo_secrets"
+  unset papo_secrets
+fi
 
 # What Slurm really gave: --nodes and --gpus-per-node behind sbatch win over the settings.
 papo_tasks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
@@ -121,4 +143,4 @@ if "$papo_host_python" -m megatron_papo.cluster.finished "$papo_settings"; then 
 trap '' USR1 # until the supervisor listens
 exec "$papo_host_python" -m megatron_papo.cluster.supervise --settings "$papo_settings" ${papo_asked:+--save-asked} \
   --ranks $((papo_tasks * SLURM_JOB_NUM_NODES)) "${papo_srun[@]/#/--srun=}" -- \
-  "$PAPO_PYTHON" -m megatron_papo train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"
+  "${papo_within[@]}" "$PAPO_PYTHON" -m megatron_papo train "$PAPO_CONFIG" "$@" "${papo_facts[@]}"

@@ -42,11 +42,26 @@ def page() -> str:
 
 
 def _keys(path: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """The keys of a section; those of a list's mappings as `key[].inner`, once where several lists have the same."""
+    told: list[type[BaseModel]] = []
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _keys(f"{path}.{name}", info.annotation)
-        else:
-            yield f"{path}.{name}", info
+            continue
+        yield f"{path}.{name}", info
+        for entry in _sections_in(info.annotation, within_list=False):
+            if entry not in told:
+                told.append(entry)
+                yield from _keys(f"{path}.{name}[]", entry)
+
+
+def _sections_in(annotation: typing.Any, within_list: bool) -> Iterator[type[BaseModel]]:
+    """The sections that lists of a type hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and within_list:
+        yield annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated):
+        for part in typing.get_args(annotation):
+            yield from _sections_in(part, within_list or typing.get_origin(annotation) is list)
 
 
 def _default(info: FieldInfo) -> str:
@@ -71,7 +86,17 @@ def _type(annotation: typing.Any) -> str:
         return f"list of {_type(typing.get_args(annotation)[0])}"
     if origin is dict:
         return f"mapping of names to {_type(typing.get_args(annotation)[1])}"
-    return {str: "text", Path: "path", int: "whole number", float: "number", bool: "true, false"}[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    names = {
+        str: "text",
+        Path: "path",
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        typing.Any: "anything",
+    }
+    return names[annotation]
 
 
 def _limits(metadata: list[typing.Any]) -> str:

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_papo.cluster.mounts import container_mounts
 from megatron_papo.cluster.slurm import COMMENT
 from megatron_papo.config import ClusterConfig, Config, ConfigError
 from megatron_papo.text.secret_values import text_without_secrets
@@ -67,7 +68,7 @@ def job_script(config: Config, *, home: Path, work_dir: Path, folder: Path, made
         "",
         f"PAPO_HOME={shlex.quote(str(home))}",
         f"PAPO_CONFIG={shlex.quote(str(folder / 'settings.yaml'))}",
-        *_environment(config.cluster),
+        *_environment(config, home, work_dir),
         "papo_setup() {",
         *(f"  {line}" for line in _setup(config.cluster)),
         "}",
@@ -131,14 +132,17 @@ def _named(cluster: ClusterConfig) -> list[str]:
     return [f"--{name}={value}" for name, value in named.items() if value is not None]
 
 
-def _environment(cluster: ClusterConfig) -> Iterator[str]:
+def _environment(config: Config, home: Path, work_dir: Path) -> Iterator[str]:
+    cluster = config.cluster
     yield f"PAPO_ENVIRONMENT={shlex.quote(cluster.environment)}"
-    if cluster.environment != "container":
+    if cluster.image is None:
         yield f"PAPO_VENV={shlex.quote('' if cluster.venv is None else str(cluster.venv))}"
     yield f"PAPO_MODULES={shlex.quote(' '.join(cluster.modules))}"
-    if cluster.environment == "container":
-        yield f"PAPO_CONTAINER={shlex.quote(cluster.container or '')}"
-        yield f"PAPO_MOUNTS={shlex.quote(','.join(cluster.mounts))}"
+    if cluster.secrets_file is not None:
+        yield f"PAPO_SECRETS={shlex.quote(str(cluster.secrets_file.expanduser()))}"
+    if cluster.image is not None:
+        yield f"PAPO_CONTAINER={shlex.quote(cluster.image)}"
+        yield f"PAPO_MOUNTS={shlex.quote(','.join(container_mounts(config, home, work_dir)))}"
 
 
 def _setup(cluster: ClusterConfig) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.render import job_script
+from megatron_papo.cluster.secrets_file import fault_of_secrets
 from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.files.small_files import write_atomically
@@ -50,7 +51,7 @@ def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num
         raise ConfigError("\n".join(faults))
     folder = run_records.folder_of(config.run.dir.absolute())
     script = job_script(config, home=HOME, work_dir=Path.cwd(), folder=folder, made_from=made_from)
-    return SubmissionPlan(config, script, checked.summary, tuple(checked.warnings))
+    return SubmissionPlan(config, script, checked.summary, (*checked.warnings, *_losses(config)))
 
 
 def submit(plan: SubmissionPlan, num_jobs: int = 1) -> list[str]:
@@ -81,6 +82,8 @@ def write(plan: SubmissionPlan) -> Path:
     """RUN/cluster with the resolved settings and the job script, which alone hold secrets, for the job; that folder."""
     folder = run_records.folder_of(plan.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if plan.config.run.cache_dir is not None:
+        plan.config.run.cache_dir.mkdir(parents=True, exist_ok=True)  # a container mounts it, which takes a folder
     write_atomically(folder / "settings.yaml", dump_config(plan.config, secrets=True), private=True)
     write_atomically(folder / "job.sh", plan.script, private=True)
     return folder
@@ -112,6 +115,12 @@ def work_dir(run_dir: Path) -> Path:
     return folder
 
 
+def _losses(config: Config) -> list[str]:
+    if config.cluster.image is None or config.run.cache_dir is not None:
+        return []
+    return ["run.cache_dir: null: what libraries download and compile within a container may be lost with it"]
+
+
 def _environment_faults(config: Config) -> list[str]:
     """What the job would refuse, as far as it shows from here: the login node sees the nodes' disks."""
     cluster = config.cluster
@@ -120,7 +129,9 @@ def _environment_faults(config: Config) -> list[str]:
         python = (HOME / cluster.venv) / "bin" / "python"
         if not python.exists():
             faults.append(f"cluster.venv: no virtual environment in {HOME / cluster.venv}")
-    image = cluster.container if cluster.environment == "container" else None
+    if cluster.secrets_file is not None and (fault := fault_of_secrets(cluster.secrets_file.expanduser())):
+        faults.append(fault)
+    image = cluster.image
     if image is not None and image.startswith(("/", "./")) and not Path(image).exists():
         faults.append(f"cluster.container: {image}: no such image")
     if not (HOME / "slurm" / "launch.sh").is_file():

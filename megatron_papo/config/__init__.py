@@ -10,6 +10,7 @@ from megatron_papo.config.cluster import ClusterConfig as ClusterConfig
 from megatron_papo.config.data import MOST_IMAGE_PIXELS as MOST_IMAGE_PIXELS
 from megatron_papo.config.data import ColumnsConfig as ColumnsConfig
 from megatron_papo.config.data import DataConfig as DataConfig
+from megatron_papo.config.data_sources import SourceConfig as SourceConfig
 from megatron_papo.config.fp8 import Fp8Config as Fp8Config
 from megatron_papo.config.generation import GenerationConfig as GenerationConfig
 from megatron_papo.config.load import ConfigError as ConfigError

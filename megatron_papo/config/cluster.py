@@ -49,8 +49,9 @@ class ClusterConfig(Section):
     """Whether a job that was preempted, or whose machine crashed, is queued again: Slurm's --requeue."""
     sbatch: list[str] = []
     """Further options of sbatch, e.g. `--reservation=spring`."""
-    environment: Literal["venv", "modules", "container"] = "venv"
-    """What the ranks run in: a virtual environment, environment modules, or a container (pyxis)."""
+    environment: Literal["venv", "modules", "container", "apptainer"] = "venv"
+    """What the ranks run in: a virtual environment, environment modules, or a container, started by srun (`container`:
+    pyxis) or by Apptainer or Singularity (`apptainer`)."""
     venv: Path | None = Path(".venv")
     """Folder of the virtual environment, relative to the project's folder; used by `environment: venv`, and by
     `environment: modules` unless null."""
@@ -58,18 +59,23 @@ class ClusterConfig(Section):
     """Names of environment modules that the batch script loads before the virtual environment; the ranks inherit
     them."""
     container: str | None = None
-    """Image that `environment: container` runs in: srun's --container-image."""
+    """Image of the container: srun's --container-image, or what `apptainer exec` takes."""
     mounts: list[str] = []
-    """Folders that the container sees, as HOST:CONTAINER: srun's --container-mounts."""
+    """Further folders that the container sees, as HOST, HOST:CONTAINER or HOST:CONTAINER:ro. The project, the working
+    folder and every folder that the settings name are there anyway, at the same path."""
     setup: list[str] = []
     """Shell lines that the batch script runs after the modules and the environment."""
     variables: dict[str, str] = {}
-    """Environment variables of every rank; they win over those of slurm/fabric.sh. No secrets (docs/security.md)."""
+    """Environment variables of every rank; they win over those of slurm/fabric.sh. Keys and tokens are refused here:
+    they go into cluster.secrets_file."""
+    secrets_file: Path | None = None
+    """File of lines NAME=value (WANDB_API_KEY, HF_TOKEN, ...) that only its owner can read (chmod 600). The job reads
+    it into the environment of the ranks; its name alone is kept."""
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:
-        if self.environment == "container" and self.container is None:
-            raise ValueError("cluster.environment=container needs cluster.container, an image")
+        if self.environment in ("container", "apptainer") and self.container is None:
+            raise ValueError(f"cluster.environment={self.environment} needs cluster.container, an image")
         if self.environment == "modules" and not self.modules:
             raise ValueError("cluster.environment=modules needs cluster.modules, a list of names")
         if self.environment == "venv" and self.venv is None:
@@ -88,6 +94,11 @@ class ClusterConfig(Section):
                 "the run would save and leave after its first step"
             )
         return self
+
+    @property
+    def image(self) -> str | None:
+        """The image that the ranks run in; None where they run on the machine itself."""
+        return self.container if self.environment in ("container", "apptainer") else None
 
     @property
     def num_ranks(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_papo.config.forms import key_path
 from megatron_papo.config.tree import Config
 from megatron_papo.config.values import faults_of_values, faults_of_variables
 from megatron_papo.config.yaml_text import YamlFault, parse, read_mapping
@@ -42,7 +43,9 @@ def load_config(path: Path | None, overrides: list[str] | tuple[str, ...] = (), 
     except ValidationError as error:
         config = _validate_with_texts(tree, texts, error)
     faults = list(faults_of_values(config.model_dump(), left_out=not to_run))
-    faults += faults_of_variables(config.cluster.variables, config.cluster.setup) if to_run else []
+    if to_run:
+        cluster = config.cluster
+        faults += faults_of_variables(cluster.variables, cluster.setup, cluster.sbatch)
     if faults:
         raise ConfigError("\n".join(faults))
     return config
@@ -91,7 +94,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _validate_with_texts(tree: dict[str, Any], texts: dict[str, str], error: ValidationError) -> Config:
     """Once more, with the overrides of text settings as they were written: `data.system=Answer: yes` is no mapping."""
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        key = key_path(fault["loc"])
         if fault["type"] in ("string_type", "path_type") and key in texts:
             _put(tree, key.split("."), texts[key])
     try:
@@ -124,13 +127,15 @@ def _scalar(key: str, text: str) -> Any:
 
 
 def _explain(fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+    path = key_path(fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         message = "unknown key"
+    elif fault["type"] == "union_tag_invalid":
+        message = f"cannot be written as a {fault['ctx']['tag'].strip('<>')}, got {_short(fault['input'])}"
     elif fault["type"] != "value_error":
         message = f"{message}, got {_short(fault['input'])}"
-    return f"{path}: {message}" if path else message
+    return f"{path}: {message}" if path and not message.startswith(f"{path}.") else message
 
 
 def _short(value: Any) -> str:

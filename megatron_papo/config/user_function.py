@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def load_user_function(key: str, name: str, *forms: Sequence[str]) -> tuple[Callable[..., Any], Sequence[str]]:
+def load_user_function(
+    key: str, name: str, *forms: Sequence[str], options: Mapping[str, Any] | None = None
+) -> tuple[Callable[..., Any], Sequence[str]]:
     """The function that setting `key` names, modules of the working directory included, and which of `forms` it takes.
 
-    A form is the names of positional arguments; the first that the function's signature accepts counts. Raises
-    ValueError naming `key`: for a name of another form, what cannot be imported, and a function that takes none of
-    `forms`.
+    A form is the names of positional arguments; the first that the function's signature accepts, with `options` as
+    arguments by keyword, counts. Raises ValueError naming `key`: for a name of another form, what cannot be imported,
+    and a function that takes none of `forms`.
     """
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
@@ -32,7 +34,7 @@ def load_user_function(key: str, name: str, *forms: Sequence[str]) -> tuple[Call
         raise ValueError(f"{key}: cannot import {name}: {error}") from error
     if not callable(function):
         raise ValueError(f"{key}: {name} is no function")
-    faults = [_fault(function, form) for form in forms]
+    faults = [_fault(function, form, options or {}) for form in forms]
     for form, fault in zip(forms, faults, strict=True):
         if fault is None:
             return function, form
@@ -44,10 +46,10 @@ def name_of_function(function: Callable[..., Any]) -> str:
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _fault(function: Callable[..., Any], form: Sequence[str]) -> str | None:
-    """Why `function` cannot be called with the positional arguments of `form`; None where it can."""
+def _fault(function: Callable[..., Any], form: Sequence[str], options: Mapping[str, Any]) -> str | None:
+    """Why `function` cannot be called with the positional arguments of `form` and `options`; None where it can."""
     try:
-        inspect.signature(function).bind(*form)
+        inspect.signature(function).bind(*form, **options)
     except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
         return str(error)
     return None

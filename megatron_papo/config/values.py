@@ -57,9 +57,10 @@ def faults_of_values(tree: object, path: str = "", keep: str = "", *, left_out: 
             yield from _length(path, tree)
 
 
-def faults_of_variables(variables: dict[str, str], setup: list[str]) -> Iterator[str]:
+def faults_of_variables(variables: dict[str, str], setup: list[str], sbatch: list[str]) -> Iterator[str]:
     """One line for each fault: names in `cluster.variables` that a shell does not accept for a variable, and variables,
-    there or set in the lines of `cluster.setup`, whose name is that of a secret."""
+    there or set in the lines of `cluster.setup` or by `--export` in `cluster.sbatch`, whose name is that of a
+    secret."""
     for name, value in variables.items():
         if not _VARIABLE.fullmatch(name):
             yield (
@@ -71,6 +72,10 @@ def faults_of_variables(variables: dict[str, str], setup: list[str]) -> Iterator
     for place, line in enumerate(setup):
         faults = (fault_of_variable(f"cluster.setup.{place}", *each) for each in assigned(line))
         yield from filter(None, faults)
+    for place, option in enumerate(sbatch):
+        words = option.split(",") if option.startswith("--export") else []
+        named = (word.removeprefix("--export=").partition("=") for word in words)
+        yield from filter(None, (fault_of_variable(f"cluster.sbatch.{place}", name, text) for name, _, text in named))
 
 
 def _kind(hidden: str) -> str:

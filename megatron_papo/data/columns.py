@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import ColumnsConfig, DataConfig, SourceConfig
 from megatron_papo.text.untrusted import shortened
 
 if TYPE_CHECKING:
@@ -23,15 +23,20 @@ _PRESETS = {
 _NAMES_OF_PICTURES = re.compile(r"(image|img|picture|photo)s?(_(path|file|url|bytes)s?)?", re.IGNORECASE)
 
 
-def choose_columns(data: DataConfig, name: str, features: Features, *, needs_answer: bool) -> ColumnsConfig:
-    """The names of the columns of the data set `name`. Raises ValueError that names the key and what there is."""
-    if data.preset == "none":
-        _check(data.columns, name, features, needs_answer)
-        return data.columns
-    for columns in _PRESETS[data.preset]:
+def choose_columns(
+    data: DataConfig, source: SourceConfig, key: str, features: Features, *, needs_answer: bool
+) -> ColumnsConfig:
+    """The names of the columns of one source, which the setting `key` names. Raises ValueError that names the key and
+    what there is."""
+    preset, chosen = data.columns_of(source)
+    if preset == "none":
+        _check(chosen, source, key, features, needs_answer)
+        return chosen
+    for columns in _PRESETS[preset]:
         if {columns.problem, columns.answer, columns.images} <= set(features):
             return columns
-    raise ValueError(f"data.preset: {name} is not laid out as {data.preset}, has {listed(features)}")
+    where = key if source.preset else "data"
+    raise ValueError(f"{where}.preset: {source.origin} is not laid out as {preset}, has {listed(features)}")
 
 
 def listed(features: Features) -> str:
@@ -39,13 +44,19 @@ def listed(features: Features) -> str:
     return shortened(", ".join(features), 400)
 
 
-def _check(columns: ColumnsConfig, name: str, features: Features, needs_answer: bool) -> None:
-    wanted = {"problem": columns.problem, "answer": columns.answer if needs_answer else None, "images": columns.images}
-    for key, column in wanted.items():
+def _check(columns: ColumnsConfig, source: SourceConfig, key: str, features: Features, needs_answer: bool) -> None:
+    wanted = {
+        "problem": columns.problem,
+        "answer": columns.answer if needs_answer else None,
+        "images": columns.images,
+        "system": columns.system,
+    }
+    for cell, column in wanted.items():
         if column is None or column in features:
             continue
-        lacks = f"data.columns.{key}: {name} has no column {column!r}"
-        if key != "images" or column != ColumnsConfig().images:
+        where = key if cell in source.columns else "data"
+        lacks = f"{where}.columns.{cell}: {source.origin} has no column {column!r}"
+        if cell != "images" or column != ColumnsConfig().images:
             raise ValueError(f"{lacks}, has {listed(features)}")
         if others := [other for other, feature in features.items() if _seems_to_hold_pictures(other, feature)]:
             raise ValueError(f"{lacks}, but {others[0]!r}, which seems to hold pictures; null reads the text alone")

@@ -7,37 +7,39 @@ its number and the reason; what then happens is for `draw` to decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from megatron_papo.config import DataConfig
+from megatron_papo.config.data_sources import names_sources, source_key
 from megatron_papo.data.bad_rows import BadRow
-from megatron_papo.data.cells import BadCell, answers_of, question_of
+from megatron_papo.data.cells import BadCell, answers_of, question_of, system_of
 from megatron_papo.data.chat_template import TemplateFailed
-from megatron_papo.data.columns import choose_columns, listed
 from megatron_papo.data.conversation import PLACEHOLDER
-from megatron_papo.data.fingerprint import fingerprints_of_rows
+from megatron_papo.data.fingerprint import fingerprint
 from megatron_papo.data.image_files import BadImage
-from megatron_papo.data.images import decode_image, image_bytes, image_items
+from megatron_papo.data.images import decode_image, image_bytes
 from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_image, with_masked
+from megatron_papo.data.mixture import Mixture
 from megatron_papo.data.processor import ImageTooExtreme, Pixels, Processor
-from megatron_papo.data.row_files import missing_columns
-from megatron_papo.data.source import open_source
+from megatron_papo.data.source_rows import SourceRows
+from megatron_papo.text.untrusted import shortened
 from megatron_papo.types import Prompt
 
 Spoiler = Callable[[Image.Image], Image.Image]
 
-_ROWS_LOOKED_AT = 1024
-"""For pictures, spread over the rows."""
 _VIDEOS = ("videos", "video")
 
 
 @contextmanager
-def _named(row: int) -> Iterator[None]:
+def _as_bad_row(row: int) -> Iterator[None]:
     """What goes wrong with the row's own values is BadRow: a row is not trusted to fit memory or recursion either."""
     try:
         yield
@@ -54,27 +56,65 @@ def _named(row: int) -> Iterator[None]:
 
 
 class PromptDataset:
-    """`data.train` or `data.eval`, row by row. `needs_answer=False` for scoring and supervision, where none is read."""
+    """`data.train` or `data.eval`, row by row: the rows of all its sources, one behind the other, numbered from 0.
+
+    `needs_answer=False` for scoring and supervision, where none is read.
+    """
 
     def __init__(
         self, data: DataConfig, which: Literal["train", "eval"], processor: Processor, *, needs_answer: bool = True
     ) -> None:
-        name = data.train if which == "train" else data.eval
-        if name is None:
+        entries, written = data.sources(which), data.train if which == "train" else data.eval
+        if written is None:
             raise ValueError(f"data.{which}: not set")
-        split = data.split if which == "train" else data.eval_split or data.split
-        self.name, self.which, self._key = name, which, f"data.{which}"
-        self._processor, self._needs_answer, self._max_tokens = processor, needs_answer, data.max_prompt_tokens
-        self._max_pixels, self._system = data.max_image_pixels, data.system
-        source = open_source(name, split, self._key, data.image_roots)
-        self._rows, self._images = source.rows, source.images
-        self._columns = choose_columns(data, name, self._rows.features, needs_answer=needs_answer)
-        if fault := missing_columns(source.files, self._read_columns()):
-            raise ValueError(f"{self._key}: {fault}")
-        self._answer_feature = self._rows.features.get(self._columns.answer)
+        keys = [source_key(which, written, place) for place in range(len(entries))]
+        self.which, self._processor, self._needs_answer = which, processor, needs_answer
+        self._max_tokens, self._max_pixels = data.max_prompt_tokens, data.max_image_pixels
+        self.sources = tuple(
+            SourceRows(data, entry, key, needs_answer=needs_answer) for entry, key in zip(entries, keys, strict=True)
+        )
+        """The sources in their order, with the rows of each."""
+        self.name = shortened(", ".join(source.origin for source in self.sources), 400)
+        self._ends = list(accumulate(map(len, self.sources)))
+        self._names_sources = names_sources(written)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._ends[-1]
+
+    @property
+    def mixture(self) -> Mixture:
+        """How often the rows of each source are drawn."""
+        return Mixture(tuple(map(len, self.sources)), tuple(source.config.weight for source in self.sources))
+
+    def locate(self, row: int) -> tuple[SourceRows, int]:
+        """The source of a row, and the row's number among the rows of that source."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        place = bisect_right(self._ends, row)
+        return self.sources[place], row - (self._ends[place - 1] if place else 0)
+
+    def first_rows(self, limit: int | None) -> list[int]:
+        """The first `limit` rows (None: all), of several sources the first of each, in proportion to their sizes."""
+        total = len(self)
+        limit = min(limit or total, total)
+        firsts = [(end - len(source), len(source)) for source, end in zip(self.sources, self._ends, strict=True)]
+        return [
+            row
+            for first, size in firsts
+            for row in range(first, first + (limit * (first + size) // total - limit * first // total))
+        ]
+
+    @contextmanager
+    def named(self, row: int) -> Iterator[None]:
+        """A BadRow from within says where the row lies: its source where there are several, its number in the file."""
+        try:
+            with _as_bad_row(row):
+                yield
+        except BadRow as bad:
+            source, own = self.locate(row)
+            told = f"{source.key}: {source.origin}" if len(self.sources) > 1 else ""
+            bad.lies_in(told, source.number_in_file(own))
+            raise
 
     def prompt(self, row: int, masks: Masks | None = None, visit: int = 0) -> Prompt:
         """The row as the model reads it, and with `masks` also its masked view at this `visit`; raises BadRow.
@@ -82,32 +122,37 @@ class PromptDataset:
         What costs least is looked at first, and pictures are decoded one at a time, once for both views, and not kept:
         a batch of them would fill the host's memory.
         """
-        with _named(row):
-            cells = self._rows[row]
-            items = image_items(self._pictures(cells))
-            problem, answers = self._problem(row, cells, len(items)), self._answers(row, cells)
+        source, own_row = self.locate(row)
+        with self.named(row):
+            cells = source.rows[own_row]
+            items = source.pictures(cells)
+            problem, system = self._question(source, row, cells, len(items))
+            answers = self._answers(source, row, cells)
             if problem.count(PLACEHOLDER) != len(items):
                 placeholders = problem.count(PLACEHOLDER)
                 raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(items)} images")
-            if token := self._processor.vision_token_in(problem):
+            if token := self._processor.vision_token_in(problem + (system or "")):
                 raise BadRow(row, "vision token in text", token)
-            text_ids_S = self._processor.text_ids(problem, len(items))
+            text_ids_S = self._processor.text_ids(problem, len(items), system)
             self._check_length(row, text_ids_S.numel())
-            compressed = image_bytes(items, self._images, self._max_pixels)
+            compressed = image_bytes(items, source.images, self._max_pixels)
             prompt_id = f"{self.which}:{row}"
             pixels, masked = self._views(row, visit, prompt_id, compressed, text_ids_S.numel(), masks)
             inputs = self._processor.join(text_ids_S, pixels)
             prompt = Prompt(
-                prompt_id, row, problem, answers[0], compressed, inputs, visit=visit, other_answers=answers[1:]
-            )
+                prompt_id, row, problem, answers[0], compressed, inputs, visit=visit, other_answers=answers[1:],
+                source=source.source_of(cells) if self._names_sources else "", columns=source.other_cells(cells),
+                system=system,
+            )  # fmt: skip
             if masked:
                 return with_masked(prompt, masked)
             return prompt if masks is None else mask_images(prompt, masks, self._processor, self)
 
     def images(self, row: int) -> tuple[bytes, ...]:
         """Compressed images of a row; raises BadRow when one cannot be read."""
-        with _named(row):
-            return image_bytes(image_items(self._pictures(self._rows[row])), self._images, self._max_pixels)
+        source, own_row = self.locate(row)
+        with self.named(row):
+            return image_bytes(source.pictures(source.rows[own_row]), source.images, self._max_pixels)
 
     def decoded(self, data: bytes) -> Image.Image:
         """A picture of this dataset, RGB; raises BadImage."""
@@ -115,53 +160,64 @@ class PromptDataset:
 
     def column(self, row: int, name: str) -> Any:
         """Any other cell of the row, e.g. the response that supervision reads; ValueError for an unknown column."""
-        if name not in self._rows.column_names:
-            raise ValueError(f"{self._key}: {self.name} has no column {name!r}, has {listed(self._rows.features)}")
-        return self._rows[row][name]
+        source, own_row = self.locate(row)
+        return source.column(own_row, name)
 
-    @property
-    def lacks_image_column(self) -> bool:
-        """Whether the column of pictures is not there, and null has not been said to mean that."""
-        return self._columns.images is not None and self._columns.images not in self._rows.column_names
+    def column_values(self, name: str) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for a column that a source does not have."""
+        return [value for source in self.sources for value in source.column_values(name)]
+
+    def rows_passing(self, conditions: Mapping[str, Any] | str | None, key: str) -> np.ndarray:
+        """The numbers of the rows that pass a filter, ascending, [N] int64; `key` is its setting, for messages. Raises
+        ValueError for a filter that cannot be asked, and where no row passes."""
+        if conditions is None:
+            return np.arange(len(self))
+        passing = [source.rows_passing(conditions, key) for source in self.sources]
+        firsts = [end - len(source) for source, end in zip(self.sources, self._ends, strict=True)]
+        numbers = [first + row for first, rows in zip(firsts, passing, strict=True) for row in rows]
+        if not numbers:
+            raise ValueError(f"{key}: none of the {len(self)} rows of {self.name} passes")
+        return np.array(numbers)
 
     def without_pictures(self) -> str | None:
-        """Why this seems to be a data set of text alone, in words; None where a row has a picture.
-
-        Looks at some of the rows, in their column of pictures alone, and decodes nothing.
-        """
-        column = self._columns.images
-        if column is None:
-            return "data.columns.images is null"
-        if self.lacks_image_column:
-            return f"{self.name} has no column {column!r}"
-        cells = self._rows.select_columns([column])
-        places = range(0, len(cells), -(-len(cells) // _ROWS_LOOKED_AT))
-        if any(image_items(cells[place][column]) for place in places):
-            return None
-        return f"none of {len(places)} rows of {self.name}, which has {len(cells)}, holds a picture in {column!r}"
+        """Why this seems to be a data set of text alone, in words; None where a row has a picture."""
+        reasons = []
+        for source in self.sources:
+            if (reason := source.without_pictures()) is None:
+                return None
+            reasons.append(reason)
+        return "; ".join(reasons)
 
     def fingerprints(self, more_columns: Sequence[str] = ()) -> dict[str, str]:
         """Fingerprints of what is read of the rows, cells of `more_columns` included; see `fingerprint.py`."""
-        read = (self._columns.problem, self._columns.answer, *more_columns)
-        columns = [name for name in dict.fromkeys(read) if name in self._rows.column_names]
-        return fingerprints_of_rows(self._rows, columns, self.images)
+        each = [
+            source.fingerprints(more_columns, partial(self._images_of, end - len(source)))
+            for source, end in zip(self.sources, self._ends, strict=True)
+        ]
+        return (
+            each[0] if len(each) == 1 else {part: fingerprint(one[part].encode() for one in each) for part in each[0]}
+        )
 
-    def _pictures(self, cells: dict[str, Any]) -> Any:
-        return cells.get(self._columns.images) if self._columns.images is not None else None
+    def _images_of(self, first: int, row: int) -> tuple[bytes, ...]:
+        """The images of row `row` of the source that begins at row `first`."""
+        return self.images(first + row)
 
-    def _problem(self, row: int, cells: dict[str, Any], num_images: int) -> str:
-        problem = question_of(cells[self._columns.problem], self._system)
-        if video := next((name for name in _VIDEOS if name != self._columns.images and cells.get(name)), None):
+    def _question(self, source: SourceRows, row: int, cells: dict[str, Any], num_images: int) -> tuple[str, str | None]:
+        """The question, with a `<image>` for each picture, and the row's own system turn."""
+        problem, told = question_of(cells[source.columns.problem])
+        system = system_of(source.system(cells), told)
+        if video := next((name for name in _VIDEOS if name != source.columns.images and cells.get(name)), None):
             raise BadRow(row, "video", f"in column {video!r}: only pictures are read")
         most = self._max_tokens * self._processor.most_letters_of_a_token
-        if len(problem) > most:  # tokenising it would take its time
-            raise BadRow(row, "prompt too long", f"{len(problem)} letters are more than {self._max_tokens} tokens")
-        return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem
+        num_letters = len(problem) + len(system or "")
+        if num_letters > most:  # tokenising it would take its time
+            raise BadRow(row, "prompt too long", f"{num_letters} letters are more than {self._max_tokens} tokens")
+        return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem, system
 
-    def _answers(self, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
+    def _answers(self, source: SourceRows, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
         """One at least; where none is needed it may be empty."""
         try:
-            answers = answers_of(cells.get(self._columns.answer), self._answer_feature)
+            answers = answers_of(cells.get(source.columns.answer), source.answer_feature)
         except BadCell:
             if self._needs_answer:
                 raise
@@ -202,10 +258,3 @@ class PromptDataset:
         image = self.decoded(data)
         pixels = self._processor.pixel_values([image])
         return pixels, [] if spoil is None else [self._processor.pixel_values([spoil(image)])]
-
-    def _read_columns(self) -> list[str]:
-        """Those that are read of every row."""
-        columns = [self._columns.problem]
-        columns += [self._columns.answer] if self._needs_answer else []
-        images = self._columns.images
-        return columns + ([images] if images is not None and images in self._rows.column_names else [])

@@ -80,12 +80,11 @@ def prompts_of(
 
 
 def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows, masks: Masks | None) -> Prompt:
-    for attempt in range(cursor.num_rows):
-        row = cursor.row(position, attempt)
+    for row in cursor.rows(position):
         if row in bad_rows.by_row:
             continue
         try:
             return dataset.prompt(row, masks, visit=position)
         except BadRow as bad:
             bad_rows.add(bad)
-    raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.counts}")
+    raise ValueError(f"data.{dataset.which}: no good row left in {dataset.name}: {bad_rows.in_words}")

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from megatron_papo.config import MaskConfig
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.order import random_state
 from megatron_papo.data.processor import Pixels, Processor
+from megatron_papo.data.random_state import random_state
 from megatron_papo.types import Prompt
 
 _SWAP_TRIES = 100
@@ -147,16 +147,18 @@ _SPOIL = {"cells": _black_cells, "blur": _blur, "noise": _noise, "crop": _crop}
 def _other_image(own_row: int, pool: SwapPool | None, random: np.random.RandomState) -> Image.Image:
     if pool is None:
         raise ValueError("perception.mask.kind: swap needs the dataset to take pictures from")
+    reason = "none of them holds one"
     for _ in range(_SWAP_TRIES):
         row = int(random.randint(len(pool)))
         if row == own_row:
             continue
         try:
             candidates = pool.images(row)
-            return pool.decoded(candidates[random.randint(len(candidates))])
-        except (ValueError, MemoryError, RecursionError):  # a bad row, or one without pictures: randint(0)
-            continue
-    raise ValueError(f"perception.mask.kind: swap found no other picture in {_SWAP_TRIES} rows")
+            if candidates:
+                return pool.decoded(candidates[random.randint(len(candidates))])
+        except (ValueError, MemoryError, RecursionError) as error:  # a bad row
+            reason = f"the last: {error or type(error).__name__}"
+    raise ValueError(f"perception.mask.kind: swap found no other picture in {_SWAP_TRIES} rows: {reason}")
 
 
 def _mask_patches(prompt: Prompt, masks: Masks, processor: Processor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Opens what `data.train` or `data.eval` names, with the `datasets` library, pictures left undecoded.
+"""Opens what an entry of `data.train` or `data.eval` names, with the `datasets` library, pictures left undecoded.
 
 The library would open whatever file a row names, in any format and of any size: what it could decode, at whatever
 depth of a column, it is told to leave. Data sets that come as a program it has refused since version 4.
 
 A file (parquet, JSON lines, CSV, Arrow), a pattern of files, a folder saved by `datasets`, a folder of pictures with a
-metadata file, any other folder that `datasets` recognises, or a name on the hub. A name that is there as it is written
-is that file or folder, whatever `[ ]`, `?` or `*` it has.
+metadata file, any other folder that `datasets` recognises, a name on the hub, or a function of the user's own. A name
+that is there as it is written is that file or folder, whatever `[ ]`, `?` or `*` it has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_papo.config import SourceConfig
 from megatron_papo.data.image_files import ImageFiles
 from megatron_papo.data.row_files import (
     escaped,
@@ -26,6 +27,7 @@ from megatron_papo.data.row_files import (
     load_files,
     load_folder,
 )
+from megatron_papo.data.row_function import rows_of_function
 from megatron_papo.files.data_suffixes import BUILDERS
 
 if TYPE_CHECKING:
@@ -43,21 +45,32 @@ class DataSource:
     """Those that the rows were read from, as far as they are known."""
 
 
-def open_source(name: str, split: str, key: str, image_roots: Sequence[Path] = ()) -> DataSource:
-    """Opens `name`; `key` is the setting it came from, for messages; `image_roots` as in the settings.
+def open_source(source: SourceConfig, key: str, image_roots: Sequence[Path] = ()) -> DataSource:
+    """Opens an entry of the setting `key`, whose split is known; `image_roots` as in the settings.
 
     Raises ValueError.
     """
     for root in image_roots:
         if not root.is_dir():
             raise ValueError(f"data.image_roots: {root} is no folder")
-    try:
-        rows, folder, files = _open(name, split)
-    except Exception as error:  # the library raises a different type for each builder
-        raise ValueError(f"{key}: cannot read {name} (split {split}): {first_line(error)}") from error
+    name, split = source.origin, source.split or "train"
+    folder: Path | None = None
+    files: list[str] = []
+    if source.function is not None:
+        rows = rows_of_function(f"{key}.function", source.function, split, source.options)
+    else:
+        rows, folder, files = _read(name, split, key)
     if not len(rows):
         raise ValueError(f"{key}: {name} (split {split}) has no rows")
     return DataSource(_undecoded(rows), ImageFiles(folder or Path(), [*_folders(folder), *image_roots]), files)
+
+
+def _read(name: str, split: str, key: str) -> tuple[Dataset, Path | None, list[str]]:
+    """As `_open`; raises ValueError alone."""
+    try:
+        return _open(name, split)
+    except Exception as error:  # the library raises a different type for each builder
+        raise ValueError(f"{key}: cannot read {name} (split {split}): {first_line(error)}") from error
 
 
 def _folders(folder: Path | None) -> list[Path]:

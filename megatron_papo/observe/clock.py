@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_papo.config import RunConfig
-from megatron_papo.distributed.accelerator import wait_for_device
+from megatron_papo.distributed.accelerator import allocator_in_words, wait_for_device
 from megatron_papo.observe.profiling import MeasuredMemory, named_range
+from megatron_papo.runtime.out_of_memory import told
 from megatron_papo.runtime.watchdog import Watchdog
 
+_GIB = 2**30
 PLAIN_EVERY_S = 10.0
 """Where the output is no terminal, a long stage prints a line this often."""
 
@@ -100,6 +102,10 @@ class StageClock:
             with named_range(name), self._memory.measured(path):
                 yield progress
                 wait_for_device()
+        except Exception as error:
+            if (failure := told(error, path, allocator_in_words)) is None:
+                raise
+            raise failure from error
         finally:
             self._innermost.pop()
             self._seconds[path] += progress._finish()
@@ -115,13 +121,14 @@ class StageClock:
         return self._watchdog.running()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in bytes, as `memory/<stage>`.
+        """Seconds of each stage since the last call, as `time/<stage>`, and its peak in GiB, as
+        `memory_gib/<stage>`.
 
         Only the outermost, those without a slash in their name, add up: the seconds of the others are part of theirs.
         """
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return taken | {f"memory/{name}": float(peak) for name, peak in self._memory.take().items()}
+        return taken | {f"memory_gib/{name}": peak / _GIB for name, peak in self._memory.take().items()}
 
     def _enter(self, name: str) -> None:
         self._watchdog.enter(name)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.files.small_files import read_records
+from megatron_papo.observe.old_names import with_new_names
 from megatron_papo.text.untrusted import as_text
 
 _COLUMNS = 3
@@ -23,8 +24,8 @@ _INK, _SOFT, _LINE = "#1f2430", "#6b7280", "#2468b4"
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, float]]:
-    """The records of a run, one a logged step. What is no record, or no number, is left out."""
-    records = [each for each in read_records(Path(metrics_jsonl)) if isinstance(each.get("step"), int)]
+    """The records of a run, one a logged step, by the names of today. What is no record, or no number, is left out."""
+    records = [with_new_names(each) for each in read_records(Path(metrics_jsonl)) if isinstance(each.get("step"), int)]
     numbers = [{name: _number(value) for name, value in record.items()} for record in records]
     return [{name: value for name, value in record.items() if value is not None} for record in numbers]
 

@@ -58,6 +58,8 @@ class SampleRow:
     """Named parts before weighting."""
     images: tuple[Picture, ...] = ()
     masked_images: tuple[Picture, ...] = ()
+    source: str = ""
+    """Name of the source of the prompt, where there are several."""
 
 
 def sample_page(step: int, rows: Sequence[SampleRow]) -> str:
@@ -89,18 +91,20 @@ def beside_each_other(pictures: Sequence[Picture]) -> Image.Image:
 
 def _card(row: SampleRow) -> str:
     verdict = "right" if row.reward_parts.get("accuracy", row.reward) > 0.5 else "wrong"
-    views = _views("image", row.images) + _views("masked image", row.masked_images)
+    views = figures_of("image", row.images) + figures_of("masked image", row.masked_images)
     parts = "".join(f"<span class=badge>{escape(name)} {value:.3g}</span>" for name, value in row.reward_parts.items())
+    source = f"<dt>source</dt><dd>{escape(row.source)}</dd>" if row.source else ""
     return (
         f"<article class={verdict}><div class=views>{views}</div><dl>"
         f"<dt>problem</dt><dd>{escape(row.problem)}</dd>"
         f"<dt>response</dt><dd class=response>{escape(row.response)}</dd>"
         f"<dt>answer</dt><dd>{escape(row.answer)}</dd>"
-        f'<dt>reward</dt><dd><span class="badge total">{row.reward:.3g}</span>{parts}</dd></dl></article>'
+        f'<dt>reward</dt><dd><span class="badge total">{row.reward:.3g}</span>{parts}</dd>{source}</dl></article>'
     )
 
 
-def _views(caption: str, pictures: Sequence[Picture]) -> str:
+def figures_of(caption: str, pictures: Sequence[Picture]) -> str:
+    """The pictures as HTML, each with its caption below, numbered where they are several."""
     return "".join(
         f"<figure>{_img(picture)}<figcaption>{caption}{f' {index}' if len(pictures) > 1 else ''}</figcaption></figure>"
         for index, picture in enumerate(pictures, 1)

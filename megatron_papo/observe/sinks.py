@@ -24,8 +24,11 @@ from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
 from megatron_papo.files.small_files import parse_record, set_aside, write_atomically
+from megatron_papo.observe.dashboard import CHARTS
+from megatron_papo.observe.old_names import with_old_names
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
+from megatron_papo.observe.wandb_run import WandbRun
 from megatron_papo.text.untrusted import LINES, as_text
 
 _HEADLINE = {
@@ -45,7 +48,8 @@ _MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|-]")
 """Characters that Markdown takes literally after a backslash."""
 
 
-def _print_warning(text: str) -> None:
+def print_warning(text: str) -> None:
+    """One line on stderr."""
     print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
 
 
@@ -58,14 +62,16 @@ class Sinks:
         enabled: bool = True,
         start_step: int = 0,
         num_steps: int | None = None,
-        warn: Callable[[str], None] = _print_warning,
+        warn: Callable[[str], None] = print_warning,
+        wandb_run: WandbRun | None = None,
     ):
-        """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log."""
+        """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log.
+        `wandb_run`: the run in wandb, which whoever opened it closes afterwards."""
         self._enabled, self._run_dir, self._num_steps = enabled, Path(run_dir), num_steps
         self._console = Console(highlight=False) if enabled and observe.console else None
         self._console_every = observe.console_every
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb = wandb_run if enabled else None
         if not enabled:
             return
         self._outbox = Outbox(warn)
@@ -77,28 +83,26 @@ class Sinks:
 
             self._board = Board(self._run_dir / "tensorboard", self._outbox, start_step)
             self._board.text("config", f"```yaml\n{config_text}\n```", start_step)
-        self._outbox.flush()
-        if observe.wandb != "off":
-            from megatron_papo.observe.wandb_run import WandbRun
-
-            self._wandb = WandbRun(observe, self._run_dir, config_text, self._outbox, warn)
+            self._board.layout(CHARTS, start_step)
+        self._flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records the numbers of a step. Values that are not finite are kept, as the strings `nan` and `inf`."""
         if not self._enabled:
             return
+        shown, values = values, with_old_names(values)
         record = {"step": step, "unix_time": round(time.time(), 3)}
         line = json.dumps({**record, **{name: _strict(value) for name, value in values.items()}}, allow_nan=False)
         self._outbox.append(self._metrics, f"{line}\n".encode())
         if self._board:
             for name, value in values.items():
                 self._board.number(name, value, step)
-        self._outbox.flush()
+        self._flush()
         if self._wandb:
             self._wandb.numbers(step, values)
         due = step % self._console_every == 0 or step + 1 == self._num_steps or "eval/accuracy" in values
         if self._console and due:
-            self._console.print(console_line(step, values, self._num_steps), soft_wrap=True)
+            self._console.print(console_line(step, shown, self._num_steps), soft_wrap=True)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> Path | None:
         """Shows some rollouts of a step; returns the page, RUN/samples/step_NNNNNN.html."""
@@ -112,7 +116,7 @@ class Sinks:
                 if row.images:
                     picture = beside_each_other([*row.images, *row.masked_images])
                     self._board.picture(f"samples/{index}", _as_array(picture), step)
-        self._outbox.flush()
+        self._flush()
         if self._wandb:
             self._wandb.samples(step, rows)
         return page
@@ -121,8 +125,16 @@ class Sinks:
         if not self._enabled:
             return
         self._outbox.close()
+        self._tell_wandb()
+
+    def _flush(self) -> None:
+        self._outbox.flush()
+        self._tell_wandb()
+
+    def _tell_wandb(self) -> None:
+        """wandb's own process stops for good on a full disk."""
         if self._wandb:
-            self._wandb.close()
+            self._wandb.disk_is_full = self._outbox.blocked
 
     def __enter__(self) -> Sinks:
         return self
@@ -131,7 +143,7 @@ class Sinks:
         self.close()
 
 
-def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] = _print_warning) -> Path:
+def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] = print_warning) -> Path:
     """Drops records at or beyond `start_step`, and a last line that a crash cut short; returns `path`.
 
     A file of which nothing would remain is another run's: it is set aside as metrics.jsonl.old. One with lines that a
@@ -158,14 +170,21 @@ def console_line(step: int, values: Mapping[str, float], num_steps: int | None =
     of = f" of {num_steps}" if num_steps else ""
     parts = [f"[bold]step {step:>4}[/]{of}" if step >= 0 else "[bold]before step 0[/]"]
     parts += [f"{title} [cyan]{values[name]:.3f}[/]" for name, title in _HEADLINE.items() if name in values]
+    parts += _by_source(values)
     stages = {name.removeprefix("time/"): value for name, value in values.items() if name.startswith("time/")}
-    stages = {name: value for name, value in stages.items() if "/" not in name}  # the others are part of these
+    stages = {name: value for name, value in stages.items() if "/" not in name and name != "step"}  # part of these
     if stages:
         total = sum(stages.values())
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
         detail = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
         parts.append(f"[dim]{total:.1f} s ({detail})[/]")
     return "  ".join(parts)
+
+
+def _by_source(values: Mapping[str, float]) -> list[str]:
+    """The held-out accuracy of each source, where there are several."""
+    found = (re.fullmatch(r"eval/source/([\w.-]+)/accuracy", name) for name in values)
+    return [f"[dim]{match[1]}[/] [cyan]{values[match[0]]:.3f}[/]" for match in found if match]
 
 
 def _step_of(line: bytes) -> float:

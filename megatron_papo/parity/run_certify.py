@@ -22,10 +22,10 @@ def main(config: Config) -> int:
     if serves(config):
         return serve(config)
     with open_run(config, config.generation.num_engine_ranks) as run:
-        with run.clock.stage("set up"):
+        with run.clock.stage("set_up"):
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
         with closing(generator):
-            with run.clock.stage("hand over"):
+            with run.clock.stage("hand_over"):
                 hand_over(run, generator, policy_version=0)
             certifier = Certifier(run, generator)
             certificate = certifier.at_start(0, weights_moved=False)

@@ -73,4 +73,4 @@ class Assumptions:
 
 def factor_of(stage: str) -> str:
     """The name of the assumption that a planned stage's seconds are multiplied with: `handover_factor`."""
-    return f"{stage.replace(' ', '')}_factor"
+    return f"{stage.replace('_', '')}_factor"

@@ -21,6 +21,7 @@ from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.files.small_files import read_records
 from megatron_papo.model.shape import ModelShape, stage_layers
+from megatron_papo.observe.old_names import with_new_names
 from megatron_papo.planning.assumptions import Assumptions, factor_of
 from megatron_papo.planning.candidates import Candidate
 from megatron_papo.planning.estimate import Estimate, estimate_applied
@@ -61,13 +62,14 @@ def planned(
 
 
 def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> Workload:
-    return Workload.of(
+    work = Workload.of(
         config,
         shape,
         text_tokens=round(lengths["prompt_tokens"] - lengths["image_tokens"]),
         image_tokens=round(lengths["image_tokens"]),
         response_tokens=max(1, round(lengths["response_tokens"])),
     )
+    return work.with_own_shares(shape)
 
 
 def step_planner(
@@ -87,7 +89,7 @@ def step_planner(
             return {}
         step = planned(config, shape, gpu, num_ranks, assumed, record)
         values = {f"planned/time/{stage}": step.seconds[stage] for stage in PLANNED_STAGES}
-        return values | {"planned/memory_gib": step.fullest.peak / GIB, "planned/mfu": step.mfu}
+        return values | {"planned/memory_gib": step.peak / GIB, "planned/mfu": step.mfu}
 
     return plan
 
@@ -116,7 +118,7 @@ def _read(run: Path) -> tuple[Config, list[dict[str, Any]]]:
     if not lines.is_file():
         raise ConfigError(f"{lines}: no metrics of a run: no such file")
     needed = ("ranks", *_LENGTHS, "time/update")
-    records = [record for record in read_records(lines) if all(name in record for name in needed)]
+    records = [record for record in map(with_new_names, read_records(lines)) if all(name in record for name in needed)]
     if not records:
         raise ConfigError(f"{lines}: no step with {', '.join(needed)}")
     return load_config(run / "config.yaml", to_run=False), records

@@ -15,24 +15,32 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from megatron_papo.config import Config
-from megatron_papo.files.data_suffixes import BUILDERS
+from megatron_papo.config import Config, SourceConfig
+from megatron_papo.config.data_sources import source_entries, source_key
+from megatron_papo.preflight.model_files import fault_of_missing_model
+from megatron_papo.preflight.network import is_hub_name
 
 OLDEST_VLLM = (0, 26)
 """The oldest version of vLLM with `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over
 calls them. What differs from there to 0.32 stands in `generation/vllm/versions.py`."""
 _OF_A_RUN = ("checkpoints", "stacks")
 """Folders without which a run does not begin, or loses what it trained."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-_READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+"""Verb -> the data sets that it reads."""
 
 
-def faults_of_inputs(verb: str, config: Config) -> list[str]:
-    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there."""
-    parts = (_models, _data, _engine_and_reward, _transformer_engine)
+def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
+    """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
+    `packages`: whether what has to be installed is looked for too."""
+    parts = (_models, _data, *((_engine_and_reward, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
+
+
+def faults_of_data(verb: str, config: Config) -> list[str]:
+    """Those of `faults_of_inputs` that concern the data, and a model folder that is not named."""
+    return [*_models(verb, config), *_data(verb, config)]
 
 
 def fault_of_folder(key: str, folder: Path, inner: Sequence[str] = ()) -> list[str]:
@@ -53,15 +61,21 @@ def _place(folder: Path, standing: Path) -> str:
 
 
 def fault_of_run_dir(config: Config) -> list[str]:
-    """Faults of `run.dir` and of the folders that every run has in it. A file in the place of the export is set aside
-    by who writes it."""
-    return fault_of_folder("run.dir", config.run.dir, _OF_A_RUN)
+    """Faults of `run.dir`, of the folders that every run has in it, and of `run.cache_dir`. A file in the place of the
+    export is set aside by who writes it."""
+    caches = config.run.cache_dir
+    return [
+        *fault_of_folder("run.dir", config.run.dir, _OF_A_RUN),
+        *([] if caches is None else fault_of_folder("run.cache_dir", caches)),
+    ]
 
 
 def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
     if model.path is not None and os.path.isfile(model.path):
         yield f"model.path: {model.path} {not_a_folder(model.path)}"
+    elif missing := fault_of_missing_model(config):
+        yield missing
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
     folders = {"model.checkpoint": model.checkpoint}
@@ -75,16 +89,25 @@ def _models(verb: str, config: Config) -> Iterator[str]:
 
 
 def _data(verb: str, config: Config) -> Iterator[str]:
-    names = {"train": config.data.train, "eval": config.data.eval}
-    if verb in _NEEDED and names[_NEEDED[verb]] is None:
+    written = {"train": config.data.train, "eval": config.data.eval}
+    if verb in _NEEDED and written[_NEEDED[verb]] is None:
         yield f"data.{_NEEDED[verb]}: papo {verb} needs it"
     for root in config.data.image_roots:
         if not os.path.isdir(root):
             yield f"data.image_roots: {root} {not_a_folder(root)}"
-    for key in _READS[verb]:
-        name = names[key]
-        if name is not None and _is_gone(name):
-            yield f"data.{key}: {name}: no such file or folder"
+    for which in READS[verb]:
+        for place, source in enumerate(source_entries(written[which])):
+            yield from _source(source_key(which, written[which], place), source)
+
+
+def _source(key: str, source: SourceConfig) -> Iterator[str]:
+    """Faults of one entry of data.train or data.eval."""
+    if source.path is not None and _is_gone(source.path):
+        yield f"{key}: {source.path}: no such file or folder"
+    if source.function is not None:
+        yield from _user_function(f"{key}.function", source.function)
+    if isinstance(source.filter, str):
+        yield from _user_function(f"{key}.filter", source.filter)
 
 
 def not_a_folder(path: Path) -> str:
@@ -96,7 +119,7 @@ def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
     if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
-    return Path(name).suffix in BUILDERS or not _HUB_NAME.fullmatch(name)
+    return not is_hub_name(name)
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
@@ -104,8 +127,10 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
+    for name in config.observe.metrics if verb == "train" else ():
+        yield from _user_function("observe.metrics", name)
     if config.reward.function is not None and verb != "certify":
-        yield from _reward_function(config.reward.function)
+        yield from _user_function("reward.function", config.reward.function)
     elif config.reward.accuracy == "mathruler" and verb != "certify":
         for name in ("mathruler", "pylatexenc"):  # which mathruler imports and does not ask for
             if importlib.util.find_spec(name) is None:
@@ -143,19 +168,20 @@ def _transformer_engine(verb: str, config: Config) -> Iterator[str]:
             yield f"{key}: needs Transformer Engine, which is not installed; run: make gpu-venv"
 
 
-def _reward_function(name: str) -> Iterator[str]:
+def _user_function(key: str, name: str) -> Iterator[str]:
+    """Faults of a function of the user's own that the setting `key` names, as far as they show without importing it."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        yield f"reward.function: {name!r} is not written module:function"
+        yield f"{key}: {name!r} is not written module:function"
         return
     spec = find_module(module)
     if spec is None:
-        yield f"reward.function: there is no module {module}"
+        yield f"{key}: there is no module {module}"
     elif spec.origin is not None and spec.origin.endswith(".py"):
         source = Path(spec.origin).read_text(errors="replace")
         # a name that a module has is written in it, unless it takes over all names of another
         if "import *" not in source and not re.search(rf"\b{re.escape(function)}\b", source):
-            yield f"reward.function: there is no {function} in {spec.origin}"
+            yield f"{key}: there is no {function} in {spec.origin}"
 
 
 def find_module(module: str) -> ModuleSpec | None:
@@ -169,6 +195,6 @@ def find_module(module: str) -> ModuleSpec | None:
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
             return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        # the inner name alone: of a dotted one the parent is looked for among imported modules
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec

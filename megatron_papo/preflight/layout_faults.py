@@ -6,7 +6,6 @@ stand in `model/shape.py`, those of memory in `costs/memory.py`. Imports no torc
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 from megatron_papo.config import Config, ConfigError
@@ -100,8 +99,6 @@ def faults_of_fp8(config: Config, shape: ModelShape) -> list[str]:
 
 def _fp8_layers(config: Config, num_layers: int) -> Iterator[str]:
     fp8, spec = config.fp8, config.model.spec
-    if spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        yield f"fp8.recipe: {fp8.recipe} with model.spec={spec} needs Transformer Engine, which is not installed"
     if fp8.first_layers + fp8.last_layers >= num_layers:
         yield (
             f"fp8.first_layers: {fp8.first_layers} and fp8.last_layers={fp8.last_layers} leave none of the model's "

@@ -1,18 +1,13 @@
-"""The parts of a reward apart from mathematical equality: format, ANLS, repetition, length, a user's own function."""
+"""The parts of a reward apart from mathematical equality: format, ANLS, repetition, length."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 
 from megatron_papo.config import OverlongConfig
-from megatron_papo.config.user_function import load_user_function, name_of_function
 from megatron_papo.rewards.answers import last_box
 
 _SPACES_AT_TAGS = re.compile(r"\s*(<|>|/)\s*")
-
-RewardFunction = Callable[[str, str, str], float]
 
 
 def format_reward(response: str) -> float:
@@ -54,23 +49,3 @@ def overlong(num_tokens: int, max_response_tokens: int, config: OverlongConfig) 
     """DAPO's soft punishment: 0 until `buffer` tokens before the limit, then linear to -penalty at it (eq. 13)."""
     into_buffer = num_tokens - (max_response_tokens - config.buffer)
     return -config.penalty * min(max(into_buffer / config.buffer, 0.0), 1.0)
-
-
-def load_function(name: str) -> RewardFunction:
-    """The user's `module:function(response, answer, problem) -> float`; ValueError naming reward.function."""
-    return load_user_function("reward.function", name, ("response", "answer", "problem"))[0]
-
-
-def call_function(function: RewardFunction, response: str, answer: str, problem: str) -> float:
-    """The user's reward as a finite float; ValueError naming reward.function for anything else.
-
-    It runs in the trainer, without a time limit of ours: a user's bug must be seen, not scored 0.
-    """
-    try:
-        value = float(function(response, answer, problem))
-    except Exception as error:
-        failed = f"{name_of_function(function)} failed: {type(error).__name__}: {error}"
-        raise ValueError(f"reward.function: {failed}") from error
-    if not math.isfinite(value):
-        raise ValueError(f"reward.function: {name_of_function(function)} returned {value}")
-    return value

@@ -3,10 +3,10 @@
 Without a GPU the ranks are forked from this process after one import of the verb's module (the import costs more CPU
 than a small run's step); with GPUs they are spawned, since CUDA does not survive a fork. Every rank is the leader of
 its own process group, so that whatever it started ends with it. The first rank that fails ends the run; its reason is
-the last thing printed. Signals to this process are for all ranks: SIGINT, SIGTERM and SIGHUP end them, Ctrl-Z stops
-them, SIGUSR1 asks them to save and end after their step; the exit code is then SAVED_EXIT. Nothing of a run is left in
-folders for temporary files. Leaves out several machines: that is what torchrun and srun are for, and `supervise.py` in
-a Slurm job.
+the last thing printed. Signals to this process are for all ranks: SIGTERM and SIGHUP end them, Ctrl-Z stops them,
+SIGUSR1 asks them to save and end after their step; the exit code is then SAVED_EXIT. Ctrl-C asks for the same where the
+verb can save, and the second one ends them at once. Nothing of a run is left in folders for temporary files. Leaves out
+several machines: that is what torchrun and srun are for, and `supervise.py` in a Slurm job.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Work:
     target: str
     args: tuple[Any, ...]
     run_dir: Path
+    saves: bool = False
+    """Whether a rank that is asked to (SIGUSR1) saves after its step and ends."""
 
     def call(self) -> int:
         """Calls the function on this rank. Returns the rank's exit code."""
@@ -196,7 +198,7 @@ def _launch_local(work: Work, num_ranks: int, made: list[Path]) -> int:
             context.Process(target=_rank_main, args=(work, rank, addresses, os.getpid(), notes))  # type: ignore[attr-defined]
             for rank in range(num_ranks)
         ]
-        with signals_to(ranks):
+        with signals_to(ranks, work.saves):
             try:
                 with save_requests_blocked():  # until each rank is there and knows what it means
                     for process in ranks:

@@ -21,11 +21,26 @@ _STOP_S = 3.0
 _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run, except those that were ignored when it began, such as SIGHUP under nohup."""
 
+_SAVING = b"papo: interrupted: finishing the step, then saving (Ctrl-C again: leave at once)\n"
+
 
 @contextmanager
-def signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
+def signals_to(ranks: Sequence[BaseProcess], saves: bool = False) -> Iterator[None]:
     """A context in which signals to this process are passed on to the ranks. SIGINT, SIGTERM and SIGHUP
-    end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that."""
+    end the block, with the usual exit codes of 130, 143 and 129; a second one does not disturb that.
+
+    `saves`: ranks that are asked to can save and end. The first SIGINT then asks them, and the second one ends the
+    block."""
+    asked = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked or not saves:
+            end(number, frame)
+        asked = True
+        with suppress(OSError):
+            os.write(2, _SAVING)
+        save(number, frame)
 
     def end(number: int, frame: Any) -> None:
         ignore_ends()
@@ -39,7 +54,7 @@ def signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
         forward(ranks, signal.SIGUSR1)
 
     handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(_END, end)
-    handlers |= {signal.SIGTSTP: lambda *_: _pause(ranks), signal.SIGUSR1: save}
+    handlers |= {signal.SIGINT: interrupt, signal.SIGTSTP: lambda *_: _pause(ranks), signal.SIGUSR1: save}
     before = {number: signal.getsignal(number) for number in handlers}
     try:
         for number, handler in handlers.items():

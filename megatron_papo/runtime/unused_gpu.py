@@ -87,4 +87,4 @@ def fault_of_gpus(environ: Mapping[str, str] | None = None) -> str | None:
     if torch.cuda.is_available():
         return None
     told = reason(torch.version.cuda, found, environ)
-    return f"this machine has GPUs that cannot be used: {told}; with CUDA_VISIBLE_DEVICES= it runs on the CPU"
+    return f"this machine has GPUs that cannot be used: {told}; with --cpu it runs on the CPU"

@@ -16,10 +16,10 @@ from typing import Any
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.config import Config, ConfigError, load_config
-from megatron_papo.costs.memory import GIB
 from megatron_papo.costs.stages import PLANNED_STAGES, STEP_STAGES
 from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.files.small_files import read_records
+from megatron_papo.observe.old_names import with_new_names
 from megatron_papo.sweep.points import Point, Sweep
 from megatron_papo.sweep.states import State
 
@@ -136,7 +136,7 @@ def measured_steps(point: Point, warm_up: int) -> list[Record]:
     starts = {0, *(attempt.steps_saved for attempt in read_attempts(point.run_dir))}
     left_out = {start + step for start in starts for step in range(warm_up)}
     records: dict[int, dict[str, Any]] = {}
-    for record in read_records(point.run_dir / "metrics.jsonl"):
+    for record in map(with_new_names, read_records(point.run_dir / "metrics.jsonl")):
         if isinstance(record.get("step"), int):
             records[record["step"]] = record
     return [record for step, record in sorted(records.items()) if step not in left_out and "tokens_per_s" in record]
@@ -218,8 +218,7 @@ def _planned_speed(record: Record, factors: Mapping[str, float]) -> float | None
 
 def _memory_gib(record: Record) -> float | None:
     """The highest memory of any stage, on the rank that holds most."""
-    peaks = [value for name, value in record.items() if name.startswith("memory/")]
-    return max(peaks) / GIB if peaks else None
+    return max((value for name, value in record.items() if name.startswith("memory_gib/")), default=None)
 
 
 def _settings(point: Point) -> Config | None:

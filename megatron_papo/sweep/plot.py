@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
 from megatron_papo.sweep.gather import STAGES, Row
 from megatron_papo.sweep.points import INTERVALS, Sweep
 
@@ -170,7 +170,7 @@ def _draw_shares(panel: Any, rows: Sequence[Row]) -> None:
     bottom = [0.0] * len(rows)
     for name, color in zip((*PLANNED_STAGES, "other"), _SHARES):
         shares = [_share(row, name) for row in rows]
-        panel.bar(places, shares, bottom=bottom, color=color, width=0.6, label=name)
+        panel.bar(places, shares, bottom=bottom, color=color, width=0.6, label=shown_stage(name))
         bottom = [below + share for below, share in zip(bottom, shares)]
     panel.set_xticks(list(places), [row.name for row in rows], rotation=20 if len(rows) > 4 else 0)
     panel.set_ylim(0, 1)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_papo.costs.stages import PLANNED_STAGES
+from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
 from megatron_papo.files.small_files import write_atomically
 from megatron_papo.sweep.gather import STAGES, Row
 from megatron_papo.sweep.points import INTERVALS, Sweep
@@ -19,8 +19,8 @@ from megatron_papo.text.untrusted import as_text
 
 HEADERS = (
     "point", "ranks", "TPxPPxDP", "prompts", "state", "tokens/s", "tokens/s/rank", "speed-up", "ideal", "efficiency",
-    "GPU-h/Mtoken", "GPU-h", "MFU", "step s", "planned s", *(f"{stage} s" for stage in PLANNED_STAGES), "other s",
-    "memory GiB", "reason",
+    "GPU-h/Mtoken", "GPU-h", "MFU", "step s", "planned s", *(f"{shown_stage(stage)} s" for stage in PLANNED_STAGES),
+    "other s", "memory GiB", "reason",
 )  # fmt: skip
 _FIGURES = (
     "tokens_per_s", "tokens_per_s_per_rank", "gpu_hours_per_mtoken", "mfu", "step_s",

@@ -75,7 +75,7 @@ def fault_of_variable(key: str, name: str, value: str) -> str:
         return ""
     return (
         f"{key}: {name} is named like a secret, and settings are kept in config.yaml, TensorBoard, wandb "
-        f"and checkpoints; write `export {name}=...` into a file that is yours alone (chmod 600) and name it by "
-        "cluster.setup=['. FILE'], or export it in the shell that submits; for wandb and the hub `wandb login` and "
+        f"and checkpoints; write `{name}=...` into a file that is yours alone (chmod 600) and name it by "
+        "cluster.secrets_file, or export it in the shell that submits; for wandb and the hub `wandb login` and "
         "`hf auth login` do"
     )

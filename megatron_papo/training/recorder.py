@@ -19,6 +19,8 @@ from megatron_papo.model.shape import ModelShape
 from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
 from megatron_papo.training.console import warn
+from megatron_papo.training.length_percentiles import length_counts, split_lengths
+from megatron_papo.training.own_metrics import OwnMetrics
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Metrics
@@ -40,6 +42,7 @@ class Recorder:
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
         self._fp8_peak = peak_tflops(device_name(), "fp8")
         self._plan = planner(config, run.shape, device_name(), run.layout.world_size) if planner else None
+        self._own_metrics = OwnMetrics(run)
         self._sinks = Sinks(
             config.observe,
             run.folder,
@@ -48,6 +51,7 @@ class Recorder:
             start_step=first_step,
             num_steps=num_steps,
             warn=partial(warn, run),
+            wandb_run=run.wandb_run,
         )
 
     def __enter__(self) -> Recorder:
@@ -70,17 +74,19 @@ class Recorder:
         `groups` are those that were trained on. Where `metrics` has the sums over everything that was generated, the
         names of the sums over `groups` begin with `trained/`.
         """
+        own = self._own_metrics.of_step(groups, step)
         times, memory = _split(self._run.clock.take())
         work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
         prefix = "trained/" if "tokens" in metrics else ""
-        trained = rollout_sums(groups, self._run.shape.vision.merge_unit)
-        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work)
+        trained = rollout_sums(groups, self._run.shape.vision.merge_unit) | length_counts(groups)
+        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work | own)
+        sums, lengths = split_lengths(sums)
         sums.pop("trained/tokens", None)
         totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if "perception_kl_squared" in values:
             values["perception_kl_variance"] = values.pop("perception_kl_squared") - values["perception_kl"] ** 2
-        values |= {name: total for name, total in totals.items() if name.startswith("flops/")}
+        values |= lengths | {name: total for name, total in totals.items() if name.startswith("flops/")}
         values |= self._speeds(totals, times) | times | _max_over_ranks(memory, self._run.layout)
         values |= {f"eval/{name}": value for name, value in scores.items()}
         values |= {name: float(count) for name, count in self._run.counts.items()}
@@ -92,14 +98,18 @@ class Recorder:
             self._sinks.samples(step, self._samples(groups))
 
     def _speeds(self, totals: dict[str, float], times: dict[str, float]) -> dict[str, float]:
-        """`tokens_per_s` of the rollouts, each with its prompt, and `tokens_computed_per_s` of the rows of updates, in
-        which rollouts may share a prompt: both over all stages of the step. `tflops_per_gpu` and `mfu` of `update`: of
+        """`time/step`, the seconds of all stages of the step. Over these, `tokens_per_s` of the rollouts, each with its
+        prompt, the same for each GPU (those of separate engines count too), and `tokens_computed_per_s` of the rows of
+        updates, in which rollouts may share a prompt. `tflops_per_gpu` and `mfu` of `update`: of
         the peak in the model's dtype also where products are in FP8, so that both kinds of run compare; `mfu_fp8` is of
         FP8's peak then, a share that no model reaches, for attention and the head are not in FP8."""
         seconds = sum(times.get(f"time/{stage}", 0.0) for stage in STEP_STAGES)
         tflops = totals["update_flops"] / times["time/update"] / self._run.layout.world_size / 1e12
+        num_gpus = self._run.layout.world_size + self._run.config.generation.num_engine_ranks
         values = {
+            "time/step": seconds,
             "tokens_per_s": totals["tokens"] / seconds,
+            "tokens_per_s_per_gpu": totals["tokens"] / seconds / num_gpus,
             "tokens_computed_per_s": totals["update_tokens"] / seconds,
             "tflops_per_gpu": tflops,
         }
@@ -115,8 +125,8 @@ class Recorder:
 
 
 def _split(readings: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The clock's readings in seconds, and those in bytes (`memory/...`)."""
-    memory = {name: value for name, value in readings.items() if name.startswith("memory/")}
+    """The clock's readings in seconds, and those in GiB (`memory_gib/...`)."""
+    memory = {name: value for name, value in readings.items() if name.startswith("memory_gib/")}
     return {name: value for name, value in readings.items() if name not in memory}, memory
 
 
@@ -144,4 +154,5 @@ def _sample(run: Run, group: Group) -> SampleRow:
         masked_images=masked,
         reward=group.rewards[0] if group.rewards else 0.0,
         reward_parts={name: values[0] for name, values in group.reward_parts.items()},
+        source=prompt.source,
     )

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_papo.distributed.exchange import gather_objects
-from megatron_papo.distributed.layout import Layout
+from megatron_papo.distributed.exchange import any_rank, gather_objects
 from megatron_papo.generation import EngineLost, Generator, Sampling
 from megatron_papo.generation.remote.remote_generator import RemoteGenerator
 from megatron_papo.rewards import Rewarder
 from megatron_papo.training.console import warn
+from megatron_papo.training.reward_failures import tell_of_failures, without_failures
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Prompt
 from megatron_papo.weights.transfer import hf_tensors
+
+_ROUND_S = 5.0
+"""Seconds between two moments at which ranks tell each other that they still wait for a user's function: the watchdog
+of each sees progress then."""
 
 
 def generate(run: Run, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -53,20 +57,32 @@ def build_rewarder(run: Run) -> Rewarder:
         run.config.reward,
         max_response_tokens=run.config.generation.max_response_tokens,
         response_prefix=run.processor.response_prefix,
+        report=run.clock.report,
     )
 
 
-def reward_groups(rewarder: Rewarder, groups: Sequence[Group], layout: Layout) -> list[Group]:
-    """The groups with their rewards. The ranks of a model-parallel group, which all hold the same groups, share the
-    work and ask for each reward once, so that a verdict that ran into its time limit is the same for all of them."""
-    size, rank = layout.model_group.size(), layout.model_group.rank()
-    own = [(group.rewards, group.reward_parts) for group in rewarder.reward(groups[rank::size])]
-    shares = gather_objects(own, layout.model_group)
-    return [
-        replace(group, rewards=rewards, reward_parts=parts)
-        for index, group in enumerate(groups)
-        for rewards, parts in [shares[index % size][index // size]]
+def reward_groups(run: Run, rewarder: Rewarder, groups: Sequence[Group], step: int | None = None) -> list[Group]:
+    """The groups with their rewards; `step` is the training's, None in an evaluation. All ranks call it.
+
+    The ranks of a model-parallel group, which all hold the same groups, share the work and ask for each reward once, so
+    that a verdict that ran into its time limit is the same for all of them. Raises ValueError where reward.on_failure
+    lets no failure of the user's function pass, and where it failed for all rows of a step.
+    """
+    group, rank = run.layout.model_group, run.layout.model_group.rank()
+    own = groups[rank :: group.size()]
+    asking = rewarder.ask(own, step)
+    while asking is not None and any_rank(not asking.wait(_ROUND_S)):
+        run.clock.report(*asking.progress)  # each call ends in time, so a rank that waits for others is not stuck
+    shares = gather_objects([(each.rewards, each.reward_parts) for each in rewarder.reward(own, step, asking)], group)
+    rewarded = [
+        replace(each, rewards=rewards, reward_parts=parts)
+        for index, each in enumerate(groups)
+        for rewards, parts in [shares[index % group.size()][index // group.size()]]
     ]
+    if rewarder.function is None:
+        return rewarded
+    failed = tell_of_failures(run, rewarder.function, rewarder.take_failures(), rewarded, step)
+    return rewarded if failed or rewarder.function.takes_rows else [without_failures(each) for each in rewarded]
 
 
 def hand_over(run: Run, generator: Generator, policy_version: int) -> None:

@@ -82,9 +82,10 @@ def curves(tmp_path_factory) -> Curves:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_curve_of(recipe, curves):
+    """Metrics that have been added since the curves were recorded are not compared."""
     expected = json.loads(CURVES.read_text())[recipe]
     found = curves.of(recipe)
-    assert [set(step) for step in found] == [set(step) for step in expected]
+    assert not [set(want) - set(got) for want, got in zip(expected, found, strict=True) if set(want) - set(got)]
     moved = {
         (step, name): (want[name], got[name])
         for step, (want, got) in enumerate(zip(expected, found, strict=True))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_papo.config import ConfigError, RunConfig
 from megatron_papo.observe.clock import StageClock
+from megatron_papo.runtime.failures import SAVED_EXIT
 from megatron_papo.runtime.heartbeat import Heartbeat
 from megatron_papo.runtime.stop_signal import StopSignal
 
@@ -126,6 +127,15 @@ def asked_to_save_while_starting(folder: str) -> None:
         Path(folder, "asked").write_text(str(stop._received))
 
 
+def saves_when_asked(folder: str) -> int:
+    """Until it is asked to save; if RUN is called `stays`, it goes on all the same."""
+    with StopSignal() as stop:
+        Path(folder, "ready").touch()
+        while not stop._received or Path(folder).name == "stays":
+            time.sleep(0.05)
+    return SAVED_EXIT
+
+
 def slow_but_moving(folder: str) -> None:
     """A stage twice as long as the limit that reports; one whose inner stages do; then one that stands still."""
     with StageClock(RunConfig(dir=Path(folder), stall_limit_s=2.0), 0, console=False) as clock:
@@ -180,5 +190,5 @@ if __name__ == "__main__":
     if name == "asked_to_save_while_starting":
         begin()
         os.kill(os.getpid(), signal.SIGUSR1)
-    work = Work(f"tests.system.launch_targets:{name}", (folder,), Path(folder))
+    work = Work(f"tests.system.launch_targets:{name}", (folder,), Path(folder), saves=name == "saves_when_asked")
     sys.exit(command(lambda: launch(work, num_ranks)))

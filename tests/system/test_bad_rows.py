@@ -63,5 +63,6 @@ def test_an_evaluation_without_a_good_row_fails(inputs, tmp_path):
     assert done.returncode == 1 and "score" not in done.stdout
     last = done.stderr.splitlines()[-1]
     assert f"data.eval: no good row left in {inputs}/all_bad.jsonl, of 3: nothing was evaluated" in last
+    assert "evaluated: image file missing 3; the first: row 0: image file missing (" in last
     assert "image file missing 3" in done.stderr
     assert not (tmp_path / "run/eval.jsonl").exists()

@@ -232,8 +232,9 @@ def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monke
     for name in OUTER:
         monkeypatch.delenv(name, raising=False)
     words = ["data.train=rows.jsonl", "data.eval=rows.jsonl", f"run.dir={folder}", "train.tokens_per_micro_batch=99999"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --cpu does too, for good
     for verb in ("train", "sft", "eval", "certify"):
-        assert main([verb, f"model.path={model}", *words]) == 2
+        assert main([verb, "--cpu", f"model.path={model}", *words]) == 2
         line = f"papo: error: run.dir: {Path(folder)}{why.format(rows)}"
         assert capsys.readouterr().err.splitlines()[-1:] == [line]
 
@@ -314,6 +315,7 @@ def test_an_engine_that_is_too_old_is_refused(model, monkeypatch):
     "settings",
     [
         ["model.spec=transformer_engine"],
+        ["model.spec=transformer_engine", "fp8.recipe=tensorwise"],
         ["model.cuda_graphs=true", "train.fixed_rows=true"],
         ["optim.precision_aware=true", "parallel.distributed_optimizer=true"],
         ["parallel.overlap_tensor=true", "train.fixed_rows=true", "parallel.sequence=true", "parallel.tensor=2"],
@@ -326,6 +328,7 @@ def test_transformer_engine_asked_for_and_not_installed_is_refused(model, monkey
     assert faults_of_inputs("train", config) == [
         f"{key}: needs Transformer Engine, which is not installed; run: make gpu-venv"
     ]
+    assert faults_of_inputs("train", config, packages=False) == []  # a container's image has them, or not
 
 
 def test_given_weights_win_over_those_of_the_file(tmp_path, model):

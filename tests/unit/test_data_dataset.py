@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pathlib
 import re
 
 import datasets
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import ColumnsConfig, DataConfig
+from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="", max_prompt_tokens=80)
@@ -174,13 +176,15 @@ def test_a_column_of_pictures_that_is_not_there(processor, tmp_path):
     with pytest.raises(ValueError, match="but 'view', which seems"):
         open_train(processor, typed)
     said = open_train(processor, named, columns=ColumnsConfig(images=None))
-    assert said.prompt(0).images == () and not said.lacks_image_column and "is null" in said.without_pictures()
+    assert (
+        said.prompt(0).images == () and not said.sources[0].lacks_image_column and "is null" in said.without_pictures()
+    )
 
     plain = open_train(processor, write_parquet(tmp_path / "c.parquet", **text))
-    assert plain.lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
+    assert plain.sources[0].lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
     empty = {"problem": ["2+2?"] * 3000, "answer": ["4"] * 3000, "images": [[]] * 3000}
     unseen = open_train(processor, write_parquet(tmp_path / "d.parquet", **empty))
-    assert not unseen.lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
+    assert not unseen.sources[0].lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
     assert open_train(processor, named, columns=ColumnsConfig(images="image")).without_pictures() is None
 
 
@@ -382,7 +386,8 @@ def test_stop_names_the_row(processor, bad_file):
 
 def test_a_dataset_without_good_rows_ends(processor, tmp_path):
     path = write_lines(tmp_path / "train.jsonl", [{"problem": "<image>", "answer": "3"}] * 3)
-    with pytest.raises(ValueError, match=r"data.train: no good row left in .*: {'placeholder count': 3}"):
+    told = r"data.train: no good row left in .*: placeholder count 3; the first: row 0: placeholder count \(1 <image>"
+    with pytest.raises(ValueError, match=told):
         draw(open_train(processor, path), DataCursor(num_rows=3, seed=0), BadRows("skip"))
 
 
@@ -390,3 +395,186 @@ def test_evaluation_leaves_bad_rows_out(processor, bad_file):
     tally = BadRows("skip")
     rows = [prompt.row for prompt in prompts_of(open_train(processor, bad_file), range(18), tally)]
     assert rows == [0, *range(9, 18)] and sorted(tally.by_row) == list(range(1, 9))
+
+
+def two_files(tmp_path):
+    """Two files whose columns differ: five rows about one picture, four of text of which the last is bad."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    rows = [
+        {"problem": f"<image>How many {row}?", "answer": str(row), "images": ["0.png"], "level": row, "kind": kind}
+        for row, kind in enumerate(["bar", "pie", "bar", None, "line"])
+    ]
+    texts = [{"question": f"{row}+1?", "answer": row + 1} for row in range(3)] + [{"question": "", "answer": 9}]
+    return write_lines(tmp_path / "a.jsonl", rows), write_lines(tmp_path / "b.jsonl", texts)
+
+
+def open_sources(processor, *entries, **settings):
+    data = DataConfig.model_validate({**DATA.model_dump(), "train": list(entries), **settings})
+    return PromptDataset(data, "train", processor)
+
+
+def test_sources_are_one_numbered_data_set(processor, tmp_path):
+    first, second = two_files(tmp_path)
+    plain, one = open_train(processor, first), open_sources(processor, first)
+    assert one.fingerprints() == plain.fingerprints() and one.prompt(4).source == plain.prompt(4).source == ""
+    columns = {"problem": "question", "images": None}
+    data = open_sources(
+        processor, {"path": first, "filter": {"kind": ["bar", "line"]}}, {"path": second, "columns": columns}
+    )
+    assert len(data) == 7 and [data.prompt(row).id for row in (0, 6 - 1)] == ["train:0", "train:5"]
+    assert [data.prompt(row).answer for row in range(6)] == ["0", "2", "4", "1", "2", "3"]
+    assert [data.prompt(row).source for row in (0, 3)] == ["a", "b"] and data.images(2) == (png(0),)
+    assert data.prompt(2).columns == {"level": 4, "kind": "line"} and data.prompt(3).columns == {}
+    assert data.column(5, "question") == "2+1?"
+    with pytest.raises(BadRow, match=rf"^data.train\[1\]: {re.escape(second)}: row 3: no problem") as caught:
+        data.prompt(6)
+    assert caught.value.row == 6 and caught.value.named_by("data.train") == str(caught.value)
+    assert data.fingerprints() != plain.fingerprints() and data.fingerprints().keys() == plain.fingerprints().keys()
+    assert data.first_rows(4) == [0, 3, 4, 5] and data.first_rows(None) == list(range(7))
+
+
+def test_a_bad_row_behind_a_filter_has_its_number_in_the_file(processor, bad_file):
+    with open(bad_file) as lines:
+        rows = [{**json.loads(line), "keep": number > 1} for number, line in enumerate(lines)]
+    write_lines(pathlib.Path(bad_file), rows)
+    data = open_sources(processor, {"path": bad_file, "filter": {"keep": True}})
+    with pytest.raises(BadRow, match=r"^row 2: "):
+        data.prompt(0)
+
+
+def test_sources_by_a_column(processor, tmp_path):
+    first, second = two_files(tmp_path)
+    data = open_sources(processor, {"path": first, "source_column": "kind", "name": "charts"})
+    assert [data.prompt(row).source for row in range(5)] == ["bar", "pie", "bar", "charts", "line"]
+    write_lines(tmp_path / "many.jsonl", [{"problem": "x", "answer": "y", "id": row} for row in range(65)])
+    with pytest.raises(ValueError, match=r"data.train\[0\].source_column: 'id' of .* more than 64 different names"):
+        open_sources(processor, {"path": str(tmp_path / "many.jsonl"), "source_column": "id"})
+    with pytest.raises(ValueError, match=r"data.train\[0\].source_column: .*a.jsonl has no column 'gone', has problem"):
+        open_sources(processor, {"path": first, "source_column": "gone"}, second)
+
+
+def test_what_a_source_lacks_is_named_with_its_key(processor, tmp_path):
+    first, second = two_files(tmp_path)
+    for entry, fault in (
+        (second, r"data.columns.problem: .*b.jsonl has no column 'problem', has question"),
+        ({"path": second, "columns": {"problem": "ask"}}, r"data.train\[1\].columns.problem: .* has no column 'ask'"),
+        ({"path": second, "preset": "virl39k"}, r"data.train\[1\].preset: .* is not laid out as virl39k"),
+        (
+            {"path": first, "split": "test", "filter": {"level": 9}},
+            r"data.train\[1\].filter: none of the 5 rows of .* passes",
+        ),
+        (
+            {"path": first, "filter": {"size": 9}},
+            r"data.train\[1\].filter: .*a.jsonl has no column 'size', has problem",
+        ),
+        (str(tmp_path / "c.jsonl"), r"data.train\[1\]: cannot read .*c.jsonl \(split train\): no such file"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            open_sources(processor, first, entry)
+
+
+def rows_of_code(split, *, number, picture=False):
+    """A data source: rows as a function makes them."""
+    cells = {"images": [png(0)]} if picture else {}
+    return [{"problem": f"{split} {row}?", "answer": row, **cells} for row in range(number)]
+
+
+def hub_like(split):
+    return datasets.Dataset.from_list([{"problem": "one?", "answer": "one", "images": [picture(0)]}])
+
+
+def faulty(split, kind="none"):
+    return {"none": None, "texts": ["a"], "mixed": [{"problem": "x", "answer": [1]}, {"problem": 1, "answer": "2"}]}[
+        kind
+    ]
+
+
+def even(row):
+    return int(row["answer"]) % 2 == 0
+
+
+def test_rows_of_a_function(processor):
+    made = {
+        "function": f"{__name__}:rows_of_code",
+        "options": {"number": 3, "picture": True},
+        "filter": f"{__name__}:even",
+    }
+    data = open_sources(processor, made, {"function": f"{__name__}:hub_like", "split": "x"})
+    assert [data.prompt(row).problem for row in range(3)] == ["<image>train 0?", "<image>train 2?", "<image>one?"]
+    assert [data.prompt(row).source for row in range(3)] == ["rows_of_code", "rows_of_code", "hub_like"]
+    for options, name, fault in (
+        ({}, "rows_of_code", r"does not take \(split\): missing a required"),
+        ({"number": "x"}, "rows_of_code", "failed: TypeError: 'str' object"),
+        ({}, "faulty", "the rows of .* are no table: it returned NoneType, not a datasets.Dataset or a list of dicts"),
+        ({"kind": "texts"}, "faulty", "among them is str, not a dict"),
+        ({"kind": "mixed"}, "faulty", "the rows of .* are no table: "),
+        ({"kind": "y"}, "faulty", "failed: KeyError: 'y'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^data.train\[0\].function: .*{fault}") as caught:
+            open_sources(processor, {"function": f"{__name__}:{name}", "options": options})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=rf"^data.train\[0\].filter: {__name__}:even: row 0: ValueError: invalid lit"):
+        open_sources(processor, {"function": f"{__name__}:hub_like", "filter": f"{__name__}:even"})
+
+
+def test_the_example_of_a_data_source(processor):
+    name = "examples.data_source.squares"
+    made = {"function": f"{name}:rows", "options": {"number": 20}}
+    data = open_sources(processor, {**made, "name": "all"}, {**made, "name": "easy", "filter": f"{name}:is_easy"})
+    assert 20 < len(data) < 40 and data.prompt(0).columns == {"squares": int(data.prompt(0).answer)}
+    assert data.images(0) == open_sources(processor, made).images(0), "the same rows on every rank"
+
+
+def test_prompts_of_a_certificate_are_the_good_rows_and_where_there_is_none_the_reasons_are_told(processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    good = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
+    bad = [{**good, "images": ["gone.png"]}, {**good, "images": ["a.png", "a.png"]}, {**good, "answer": ""}]
+
+    def chosen(*rows):
+        config = load_config(None, [f"data.train={write_lines(tmp_path / f'{len(rows)}.jsonl', rows)}"])
+        data = DATA.model_copy(update={"train": config.data.train, "on_bad_row": "skip"})
+        return prompts_to_certify(config.model_copy(update={"data": data}), processor)
+
+    assert [prompt.problem for prompt in chosen(*bad, good)] == ["<image>How many?"], "pictures come first"
+    with pytest.raises(ValueError) as error:
+        chosen(*bad)
+    assert "data.train: none of the first 3 rows of" in str(error.value)
+    for reason in ("image file missing 1", "the same picture twice 1", "no answer 1", "the first: row 0: image file"):
+        assert reason in str(error.value)
+
+
+def test_each_row_has_its_own_system_turn_and_else_that_of_the_settings(processor, tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "how many?"}]
+    rows = [
+        {"problem": "how many?", "answer": "3", "told": "Be brief."},
+        {"problem": "how many?", "answer": "3", "told": ""},
+        {"problem": "how many?", "answer": "3", "told": "See <|image_pad|>"},
+        {"problem": "how many?", "answer": "3", "told": "so " * 99},
+    ]
+    path, talks = (
+        write_lines(tmp_path / "a.jsonl", rows),
+        write_lines(tmp_path / "b.jsonl", [{**rows[1], "problem": turns}]),
+    )
+    settled = load_processor(processor.folder, DATA.model_copy(update={"system": "Be exact."}))
+    columns = ColumnsConfig(system="told", images=None)
+    for given, second in ((processor, None), (settled, "Be exact.")):
+        dataset = open_train(given, path, columns=columns)
+        first = dataset.prompt(0)
+        assert first.system == "Be brief." and dataset.prompt(1).system is None
+        for prompt, system in ((first, "Be brief."), (dataset.prompt(1), second)):
+            text = given.tokenizer.decode(prompt.inputs.token_ids_S.tolist())
+            assert text.startswith("<|im_start|>system\n" + system if system else "<|im_start|>user"), text
+        assert open_train(given, talks, columns=ColumnsConfig(images=None)).prompt(0).system == "Be kind."
+    for row, reason in ((2, "vision token in text"), (3, "prompt too long")):
+        with pytest.raises(BadRow, match=reason):
+            dataset.prompt(row)
+    with pytest.raises(ValueError, match=r"data.columns.system: .* has no column 'tone'"):
+        open_train(processor, path, columns=ColumnsConfig(system="tone", images=None))
+    other = write_lines(tmp_path / "c.jsonl", [{**rows[0], "told": "Be long."}, *rows[1:]])
+    prints = [open_train(processor, name, columns=columns).fingerprints() for name in (path, other)]
+    assert prints[0] != prints[1], "the column is part of what the rows are"
+    plain = ColumnsConfig(images=None)
+    assert (
+        open_train(processor, path, columns=plain).fingerprints()
+        == open_train(processor, other, columns=plain).fingerprints()
+    )

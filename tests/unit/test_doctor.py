@@ -92,7 +92,7 @@ def test_the_driver_is_asked_by_its_own_library(tmp_path):
 def test_a_run_on_a_machine_whose_gpus_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(unused_gpu, "driver", lambda: OLD)
     fault = unused_gpu.fault_of_gpus({})
-    assert fault is not None and "is too old" in fault and fault.endswith("CUDA_VISIBLE_DEVICES= it runs on the CPU")
+    assert fault is not None and "is too old" in fault and fault.endswith("with --cpu it runs on the CPU")
     with pytest.raises(ConfigError, match=r"this machine has GPUs that cannot be used: driver 535\.104"):
         launch(Work("nothing:here", (), tmp_path / "run"), 1)
     assert not (tmp_path / "run").exists()

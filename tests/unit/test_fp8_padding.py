@@ -59,10 +59,6 @@ SHAPE = ModelShape.from_dict(tiny_config(layers=4, hidden=64).to_dict())
         (["fp8.recipe=tensorwise"], None),
         (["fp8.recipe=tensorwise", "fp8.first_layers=3"], "fp8.first_layers: 3 and fp8.last_layers=1 leave none"),
         (
-            ["fp8.recipe=tensorwise", "model.spec=transformer_engine"],
-            "with model.spec=transformer_engine needs Transformer Engine, which is not installed",
-        ),
-        (
             ["fp8.recipe=tensorwise", "fp8.first_layers=2", "fp8.last_layers=0", "parallel.pipeline=4"],
             "fp8.first_layers: 2 is more than the 1 layers of a pipeline stage",
         ),

@@ -20,6 +20,7 @@ from tests.support.source_tree import Modules, own_imports, package, reached, re
 LAYERS = (
     ("__main__",),
     ("cli", "train_ahead", "sweep"),
+    ("data_report",),
     ("train", "sft", "score", "cluster", "conversion", "planning", "cli_arguments"),
     ("parity", "evaluate", "preflight"),
     ("training",),

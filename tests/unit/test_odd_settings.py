@@ -131,12 +131,16 @@ def test_names_of_secrets_are_told_by_whole_words(name: str, secret: bool):
 def test_a_secret_among_the_variables_is_refused_with_the_way_to_do_it(tmp_path: Path):
     line = fault("cluster.variables={WANDB_API_KEY: abc}")
     assert line.startswith("cluster.variables: WANDB_API_KEY is named like a secret") and "abc" not in line
-    assert "chmod 600" in line and "cluster.setup" in line and "wandb login" in line
+    assert "chmod 600" in line and "cluster.secrets_file" in line and "wandb login" in line
     assert load_config(None, ["cluster.variables={HF_HUB_DISABLE_IMPLICIT_TOKEN: '1', NUM_KEY_VALUE_HEADS: '16'}"])
     for shell in ("export HF_TOKEN=abc", "true; WANDB_API_KEY='abc' x", 'HF_TOKEN="a b"'):
         assert fault(f"cluster.setup={json.dumps([':', shell])}").startswith("cluster.setup.1: ")
     for shell in ("export HF_TOKEN=$(cat ~/.token)", ". ~/.papo_secrets", "export SSH_KEY=~/.ssh/id", "A=1 make KEY="):
         assert load_config(None, [f"cluster.setup={json.dumps([shell])}"])
+    assert fault("cluster.sbatch=[--hold, '--export=ALL,HF_TOKEN=abc']").startswith(
+        "cluster.sbatch.1: HF_TOKEN is named"
+    )
+    assert load_config(None, ["cluster.sbatch=['--export=HF_TOKEN,HF_HOME=/a']"])  # from the shell that submits
     old = tmp_path / "config.yaml"  # of a run that wrote it before this was refused
     old.write_text("cluster: {variables: {HF_TOKEN: abc}}\n")
     assert load_config(old, to_run=False).cluster.variables == {"HF_TOKEN": "abc"}

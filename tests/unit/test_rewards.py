@@ -356,8 +356,6 @@ def test_overlong_needs_the_limit():
 def user_module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def length(response, answer, problem):\n    return len(response) + len(answer) + len(problem)\n"
-        "def broken(response, answer, problem):\n    return 1 / 0\n"
-        "def endless(response, answer, problem):\n    return float('inf')\n"
         "def two(response, answer):\n    return 1.0\n"
         "number = 3\n"
     )
@@ -381,16 +379,12 @@ def test_a_users_function_replaces_accuracy(user_module):
         ("no_such_module:f", "cannot import no_such_module:f: No module named 'no_such_module'"),
         ("my_rewards:gone", "cannot import my_rewards:gone: module 'my_rewards' has no attribute 'gone'"),
         ("my_rewards:number", "my_rewards:number is no function"),
-        ("my_rewards:two", "does not take \\(response, answer, problem\\): too many positional arguments"),
+        (
+            "my_rewards:two",
+            r"does not take \(response, answer, problem\) or \(rows\): too many positional arguments",
+        ),
     ],
 )
 def test_a_users_function_is_checked_at_the_start(user_module, name, message):
     with pytest.raises(ValueError, match=f"^reward.function: .*{message}"):
         Rewarder(RewardConfig(function=name))
-
-
-def test_a_users_function_that_fails_is_named(user_module):
-    with pytest.raises(ValueError, match=r"reward.function: my_rewards:broken failed: ZeroDivisionError"):
-        Rewarder(RewardConfig(function="my_rewards:broken")).reward([group_of("a")])
-    with pytest.raises(ValueError, match=r"reward.function: my_rewards:endless returned inf"):
-        Rewarder(RewardConfig(function="my_rewards:endless")).reward([group_of("a")])

@@ -183,7 +183,7 @@ def record(step: int, ranks: int, tokens_per_s: float, update_s: float, generate
         "time/update": update_s,
         "time/generate": generate_s,
         "time/save": 100.0,  # no part of a step
-        "memory/update": 2.0 * 2**30,
+        "memory_gib/update": 2.0,
         "memory/generate": 1.0 * 2**30,
     }
 

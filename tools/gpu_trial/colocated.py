@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"train__steps": 3, "parallel__distributed_optimizer": True},
 }
 """Settings by verb, in addition to `SHARED`; keys have `__` for the dot."""
-SHOWN = ("step", "rollout_gap", "loss/total", "optim/grad_norm", "certify/", "engine/", "time/", "memory/")
+SHOWN = ("step", "rollout_gap", "loss/total", "optim/grad_norm", "certify/", "engine/", "time/", "memory_gib/")
 """How the names of metrics begin."""
 _SAID_LINES, _OTHER_LINES, _VALUE_LETTERS = 40, 25, 60
 _EVERY_S = 0.2
