@@ -91,7 +91,7 @@ def draw_compared(sweeps: Sequence[tuple[Sweep, Sequence[Row]]]) -> Any:
         _set_ranks(panel, every, axes)
         panel.set_title(title, color=_INK, fontsize=9)
     if axes == "log":
-        speed.set_yscale("log", base=2)
+        _set_log_speed(speed)
     else:
         speed.set_ylim(0)
     efficiency.set_ylim(0, 1.1 * max(1.0, *(row.efficiency or 0.0 for _, rows in measured for row in rows)))
@@ -103,6 +103,11 @@ def draw_compared(sweeps: Sequence[tuple[Sweep, Sequence[Row]]]) -> Any:
 
 def _span(ranks: Sequence[int]) -> tuple[int, int]:
     return min(ranks), max(ranks)
+
+
+def _set_log_speed(panel: Any) -> None:
+    panel.set_yscale("log", base=2)
+    panel.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _set_ranks(panel: Any, ranks: Sequence[int], axes: str) -> None:
@@ -145,7 +150,7 @@ def _draw_speed(panel: Any, rows: Sequence[Row], sweep: Sweep) -> None:
             panel.annotate(row.name, place, (6, -3), textcoords="offset points", color=_INK, fontsize=7)
     _set_ranks(panel, sorted(set(ranks)), sweep.axes)
     if sweep.axes == "log":
-        panel.set_yscale("log", base=2)
+        _set_log_speed(panel)
         panel.set_ylim(min(speed.low for speed in speeds) / 1.25, top)
     else:
         panel.set_ylim(0, top)
