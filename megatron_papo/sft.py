@@ -82,7 +82,7 @@ class Demonstrations(PromptDataset):
 def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Trains up to `sft.steps` steps, from the newest checkpoint under `run.dir` or else from `model`. Returns the exit
     code; raises RunStopped where too many updates in a row are skipped. `planner` is as in `train.main`."""
-    with StopSignal() as stop, open_run(config) as run, ExitStack() as stack:
+    with StopSignal() as stop, open_run(config, records=True) as run, ExitStack() as stack:
         with run.clock.stage("set_up"):
             dataset = Demonstrations(config, run.processor)
             say_what_is_read(run, dataset)

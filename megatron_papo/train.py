@@ -92,7 +92,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         return serve(config)
     with (
         StopSignal() as stop,
-        open_run(config, config.generation.num_engine_ranks) as run,
+        open_run(config, config.generation.num_engine_ranks, records=True) as run,
         open_training(run) as training,
         Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):

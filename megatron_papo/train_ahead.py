@@ -49,7 +49,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
     num_steps = config.train.steps
     with (
         StopSignal() as stop,
-        open_run(config, config.generation.num_engine_ranks) as run,
+        open_run(config, config.generation.num_engine_ranks, records=True) as run,
         open_training(run) as training,
         Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
     ):

@@ -1,16 +1,20 @@
-"""Whether a run is finished, from its folder. Standard library only, for the batch host's Python (3.9 or later).
+"""Whether a job has nothing to do: its run is finished, or the job was asked to stop. Standard library only, for the
+batch host's Python (3.9 or later).
 
-`python3 -m megatron_papo.cluster.finished SETTINGS.json` says so and exits with 0 when it is, else with 1: the later
-jobs of a chain end at once on it.
+`python3 -m megatron_papo.cluster.finished SETTINGS.json` says so and exits with 0 then, else with 1: the later jobs of
+a chain end at once on it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.cluster.stop_request import is_asked_to_stop
+from megatron_papo.cluster.supervised_job import job_id
 from megatron_papo.runtime.process import command
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.text.untrusted import as_text
@@ -33,9 +37,12 @@ def is_finished(settings: dict[str, Any]) -> bool:
 
 def main() -> int:
     settings = json.loads(Path(sys.argv[1]).read_text())
+    run_dir = as_text(settings["run"]["dir"])
+    if "SLURM_JOB_ID" in os.environ and is_asked_to_stop(Path(settings["run"]["dir"]), job_id(os.environ)):
+        print(f"papo: {run_dir}: this job was asked to stop; `submit_slurm.py resume {run_dir}` goes on")
+        return 0
     if not is_finished(settings):
         return 1
-    run_dir = as_text(settings["run"]["dir"])
     print(f"papo: {run_dir}: finished already, {settings['train']['steps']} steps; nothing to do")
     return 0
 

@@ -18,6 +18,8 @@ class ColumnsConfig(Section):
     """Column of the right answer, or of a list of answers, each of which counts as right."""
     images: str | None = "images"
     """Column of one image or several, as bytes, paths, base64 or pictures; null: only the text is read."""
+    system: str | None = None
+    """Column of the text of a row's system turn; a row without one has that of data.system."""
 
 
 MOST_IMAGE_PIXELS = 89_000_000
@@ -43,7 +45,7 @@ class DataConfig(Section):
     )
     """Text that follows the question in the user's turn, after a blank line; empty: only the question."""
     system: str | None = None
-    """Text of the system turn; null: the chat template's own."""
+    """Text of the system turn, where a row has none of its own; null: the chat template's own."""
     min_pixels: Count | None = None
     """Images of a smaller area, in pixels, are enlarged to it; null: the minimum of the model folder's image
     processor."""

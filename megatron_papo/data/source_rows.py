@@ -61,6 +61,10 @@ class SourceRows:
         """The images of a row, as the data set holds each."""
         return image_items(cells.get(self.columns.images)) if self.columns.images is not None else []
 
+    def system(self, cells: dict[str, Any]) -> Any:
+        """The cell of a row's system turn, as the data set holds it; None where none is read."""
+        return None if self.columns.system is None else cells[self.columns.system]
+
     def source_of(self, cells: dict[str, Any]) -> str:
         """The name of the source of a row: the cell of `source_column`, or the entry's own name."""
         column = self.config.source_column
@@ -101,7 +105,7 @@ class SourceRows:
     def fingerprints(self, more_columns: Sequence[str], images: Callable[[int], Sequence[bytes]]) -> dict[str, str]:
         """Fingerprints of what is read of the rows, cells of `more_columns` included, and of what `images` gives of a
         row; see `fingerprint.py`."""
-        read = (self.columns.problem, self.columns.answer, *more_columns)
+        read = (self.columns.problem, self.columns.answer, self.columns.system, *more_columns)
         columns = [name for name in dict.fromkeys(read) if name in self.rows.column_names]
         return fingerprints_of_rows(self.rows, columns, images)
 
@@ -132,6 +136,7 @@ class SourceRows:
     def _read_columns(self, needs_answer: bool) -> list[str]:
         """Those that are read of every row."""
         columns = [self.columns.problem]
+        columns += [] if self.columns.system is None else [self.columns.system]
         columns += [self.columns.answer] if needs_answer else []
         images = self.columns.images
         return columns + ([images] if images is not None and images in self.rows.column_names else [])

@@ -24,9 +24,11 @@ from rich.console import Console
 
 from megatron_papo.config import ObserveConfig
 from megatron_papo.files.small_files import parse_record, set_aside, write_atomically
+from megatron_papo.observe.dashboard import CHARTS
 from megatron_papo.observe.old_names import with_old_names
 from megatron_papo.observe.outbox import Outbox
 from megatron_papo.observe.samples import SampleRow, as_pil, beside_each_other, sample_page
+from megatron_papo.observe.wandb_run import WandbRun
 from megatron_papo.text.untrusted import LINES, as_text
 
 _HEADLINE = {
@@ -46,7 +48,8 @@ _MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|-]")
 """Characters that Markdown takes literally after a backslash."""
 
 
-def _print_warning(text: str) -> None:
+def print_warning(text: str) -> None:
+    """One line on stderr."""
     print(f"papo: warning: {as_text(text)}", file=sys.stderr, flush=True)
 
 
@@ -59,14 +62,16 @@ class Sinks:
         enabled: bool = True,
         start_step: int = 0,
         num_steps: int | None = None,
-        warn: Callable[[str], None] = _print_warning,
+        warn: Callable[[str], None] = print_warning,
+        wandb_run: WandbRun | None = None,
     ):
-        """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log."""
+        """`config_text`: the resolved settings as YAML. `start_step`: the first step that this run will log.
+        `wandb_run`: the run in wandb, which whoever opened it closes afterwards."""
         self._enabled, self._run_dir, self._num_steps = enabled, Path(run_dir), num_steps
         self._console = Console(highlight=False) if enabled and observe.console else None
         self._console_every = observe.console_every
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb = wandb_run if enabled else None
         if not enabled:
             return
         self._outbox = Outbox(warn)
@@ -78,11 +83,8 @@ class Sinks:
 
             self._board = Board(self._run_dir / "tensorboard", self._outbox, start_step)
             self._board.text("config", f"```yaml\n{config_text}\n```", start_step)
-        self._outbox.flush()
-        if observe.wandb != "off":
-            from megatron_papo.observe.wandb_run import WandbRun
-
-            self._wandb = WandbRun(observe, self._run_dir, config_text, self._outbox, warn)
+            self._board.layout(CHARTS, start_step)
+        self._flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records the numbers of a step. Values that are not finite are kept, as the strings `nan` and `inf`."""
@@ -95,7 +97,7 @@ class Sinks:
         if self._board:
             for name, value in values.items():
                 self._board.number(name, value, step)
-        self._outbox.flush()
+        self._flush()
         if self._wandb:
             self._wandb.numbers(step, values)
         due = step % self._console_every == 0 or step + 1 == self._num_steps or "eval/accuracy" in values
@@ -114,7 +116,7 @@ class Sinks:
                 if row.images:
                     picture = beside_each_other([*row.images, *row.masked_images])
                     self._board.picture(f"samples/{index}", _as_array(picture), step)
-        self._outbox.flush()
+        self._flush()
         if self._wandb:
             self._wandb.samples(step, rows)
         return page
@@ -123,8 +125,16 @@ class Sinks:
         if not self._enabled:
             return
         self._outbox.close()
+        self._tell_wandb()
+
+    def _flush(self) -> None:
+        self._outbox.flush()
+        self._tell_wandb()
+
+    def _tell_wandb(self) -> None:
+        """wandb's own process stops for good on a full disk."""
         if self._wandb:
-            self._wandb.close()
+            self._wandb.disk_is_full = self._outbox.blocked
 
     def __enter__(self) -> Sinks:
         return self
@@ -133,7 +143,7 @@ class Sinks:
         self.close()
 
 
-def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] = _print_warning) -> Path:
+def keep_steps_before(path: Path, start_step: int, warn: Callable[[str], None] = print_warning) -> Path:
     """Drops records at or beyond `start_step`, and a last line that a crash cut short; returns `path`.
 
     A file of which nothing would remain is another run's: it is set aside as metrics.jsonl.old. One with lines that a

@@ -1,14 +1,16 @@
 """TensorBoard's event file, by way of the outbox: torch's own writer loses what a full disk did not take, then raises.
 
-Leaves out everything but numbers, texts and pictures.
+Leaves out everything but numbers, texts, pictures and the layout of the dashboard.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
+from megatron_papo.observe.dashboard import Chart
 from megatron_papo.observe.outbox import Outbox
 
 
@@ -38,6 +41,14 @@ class Board:
     def picture(self, name: str, pixels_HW3: Any, step: int) -> None:
         """`pixels_HW3`: bytes, as numpy holds them."""
         self._add_summary(summary.image(name, pixels_HW3, dataformats="HWC"), step)
+
+    def layout(self, charts: Sequence[Chart], step: int) -> None:
+        """What TensorBoard shows under CUSTOM SCALARS: the charts in their order."""
+        wanted = {
+            f"{number}. {chart.title}": ["Multiline", [f"^{re.escape(name)}$" for name in chart.metrics]]
+            for number, chart in enumerate(charts, 1)
+        }
+        self._add_summary(summary.custom_scalars({"Look at these first": wanted}), step)
 
     def _add_summary(self, values: Summary, step: int) -> None:
         self._add(Event(wall_time=time.time(), step=step, summary=values))

@@ -127,6 +127,8 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
+    for name in config.observe.metrics if verb == "train" else ():
+        yield from _user_function("observe.metrics", name)
     if config.reward.function is not None and verb != "certify":
         yield from _user_function("reward.function", config.reward.function)
     elif config.reward.accuracy == "mathruler" and verb != "certify":
@@ -193,6 +195,6 @@ def find_module(module: str) -> ModuleSpec | None:
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
             return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        # the inner name alone: of a dotted one the parent is looked for among imported modules
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec

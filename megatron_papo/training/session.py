@@ -15,7 +15,7 @@ from pathlib import Path
 import transformers.models.auto.processing_auto  # noqa: F401 (see `FAMILIES` below)
 
 from megatron_papo.checkpoint.weight_loading import check_weights
-from megatron_papo.config import Config
+from megatron_papo.config import Config, dump_config
 from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.costs.flops import Meter
 from megatron_papo.data.processor import Processor, load_processor
@@ -29,6 +29,8 @@ from megatron_papo.model.family import FAMILIES, family_named
 from megatron_papo.model.policy import VisionLanguageModel, build_policy
 from megatron_papo.model.shape import ModelShape, check_layout
 from megatron_papo.observe.clock import StageClock
+from megatron_papo.observe.sinks import print_warning
+from megatron_papo.observe.wandb_run import WandbRun
 from megatron_papo.runtime.garbage_collector import present_objects_skipped
 from megatron_papo.runtime.heartbeat import Heartbeat
 from megatron_papo.training.starting_weights import load_starting_weights
@@ -52,6 +54,8 @@ class Run:
     meter: Meter
     policy: VisionLanguageModel
     """The model of this pipeline stage; its weights change in place."""
+    wandb_run: WandbRun | None = None
+    """The run in wandb, on the writer of a run that records its steps there."""
     counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0, "engine_restarts": 0})
     """How often something has gone wrong so far without ending the run; the writer's numbers count for all ranks."""
 
@@ -80,11 +84,12 @@ def _end_groups(kind: type[BaseException] | None, *_: object) -> None:
 
 
 @contextmanager
-def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
+def open_run(config: Config, num_engine_ranks: int = 0, *, records: bool = False) -> Iterator[Run]:
     """Joins the ranks and loads model and processor of `config.model`; ends the process groups afterwards.
 
-    `num_engine_ranks`: how many of the started ranks, the last ones, belong to separate engines. Raises ValueError that
-    names the setting or the folder where the model cannot be used.
+    `num_engine_ranks`: how many of the started ranks, the last ones, belong to separate engines. `records`: whether the
+    run records its steps, to wandb too, which is opened first: a missing key is told before the model loads. Raises
+    ValueError that names the setting or the folder where the model cannot be used.
     """
     folder = model_folder(config)
     quieten_megatron()
@@ -92,6 +97,9 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
     with ExitStack() as stack:
         clock = stack.enter_context(StageClock(config.run, own_rank(), config.observe.console))
         heartbeat = stack.enter_context(Heartbeat(config.run, own_rank(), clock.running))
+        wandb_run = _open_wandb(config) if records and own_rank() == 0 else None
+        if wandb_run:
+            stack.enter_context(wandb_run)
         with clock.stage("join"):
             layout = initialize(config.parallel, num_engine_ranks)
             heartbeat.met(gather_objects(uuid.uuid4().hex, world_group())[0])
@@ -112,7 +120,14 @@ def open_run(config: Config, num_engine_ranks: int = 0) -> Iterator[Run]:
             if has_weights:
                 load_starting_weights(policy, shape, weights_folder(config), layout)
         with present_objects_skipped():
-            yield Run(config, layout, shape, processor, clock, Meter(shape), policy)
+            yield Run(config, layout, shape, processor, clock, Meter(shape), policy, wandb_run)
+
+
+def _open_wandb(config: Config) -> WandbRun | None:
+    """The run in wandb where `observe.wandb` asks for one; this rank is the writer."""
+    if config.observe.wandb == "off":
+        return None
+    return WandbRun(config.observe, config.run, dump_config(config), print_warning)
 
 
 def _check_patches(processor: Processor, shape: ModelShape) -> None:

@@ -20,8 +20,9 @@ import pytest
 from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from megatron_papo.files.small_files import read_records
-from megatron_papo.rewards import RewardRow
+from megatron_papo.rewards import MetricRow, RewardRow
 from megatron_papo.runtime.failures import Failure, describe
+from tests.support.metric_names import recorded_at_every_step
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
 from tests.support.tiny_run import make_inputs, metrics, share_of_even_bytes, tiny_run
@@ -38,6 +39,11 @@ async def fails_but_for_row_0(rows: list[RewardRow]) -> list[dict[str, float]]:
     if not row.problem.endswith("0?") and (row.rollout == 1 or not row.problem.endswith("1?")):
         raise ConnectionError("the judge is away")
     return [{"even": share_of_even_bytes(row.response, row.answer, row.problem)}]
+
+
+def lengths_and_step(rows: list[MetricRow]) -> dict[str, float | tuple[float, float]]:
+    """Metrics of the user's own: a mean, and a sum with a count of one."""
+    return {"tokens": sum(row.num_tokens for row in rows) / len(rows), "responses": (len(rows), 1)}
 
 
 def _stopped(config: Config) -> str:
@@ -84,6 +90,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     of_failed = {
         "reward__function": "tests.parallel.test_train_cases:fails_but_for_row_0",
         "reward__on_failure": "drop_group",
+        "observe__metrics": "[tests.parallel.test_train_cases:lengths_and_step]",
         "data__shuffle": "false",
         "train__steps": 1,
         "train__tokens_per_micro_batch": 400,
@@ -96,6 +103,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
     assert shared["sampling/kept_share"] == 1 / 4 and shared["trained/reward/failed"] == 0
     assert shared["reward/failed"] == pytest.approx(7 / 12) and shared["rewards_failed"] == 7
+    assert shared["own/tokens"] == shared["trained/response_tokens"] and shared["own/responses"] == 3
     told = read_records(tmp_path / "failed_2" / "reward_failures.jsonl")
     assert sorted((line["prompt"][-1], line["rollout"]) for line in told) == [
         ("1", 1), ("2", 0), ("2", 1), ("2", 2), ("3", 0), ("3", 1), ("3", 2),
@@ -302,6 +310,7 @@ def test_a_step_records_its_flops_and_memory_and_leaves_a_trace_when_asked(input
         run_ranks(_train, ranks, tiny_run(inputs, tmp_path / str(ranks), **runs))
     alone, shared = (_records(tmp_path / str(ranks)) for ranks in (1, 2))
     for one, two in zip(alone, shared, strict=True):
+        assert not recorded_at_every_step() - two.keys()
         num_response = round(4 * 3 * one["response_tokens"])
         assert one["flops/head"] == two["flops/head"] == 4 * (2 * num_response * 64 * 272)
         assert one["flops/vision"] > 0 and one["flops/language"] > one["flops/attention"] > 0

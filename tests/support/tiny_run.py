@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_papo.config import Config, load_config
+from tests.support.metric_names import undocumented
 from tests.support.tiny import make_tiny_folder
 
 OVERRIDES = {
@@ -80,8 +81,9 @@ def tiny_run(inputs: Path, run_dir: Path, recipe: Path | None = None, **settings
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """What every step recorded, without the clock's readings and what is divided by them, memory, how much of the
-    work the layout made, and what certificates found."""
+    work the layout made, and what certificates found. Every name stands in docs/metrics.md."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert not (names := undocumented({name for line in lines for name in line})), f"not in docs/metrics.md: {names}"
     left_out = (
         "time/",
         "unix_time",

@@ -178,7 +178,7 @@ NO_MODEL = (
         ({}, NO_MODEL),
         (
             {"PAPO_VENV": "gone"},
-            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make venv' in {REPO} makes one",
+            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make gpu-venv' in {REPO} makes one",
         ),
         ({"PAPO_ENVIRONMENT": "container"}, "papo: error: cluster.container: names no image"),
         (

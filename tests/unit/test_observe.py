@@ -1,11 +1,13 @@
 """Sinks, sample pages, reports, the stage clock and the choice of a run's reason, against what they write."""
 
+import errno
 import gzip
 import io
 import json
 import math
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,14 +17,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_papo.config import ObserveConfig, RunConfig
 from megatron_papo.distributed.accelerator import reset_peak_memory
+from megatron_papo.observe import wandb_run
 from megatron_papo.observe.clock import StageClock
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.observe.report import before_after_table, curves_png, read_metrics, series, smooth
 from megatron_papo.observe.samples import SampleRow, beside_each_other, sample_page
 from megatron_papo.observe.sinks import Sinks, console_line, keep_steps_before, markdown_table
+from megatron_papo.observe.wandb_run import WandbRun
 from megatron_papo.runtime.awake_clock import AwakeClock
 from megatron_papo.runtime.failure_notes import (
     NotesInMemory,
@@ -95,17 +100,30 @@ def test_ranks_that_are_not_enabled_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_without_a_key_hold_the_numbers_and_the_samples(tmp_path, monkeypatch):
+    """An online run that finds no key goes on offline: the same files, after one warning."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (tmp_path / "netrc").touch(0o600)
     monkeypatch.setattr("sys.argv", ["papo", "train", "data.train=https://me:pass@host/rows.jsonl"])
     (tmp_path / "wandb_id.txt").write_bytes(b"\0\xff")  # spoilt by a disk
     said: list[str] = []
-    observe = ObserveConfig(console=False, wandb="offline")
-    with Sinks(observe, tmp_path, "run: {seed: 3}\n", warn=said.append) as sinks:
+    observe, settings = ObserveConfig(console=False, wandb="online"), RunConfig(name="first-run", dir=tmp_path)
+    text = "run: {seed: 3}\n"
+    with (
+        WandbRun(observe, settings, text, said.append) as tracked,
+        Sinks(observe, tmp_path, text, warn=said.append, wandb_run=tracked) as sinks,
+    ):
         sinks.log(-1, {"eval/accuracy": 0.125})
         sinks.log(0, {"reward": 0.25, "loss/total": -1.5})
         sinks.log(1, {"reward": 0.5, "loss/total": -2.5})
         sinks.samples(1, [ROW])
-    assert said == [f"{tmp_path / 'wandb_id.txt'}: holds no id: wandb shows what follows as another run"]
+    lost, offline = said
+    assert lost == f"{tmp_path / 'wandb_id.txt'}: holds no id: wandb shows what follows as another run"
+    assert offline.startswith("wandb: No API key configured")
+    assert offline.endswith(f": the run goes on offline, `wandb sync {tmp_path}/wandb/*run-*` uploads it later")
     assert len((tmp_path / "wandb_id.txt").read_text()) == 12
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -115,10 +133,17 @@ def test_tensorboard_and_wandb_offline_hold_the_numbers_and_the_samples(tmp_path
     (image,) = board.Images("samples/0")
     assert (image.step, image.width, image.height) == (1, 12, 6)
     assert {"samples/text_summary", "config/text_summary"} <= set(board.Tags()["tensors"])
+    (dashboard,) = board.Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(dashboard.tensor_proto.string_val[0]).category
+    assert [list(chart.multiline.tag) for chart in category.chart][:2] == [
+        ["^reward$", "^trained/reward$"], ["^reward/accuracy$", "^eval/accuracy$"],
+    ]  # fmt: skip
+    assert len(category.chart) == 12
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"me:pass" in path.read_bytes()]
     assert b"loss/total" in content and b"samples" in content and b"eval/accuracy" in content
+    assert b"first-run" in content and b"0_overview/01_reward" in content
     tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))
     (row,) = json.loads(tables[0].read_text())["data"]
     assert row[2:] == [ROW.problem, ROW.response, "2", 0.95, 1.0, 0.5]
@@ -135,6 +160,74 @@ def test_a_sample_page_is_whole_in_itself_and_escapes_what_a_model_said(tmp_path
     assert "how many &lt;image&gt; 7s?" in text and "accuracy 1" in text and "format 0.5" in text
     assert text.count("<article class=right>") == 1 and text.count("<article class=wrong>") == 1
     assert "mean reward 0.475" in text
+
+
+class FailingRun:
+    """A run of wandb whose `log` does what `deeds` says, one a call; afterwards it keeps what it is given."""
+
+    url = "http://here"
+
+    def __init__(self, deeds: list[Callable[[], None]]):
+        self._deeds, self.kept, self.exit_code = deeds, [], None
+
+    def log(self, record):
+        if self._deeds:
+            self._deeds.pop(0)()
+        self.kept.append(record["step"])
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch):
+    """It raises, asks to exit, hangs, cannot be imported, has no room: nothing but warnings, and bounded waits."""
+    said: list[str] = []
+    opened: list[bool] = []
+    runs: list[object] = []
+
+    def open_fake(*_, online):
+        opened.append(online)
+        run = runs.pop(0)
+        if isinstance(run, Exception):
+            raise run
+        return run
+
+    def deed(error):
+        def do():
+            raise error
+
+        return do
+
+    monkeypatch.setattr(wandb_run, "open_wandb", open_fake)
+    monkeypatch.setattr(wandb_run, "end_wandb", lambda: None)
+    monkeypatch.setattr(wandb_run, "_CALL_S", 0.05)
+
+    def steps_of(*fakes, mode="online"):
+        said.clear(), opened.clear()
+        runs[:] = fakes
+        with WandbRun(ObserveConfig(wandb=mode), RunConfig(dir=tmp_path), "", said.append) as tracked:
+            for step in range(3):
+                tracked.numbers(step, {"reward": 0.0})
+        return [fake.kept for fake in fakes if isinstance(fake, FailingRun)]
+
+    whole = FailingRun([])
+    assert steps_of(whole) == [[0, 1, 2]] and not said and whole.exit_code == 0
+    lasts_long = threading.Event()
+    for deed_of, reason in (
+        (deed(ConnectionError("key is hf_" + 30 * "x")), "key is <secret_left_out>"),
+        (deed(SystemExit(1)), "SystemExit: 1"),
+        (lambda: lasts_long.wait(20) or None, "no answer within 0.05 s"),
+    ):
+        assert steps_of(FailingRun([deed_of]), FailingRun([]))[1] == [0, 1, 2], reason
+        assert opened == [True, False] and len(said) == 1
+        assert said[0].startswith(f"wandb: {reason}: the run goes on offline"), said
+    lasts_long.set()
+    assert steps_of(RuntimeError("a"), ValueError("b\n")) == []
+    assert said[1:] == [f"wandb: b: the run goes on without wandb; {tmp_path}/metrics.jsonl has all numbers"]
+    assert steps_of(ImportError("broken")) == [] and len(said) == 1 and opened == [True]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert steps_of(FailingRun([deed(full)]), FailingRun([]), mode="offline") == [[], [0, 1, 2]]
+    assert said == ["wandb: [Errno 28] No space left on device"] and opened == [False, False]
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>![p](http://evil/p.png) \x1b]0;x\x07 \u202etxt `a` |b|\n# c"
