@@ -16,7 +16,7 @@ from typing import Any
 from megatron_papo.cluster.stop_request import is_asked_to_stop
 from megatron_papo.cluster.supervised_job import job_id
 from megatron_papo.runtime.process import command
-from megatron_papo.runtime.progress import read_progress
+from megatron_papo.runtime.progress import planned_steps, read_progress
 from megatron_papo.text.untrusted import as_text
 
 
@@ -30,9 +30,9 @@ def is_finished(settings: dict[str, Any]) -> bool:
     if not checkpoint["resume"]:
         return False
     exported = not checkpoint["export_at_end"] or (run_dir / "export").is_dir()
-    progress = read_progress(run_dir)
+    steps, progress = planned_steps(settings), read_progress(run_dir)
     done = progress.steps_done if checkpoint.get("contents") == "none" else progress.steps_saved
-    return bool(exported and done >= settings["train"]["steps"])
+    return bool(exported and steps is not None and done >= steps)
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
         return 0
     if not is_finished(settings):
         return 1
-    print(f"papo: {run_dir}: finished already, {settings['train']['steps']} steps; nothing to do")
+    print(f"papo: {run_dir}: finished already, {planned_steps(settings)} steps; nothing to do")
     return 0
 
 

@@ -8,12 +8,13 @@ its number and the reason; what then happens is for `draw` to decide.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from megatron_papo.config import DataConfig
@@ -162,10 +163,21 @@ class PromptDataset:
         source, own_row = self.locate(row)
         return source.column(own_row, name)
 
-    @property
-    def lacks_image_column(self) -> bool:
-        """Whether a source has no column of pictures although no setting says so."""
-        return any(source.lacks_image_column for source in self.sources)
+    def column_values(self, name: str) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for a column that a source does not have."""
+        return [value for source in self.sources for value in source.column_values(name)]
+
+    def rows_passing(self, conditions: Mapping[str, Any] | str | None, key: str) -> np.ndarray:
+        """The numbers of the rows that pass a filter, ascending, [N] int64; `key` is its setting, for messages. Raises
+        ValueError for a filter that cannot be asked, and where no row passes."""
+        if conditions is None:
+            return np.arange(len(self))
+        passing = [source.rows_passing(conditions, key) for source in self.sources]
+        firsts = [end - len(source) for source, end in zip(self.sources, self._ends, strict=True)]
+        numbers = [first + row for first, rows in zip(firsts, passing, strict=True) for row in rows]
+        if not numbers:
+            raise ValueError(f"{key}: none of the {len(self)} rows of {self.name} passes")
+        return np.array(numbers)
 
     def without_pictures(self) -> str | None:
         """Why this seems to be a data set of text alone, in words; None where a row has a picture."""

@@ -59,6 +59,8 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     if "SLURM_STEP_ID" in os.environ and config.cluster.gpus_per_node > 1:  # on a machine of the job
         warnings += tuple(warnings_of_shared_memory())
     later = "" if packages else "; the job's first step looks for packages in the image"
+    length = config.sft if verb == "sft" else config.train
+    later += f", steps: as many as {length.epochs:g} epochs take, known once the data is read" if length.epochs else ""
     return CheckResult((), warnings, summary(verb, config, shape, num_ranks) + later)
 
 

@@ -51,7 +51,7 @@ class DiskNeed:
 def disk_need(verb: str, config: Config, shape: ModelShape) -> DiskNeed:
     """What a run of `verb`, `train` or `sft`, needs."""
     settings = config.checkpoint
-    steps = config.train.steps if verb == "train" else config.sft.steps
+    steps = (config.train if verb == "train" else config.sft).steps
     weights = num_parameters(shape) * weight_bytes(config)
     each = {"full": checkpoint_bytes(config, shape), "weights": weights, "none": 0}[settings.contents]
     return DiskNeed(
@@ -62,19 +62,24 @@ def disk_need(verb: str, config: Config, shape: ModelShape) -> DiskNeed:
     )
 
 
-def _most_checkpoints(verb: str, config: Config, steps: int) -> int:
+def _most_checkpoints(verb: str, config: Config, steps: int | None) -> int:
     settings, every = config.checkpoint, config.train.eval_every
-    saves = math.ceil(steps / settings.save_every) if settings.save_every else 1
     best = verb == "train" and settings.keep_best and config.data.eval is not None
+    most = settings.keep_last + best + 1
+    if steps is None:  # they follow from epochs, once the data is read
+        return most
+    saves = math.ceil(steps / settings.save_every) if settings.save_every else 1
     if best:  # an evaluation may save too, when it is the best so far
         saves += steps // every if every else 1
-    return max(1, min(settings.keep_last + best + 1, saves))
+    return max(1, min(most, saves))
 
 
-def _most_exports(config: Config, steps: int) -> int:
+def _most_exports(config: Config, steps: int | None) -> int:
+    """Of a run whose steps follow from epochs, and which keeps all exports, only one of them is counted."""
     settings = config.checkpoint
-    written = steps // settings.export_every if settings.export_every else 0
-    kept = written if settings.keep_exports is None else min(settings.keep_exports + 1, written)
+    most = None if settings.keep_exports is None else settings.keep_exports + 1
+    written = (most or 1) if steps is None else steps // max(1, settings.export_every)
+    kept = min(written, most or written) if settings.export_every else 0
     return kept + settings.export_at_end
 
 

@@ -77,7 +77,10 @@ def _evaluate(*configs: Config) -> None:
 
 @pytest.mark.parametrize("branch", ["frozen", "joint"])
 def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
+    rows = inputs / "rows.jsonl"
+    others = f"{{path: {rows}, filter: {{answer: {{min: 1}}}}}}"
     settings = {
+        "data__train": f"[{{path: {rows}, name: a, filter: {{answer: 0}}}}, {others}]",
         "reward__function": "tests.parallel.test_train_cases:only_rows_0_and_1",
         "data__shuffle": "false",
         "train__steps": 1,
@@ -115,6 +118,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     assert 0 < shared["reward/accuracy"] < 0.5 * shared["trained/reward/accuracy"], "of all, and of those trained on"
     assert shared["group/all_equal"] > 0.5 > shared["trained/group/all_equal"]
     assert shared["optim/grad_norm"] > 0
+    assert shared["source/a/reward"] > shared["source/rows/reward"] > 0 and shared["source/a/group/all_equal"] == 0
 
 
 def test_every_kind_of_mask_trains_and_is_shown(inputs, tmp_path):
@@ -182,12 +186,19 @@ def _scores(folder: Path) -> dict[str, float]:
 
 
 def test_evaluation_does_not_depend_on_the_ranks(inputs, tmp_path):
+    rows = inputs / "rows.jsonl"
+    sources = (
+        f"[{{path: {rows}, filter: {{answer: {{max: 4}}}}}}, {{path: {rows}, name: few, filter: {{answer: [7]}}}}]"
+    )
     for ranks in (1, 3):
-        settings = {"data__eval": inputs / "rows.jsonl", "eval__samples": 2, "eval__limit": 7}
+        settings = {"data__eval": sources, "eval__samples": 2, "eval__limit": 5}
         run_ranks(_evaluate, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
     alone, shared = _scores(tmp_path / "1"), _scores(tmp_path / "3")
     assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
     assert {"accuracy", "masked_accuracy", "gap", "perception_kl"} <= shared.keys()
+    assert {f"source/{name}/{score}" for name in ("rows", "few") for score in ("accuracy", "gap")} <= shared.keys()
+    parts = shared["source/rows/response_tokens"] * 4 / 5 + shared["source/few/response_tokens"] / 5
+    assert parts == pytest.approx(shared["response_tokens"]), "four rows of one source, one of the other"
 
 
 @pytest.mark.fast
@@ -232,8 +243,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     def copy(name: str) -> Path:
         return Path(shutil.copytree(inputs, tmp_path / name))
 
-    def sft(folder: Path, steps: int = 2) -> tuple[str, Config]:
-        return "sft", tiny_run(folder, run_dir, sft__steps=steps, sft__batch_size=2)
+    def sft(folder: Path, steps: int = 2, **settings) -> tuple[str, Config]:
+        return "sft", tiny_run(folder, run_dir, **{"sft__steps": steps, "sft__batch_size": 2, **settings})
 
     rows, template, weights = copy("rows"), copy("template"), copy("weights")
     (rows / "rows.jsonl").write_text((rows / "rows.jsonl").read_text().replace("it is 5", "it is 6"))
@@ -241,6 +252,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     make_tiny_folder(weights / "model", seed=1)
     refused = [sft(rows), sft(template), ("train", tiny_run(inputs, run_dir))]
     goes_on = [sft(weights), sft(copy("copy"), 3)]
+    by_length = {"data__order_by": "response", "sft__steps": "null", "sft__epochs": 0.9}  # 7.2 of 8 rows
+    goes_on += [sft(rows, **by_length), sft(rows, **by_length, data__on_change="continue"), sft(rows, **by_length)]
     told, told_elsewhere = run_ranks(_said, 2, sft(inputs, 1), sft(inputs, 1), *refused, *goes_on)
     begun, same, *told = told
     assert begun == ""
@@ -249,10 +262,13 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
         same == f"{resumed}\npapo: all 1 steps are done: nothing is left to train; a larger sft.steps would go on "
         "from here, another run.dir begins anew\n"
     )
-    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)\n"
+    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)"
+    or_continue = ", or data.on_change=continue, which goes on with these\n"
     began = f"{inputs}/{{}}, with which this run began; {otherwise}"
-    assert told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}"
-    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}"
+    assert (
+        told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}{or_continue}"
+    )
+    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}\n"
     assert told[2].startswith(f"error: run.dir: {last} is a checkpoint of papo sft, this is papo train")
     changed = "papo: settings that are others than the checkpoint's: sft.steps"
     other = f"model.path: {weights}/model has other weights than {inputs}/model, with which this run began"
@@ -263,7 +279,21 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     ]
     last = last.with_name("step_00000002")
     assert told[4].splitlines() == [f"papo: resumed from {last}, step 2", f"{changed} 2 -> 3"], "it began with these"
-    assert told_elsewhere[5:] == ["", ""], "the writer speaks for all"
+    length = "papo: sft.epochs=0.9: 8 prompts from 8 rows are 4 steps of 2"
+    other_rows = (
+        f"data.train: {rows}/rows.jsonl has other rows than {tmp_path}/copy/rows.jsonl, with which this run began"
+    )
+    said, refusal = told[5].splitlines()
+    assert said == length and refusal.startswith(f"error: {other_rows}; take")
+    assert told[6].splitlines()[:2] == [
+        length,
+        f"papo: warning: {other_rows}: it goes on with what is there now, of which 6 prompts count as drawn",
+    ]
+    assert 'data.order_by null -> "response"): it goes on with what is there now' in told[6]
+    assert "papo: data.train: 8 rows before, 8 now; after 6 prompts the run goes on at epoch 0, row 6 of 8" in told[6]
+    assert told[7].splitlines()[2].startswith("papo: settings that are others"), "it goes on with these by itself"
+    assert "all 4 steps are done: nothing is left to train; a larger sft.epochs would" in told[7]
+    assert [text.partition("error")[0] for text in told_elsewhere[5:]] == [""] * 5, "the writer speaks for all"
 
 
 def _bytes_of(folder: Path) -> int:

@@ -112,6 +112,7 @@ def test_a_name_of_the_hub_is_told_how_to_be_downloaded():
         (["checkpoint.contents=weights", "checkpoint.export_every=20"], 3, 2, 11),
         (["checkpoint.contents=none", "checkpoint.export_every=20", "checkpoint.keep_exports=2"], 0, 0, 4),
         (["checkpoint.contents=none", "checkpoint.export_at_end=false"], 0, 0, 0),
+        (["train.epochs=2", "train.steps=null", "checkpoint.export_every=20"], 3, 14, 2),  # at least two exports
     ],
 )
 def test_the_disk_is_counted_for_all_that_may_stand(words, checkpoints, each, exports):

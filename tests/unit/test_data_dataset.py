@@ -176,13 +176,15 @@ def test_a_column_of_pictures_that_is_not_there(processor, tmp_path):
     with pytest.raises(ValueError, match="but 'view', which seems"):
         open_train(processor, typed)
     said = open_train(processor, named, columns=ColumnsConfig(images=None))
-    assert said.prompt(0).images == () and not said.lacks_image_column and "is null" in said.without_pictures()
+    assert (
+        said.prompt(0).images == () and not said.sources[0].lacks_image_column and "is null" in said.without_pictures()
+    )
 
     plain = open_train(processor, write_parquet(tmp_path / "c.parquet", **text))
-    assert plain.lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
+    assert plain.sources[0].lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
     empty = {"problem": ["2+2?"] * 3000, "answer": ["4"] * 3000, "images": [[]] * 3000}
     unseen = open_train(processor, write_parquet(tmp_path / "d.parquet", **empty))
-    assert not unseen.lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
+    assert not unseen.sources[0].lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
     assert open_train(processor, named, columns=ColumnsConfig(images="image")).without_pictures() is None
 
 

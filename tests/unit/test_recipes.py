@@ -76,6 +76,8 @@ def test_prompts_rewards_and_validation_are_the_papers(recipe):
     assert (data.min_pixels, data.max_pixels, data.max_prompt_tokens) == (200_704, 1_003_520, 4096)
     assert (reward.accuracy_weight, reward.format_weight) == (0.9, 0.1)
     assert (config.train.eval_at_start, config.train.eval_every) == (True, 5)
+    assert data.eval and (config.eval.limit, config.eval.samples) == (2000, 1), "an evaluation costs 2,000 answers"
+    assert config.checkpoint.keep_best, "the best of the evaluations"
     assert (config.eval.temperature, config.eval.top_p, config.eval.top_k) == (1.0, 1.0, 50)
     assert config.run.name == name and str(config.run.dir) == f"runs/{name}"
     (size,) = [size for size in ("3B", "7B", "72B") if str(config.model.path) == f"Qwen2.5-VL-{size}-Instruct"]
