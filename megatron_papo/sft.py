@@ -18,6 +18,7 @@ from megatron_papo.data.draw import draw_prompts
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.order import DataCursor
 from megatron_papo.data.processor import Processor
+from megatron_papo.data.settings_order import first_cursor
 from megatron_papo.model.policy import HeadRequest
 from megatron_papo.observe.profiling import profiled
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
@@ -34,7 +35,9 @@ from megatron_papo.training.console import (
     warn_of_skipped_updates,
 )
 from megatron_papo.training.origin import origin_of
+from megatron_papo.training.prompt_source import resumed_cursor
 from megatron_papo.training.recorder import Recorder, StepPlanner
+from megatron_papo.training.run_length import with_num_steps
 from megatron_papo.training.session import Run, open_run
 from megatron_papo.types import Group, Metrics, Prompt
 
@@ -87,18 +90,20 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
             dataset = Demonstrations(config, run.processor)
             say_what_is_read(run, dataset)
             warn_of_missing_images(run, dataset)
-            origin = origin_of(run, dataset, config.sft.response_column)
             bad_rows = BadRows(config.data.on_bad_row)
-            optimizer = build_optimizer(wrap_policy(run.policy, config), config, config.sft.steps)
-        cursor = DataCursor(len(dataset), config.run.seed, config.data.shuffle)
+            cursor = first_cursor(config.data, dataset, config.run.seed, config.sft.batch_size)
+            origin = origin_of(run, dataset, cursor, config.sft.response_column)
+            run = with_num_steps(run, "sft", cursor)
+            config, num_steps = run.config, run.config.sft.num_steps
+            optimizer = build_optimizer(wrap_policy(run.policy, config), config, num_steps)
         checkpoints = stack.enter_context(Checkpoints(run, optimizer, "sft", origin))
         state = checkpoints.resume()
         if state is not None:
-            cursor = cursor.load_state_dict(state["cursor"])
+            cursor = resumed_cursor(run, checkpoints, cursor, state["cursor"])
             optimizer.guard.load(state.get("updates", {}))
         run.clock.take()  # the time until now belongs to no step
-        with Recorder(run, checkpoints.next_step, config.sft.steps, planner) as recorder:
-            for step in range(checkpoints.next_step, config.sft.steps):
+        with Recorder(run, checkpoints.next_step, num_steps, planner) as recorder:
+            for step in range(checkpoints.next_step, num_steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, cursor = _draw_demonstrations(run, dataset, bad_rows, cursor)
                     metrics = _update(run, optimizer, groups)
@@ -106,7 +111,7 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
                 stopped = optimizer.guard.reason_to_stop
                 leaving = stop.requested()
                 state = {"cursor": cursor.state_dict(), "updates": optimizer.guard.state()}
-                checkpoints.save_when_due(step, config.sft.steps, state, now=bool(stopped) or leaving)
+                checkpoints.save_when_due(step, num_steps, state, now=bool(stopped) or leaving)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:

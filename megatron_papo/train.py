@@ -46,7 +46,7 @@ from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
-from megatron_papo.training.prompt_source import prefetch_prompts, sampling_of, training_rows
+from megatron_papo.training.prompt_source import open_training_rows, prefetch_prompts, resumed_cursor, sampling_of
 from megatron_papo.training.recorder import Recorder, StepPlanner
 from megatron_papo.training.rollouts import build_rewarder, generate, hand_over, reward_groups
 from megatron_papo.training.session import Run, open_run
@@ -94,24 +94,24 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
         StopSignal() as stop,
         open_run(config, config.generation.num_engine_ranks, records=True) as run,
         open_training(run) as training,
-        Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
+        Checkpoints(training.run, training.optimizer, "train", training.origin) as checkpoints,
     ):
-        first_step = _resume(training, checkpoints)
-        if first_step < config.train.steps:
+        run, config = training.run, training.run.config  # now with the number of steps
+        first_step, num_steps = _resume(training, checkpoints), config.train.num_steps
+        if first_step < num_steps:
             training.certifier.start_or_stop(first_step)
         run.clock.take()  # the time until now belongs to no step
-        with Recorder(run, first_step, config.train.steps, planner) as recorder:
+        with Recorder(run, first_step, num_steps, planner) as recorder:
             if first_step == 0 and evaluation_is_due(training, -1):
                 recorder.record_start(evaluate_heldout(training))
-            for step in range(first_step, config.train.steps):
+            for step in range(first_step, num_steps):
                 with profiled(config.observe, run.folder, run.layout.rank, step):
                     groups, metrics = train_step(training, step)
                 scores = evaluate_heldout(training) if evaluation_is_due(training, step) else {}
                 recorder.record(step, groups, metrics, scores)
                 stopped = reason_to_stop(training, metrics)
                 leaving = stop.requested()
-                now = bool(stopped) or leaving
-                checkpoints.save_when_due(step, config.train.steps, state_of(training), scores, now=now)
+                checkpoints.save_when_due(step, num_steps, state_of(training), scores, now=bool(stopped) or leaving)
                 if stopped:
                     raise RunStopped(f"stopped the run after step {step}: {stopped}")
                 if leaving:
@@ -172,12 +172,12 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
 @contextmanager
 def open_training(run: Run) -> Iterator[Training]:
     """The state of a training run as it starts, closed again at the end; the generator has no weights yet."""
-    config = run.config
     with ExitStack() as stack:
         with run.clock.stage("set_up"):
-            dataset = training_rows(run)
+            run, dataset, cursor = open_training_rows(run)
+            config = run.config
             warn_of_missing_images(run, dataset, perception=config.reads_masked_view)
-            origin = origin_of(run, dataset)
+            origin = origin_of(run, dataset, cursor)
             heldout = open_heldout(run) if config.data.eval is not None else None
             generator = build_generator(config, run.processor, run.layout, run.clock.report)
             stack.callback(generator.close)
@@ -186,7 +186,7 @@ def open_training(run: Run) -> Iterator[Training]:
                 folder = config.checkpoint.reference
                 reference = starting_reference(run.policy, run.shape, folder, run.layout)
             wrapped = wrap_policy(run.policy, config)
-            optimizer = build_optimizer(wrapped, config, config.train.steps * config.train.updates_per_step)
+            optimizer = build_optimizer(wrapped, config, config.train.num_steps * config.train.updates_per_step)
         yield Training(
             run=run,
             optimizer=optimizer,
@@ -197,7 +197,7 @@ def open_training(run: Run) -> Iterator[Training]:
             prompts=stack.enter_context(closing(prefetch_prompts(run, dataset))),
             heldout=heldout,
             bad_rows=BadRows(config.data.on_bad_row),
-            cursor=DataCursor(len(dataset), config.run.seed, config.data.shuffle),
+            cursor=cursor,
             origin=origin,
             guard=CollapseGuard(config.perception.guard),
             precision=PrecisionGuard.of(config.fp8),
@@ -256,7 +256,7 @@ def watch_for_collapse(training: Training, metrics: Metrics) -> str:
 def evaluation_is_due(training: Training, step: int) -> bool:
     """Whether the held-out set is evaluated after step `step` (from 0); -1 stands for the starting weights."""
     config, done = training.run.config.train, step + 1
-    due = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+    due = done == config.num_steps or (config.eval_every > 0 and done % config.eval_every == 0)
     return training.heldout is not None and (due if done else config.eval_at_start)
 
 
@@ -285,7 +285,7 @@ def restore(training: Training, checkpoints: Checkpoints) -> dict[str, Any]:
     """Loads the newest checkpoint when there is one. Returns the state saved with it, or an empty one."""
     state = checkpoints.resume()
     if state is not None:
-        training.cursor = training.cursor.load_state_dict(state["cursor"])
+        training.cursor = resumed_cursor(training.run, checkpoints, training.cursor, state["cursor"])
         training.guard = CollapseGuard.from_state(training.guard.config, state["guard"])
         training.optimizer.guard.load(state.get("updates", {}))
         training.precision = PrecisionGuard.from_state(training.precision.config, state.get("precision"))

@@ -46,13 +46,13 @@ def main(config: Config, planner: StepPlanner | None = None) -> int:
     """Does what `train.main` does, one step ahead."""
     if serves(config):
         return serve(config)
-    num_steps = config.train.steps
     with (
         StopSignal() as stop,
         open_run(config, config.generation.num_engine_ranks, records=True) as run,
         open_training(run) as training,
-        Checkpoints(run, training.optimizer, "train", training.origin) as checkpoints,
+        Checkpoints(training.run, training.optimizer, "train", training.origin) as checkpoints,
     ):
+        run, num_steps = training.run, training.run.config.train.num_steps
         pending, first_step = _resume(training, checkpoints), checkpoints.next_step
         run.clock.take()  # the time until now belongs to no step
         with Recorder(run, first_step, num_steps, planner) as recorder:
@@ -94,7 +94,7 @@ def train_step(training: Training, pending: PendingRollouts) -> tuple[list[Group
     assert pending.groups is not None
     rollout_metrics = pending.metrics | {"rollout_age": age(pending.groups, step)}
     certificate_metrics = _hand_over(training, policy_version=step)
-    next_pending = submit_next(training, step + 1) if step + 1 < config.train.steps else None
+    next_pending = submit_next(training, step + 1) if step + 1 < config.train.num_steps else None
     with run.clock.stage("reward"):
         groups = reward_groups(run, training.rewarder, pending.groups, step)
     chosen = ChosenGroups.of(config, run.shape.vision.merge_unit)
@@ -152,9 +152,9 @@ def _resume(training: Training, checkpoints: Checkpoints) -> PendingRollouts | N
     rollouts that the checkpoint holds, if any."""
     saved = restore(training, checkpoints).get("ahead", {})
     step = checkpoints.next_step
-    if step >= training.run.config.train.steps:
+    if step >= training.run.config.train.num_steps:
         return None
-    pending = _restore_pending(training, saved, step) if saved else None
+    pending = _restore_pending(training, saved, step) if saved and not checkpoints.data_changed else None
     with training.run.clock.stage("hand_over"):
         hand_over(training.run, training.generator, policy_version=step)
     training.certifier.start_or_stop(step)

@@ -63,6 +63,8 @@ class Prompt:
     """Name of the data set that the row comes from, where a run reads several; metrics are also reported by it."""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The row's other cells by the names of their columns, pictures left out; a user's own functions are given them."""
+    system: str | None = None
+    """Text of the row's own system turn; None: that of data.system."""
 
     @property
     def answers(self) -> tuple[str, ...]:

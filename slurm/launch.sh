@@ -46,7 +46,7 @@ papo_modules() {
 papo_venv() {
   case $PAPO_VENV in /*) ;; *) PAPO_VENV=$PAPO_HOME/$PAPO_VENV ;; esac
   [ -x "$PAPO_VENV/bin/python" ] ||
-    papo_refuse "cluster.venv: no virtual environment in $PAPO_VENV; 'make venv' in $PAPO_HOME makes one"
+    papo_refuse "cluster.venv: no virtual environment in $PAPO_VENV; 'make gpu-venv' in $PAPO_HOME makes one"
   export VIRTUAL_ENV=$PAPO_VENV PATH=$PAPO_VENV/bin:$PATH
   : "${PAPO_PYTHON:=$PAPO_VENV/bin/python}"
 }

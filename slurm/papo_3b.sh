@@ -13,7 +13,7 @@
 #   model      model.path: hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir /data/Qwen2.5-VL-3B-Instruct
 #   data       PAPOGalaxy/PAPO_ViRL39K_train and PAPOGalaxy/PAPO_MMK12_test from the hub, or folders with their parquet
 #              files: data.train=/data/PAPO_ViRL39K_train data.eval=/data/PAPO_MMK12_test
-#   software   a virtual environment by `make venv vllm` in the project's folder, modules, or a container (below)
+#   software   a virtual environment by `make gpu-venv` in the project's folder, modules, or a container (below)
 #
 #SBATCH --job-name=papo_g_3b
 #SBATCH --nodes=1

@@ -7,8 +7,8 @@
 
 Every way to lay the model out is estimated: memory of each GPU by part, seconds of each stage of a step. Printed are
 the fastest that fit, one a layout (`--every`: all ways); `--explain` says why the rest do not, `--out` writes the best
-(or --choose) as settings. Batch, group size and lengths are those of the settings; what the data is like is said by the
-options. Exit status: 0 found; 2 refused, or nothing fits.
+(or --choose) as settings. Batch, group size and lengths are those of the settings; what the data is like, and with it
+the seconds, is said by the options. Memory is that of `papo check`. Exit status: 0 found; 2 refused, or nothing fits.
 """
 
 from __future__ import annotations
@@ -65,7 +65,14 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_papo.costs.hardware import DEVICES, Cluster
     from megatron_papo.model.published_shapes import shape_named
     from megatron_papo.planning.assumptions import Assumptions
-    from megatron_papo.planning.plan_page import markdown, markdown_reasons, overrides_yaml, print_plan, print_published
+    from megatron_papo.planning.plan_page import (
+        markdown,
+        markdown_reasons,
+        overrides_yaml,
+        premises,
+        print_plan,
+        print_published,
+    )
     from megatron_papo.planning.ranking import plan
     from megatron_papo.planning.workload import Workload
 
@@ -103,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
             "\n".join([f"{options.model} fits {cluster.num_gpus} x {options.gpu} in no layout", *reasons])
         )
     shown = (layouts.every() if options.every else layouts.best_of_each_layout())[: options.rows]
-    print_plan(layouts, shown, options.explain)
+    print_plan(layouts, shown, premises(config, shape, work), options.explain)
     chosen = layouts.best
     if options.choose is not None:
         named = [each for each in layouts.best_of_each_layout() if each.candidate.name == options.choose]

@@ -27,11 +27,11 @@ from rich.table import Table
 
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.hardware import GPUS
-from megatron_papo.costs.memory import GIB
+from megatron_papo.costs.memory import GIB, RESERVE_BYTES
 from megatron_papo.model.published_shapes import shape_named
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import OPTIMIZERS, RECOMPUTE
-from megatron_papo.planning.estimate import RESERVE_BYTES, Estimate
+from megatron_papo.planning.estimate import Estimate
 from megatron_papo.planning.measured_run import planned
 
 PROMPT, IMAGE, RESPONSE, GROUP = 1500, 1156, 835, 8
@@ -90,7 +90,7 @@ def settings(ranks: int, layout: dict[str, Any], optimizer: str, recompute: str,
 
 
 def _cells(estimate: Estimate, has: float) -> list[str]:
-    fullest = max(estimate.stages, key=lambda stage: stage.training)
+    fullest = estimate.fullest
     states, whole = (fullest.training - fullest.activations) / GIB, fullest.training / GIB
     fits = f"{whole:.1f}" if whole <= has else f"{whole:.1f}, too much"
     seconds, mfu = estimate.seconds["update"], estimate.mfu

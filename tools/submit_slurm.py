@@ -1,14 +1,16 @@
-"""Runs as Slurm jobs: check, submit, follow, list, cancel and resume.
+"""Runs as Slurm jobs: check, submit, follow, list, stop, cancel and resume.
 
     python tools/submit_slurm.py CONFIG [key=value ...] [--dry-run] [--follow] [--chain N]
     python tools/submit_slurm.py list
     python tools/submit_slurm.py follow RUN_DIR_OR_JOB
+    python tools/submit_slurm.py stop RUN_DIR_OR_JOB
     python tools/submit_slurm.py cancel RUN_DIR_OR_JOB
     python tools/submit_slurm.py resume RUN_DIR [key=value ...] [--dry-run] [--follow] [--chain N]
 
 The settings are those that `papo train` reads; what the job asks for is their section `cluster`. Before anything is
 submitted, layout, memory, inputs, packages and disk are checked. RUN_DIR/cluster keeps the script, the settings and a
-line a job. Exit status: 0 done; 1 a followed job failed; 2 refused, by us or by Slurm.
+line a job. `stop` lets a job save after its step, end, and not queue itself again; `cancel` ends it at once. Exit
+status: 0 done; 1 a followed job failed; 2 refused, by us or by Slurm.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import shlex
 import sys
 from pathlib import Path
 
-ACTIONS = ("list", "follow", "cancel", "resume")
+ACTIONS = ("list", "follow", "stop", "cancel", "resume")
 
 
 def main() -> int:
@@ -33,8 +35,8 @@ def main() -> int:
             return _list()
         if action == "follow":
             return _follow(options.which)
-        if action == "cancel":
-            return _cancel(options.which)
+        if action in ("stop", "cancel"):
+            return _end(action, options.which)
         return _submit(action, options)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
@@ -46,7 +48,7 @@ def _parser(action: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="submit_slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if action in ("follow", "cancel"):
+    if action in ("follow", "stop", "cancel"):
         parser.add_argument("which", metavar="RUN_DIR_OR_JOB")
     if action in ("submit", "resume"):
         if action == "resume":
@@ -103,16 +105,24 @@ def _follow(which: str, run_dir: Path | None = None) -> int:
         return 130
 
 
-def _cancel(which: str) -> int:
+def _end(action: str, which: str) -> int:
     from megatron_papo.cluster.run_records import find
     from megatron_papo.cluster.slurm import cancel
+    from megatron_papo.cluster.stop import stop
+    from megatron_papo.text.untrusted import as_text
 
-    _, jobs = find(which)
-    living = [job.id for job in jobs if not job.is_over]
+    run_dir, jobs = find(which)
+    living = [job for job in jobs if not job.is_over]
     if not living:
         raise ValueError(f"{which}: has no job in the queue")
-    cancel(living)
-    print(f"submit: cancelled job{'s' * (len(living) > 1)} {', '.join(living)}")
+    if action == "stop":
+        if run_dir is None:
+            raise ValueError(f"{which}: no run's folder is known of this job; `cancel` ends it without a save")
+        for line in stop(run_dir, living):
+            print(f"submit: {as_text(line)}")
+        return 0
+    cancel([job.id for job in living])
+    print(f"submit: cancelled job{'s' * (len(living) > 1)} {', '.join(job.id for job in living)}")
     return 0
 
 

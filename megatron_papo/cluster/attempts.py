@@ -12,6 +12,8 @@ from pathlib import Path
 from megatron_papo.files.small_files import append_record, made_of, read_records
 from megatron_papo.runtime.progress import RunProgress
 
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""Name of the failure of a rank that a GPU's memory, or its machine's, did not suffice for."""
 FAILURES = ("failed", "lost")
 """Ends that count against a run. A run that saved, or that Slurm told to end, has not failed."""
 
@@ -41,6 +43,19 @@ class Attempt:
     reached: int = 0
     """Steps recorded when it ended."""
     reason: str = ""
+    failure: str = ""
+    """Name of the failure that ended it, such as `OutOfMemoryError`."""
+
+
+@dataclass(frozen=True)
+class AttemptEnding:
+    """How an attempt ended: one of the values of `Attempt.end`, the reason in a line, the rank and the failure's
+    name."""
+
+    end: str
+    reason: str = ""
+    rank: int | None = None
+    failure: str = ""
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
@@ -70,7 +85,10 @@ def close_lost(run_dir: Path, attempts: list[Attempt], reached: int) -> list[Att
 
 
 def reason_to_stop(attempts: list[Attempt], max_failures: int) -> str:
-    """Why going on makes no sense: the last `max_failures` attempts all failed at the same step; or nothing."""
+    """Why going on makes no sense: the last `max_failures` attempts all failed at the same step, or memory did not
+    suffice in the first step or again at the same; or nothing."""
+    if reason := _out_of_memory_again(attempts):
+        return reason
     last = attempts[-max_failures:]
     if len(last) < max_failures or any(attempt.end not in FAILURES for attempt in last):
         return ""
@@ -79,6 +97,22 @@ def reason_to_stop(attempts: list[Attempt], max_failures: int) -> str:
     reasons = "; ".join(dict.fromkeys(attempt.reason for attempt in last))
     times = "time" if max_failures == 1 else "times in a row"
     return f"failed {max_failures} {times} at step {last[-1].reached}, without progress: {reasons}"
+
+
+def _out_of_memory_again(attempts: list[Attempt]) -> str:
+    """The reason where another attempt would need as much memory at the same step; it takes no settings of its own."""
+    last = attempts[-2:]
+    if not last or last[-1].end != "failed" or last[-1].failure != OUT_OF_MEMORY:
+        return ""
+    step = last[-1].reached
+    twice = len(last) == 2 and (last[0].end, last[0].failure, last[0].reached) == ("failed", OUT_OF_MEMORY, step)
+    if step and not twice:
+        return ""
+    when = f"again at step {step}" if step else "in the first step"
+    return (
+        f"out of memory {when}, as another attempt would be: {last[-1].reason}; what helps is a smaller "
+        "train.tokens_per_micro_batch, model.recompute=full or more ranks (of a machine's own memory: cluster.memory)"
+    )
 
 
 def _last_sign(run_dir: Path, began: float) -> float:

@@ -15,7 +15,7 @@ from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.cluster.slurm import QueuedJob, my_jobs
 from megatron_papo.config import ConfigError, load_config
-from megatron_papo.runtime.progress import read_progress
+from megatron_papo.runtime.progress import planned_steps, read_progress
 from megatron_papo.text.untrusted import as_text
 
 _HEAD = ("job", "state", "nodes", "time", "steps", "attempts", "run", "")
@@ -84,7 +84,8 @@ def _line(job: QueuedJob) -> ListedRun:
 def _num_steps(run_dir: Path) -> int | None:
     for name in ("settings.json", "settings.yaml"):  # the launcher's, with what stood behind sbatch; the tool's
         try:
-            return load_config(run_records.folder_of(run_dir) / name, to_run=False).train.steps
+            config = load_config(run_records.folder_of(run_dir) / name, to_run=False)
+            return planned_steps(config.model_dump(mode="json"))
         except (OSError, ConfigError):
             continue
     return None

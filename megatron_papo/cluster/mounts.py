@@ -72,19 +72,10 @@ def _paths(config: Config) -> Iterator[tuple[str, PurePath | str, bool]]:
         yield "data.image_roots", root, False
     if config.observe.calibration is not None:
         yield "observe.calibration", config.observe.calibration.parent, False
-    for key in ("train", "eval"):
-        for name in _names(getattr(config.data, key)):
-            if found := _folder_of(name):
-                yield f"data.{key}", found, False
-
-
-def _names(data: object) -> Iterator[str]:
-    """The paths and names of `data.train` or `data.eval`: one, or a list of entries with a `path`."""
-    entries = data if isinstance(data, list | tuple) else [data]
-    for entry in entries:
-        name = entry if isinstance(entry, str) else getattr(entry, "path", None)
-        if isinstance(name, str):
-            yield name
+    for key, sources in (("data.train", config.data.sources("train")), ("data.eval", config.data.sources("eval"))):
+        for source in sources:
+            if source.path is not None and (found := _folder_of(source.path)):
+                yield key, found, False
 
 
 def _folder_of(name: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_papo.cluster.attempts import OUT_OF_MEMORY
 from megatron_papo.files.small_files import read_object
 from megatron_papo.runtime.awake_clock import AwakeClock
 from megatron_papo.runtime.failures import Failure
@@ -111,7 +112,8 @@ def _killed(srun_log: Path, watch: RankWatch, nodelist: str) -> Iterator[Failure
             elif task[3].startswith("Exited"):
                 yield Failure(rank, time.time(), "silent", "ended", text)
             else:
-                yield Failure(rank, time.time(), "killed", "killed", text)
+                name = OUT_OF_MEMORY if task[3] == "Out Of Memory" else "killed"
+                yield Failure(rank, time.time(), "killed", name, text)
         elif gone := _NODE_INDEX.search(line):
             yield _gone(list(hosts(nodelist))[int(gone[1])], watch)
         elif gone := _NODE_NAME.search(line):

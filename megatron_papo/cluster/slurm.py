@@ -81,6 +81,11 @@ def cancel(job_ids: Sequence[str]) -> None:
     _call("scancel", *job_ids)
 
 
+def signal_script(job_id: str, name: str) -> None:
+    """Sends the signal `name` to the batch script of a running job, and to none of its steps."""
+    _call("scancel", "--batch", f"--signal={name}", job_id)
+
+
 def set_comment(job_id: str, run_dir: Path) -> None:
     """Says which run a job is of, as its script's head does where the script is the run's own."""
     _call("scontrol", "update", f"JobId={job_id}", f"Comment={COMMENT}{run_dir}")

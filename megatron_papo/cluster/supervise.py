@@ -7,10 +7,10 @@ signals reach it. `srun COMMAND` is an attempt. When one ends:
 
     done                     the job ends
     saved (USR1 came)        the job queues itself again, and goes on from the checkpoint; where Slurm does not let
-                             it, as in a chain of jobs, it ends, and all is well
+                             it, as in a chain of jobs, or where it was asked to stop, it ends, and all is well
     a rank failed or died    the failing rank's last lines are shown; the next attempt starts on the same nodes when
                              all of them answer, else the job queues itself again, and Slurm chooses others
-    three failures at one step, or refused settings      the job ends with the reason
+    three failures at one step, too little memory twice, or refused settings     the job ends with the reason
 
 Imports the standard library only, for Python 3.9 and later: a batch host has no more than that when the ranks run in a
 container. Leaves out how ranks learn of each other's failures (runtime/heartbeat.py).
@@ -28,14 +28,15 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from megatron_papo.cluster import attempts as attempts_file
-from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
+from megatron_papo.cluster.attempts import Attempt, AttemptEnding, read_attempts, reason_to_stop
 from megatron_papo.cluster.job_log import closing, last_lines, opening, say, show
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
+from megatron_papo.cluster.stop_request import is_asked_to_stop
 from megatron_papo.cluster.supervised_job import CLEARING_S, SupervisedJob, running
 from megatron_papo.runtime.failure_notes import read_failures
 from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, Failure, the_cause
@@ -52,15 +53,6 @@ _FINAL = {"done": 0, "refused": 2, "stopped": 1}
 """Ends that no other attempt follows, with the job's exit code."""
 _KEPT = ("failures", "stacks")
 """Folders of an attempt, kept with its logs."""
-
-
-@dataclass(frozen=True)
-class AttemptEnding:
-    """How an attempt ended: one of the values of `Attempt.end`, and the reason in a line."""
-
-    end: str
-    reason: str = ""
-    rank: int | None = None
 
 
 class Supervisor:
@@ -99,7 +91,7 @@ class Supervisor:
             return 2
         except OSError as error:  # the ranks look too
             say(f"warning: {error}")
-        attempts = close_lost(self._run_dir, attempts, read_progress(self._run_dir).steps_done)
+        attempts = attempts_file.close_lost(self._run_dir, attempts, read_progress(self._run_dir).steps_done)
         leave: int | None = None
         while leave is None:
             stop = reason_to_stop(self._counted(attempts), self._max_failures)
@@ -149,6 +141,7 @@ class Supervisor:
         ending = self._run_ranks(attempt.number, self._goes_on(earlier, progress))
         reached = read_progress(self._run_dir).steps_done
         attempt = replace(attempt, end=ending.end, ended=time.time(), reached=reached, reason=ending.reason)
+        attempt = replace(attempt, failure=ending.failure)
         self._write(attempt)
         self._tell(attempt, ending)
         return attempt
@@ -156,7 +149,7 @@ class Supervisor:
     def _write(self, attempt: Attempt) -> None:
         """A full disk costs the line, not the run; failures of this job are counted in memory."""
         try:
-            write_attempt(self._run_dir, attempt)
+            attempts_file.write_attempt(self._run_dir, attempt)
         except OSError as error:
             say(f"warning: attempts.jsonl: {error}")
 
@@ -209,6 +202,7 @@ class Supervisor:
                 if not self._told_to_end:
                     self._noted = read_failures(self._run_dir / "failures")
             dead = watch.dead_rank(but=set(self._noted))
+            self._asked_to_save = self._asked_to_save or self._asked_to_stop()
             if self._asked_to_save and watch.all_started and now - asked_at > _ASK_AGAIN_S:
                 asked_at = now
                 step.send_signal(signal.SIGUSR1)  # srun passes it on to every rank
@@ -236,7 +230,7 @@ class Supervisor:
         notes += [dead] if dead else []
         cause = the_cause(notes or [Failure(0, time.time(), "silent", "ended", f"srun: exit code {code}")])
         end = {"config": "refused", "stopped": "stopped"}.get(cause.kind, "failed")
-        return AttemptEnding(end, cause.reason(), cause.rank)
+        return AttemptEnding(end, cause.reason(), cause.rank, cause.name)
 
     def _tell(self, attempt: Attempt, ending: AttemptEnding) -> None:
         """Prints how the attempt ended; where a rank failed, that rank's last lines first."""
@@ -254,7 +248,11 @@ class Supervisor:
 
     def _queue_again(self, why: str) -> int:
         """Has Slurm queue the job again, which ends this program when Slurm takes the job back; the exit code where it
-        does not."""
+        does not, or where the job was asked to stop."""
+        if self._asked_to_stop():
+            saved = (self._run_dir / SAVED_FILE).exists()
+            say(f"asked to stop: {'saved' if saved else why}; `submit_slurm.py resume {self._run_dir}` goes on")
+            return 0 if saved else 1
         say(f"{why}: queueing job {self._job.id} again")
         refusal = self._job.queue_again()
         if refusal is not None:
@@ -262,6 +260,9 @@ class Supervisor:
             return 0 if (self._run_dir / SAVED_FILE).exists() else 1
         time.sleep(CLEARING_S)
         return SAVED_EXIT
+
+    def _asked_to_stop(self) -> bool:
+        return is_asked_to_stop(self._run_dir, self._job.id)
 
     def _logs(self, number: int) -> Path:
         return self._run_dir / "logs" / f"attempt_{number:04d}"

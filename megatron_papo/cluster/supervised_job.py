@@ -32,7 +32,7 @@ class SupervisedJob:
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise SystemExit(f"papo: error: {', '.join(missing)} not set: this runs in a batch script of Slurm")
-        return cls(_job_id(os.environ), os.environ[names[1]], int(os.environ[names[2]]))
+        return cls(job_id(os.environ), os.environ[names[1]], int(os.environ[names[2]]))
 
     def steps_left(self) -> list[str]:
         """Names, as `12.0`, of the job's steps beside the batch script."""
@@ -86,7 +86,7 @@ def running(job: str) -> str:
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _job_id(environ: Mapping[str, str]) -> str:
+def job_id(environ: Mapping[str, str]) -> str:
     """The number of a job; `12_3` for a task of a job array, one of which has the array's own number as SLURM_JOB_ID: a
     command of Slurm that is given that number acts on all tasks."""
     if "SLURM_ARRAY_TASK_ID" in environ:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_papo.config.basics import Count, Section
+from megatron_papo.config.curriculum import StageConfig, fault_of_stages
 from megatron_papo.config.data_sources import Preset, SourceConfig, Sources, source_entries
 
 
@@ -18,6 +19,8 @@ class ColumnsConfig(Section):
     """Column of the right answer, or of a list of answers, each of which counts as right."""
     images: str | None = "images"
     """Column of one image or several, as bytes, paths, base64 or pictures; null: only the text is read."""
+    system: str | None = None
+    """Column of the text of a row's system turn; a row without one has that of data.system."""
 
 
 MOST_IMAGE_PIXELS = 89_000_000
@@ -43,7 +46,7 @@ class DataConfig(Section):
     )
     """Text that follows the question in the user's turn, after a blank line; empty: only the question."""
     system: str | None = None
-    """Text of the system turn; null: the chat template's own."""
+    """Text of the system turn, where a row has none of its own; null: the chat template's own."""
     min_pixels: Count | None = None
     """Images of a smaller area, in pixels, are enlarged to it; null: the minimum of the model folder's image
     processor."""
@@ -60,7 +63,24 @@ class DataConfig(Section):
     """What to do with a bad row (corrupt image, wrong number of image placeholders, no answer, too long and the like):
     leave it out, or stop and name it."""
     shuffle: bool = True
-    """Whether the rows have a new order in each epoch; false: the order of the file."""
+    """Whether the rows have a new order in each epoch; false: the order of the file. With data.order_by: whether rows
+    of the same value have."""
+    order_by: str | None = None
+    """Column that rows are sorted by in each epoch, from the least number or the first text; rows without a value come
+    last. Also a column that is read for nothing else, such as a difficulty."""
+    order_descending: bool = False
+    """Whether data.order_by sorts from the largest number or the last text."""
+    sampler: str | None = None
+    """Sampler of your own, `module:function`, in place of data.shuffle and data.order_by: a function of (num_rows,
+    epoch, seed, column) that returns the numbers of the rows of an epoch in order; rows may come several times or not
+    at all. `column("name")` gives the cells of a column. It must return the same for the same arguments."""
+    curriculum: list[StageConfig] = []
+    """Stages of the run, one after the other, each of which draws from some of the rows: mappings with the keys below.
+    Within a stage, order and weights are as elsewhere."""
+    on_change: Literal["stop", "continue"] = "stop"
+    """What to do when a run is resumed with other rows of data.train, or another order of them, than it began with:
+    refuse, or go on. It then goes on with the new rows in their order, of which as many prompts count as drawn as were
+    drawn so far."""
     prefetch: bool = True
     """Whether `papo train` prepares the next prompts in a thread while it trains on the present ones. Takes host memory
     for one more batch of prompts."""
@@ -72,6 +92,12 @@ class DataConfig(Section):
         self._check_sources()
         if self.preset != "none" and self.columns != ColumnsConfig():
             raise ValueError(f"data.columns: data.preset={self.preset} names the columns; give one of the two")
+        if self.sampler is not None and self.order_by is not None:
+            raise ValueError(f"data.order_by={self.order_by}: data.sampler says the order; give one of the two")
+        if self.sampler is not None and any(entry.weight != 1 for entry in self.sources("train")):
+            raise ValueError("data.train: data.sampler says how often each row comes: leave the weights out")
+        if fault := fault_of_stages(self.curriculum):
+            raise ValueError(fault)
         return self
 
     def _check_sources(self) -> None:

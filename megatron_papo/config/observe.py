@@ -39,3 +39,6 @@ class ObserveConfig(Section):
     peak_tflops: Positive | None = None
     """Dense TFLOPS of one GPU in model.dtype, for the metric `mfu`; null: looked up by the GPU's name, without which
     there is no `mfu`."""
+    metrics: list[str] = []
+    """Own metrics, each written `module:function`: `(rows: list[MetricRow]) -> dict[str, float]` of the responses that
+    a rank has trained on in a step; recorded as `own/<name>`. See docs/guides/plug_ins.md."""

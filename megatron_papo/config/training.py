@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,9 +26,48 @@ class DynamicSamplingConfig(Section):
     reference code)."""
 
 
-class TrainConfig(Section):
-    steps: Count = 202
-    """Number of rollout batches of the whole run."""
+Epochs = Annotated[float, Field(gt=0.0, le=10_000.0)]
+
+
+class LengthConfig(Section):
+    """How long a run lasts: a number of steps, or one that follows from passes through the data."""
+
+    steps: Count | None
+    epochs: Epochs | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_to_epochs(cls, given: Any) -> Any:
+        """Epochs without steps take the place of the default number of steps."""
+        if isinstance(given, dict) and given.get("epochs") is not None:
+            return {"steps": None, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: null needs epochs, from which the number of steps follows")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run. Where only epochs are given it is known once the data is open, after `lasting`."""
+        assert self.steps is not None, "the number of steps follows from epochs once the data is open"
+        return self.steps
+
+    def lasting(self, steps_of_epochs: int) -> Self:
+        """The same section with the number of steps in place, where its epochs are so many: the smaller one counts."""
+        return self.model_copy(update={"steps": min(self.steps or steps_of_epochs, steps_of_epochs)})
+
+
+class TrainConfig(LengthConfig):
+    steps: Count | None = 202
+    """Number of rollout batches of the whole run; null: it follows from train.epochs. Where both are given the run ends
+    at the one that comes first."""
+    epochs: Epochs | None = None
+    """Number of passes through data.train, also a part such as 0.5, in place of train.steps: the run has as many steps
+    as it takes to draw every row so often, rounded up. Not with train.dynamic_sampling, whose steps draw as many
+    prompts as they need."""
     prompts_per_step: Count = 384
     """Number of prompts of one step, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 5
@@ -57,6 +96,11 @@ class TrainConfig(Section):
                 f"train.prompts_per_step={self.prompts_per_step} does not divide by "
                 f"train.updates_per_step={self.updates_per_step}"
             )
+        if self.epochs is not None and self.dynamic_sampling.enabled:
+            raise ValueError(
+                f"train.epochs={self.epochs:g}: with train.dynamic_sampling a step draws as many prompts as it needs, "
+                "so no number of steps follows from epochs; give train.steps"
+            )
         dynamic, most = self.dynamic_sampling, self.dynamic_sampling.max_rounds * self.prompts_per_round
         if dynamic.enabled and most < self.prompts_per_step:
             raise ValueError(
@@ -72,9 +116,13 @@ class TrainConfig(Section):
         return (dynamic.prompts_per_round if dynamic.enabled else None) or self.prompts_per_step
 
 
-class SftConfig(Section):
-    steps: Count = 100
-    """Number of optimizer steps of supervised fine-tuning."""
+class SftConfig(LengthConfig):
+    steps: Count | None = 100
+    """Number of optimizer steps of supervised fine-tuning; null: it follows from sft.epochs. Where both are given the
+    run ends at the one that comes first."""
+    epochs: Epochs | None = None
+    """Number of passes through data.train, also a part such as 0.5, in place of sft.steps, which follow from it,
+    rounded up."""
     batch_size: Count = 64
     """Rows of one optimizer step, over all data-parallel ranks."""
     response_column: str = "response"

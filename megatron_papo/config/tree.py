@@ -94,6 +94,12 @@ class Config(Section):
         if self.perception.kl == "full" and self.perception.masked_branch == "frozen":
             raise ValueError("perception.kl=full needs perception.masked_branch=joint: a frozen branch keeps no logits")
         self._check_ahead()
+        if self.train.epochs is not None or self.sft.epochs is not None:
+            key = "train" if self.train.epochs is not None else "sft"
+            if any(stage.steps is not None for stage in self.data.curriculum):
+                raise ValueError(
+                    f"{key}.epochs: a stage of data.curriculum lasts steps; give its epochs, or {key}.steps"
+                )
         self._check_gpu_path()
         overlong, limit = self.reward.overlong, self.generation.max_response_tokens
         if overlong.enabled and overlong.buffer > limit:

@@ -1,8 +1,9 @@
 """What a run needs of a GPU's memory, stage by stage, from the model's shape and the settings: before any rank starts.
 
-Weights, gradients, optimizer states and the engine's share are counted, and what of these cannot fit is refused.
-Activations are counted for rows that are full, so they are said and warned of, never refused. Leaves out what CUDA,
-NCCL and the allocator take for themselves (1 to 3 GiB a GPU). Imports no torch.
+`stage_memory` is the one account of it: `papo check` prints it, the planner chooses layouts by it. Weights, gradients,
+optimizer states and the engine's share are counted, and what of these cannot fit is refused. Activations are counted
+for rows that are full (full_rows.py), so they are said and warned of, never refused. CUDA, NCCL and the allocator take
+memory for themselves, of which a reserve is kept beside activations. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from megatron_papo.config import Config, FreezeConfig
 from megatron_papo.config.derived import engine_weight_bytes
 from megatron_papo.costs.activations import RowSize, held_bytes
+from megatron_papo.costs.full_rows import ASSUMED_SHARES, RowShares, full_row, rows_in_flight
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.distributed.rank_arithmetic import data_ranks
 from megatron_papo.model.layer_costs import ParameterCount, Part, costs_of, language_layer
@@ -21,6 +23,8 @@ from megatron_papo.model.shape import ModelShape, padded, stage_layers
 GIB = 2**30
 _CUDA_TAKES = GIB
 """The least that CUDA's context, NCCL and the allocator take of a GPU for themselves."""
+RESERVE_BYTES = 6 * GIB
+"""Bytes of every GPU that are left beside activations to CUDA, NCCL's buffers and the allocator's losses."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,32 @@ class StageMemory:
     """Estimated, for one pipeline's rows in flight."""
 
     @property
+    def states(self) -> int:
+        """What the trainer keeps between two updates."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def counted(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.engine
+        return self.states + self.engine
 
     @property
     def total(self) -> int:
         """At the fullest moment: rollouts, with the engine awake and no activations, or an update while it sleeps."""
-        if self.engine_sleeps:
-            return self.weights + self.gradients + self.optimizer + max(self.engine, self.activations)
-        return self.counted + self.activations
+        return max(self.counted, self.updating)
 
-    def parts(self) -> str:
-        names = ("weights", "gradients", "optimizer", "engine")
+    @property
+    def training(self) -> int:
+        """An update's own, the engine left out."""
+        return self.states + self.activations
+
+    @property
+    def updating(self) -> int:
+        """During an update, beside the engine where that does not sleep."""
+        return self.training + (0 if self.engine_sleeps else self.engine)
+
+    def parts(self, *names: str) -> str:
+        """The parts of these names, or all but the activations, with their GiB."""
+        names = names or ("weights", "gradients", "optimizer", "engine")
         return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
 
 
@@ -78,8 +96,11 @@ def num_parameters(shape: ModelShape) -> int:
     return sum(piece.split + piece.whole for piece in pieces)
 
 
-def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[StageMemory, ...]:
-    """The memory of a GPU of every pipeline stage, on `num_ranks` trainer ranks, each with a GPU to itself."""
+def stage_memory(
+    config: Config, shape: ModelShape, num_ranks: int, shares: RowShares = ASSUMED_SHARES
+) -> tuple[StageMemory, ...]:
+    """The memory of a GPU of every pipeline stage, on `num_ranks` trainer ranks, each with a GPU to itself; activations
+    are those of full rows of such shares."""
     parallel = config.parallel
     data = data_ranks(parallel, num_ranks)
     stays = 1.0 - config.optim.offload_fraction
@@ -100,7 +121,7 @@ def stage_memory(config: Config, shape: ModelShape, num_ranks: int) -> tuple[Sta
                 optimizer=states // data if parallel.distributed_optimizer else states,
                 engine=_engine(config, shape),
                 engine_sleeps=config.generation.engine == "vllm" and config.generation.sleep,
-                activations=activation_bytes(config, shape, stage),
+                activations=activation_bytes(config, shape, stage, data, shares),
             )
         )
     return tuple(stages)
@@ -121,7 +142,7 @@ def update_bytes(config: Config, shape: ModelShape, row: RowSize, *, num_ranks: 
     """The bytes of an update of rows of that size on a GPU of pipeline stage `stage`; traced in
     tests/cuda/test_update.py."""
     memory = stage_memory(config, shape, num_ranks)[stage]
-    states = memory.weights + memory.gradients + memory.optimizer
+    states = memory.states
     held = held_bytes(config, shape, stage, row, config.parallel.pipeline - stage, fused=config.model.spec != "local")
     return UpdateBytes(states, states + held, states)
 
@@ -159,17 +180,19 @@ def memory_faults(config: Config, shape: ModelShape, num_ranks: int) -> list[str
 
 
 def memory_warnings(config: Config, shape: ModelShape, num_ranks: int) -> list[str]:
-    """A line for the fullest stage when its estimated activations go beyond the GPU."""
+    """A line for the stage that an update fills most, when its estimated activations leave less than the reserve."""
     has = gpu_bytes(config)
-    fullest = max(stage_memory(config, shape, num_ranks), key=lambda stage: stage.total)
-    if has is None or fullest.total <= has or fullest.counted > has:
+    fullest = max(stage_memory(config, shape, num_ranks), key=lambda stage: stage.updating)
+    if has is None or fullest.updating <= has - RESERVE_BYTES or fullest.counted > has:
         return []
     remedies = [] if config.model.recompute == "full" else ["model.recompute=full"]
     remedies += ["a smaller train.tokens_per_micro_batch", "more ranks"]
+    asleep = ("weights", "gradients", "optimizer")
+    parts = fullest.parts(*asleep, *(() if fullest.engine_sleeps else ("engine",)), "activations")
     return [
-        f"cluster: stage {fullest.stage} needs about {fullest.total / GIB:.1f} GiB a GPU ({fullest.parts()}, "
-        f"activations about {fullest.activations / GIB:.1f}), {config.cluster.gpu} has {has / GIB:.1f}: what helps is "
-        + " or ".join(remedies)
+        f"cluster: an update needs about {fullest.updating / GIB:.1f} GiB a GPU on stage {fullest.stage} ({parts}), "
+        f"{config.cluster.gpu} has {has / GIB:.1f}, of which about {RESERVE_BYTES / GIB:.0f} are for CUDA, NCCL and "
+        f"the allocator: what helps is {' or '.join(remedies)}"
     ]
 
 
@@ -182,12 +205,11 @@ def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
     return num_parameters(shape) * (weight_bytes(config) + state)
 
 
-def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
-    """Bytes of activations of full rows, as many in flight as there are stages from this one on; half of a row's tokens
-    are taken to be of images, and half to be responses."""
-    tokens = config.train.tokens_per_micro_batch
-    row = RowSize(tokens, tokens // 2 * shape.vision.merge_unit, tokens // 2)
-    in_flight = config.parallel.pipeline - stage
+def activation_bytes(
+    config: Config, shape: ModelShape, stage: int, num_data: int = 1, shares: RowShares = ASSUMED_SHARES
+) -> int:
+    """Bytes of activations of the full rows that a stage has in flight, on one of `num_data` data-parallel ranks."""
+    row, in_flight = full_row(config, shape, shares), rows_in_flight(config, stage, num_data)
     return held_bytes(config, shape, stage, row, in_flight, fused=config.model.spec != "local")
 
 

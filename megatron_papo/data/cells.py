@@ -1,8 +1,8 @@
 """Cells of a row as text: the question, which may be a conversation, and the right answers, of whatever type.
 
 A question is text, or one turn of the user as TRL and verl write it: `[{"role": "user", "content": ...}]`, its content
-text or a list of parts, in which a picture's part stands for a picture of the row. A system turn before it is read only
-where it says what `data.system` says, since a run has one for all prompts. Longer conversations are no question.
+text or a list of parts, in which a picture's part stands for a picture of the row. A system turn before it is the row's
+own; so is the text of a column for it. Longer conversations are no question.
 
 An answer is what the author of the data set wrote, as far as a file's type tells: a class by its name, 3.0 as 3 (a
 column of whole numbers with a gap becomes one of fractions), a date without the midnight that a reader of files adds.
@@ -37,10 +37,16 @@ class BadCell(ValueError):
         self.reason = reason
 
 
-def question_of(cell: Any, system: str | None) -> str:
-    """The user's question, `<image>` where a part of it is a picture; `system` is the run's own. Raises BadCell."""
+def question_of(cell: Any) -> tuple[str, Any]:
+    """The user's question, `<image>` where a part of it is a picture, and the system turn before it, None without one.
+
+    Raises BadCell.
+    """
+    told = None
     if isinstance(cell, (list, tuple)) and cell and all(isinstance(turn, dict) and "role" in turn for turn in cell):
-        cell = _user_turn(list(cell), system)
+        turns = list(cell)
+        told = _content(turns.pop(0)) if turns[0]["role"] == "system" else None
+        cell = _user_turn(turns)
     if isinstance(cell, bytes):
         cell = _decoded(cell, "problem is no text")
     if cell is None or (isinstance(cell, (str, list)) and not cell):
@@ -51,7 +57,27 @@ def question_of(cell: Any, system: str | None) -> str:
         raise BadCell("no problem")
     if VIDEO in cell:
         raise BadCell("video", f"{VIDEO} in the text: only pictures are read")
-    return cell
+    return cell, told
+
+
+def system_of(cell: Any, told: Any) -> str | None:
+    """The text of a row's own system turn: of its column, `cell`, or of its conversation, `told`; None without one.
+
+    Raises BadCell where both are there and differ, and for what is no text.
+    """
+    texts = []
+    for given in (cell, told):
+        text = _decoded(given, "system turn") if isinstance(given, bytes) else given
+        if text is not None and not isinstance(text, str):
+            raise BadCell("system turn", f"{_kind(text)}, not text")
+        if text and (mark := next((mark for mark in (PLACEHOLDER, VIDEO) if mark in text), None)):
+            raise BadCell("system turn", f"{mark} in its text: pictures belong to the question")
+        texts += [text] if text and text.strip() else []
+    if len(set(texts)) > 1:
+        raise BadCell(
+            "system turn", f"{shortened(texts[1])!r} in the conversation, {shortened(texts[0])!r} in the column"
+        )
+    return texts[0] if texts else None
 
 
 def answers_of(cell: Any, feature: Any = None) -> tuple[str, ...]:
@@ -70,12 +96,8 @@ def answers_of(cell: Any, feature: Any = None) -> tuple[str, ...]:
     return texts
 
 
-def _user_turn(turns: list[dict[str, Any]], system: str | None) -> Any:
+def _user_turn(turns: list[dict[str, Any]]) -> Any:
     """What the only turn of the user says."""
-    if turns[0]["role"] == "system":
-        told = _content(turns.pop(0))
-        if told != (system or ""):
-            raise BadCell("system turn", f"{shortened(told)!r} is not what data.system says")
     if [turn["role"] for turn in turns] != ["user"]:
         roles = ", ".join(str(turn["role"]) for turn in turns)
         raise BadCell(

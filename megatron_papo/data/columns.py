@@ -45,7 +45,12 @@ def listed(features: Features) -> str:
 
 
 def _check(columns: ColumnsConfig, source: SourceConfig, key: str, features: Features, needs_answer: bool) -> None:
-    wanted = {"problem": columns.problem, "answer": columns.answer if needs_answer else None, "images": columns.images}
+    wanted = {
+        "problem": columns.problem,
+        "answer": columns.answer if needs_answer else None,
+        "images": columns.images,
+        "system": columns.system,
+    }
     for cell, column in wanted.items():
         if column is None or column in features:
             continue

@@ -8,18 +8,19 @@ its number and the reason; what then happens is for `draw` to decide.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from megatron_papo.config import DataConfig
 from megatron_papo.config.data_sources import names_sources, source_key
 from megatron_papo.data.bad_rows import BadRow
-from megatron_papo.data.cells import BadCell, answers_of, question_of
+from megatron_papo.data.cells import BadCell, answers_of, question_of, system_of
 from megatron_papo.data.chat_template import TemplateFailed
 from megatron_papo.data.conversation import PLACEHOLDER
 from megatron_papo.data.fingerprint import fingerprint
@@ -68,7 +69,7 @@ class PromptDataset:
             raise ValueError(f"data.{which}: not set")
         keys = [source_key(which, written, place) for place in range(len(entries))]
         self.which, self._processor, self._needs_answer = which, processor, needs_answer
-        self._max_tokens, self._max_pixels, self._system = data.max_prompt_tokens, data.max_image_pixels, data.system
+        self._max_tokens, self._max_pixels = data.max_prompt_tokens, data.max_image_pixels
         self.sources = tuple(
             SourceRows(data, entry, key, needs_answer=needs_answer) for entry, key in zip(entries, keys, strict=True)
         )
@@ -125,13 +126,14 @@ class PromptDataset:
         with self.named(row):
             cells = source.rows[own_row]
             items = source.pictures(cells)
-            problem, answers = self._problem(source, row, cells, len(items)), self._answers(source, row, cells)
+            problem, system = self._question(source, row, cells, len(items))
+            answers = self._answers(source, row, cells)
             if problem.count(PLACEHOLDER) != len(items):
                 placeholders = problem.count(PLACEHOLDER)
                 raise BadRow(row, "placeholder count", f"{placeholders} {PLACEHOLDER} for {len(items)} images")
-            if token := self._processor.vision_token_in(problem):
+            if token := self._processor.vision_token_in(problem + (system or "")):
                 raise BadRow(row, "vision token in text", token)
-            text_ids_S = self._processor.text_ids(problem, len(items))
+            text_ids_S = self._processor.text_ids(problem, len(items), system)
             self._check_length(row, text_ids_S.numel())
             compressed = image_bytes(items, source.images, self._max_pixels)
             prompt_id = f"{self.which}:{row}"
@@ -140,6 +142,7 @@ class PromptDataset:
             prompt = Prompt(
                 prompt_id, row, problem, answers[0], compressed, inputs, visit=visit, other_answers=answers[1:],
                 source=source.source_of(cells) if self._names_sources else "", columns=source.other_cells(cells),
+                system=system,
             )  # fmt: skip
             if masked:
                 return with_masked(prompt, masked)
@@ -160,10 +163,21 @@ class PromptDataset:
         source, own_row = self.locate(row)
         return source.column(own_row, name)
 
-    @property
-    def lacks_image_column(self) -> bool:
-        """Whether a source has no column of pictures although no setting says so."""
-        return any(source.lacks_image_column for source in self.sources)
+    def column_values(self, name: str) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for a column that a source does not have."""
+        return [value for source in self.sources for value in source.column_values(name)]
+
+    def rows_passing(self, conditions: Mapping[str, Any] | str | None, key: str) -> np.ndarray:
+        """The numbers of the rows that pass a filter, ascending, [N] int64; `key` is its setting, for messages. Raises
+        ValueError for a filter that cannot be asked, and where no row passes."""
+        if conditions is None:
+            return np.arange(len(self))
+        passing = [source.rows_passing(conditions, key) for source in self.sources]
+        firsts = [end - len(source) for source, end in zip(self.sources, self._ends, strict=True)]
+        numbers = [first + row for first, rows in zip(firsts, passing, strict=True) for row in rows]
+        if not numbers:
+            raise ValueError(f"{key}: none of the {len(self)} rows of {self.name} passes")
+        return np.array(numbers)
 
     def without_pictures(self) -> str | None:
         """Why this seems to be a data set of text alone, in words; None where a row has a picture."""
@@ -188,14 +202,17 @@ class PromptDataset:
         """The images of row `row` of the source that begins at row `first`."""
         return self.images(first + row)
 
-    def _problem(self, source: SourceRows, row: int, cells: dict[str, Any], num_images: int) -> str:
-        problem = question_of(cells[source.columns.problem], self._system)
+    def _question(self, source: SourceRows, row: int, cells: dict[str, Any], num_images: int) -> tuple[str, str | None]:
+        """The question, with a `<image>` for each picture, and the row's own system turn."""
+        problem, told = question_of(cells[source.columns.problem])
+        system = system_of(source.system(cells), told)
         if video := next((name for name in _VIDEOS if name != source.columns.images and cells.get(name)), None):
             raise BadRow(row, "video", f"in column {video!r}: only pictures are read")
         most = self._max_tokens * self._processor.most_letters_of_a_token
-        if len(problem) > most:  # tokenising it would take its time
-            raise BadRow(row, "prompt too long", f"{len(problem)} letters are more than {self._max_tokens} tokens")
-        return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem
+        num_letters = len(problem) + len(system or "")
+        if num_letters > most:  # tokenising it would take its time
+            raise BadRow(row, "prompt too long", f"{num_letters} letters are more than {self._max_tokens} tokens")
+        return problem if PLACEHOLDER in problem else PLACEHOLDER * num_images + problem, system
 
     def _answers(self, source: SourceRows, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
         """One at least; where none is needed it may be empty."""

@@ -80,8 +80,7 @@ def prompts_of(
 
 
 def _fill(dataset: PromptDataset, cursor: DataCursor, position: int, bad_rows: BadRows, masks: Masks | None) -> Prompt:
-    for attempt in range(cursor.num_rows):
-        row = cursor.row(position, attempt)
+    for row in cursor.rows(position):
         if row in bad_rows.by_row:
             continue
         try:

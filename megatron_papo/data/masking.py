@@ -24,8 +24,8 @@ from torch import Tensor
 
 from megatron_papo.config import MaskConfig
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.order import random_state
 from megatron_papo.data.processor import Pixels, Processor
+from megatron_papo.data.random_state import random_state
 from megatron_papo.types import Prompt
 
 _SWAP_TRIES = 100

@@ -1,29 +1,22 @@
-"""Which row comes when: a deterministic order, written as a function of a position that only grows.
+"""A place in the order of a data set's rows, and the positions that a step draws next.
 
-Position p is row p mod n of epoch p div n; every epoch is its own shuffle, drawn from (seed, epoch). A step takes the
-next positions and cuts them into one chunk an optimizer update; each chunk is cut over the data ranks. So neither the
-order nor a prompt's update depends on how many ranks there are. A position whose row turns out bad is filled from
+A position counts the prompts that were drawn before it, and only grows; `epochs.py` says which row it is. A step takes
+the next positions and cuts them into one chunk an optimizer update; each chunk is cut over the data ranks. So neither
+the order nor a prompt's update depends on how many ranks there are. A position whose row turns out bad is filled from
 half an epoch further on, by every rank alike and without asking another.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-
-def random_state(*parts: str | int) -> np.random.RandomState:
-    """A generator seeded from values that name what it is for; the same on every machine and numpy release.
-
-    RandomState, because numpy froze its streams; blake2b, because Python's own hash differs between processes.
-    """
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
-    return np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.uint32))
+from megatron_papo.data.epochs import RowOrder, Stage, rows_as_they_are, shuffled_rows
+from megatron_papo.data.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -35,35 +28,65 @@ class DataCursor:
     shuffle: bool = True
     position: int = 0
     """Prompts drawn since the run began, over all ranks and dynamic-sampling rounds."""
+    special: RowOrder | None = field(default=None, compare=False, repr=False)
+    """The order, where it is another than all rows in each epoch, shuffled or as they are."""
 
-    def row(self, position: int, attempt: int = 0) -> int:
-        """The row at `position`; attempts from 1 name its replacements, until every row of the epoch has been named.
+    @property
+    def order(self) -> RowOrder:
+        """Which row comes at which position."""
+        return self.special or _plain_order(self.num_rows, self.seed, self.shuffle)
 
-        Raises ValueError when none is left.
-        """
-        if attempt >= self.num_rows:
-            raise ValueError(f"no good row among {self.num_rows}")
-        epoch, place = divmod(position, self.num_rows)
-        # 1 .. n-1, beginning half an epoch away: there a replacement rarely meets its own step.
-        away = 1 + (self.num_rows // 2 + attempt - 2) % (self.num_rows - 1) if attempt else 0
-        place = (place + away) % self.num_rows
-        return int(_shuffled(self.num_rows, self.seed, epoch)[place]) if self.shuffle else place
+    def rows(self, position: int) -> Iterator[int]:
+        """The row at `position` and then its replacements, until every row of the epoch has been named."""
+        _, place, rows = self.order.at(position)
+        for attempt in range(len(rows)):
+            # 1 .. n-1, beginning half an epoch away: there a replacement rarely meets its own step.
+            away = 1 + (len(rows) // 2 + attempt - 2) % (len(rows) - 1) if attempt else 0
+            yield int(rows[(place + away) % len(rows)])
 
     def advance(self, num_prompts: int) -> DataCursor:
         return replace(self, position=self.position + num_prompts)
 
+    def where(self) -> str:
+        """The place in words: the epoch, counted from 0, and how many of its rows were drawn."""
+        epoch, place, rows = self.order.at(self.position)
+        return f"epoch {epoch}, row {place} of {len(rows)}"
+
+    def order_fingerprint(self) -> str:
+        """A few letters that stand for the order, or its name where it is a plain one."""
+        return plain_order(self.shuffle) if self.special is None else self.special.fingerprint()
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for json."""
-        return {
+        """Plain numbers, for json; for an order of its own also a fingerprint of the epoch that was drawn from."""
+        state: dict[str, Any] = {
             "num_rows": self.num_rows, "seed": self.seed, "shuffle": self.shuffle, "position": self.position,
         }  # fmt: skip
+        return state if self.special is None else {**state, "epoch_rows": self._epoch_rows(self.position)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> DataCursor:
-        """This cursor moved to where `state` was taken; ValueError when that was another order."""
-        for key, setting in (("num_rows", "rows of data.train"), ("seed", "run.seed"), ("shuffle", "data.shuffle")):
-            if state[key] != getattr(self, key):
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> DataCursor:
+        """This cursor moved to where `state` was taken.
+
+        Raises ValueError when that was another order, unless `other_data` allows it: then as many prompts count as
+        drawn of the order that holds now.
+        """
+        position = int(state["position"])
+        if state["seed"] != self.seed:
+            raise ValueError(f"run.seed: the checkpoint has {state['seed']}, this run {self.seed}")
+        for key, setting in (("num_rows", "rows of data.train"), ("shuffle", "data.shuffle")):
+            if state[key] != getattr(self, key) and not other_data:
                 raise ValueError(f"{setting}: the checkpoint has {state[key]}, this run {getattr(self, key)}")
-        return replace(self, position=int(state["position"]))
+        kept = state.get("epoch_rows")
+        if kept is not None and self.special is not None and not other_data and kept != self._epoch_rows(position):
+            raise ValueError(
+                "data: the epoch that the checkpoint was drawing from has other rows, or another order of them, than "
+                "then: a data.sampler must give the same for the same arguments"
+            )
+        return replace(self, position=position)
+
+    def _epoch_rows(self, position: int) -> str:
+        """The fingerprint of the epoch of the last prompt before `position`."""
+        _, _, rows = self.order.at(max(position - 1, 0))
+        return fingerprint([rows.astype("<i8").tobytes()])
 
 
 def share_of[Item](items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
@@ -83,6 +106,12 @@ def positions_for_step(
     return tuple(tuple(share_of(chunk, data_rank, data_size)) for chunk in chunks)
 
 
+def plain_order(shuffle: bool) -> str:
+    """The name of the order of all rows in each epoch, shuffled or as they are."""
+    return "shuffled" if shuffle else "as they are"
+
+
 @lru_cache(maxsize=4)
-def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return random_state("order", seed, epoch).permutation(num_rows)
+def _plain_order(num_rows: int, seed: int, shuffle: bool) -> RowOrder:
+    """All rows in each epoch."""
+    return RowOrder([Stage(np.arange(num_rows))], shuffled_rows(seed) if shuffle else rows_as_they_are)

@@ -96,16 +96,17 @@ class Processor:
         text_ids_S = self.text_ids(problem, len(images))
         return self.join(text_ids_S, [self.pixel_values([image]) for image in images])
 
-    def text_ids(self, problem: str, num_images: int) -> Tensor:
-        """[S] int64: the prompt with one image token a picture, known before a picture is read.
+    def text_ids(self, problem: str, num_images: int, system: str | None = None) -> Tensor:
+        """[S] int64: the prompt with one image token a picture, known before a picture is read; `system` is the text of
+        its own system turn, else data.system has it.
 
         Raises ValueError as `encode`, TemplateFailed.
         """
         if problem.count(PLACEHOLDER) != num_images:
             raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images")
-        if token := self.vision_token_in(problem):
+        if token := self.vision_token_in(problem + (system or "")):
             raise ValueError(f"the text contains the vision token {token}")
-        batch = self._hf(text=[self.render(problem)], return_tensors="pt", add_special_tokens=False)
+        batch = self._hf(text=[self.render(problem, system)], return_tensors="pt", add_special_tokens=False)
         text_ids_S: Tensor = batch["input_ids"][0]
         return text_ids_S
 
@@ -126,15 +127,16 @@ class Processor:
         """[I] int64: image tokens of each picture."""
         return grid_thw_I3.prod(dim=1) // self.merge_size**2
 
-    def render(self, problem: str) -> str:
-        """The prompt as text, one image token a picture, up to where the assistant's turn begins.
+    def render(self, problem: str, system: str | None = None) -> str:
+        """The prompt as text, one image token a picture, up to where the assistant's turn begins; `system` as in
+        `text_ids`.
 
         Raises TemplateFailed, also where question or pictures are not in it as they were given.
         """
-        question = instructed(problem, self.instruction)
-        text = self._apply_template(turns_of(question, self.system, self.form), True)
+        question, spoken = instructed(problem, self.instruction), system or self.system
+        text = self._apply_template(turns_of(question, spoken, self.form), True)
         try:
-            check_rendered(text, question, self.system)
+            check_rendered(text, question, spoken)
         except TemplateFailed as error:
             raise self._fault(error) from None
         return text

@@ -19,8 +19,16 @@ _ROWS_AT_ONCE = 1024
 
 
 def rows_that_pass(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, name: str) -> list[int]:
+    """What `passing_rows` gives; raises ValueError also where no row passes."""
+    kept = passing_rows(rows, conditions, key, name)
+    if not kept:
+        raise ValueError(f"{key}: none of the {len(rows)} rows of {name} passes")
+    return kept
+
+
+def passing_rows(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, name: str) -> list[int]:
     """The numbers of the rows that pass, in order. `key` is the setting of the filter and `name` that of the source,
-    for messages. Raises ValueError for an unknown column, an error of the user's function, and where no row passes."""
+    for messages. Raises ValueError for an unknown column and for an error of the user's function."""
     if isinstance(conditions, str):
         passes = partial(_passes_function, load_user_function(key, conditions, ("row",))[0], f"{key}: {conditions}")
         cells = rows
@@ -28,10 +36,7 @@ def rows_that_pass(rows: Dataset, conditions: Mapping[str, Any] | str, key: str,
         if gone := [column for column in conditions if column not in rows.column_names]:
             raise ValueError(f"{key}: {name} has no column {gone[0]!r}, has {listed(rows.features)}")
         passes, cells = partial(_passes_conditions, conditions), rows.select_columns(list(conditions))
-    kept = list(_numbers(cells, passes))
-    if not kept:
-        raise ValueError(f"{key}: none of the {len(rows)} rows of {name} passes")
-    return kept
+    return list(_numbers(cells, passes))
 
 
 def _numbers(cells: Dataset, passes: Callable[[int, dict[str, Any]], bool]) -> Any:

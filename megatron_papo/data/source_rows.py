@@ -6,15 +6,15 @@ What is common to all entries, and how a row becomes a prompt, is in `dataset.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_papo.config import DataConfig, SourceConfig
 from megatron_papo.data.columns import choose_columns, listed
-from megatron_papo.data.fingerprint import fingerprints_of_rows
+from megatron_papo.data.fingerprint import fingerprint, fingerprints_of_rows
 from megatron_papo.data.images import image_items
 from megatron_papo.data.row_files import missing_columns
-from megatron_papo.data.row_filter import rows_that_pass
+from megatron_papo.data.row_filter import passing_rows, rows_that_pass
 from megatron_papo.data.source import open_source
 from megatron_papo.text.untrusted import shortened
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROWS_LOOKED_AT = 1024
 """For pictures, spread over the rows."""
+_ROWS_COMPARED = 64
 _MOST_SOURCES = 64
 """Different values of a `source_column`: each has its own metrics."""
 _LONGEST_SOURCE = 64
@@ -61,6 +62,10 @@ class SourceRows:
         """The images of a row, as the data set holds each."""
         return image_items(cells.get(self.columns.images)) if self.columns.images is not None else []
 
+    def system(self, cells: dict[str, Any]) -> Any:
+        """The cell of a row's system turn, as the data set holds it; None where none is read."""
+        return None if self.columns.system is None else cells[self.columns.system]
+
     def source_of(self, cells: dict[str, Any]) -> str:
         """The name of the source of a row: the cell of `source_column`, or the entry's own name."""
         column = self.config.source_column
@@ -73,9 +78,18 @@ class SourceRows:
 
     def column(self, row: int, name: str) -> Any:
         """Any cell of a row; ValueError for an unknown column."""
-        if name not in self.rows.column_names:
-            raise ValueError(f"{self.key}: {self.origin} has no column {name!r}, has {listed(self.rows.features)}")
+        self._check_column(name)
         return self.rows[row][name]
+
+    def column_values(self, name: str) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for an unknown column."""
+        self._check_column(name)
+        return list(self.rows.select_columns([name])[:][name])
+
+    def rows_passing(self, conditions: Mapping[str, Any] | str, key: str) -> list[int]:
+        """The numbers of the rows that pass a filter, which the setting `key` holds. Raises ValueError for an unknown
+        column, and for an error of the user's function."""
+        return passing_rows(self.rows, conditions, key, self.origin)
 
     @property
     def lacks_image_column(self) -> bool:
@@ -101,9 +115,21 @@ class SourceRows:
     def fingerprints(self, more_columns: Sequence[str], images: Callable[[int], Sequence[bytes]]) -> dict[str, str]:
         """Fingerprints of what is read of the rows, cells of `more_columns` included, and of what `images` gives of a
         row; see `fingerprint.py`."""
-        read = (self.columns.problem, self.columns.answer, *more_columns)
-        columns = [name for name in dict.fromkeys(read) if name in self.rows.column_names]
+        read = (self.columns.problem, self.columns.answer, self.columns.system, *more_columns)
+        columns = [name for name in dict.fromkeys(read) if name is not None and name in self.rows.column_names]
         return fingerprints_of_rows(self.rows, columns, images)
+
+    def sample(self) -> tuple[int, str]:
+        """The number of rows and, where a function made them, a fingerprint of a few questions: ranks compare these."""
+        if self.config.function is None:
+            return len(self), ""
+        cells = self.rows.select_columns([self.columns.problem])
+        places = range(0, len(cells), -(-len(cells) // _ROWS_COMPARED))
+        return len(self), fingerprint(repr(cells[place]).encode() for place in places)
+
+    def _check_column(self, name: str) -> None:
+        if name not in self.rows.column_names:
+            raise ValueError(f"{self.key}: {self.origin} has no column {name!r}, has {listed(self.rows.features)}")
 
     def _filter(self) -> list[int] | None:
         """Leaves out the rows that do not pass. Returns the numbers of those that do; None without a filter."""
@@ -132,6 +158,7 @@ class SourceRows:
     def _read_columns(self, needs_answer: bool) -> list[str]:
         """Those that are read of every row."""
         columns = [self.columns.problem]
+        columns += [] if self.columns.system is None else [self.columns.system]
         columns += [self.columns.answer] if needs_answer else []
         images = self.columns.images
         return columns + ([images] if images is not None and images in self.rows.column_names else [])

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_papo.config import Config
 from megatron_papo.config.derived import model_folder
-from megatron_papo.data_report.console import print_report
 from megatron_papo.data_report.examples import examples_of
 from megatron_papo.data_report.page import report_page
 from megatron_papo.data_report.reading import open_rows, read_rows
+from megatron_papo.data_report.tables import print_report
 from megatron_papo.files.small_files import write_atomically
 from megatron_papo.text.untrusted import as_text
 

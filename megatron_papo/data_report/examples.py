@@ -13,8 +13,8 @@ from megatron_papo.config import Config
 from megatron_papo.data.masking import Masks
 from megatron_papo.data.patches import pictures_of_patches
 from megatron_papo.data.processor import Processor
-from megatron_papo.data_report.reading import Rows
-from megatron_papo.data_report.survey import MeasuredRow, Survey
+from megatron_papo.data_report.findings import DataSurvey, MeasuredRow
+from megatron_papo.data_report.reading import OpenedData
 from megatron_papo.types import Prompt
 
 _MOST_EXAMPLES = 4
@@ -45,7 +45,7 @@ class Example:
     """The demonstration."""
 
 
-def examples_of(config: Config, rows: Rows, survey: Survey) -> list[Example]:
+def examples_of(config: Config, rows: OpenedData, survey: DataSurvey) -> list[Example]:
     """The first good row with a picture, else the first good row, of each source; of a few sources."""
     chosen: dict[str, MeasuredRow] = {}
     for measured in survey.good:
@@ -55,7 +55,7 @@ def examples_of(config: Config, rows: Rows, survey: Survey) -> list[Example]:
     return [_example(config, rows, measured) for measured in list(chosen.values())[:_MOST_EXAMPLES]]
 
 
-def _example(config: Config, rows: Rows, measured: MeasuredRow) -> Example:
+def _example(config: Config, rows: OpenedData, measured: MeasuredRow) -> Example:
     masks = None if rows.verb == "sft" else Masks(config.perception.mask, config.run.seed)
     prompt = rows.shown.prompt(measured.row, masks)
     seen, masked = prompt.inputs.pixel_values_PD, prompt.masked_pixel_values_PD

@@ -18,9 +18,9 @@ class MeasuringProcessor(Processor):
     _lock = threading.Lock()
     """The tokenizer is no object for several threads."""
 
-    def text_ids(self, problem: str, num_images: int) -> Tensor:
+    def text_ids(self, problem: str, num_images: int, system: str | None = None) -> Tensor:
         with self._lock:
-            return super().text_ids(problem, num_images)
+            return super().text_ids(problem, num_images, system)
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         with self._lock:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from megatron_papo.config import Config
 from megatron_papo.data_report.examples import Example, Piece
+from megatron_papo.data_report.findings import PERCENTILES, DataSurvey, most_common, percentiles
 from megatron_papo.data_report.histogram import histogram
 from megatron_papo.data_report.remarks import headline, kinds_of_answers, remarks
-from megatron_papo.data_report.survey import PERCENTILES, Survey, most_common, percentiles
 from megatron_papo.observe.html import escape, page
 from megatron_papo.observe.samples import figures_of
 from megatron_papo.text.untrusted import shortened
@@ -53,7 +53,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin:
 """
 
 
-def report_page(config: Config, survey: Survey, examples: Sequence[Example]) -> str:
+def report_page(config: Config, survey: DataSurvey, examples: Sequence[Example]) -> str:
     """The whole HTML page."""
     title = f"data.{survey.which}: {survey.name}"
     told = remarks(config, survey)
@@ -82,7 +82,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}{''.join(f'<tr>{line}' for line in lines)}</table>"
 
 
-def _tiles(config: Config, survey: Survey) -> str:
+def _tiles(config: Config, survey: DataSurvey) -> str:
     tiles = [("good rows", f"{len(survey.good):,}", ""), ("bad rows", f"{len(survey.bad):,}", "bad" * bool(survey.bad))]
     if survey.good:
         least, *_, most = percentiles([row.num_tokens for row in survey.good])
@@ -99,21 +99,21 @@ def _tiles(config: Config, survey: Survey) -> str:
     return f"<div class=tiles>{''.join(shown)}</div>"
 
 
-def _bad_rows(survey: Survey) -> str:
+def _bad_rows(survey: DataSurvey) -> str:
     if not survey.bad:
         return ""
     rows = [(reason, f"{number:,}", str(first)) for reason, number, first in survey.reasons]
     return _section("Bad rows", _table(("reason", "rows", "the first of them"), rows))
 
 
-def _sources(survey: Survey) -> str:
+def _sources(survey: DataSurvey) -> str:
     counts = most_common((row.source for row in survey.good), 100)
     if len(counts) < 2:
         return ""
     return _section("Good rows by source", _table(("source", "rows"), ((name, f"{num:,}") for name, num in counts)))
 
 
-def _plots(survey: Survey) -> str:
+def _plots(survey: DataSurvey) -> str:
     if not survey.good:
         return ""
     return _section(
@@ -129,7 +129,7 @@ def _plot(name: str, values: Sequence[int]) -> str:
     return f"<div class=plot><h3>{escape(name)}</h3>{histogram(values)}<p>{told}</p></div>"
 
 
-def _answers(survey: Survey) -> str:
+def _answers(survey: DataSurvey) -> str:
     kinds = kinds_of_answers(survey)
     if not kinds:
         return ""

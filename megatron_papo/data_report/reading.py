@@ -24,8 +24,8 @@ from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.images import image_size
 from megatron_papo.data.processor import Processor
 from megatron_papo.data.processor_files import read_processor
+from megatron_papo.data_report.findings import DataSurvey, MeasuredRow
 from megatron_papo.data_report.measuring import MeasuringProcessor
-from megatron_papo.data_report.survey import MeasuredRow, Survey
 
 _MOST_THREADS = 16
 _ROWS_AT_ONCE = 512
@@ -35,7 +35,7 @@ _PLAIN_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class Rows:
+class OpenedData:
     """The data set of a verb twice: as it is measured, and as the trainer sees it."""
 
     verb: str
@@ -49,7 +49,7 @@ class Rows:
     """Of the demonstrations, where the verb learns some."""
 
 
-def open_rows(config: Config, verb: str, folder: Path) -> Rows:
+def open_rows(config: Config, verb: str, folder: Path) -> OpenedData:
     """Opens the data set with the processor of the model folder. Raises ValueError."""
     which: Literal["train", "eval"] = "eval" if verb == "eval" else "train"
     files = read_processor(folder)
@@ -57,7 +57,7 @@ def open_rows(config: Config, verb: str, folder: Path) -> Rows:
     _ = measuring.form, measuring.end_of_turn_id, measuring.most_letters_of_a_token  # before threads ask for them
     column = config.sft.response_column if verb == "sft" else None
     measured, shown = (_dataset(config, verb, which, each) for each in (measuring, processor))
-    return Rows(verb, which, measured, shown, processor, measuring, column)
+    return OpenedData(verb, which, measured, shown, processor, measuring, column)
 
 
 def _dataset(config: Config, verb: str, which: Literal["train", "eval"], processor: Processor) -> PromptDataset:
@@ -68,7 +68,7 @@ def _dataset(config: Config, verb: str, which: Literal["train", "eval"], process
     return PromptDataset(config.data, which, processor)
 
 
-def read_rows(rows: Rows, limit: int | None) -> Survey:
+def read_rows(rows: OpenedData, limit: int | None) -> DataSurvey:
     """Measures every row, or `limit` of them at even distances, and shows how far it is."""
     total = len(rows.measured)
     number = min(limit or total, total)
@@ -82,10 +82,10 @@ def read_rows(rows: Rows, limit: int | None) -> Survey:
             advance()
     seconds = time.monotonic() - start
     bounds = rows.processor.pixel_bounds
-    return Survey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, bounds, seconds)
+    return DataSurvey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, bounds, seconds)
 
 
-def _in_order(rows: Rows, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:
+def _in_order(rows: OpenedData, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:
     """What each row is, in the order of `numbers`, with some rows under way at a time."""
     waiting = iter(numbers)
     with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
@@ -93,7 +93,7 @@ def _in_order(rows: Rows, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadR
             yield from pool.map(partial(_measure, rows), chunk)
 
 
-def _measure(rows: Rows, row: int) -> MeasuredRow | BadRow:
+def _measure(rows: OpenedData, row: int) -> MeasuredRow | BadRow:
     processor = rows.measuring
     try:
         prompt = rows.measured.prompt(row)

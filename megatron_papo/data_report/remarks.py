@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_papo.config import Config
-from megatron_papo.data_report.survey import Survey, most_common
+from megatron_papo.data_report.findings import DataSurvey, most_common
 from megatron_papo.rewards.answers import MAX_ANSWER, kind_of_answer
 
 
-def headline(survey: Survey) -> str:
+def headline(survey: DataSurvey) -> str:
     """How many rows there are, and how many of those read can be prompts."""
     read = f"all {survey.num_read}" if survey.num_read == survey.num_rows else f"{survey.num_read} of {survey.num_rows}"
     return f"{read} rows read, {len(survey.good)} good, {len(survey.bad)} bad"
 
 
-def remarks(config: Config, survey: Survey) -> list[str]:
+def remarks(config: Config, survey: DataSurvey) -> list[str]:
     """The sentences, the most urgent ones first."""
     parts = (_of_bad_rows, _of_lengths, _of_pictures, _of_answers)
     return [sentence for part in parts for sentence in part(config, survey)]
 
 
-def kinds_of_answers(survey: Survey) -> list[tuple[str, int]]:
+def kinds_of_answers(survey: DataSurvey) -> list[tuple[str, int]]:
     """(kind, rows), by the first answer of each row."""
     return most_common((kind_of_answer(row.answers[0]) for row in survey.good if row.answers), 20)
 
 
-def _of_bad_rows(config: Config, survey: Survey) -> Iterator[str]:
+def _of_bad_rows(config: Config, survey: DataSurvey) -> Iterator[str]:
     if not survey.bad:
         return
     first = survey.bad[0]
@@ -42,7 +42,7 @@ def _of_bad_rows(config: Config, survey: Survey) -> Iterator[str]:
         yield f"{_rows(too_long)} longer than data.max_prompt_tokens={config.data.max_prompt_tokens}."
 
 
-def _of_lengths(config: Config, survey: Survey) -> Iterator[str]:
+def _of_lengths(config: Config, survey: DataSurvey) -> Iterator[str]:
     if survey.verb != "train" or not survey.good:
         return
     budget, response = config.train.tokens_per_micro_batch, config.generation.max_response_tokens
@@ -54,7 +54,7 @@ def _of_lengths(config: Config, survey: Survey) -> Iterator[str]:
         )
 
 
-def _of_pictures(config: Config, survey: Survey) -> Iterator[str]:
+def _of_pictures(config: Config, survey: DataSurvey) -> Iterator[str]:
     if survey.good and survey.num_without_pictures:
         share = survey.num_without_pictures / len(survey.good)
         effect = ""
@@ -70,7 +70,7 @@ def _of_pictures(config: Config, survey: Survey) -> Iterator[str]:
         yield f"{_rows(survey.num_repeated)} with the same question and pictures as an earlier row."
 
 
-def _of_answers(config: Config, survey: Survey) -> Iterator[str]:
+def _of_answers(config: Config, survey: DataSurvey) -> Iterator[str]:
     answered = [row for row in survey.good if row.answers]
     long = sum(all(len(answer) > MAX_ANSWER for answer in row.answers) for row in answered)
     if long and config.reward.function is None:

@@ -65,6 +65,19 @@ def peak_memory() -> int:
     return int(fields["VmHWM"].removesuffix("kB")) * 1024
 
 
+def allocator_in_words() -> str:
+    """What torch's allocator holds of this rank's GPU, in GiB; empty where none has been used, or where a GPU that has
+    failed no longer says."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        values = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1])
+    except RuntimeError:
+        return ""
+    allocated, reserved, total = (f"{value / 2**30:.1f}" for value in values)
+    return f"torch has {allocated} GiB allocated and {reserved} reserved of {total}"
+
+
 def wait_for_device() -> None:
     """Until the GPU has done all that this process has asked of it; nothing where none has been used."""
     if torch.cuda.is_initialized():

@@ -1,7 +1,8 @@
 """Published models of all families by name: config.json, shape and number of parameters, without any download.
 
-A family's module `published` holds the table NUM_PARAMETERS (name -> parameters of the whole model) and the function
-`published_config(name)`; a family that has no such module has no published models. Imports no torch.
+A family's module `published` holds the table NUM_PARAMETERS (name -> parameters of the whole model), the pattern
+HUB_NAME of names on the hub, and the function `published_config(name)`; a family that has no such module has no
+published models. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ def published_config(name: str) -> dict[str, Any]:
             tree: dict[str, Any] = module.published_config(name)
             return tree
     raise KeyError(name)
+
+
+def hub_name(name: str) -> str | None:
+    """The name on the hub of a published model, named with or without `-Instruct`; None for a name that no family
+    has."""
+    known = name.removesuffix("-Instruct")
+    return next((module.HUB_NAME.format(name=known) for module in _modules() if known in module.NUM_PARAMETERS), None)
 
 
 def shape_named(name: str) -> ModelShape:

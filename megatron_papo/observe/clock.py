@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_papo.config import RunConfig
-from megatron_papo.distributed.accelerator import wait_for_device
+from megatron_papo.distributed.accelerator import allocator_in_words, wait_for_device
 from megatron_papo.observe.profiling import MeasuredMemory, named_range
+from megatron_papo.runtime.out_of_memory import told
 from megatron_papo.runtime.watchdog import Watchdog
 
 _GIB = 2**30
@@ -101,6 +102,10 @@ class StageClock:
             with named_range(name), self._memory.measured(path):
                 yield progress
                 wait_for_device()
+        except Exception as error:
+            if (failure := told(error, path, allocator_in_words)) is None:
+                raise
+            raise failure from error
         finally:
             self._innermost.pop()
             self._seconds[path] += progress._finish()

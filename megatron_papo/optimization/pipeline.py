@@ -161,15 +161,43 @@ def run_schedule(
     scoring (`micro_loss` is None) and its Metrics when updating; an empty list on the other stages."""
     for row in rows:  # on every stage alike, before any stage waits for another
         unwrap_model(model).check(row, head)
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),
-        data_iterator=iter(rows),
-        model=[model],
-        num_microbatches=len(rows),
-        seq_length=1,  # ignored: lengths differ between rows (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=micro_loss is None,
-    )
+    begun = _Begun(rows)
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, head=head, micro_loss=micro_loss),
+            data_iterator=begun,
+            model=[model],
+            num_microbatches=len(rows),
+            seq_length=1,  # ignored: lengths differ between rows (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=micro_loss is None,
+        )
+    except Exception as error:
+        error.add_note(begun.in_words())
+        raise
+
+
+class _Begun(Iterator[MicroBatch]):
+    """The rows one after the other, and which of them has begun last: a failure is most probably its own."""
+
+    def __init__(self, rows: Sequence[MicroBatch]):
+        self._rows, self._num = rows, 0
+
+    def __next__(self) -> MicroBatch:
+        if self._num == len(self._rows):
+            raise StopIteration
+        self._num += 1
+        return self._rows[self._num - 1]
+
+    def in_words(self) -> str:
+        if not self._num:
+            return f"before the first of {len(self._rows)} rows"
+        row = self._rows[self._num - 1]
+        images = 0 if row.grid_thw_I3 is None else len(row.grid_thw_I3)
+        return (
+            f"row {self._num} of {len(self._rows)} ({row.num_tokens:,} tokens, {images} images, "
+            f"{row.target_ids_R.numel():,} response tokens)"
+        )
 
 
 def _forward_step(

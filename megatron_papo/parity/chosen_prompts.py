@@ -12,7 +12,7 @@ from megatron_papo.data.processor import Processor
 from megatron_papo.types import Prompt
 
 _ROWS_LOOKED_AT = 4096
-"""Rows from the first on in which prompts are looked for."""
+"""Rows from the first on, of several sources of each, in which prompts are looked for."""
 _VISIT = -1
 """The visit of these prompts, which enters the seeds of their answers; no prompt of training has it."""
 
@@ -35,7 +35,7 @@ def prompts_to_certify(config: Config, processor: Processor) -> list[Prompt]:
 def _prompts(dataset: PromptDataset, bad_rows: BadRows, *, with_images: bool) -> Iterator[Prompt]:
     """The good rows, in the order of the data, but those that hold a picture twice: an engine may encode it once.
     Notes the others in `bad_rows`."""
-    for row in range(min(len(dataset), _ROWS_LOOKED_AT)):
+    for row in dataset.first_rows(_ROWS_LOOKED_AT):
         try:
             images = dataset.images(row)
             if len(set(images)) < len(images):

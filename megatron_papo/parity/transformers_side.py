@@ -84,7 +84,10 @@ class HuggingFace:
         # transformers has no one way to open a picture that is transparent or has 16 bits
         images = [decode_image(data) for data in prompt.images]
         batch = self._processor(
-            text=[self._render(prompt.problem)], images=images or None, return_tensors="pt", add_special_tokens=False
+            text=[self._render(prompt.problem, prompt.system)],
+            images=images or None,
+            return_tensors="pt",
+            add_special_tokens=False,
         )
         ids_1T = torch.cat((batch["input_ids"], torch.tensor([response_ids])), dim=1)
         grid = batch.get("image_grid_thw")
@@ -106,18 +109,18 @@ class HuggingFace:
         logprobs_RV = logits_RV.float().index_fill(1, torch.tensor(self._banned_ids), -torch.inf).log_softmax(-1)
         return logprobs_RV.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
 
-    def _render(self, problem: str) -> str:
+    def _render(self, problem: str, system: str | None = None) -> str:
         """The prompt's text, rendered from structured content, else from plain text where a template knows no other."""
-        question = instructed(problem, self._data.instruction)
-        turns = turns_of(question, self._data.system, "parts")
+        question, system = instructed(problem, self._data.instruction), system or self._data.system
+        turns = turns_of(question, system, "parts")
         try:
             text = self._apply_template(turns)
-            check_rendered(text, question, self._data.system)
+            check_rendered(text, question, system)
         except Exception:  # whatever a template does with content that it does not know
             text = ""
         if text and str(turns[-1]["content"]) not in text:  # as a list that is written out
             return text
-        return self._apply_template(turns_of(question, self._data.system, "text"))
+        return self._apply_template(turns_of(question, system, "text"))
 
     def _apply_template(self, turns: Turns) -> str:
         tokens = self._processor.tokenizer.special_tokens_map  # may transformers render it, in this process?

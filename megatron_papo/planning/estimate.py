@@ -7,9 +7,8 @@ from functools import lru_cache
 
 from megatron_papo.config import Config
 from megatron_papo.config.derived import engine_weight_bytes
-from megatron_papo.costs.activations import held_bytes
 from megatron_papo.costs.hardware import Cluster
-from megatron_papo.costs.memory import GIB, StageMemory, num_parameters, stage_memory, state_bytes
+from megatron_papo.costs.memory import GIB, RESERVE_BYTES, StageMemory, num_parameters, stage_memory, state_bytes
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate
@@ -19,8 +18,6 @@ from megatron_papo.planning.generation_time import Rollouts, kv_bytes_per_token,
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Rows, Workload
 
-RESERVE_BYTES = 6 * GIB
-"""Bytes of every GPU that CUDA, NCCL's buffers and the allocator's losses take."""
 _LEAST_SEQUENCES = 8
 """Sequences of the greatest length that an engine must have room for."""
 
@@ -76,7 +73,13 @@ class Estimate:
 
     @property
     def fullest(self) -> Memory:
-        return max(self.stages, key=lambda stage: stage.peak)
+        """The stage that an update fills most, which is the one that `papo check` prints."""
+        return max(self.stages, key=lambda stage: stage.training)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest GPU at its fullest moment."""
+        return max(stage.peak for stage in self.stages)
 
 
 def estimate(
@@ -91,8 +94,8 @@ def estimate_applied(
 ) -> Estimate:
     """The estimate of a candidate whose settings `config` has already."""
     rows = work.rows(shape, candidate.data, candidate.pipeline)
-    counted = stage_memory(config, shape, cluster.num_gpus)
-    stages, room = _memory(candidate, config, shape, cluster, rows, counted)
+    counted = stage_memory(config, shape, cluster.num_gpus, work.shares)
+    stages, room = _memory(candidate, config, shape, cluster, counted)
     each = stage_seconds(config, shape, cluster, assumed, rows.flops(shape), rows.size(shape))
     made = rollouts(config, shape, cluster, assumed, work, max(room, 1.0))
     stages = tuple(_with_kv(stage, made) for stage in stages)
@@ -115,25 +118,17 @@ def estimate_applied(
 
 
 def _memory(
-    candidate: Candidate,
-    config: Config,
-    shape: ModelShape,
-    cluster: Cluster,
-    rows: Rows,
-    counted: tuple[StageMemory, ...],
+    candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, counted: tuple[StageMemory, ...]
 ) -> tuple[tuple[Memory, ...], float]:
     """The memory of every stage without keys and values, and the bytes that are left for those on the fullest GPU."""
-    size, has = rows.fullest(shape), cluster.gpu.memory_gib * GIB - RESERVE_BYTES
     engine = num_parameters(shape) * engine_weight_bytes(config) // candidate.engine_tensor
     if config.generation.placement == "separate":
         engine = 0
-    stages = []
-    for stage in counted:
-        in_flight = min(candidate.pipeline - stage.stage, rows.num)
-        held = held_bytes(config, shape, stage.stage, size, in_flight, fused=config.model.spec != "local")
-        stages.append(Memory(stage.weights, stage.gradients, stage.optimizer, held, engine, 0))
-    room = has - max(stage.generating for stage in stages)
-    return tuple(stages), room
+    stages = tuple(
+        Memory(each.weights, each.gradients, each.optimizer, each.activations, engine, 0) for each in counted
+    )
+    room = cluster.gpu.memory_gib * GIB - RESERVE_BYTES - max(stage.generating for stage in stages)
+    return stages, room
 
 
 def _with_kv(stage: Memory, made: Rollouts) -> Memory:

@@ -62,13 +62,14 @@ def planned(
 
 
 def _workload(config: Config, shape: ModelShape, lengths: dict[str, float]) -> Workload:
-    return Workload.of(
+    work = Workload.of(
         config,
         shape,
         text_tokens=round(lengths["prompt_tokens"] - lengths["image_tokens"]),
         image_tokens=round(lengths["image_tokens"]),
         response_tokens=max(1, round(lengths["response_tokens"])),
     )
+    return work.with_own_shares(shape)
 
 
 def step_planner(
@@ -88,7 +89,7 @@ def step_planner(
             return {}
         step = planned(config, shape, gpu, num_ranks, assumed, record)
         values = {f"planned/time/{stage}": step.seconds[stage] for stage in PLANNED_STAGES}
-        return values | {"planned/memory_gib": step.fullest.peak / GIB, "planned/mfu": step.mfu}
+        return values | {"planned/memory_gib": step.peak / GIB, "planned/mfu": step.mfu}
 
     return plan
 

@@ -8,20 +8,29 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from megatron_papo.config import Config
+from megatron_papo.costs import full_rows
 from megatron_papo.costs.memory import GIB
 from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions
 from megatron_papo.planning.candidates import Candidate, Refused
 from megatron_papo.planning.estimate import Estimate
 from megatron_papo.planning.published_runs import beside_published
 from megatron_papo.planning.ranking import LayoutPlan
 from megatron_papo.planning.scale import ScalePoint
+from megatron_papo.planning.workload import Workload
 from megatron_papo.text.untrusted import as_text
 
-_MEMORY = ("weights", "gradients", "optimizer", "activations", "engine", "kv")
+_MEMORY = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activations",
+    "engine": "engine's weights", "kv": "engine's KV cache",
+}  # fmt: skip
+"""Parts of `Memory` and what the table calls them; the first four are those of `papo check`, which counts the engine as
+a whole, by its share of the GPU."""
 HEADERS = (
     "layout", "stages", "recompute", "optimizer", "engine", *(f"{shown_stage(name)} s" for name in PLANNED_STAGES),
-    "step s", "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY), "peak GiB",
+    "step s", "tokens/s/GPU", "MFU", "bubble", *(f"{name} GiB" for name in _MEMORY.values()), "peak GiB",
 )  # fmt: skip
 
 
@@ -40,17 +49,29 @@ def cells(estimate: Estimate) -> list[str]:
         f"{estimate.mfu:.2f}",
         f"{estimate.bubble:.2f}",
         *(f"{getattr(memory, name) / GIB:.1f}" for name in _MEMORY),
-        f"{memory.peak / GIB:.1f}",
+        f"{estimate.peak / GIB:.1f}",
     ]
 
 
-def print_plan(plan: LayoutPlan, shown: Sequence[Estimate], explain: bool) -> None:
+def premises(config: Config, shape: ModelShape, work: Workload) -> str:
+    """What memory and seconds are counted for: they differ, since memory has to hold the fullest row and seconds are
+    those of the mean one."""
+    return (
+        f"Memory is that of {full_rows.in_words(config, work.shares)}, as `papo check` counts it. Seconds are those of "
+        f"means: prompts of {work.text_tokens:,} text and {work.image_tokens(shape):,} image tokens, responses of "
+        f"{work.response_tokens:,}."
+    )
+
+
+def print_plan(plan: LayoutPlan, shown: Sequence[Estimate], premises: str, explain: bool) -> None:
+    """`premises`: what the figures are counted for."""
     console = Console()
     console.width = max(console.width, 220)
     table = Table(*HEADERS, title="fastest first; memory of the fullest GPU")
     for estimate in shown:
         table.add_row(*cells(estimate))
     console.print(table)
+    console.print(premises, highlight=False, markup=False, soft_wrap=True)
     counts = plan.counts()
     console.print(f"{counts['fit']} ways fit, {counts['too_large']} do not, {counts['refused']} layouts cannot be.")
     if explain:

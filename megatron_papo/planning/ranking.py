@@ -46,7 +46,7 @@ class LayoutPlan:
         """The reason for every layout that fits in no way: the fault, or what its nearest candidate lacks."""
         fits = {entry.candidate.name for entry in self.fitting}
         nearest: dict[str, Estimate] = {}
-        for entry in sorted(self.too_large, key=lambda entry: entry.fullest.peak):
+        for entry in sorted(self.too_large, key=lambda entry: entry.peak):
             if entry.candidate.name not in fits:
                 nearest.setdefault(entry.candidate.name, entry)
         return [*self.refused, *(Refused(name, entry.reason) for name, entry in nearest.items())]

@@ -63,9 +63,9 @@ def scale(
 
 def _breaks(best: Estimate, first: Estimate | None, times: float, weak: bool) -> str:
     """The stage that exceeds the ideal line most; with the pipeline's bubble where the stage is one that has it."""
-    if first is None or best is first:
-        return ""
     ideal = 1.0 if weak else 1 / times
+    if first is None or best is first or best.step_s <= first.step_s * ideal:
+        return ""
     extra = {name: best.seconds[name] - first.seconds[name] * ideal for name in best.seconds if "/" not in name}
     name = max(extra, key=lambda name: extra[name])
     told = f"{name}: {best.seconds[name]:.1f} s, {first.seconds[name] * ideal:.1f} on the ideal line"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_papo.config import Config
 from megatron_papo.costs.activations import RowSize
 from megatron_papo.costs.flops import Flops, group_flops
+from megatron_papo.costs.full_rows import ASSUMED_SHARES, RowShares
 from megatron_papo.model.layer_costs import Grid
 from megatron_papo.model.shape import ModelShape
 
@@ -36,6 +37,9 @@ class Workload:
     """Whether both views are in a row, with gradient through both."""
     score_passes: float
     """Forward passes over all rows of a step beside the updates: old, masked and reference log-probs."""
+    shares: RowShares = ASSUMED_SHARES
+    """What the rows consist of that memory is counted for: as `papo check` takes it, whatever the lengths above, or
+    `with_own_shares`."""
 
     @classmethod
     def of(
@@ -64,6 +68,13 @@ class Workload:
             joint=joint,
             score_passes=old + masked + (1.0 if config.loss.reference_coef > 0 else 0.0),
         )
+
+    def with_own_shares(self, shape: ModelShape) -> Workload:
+        """The same batch, with memory counted for rows of its own mean lengths: for a step that was measured, whose
+        memory was that of its own rows."""
+        group = self.prompt_tokens(shape) + self.group_size * self.response_tokens
+        shares = RowShares(self.image_tokens(shape) / group, self.group_size * self.response_tokens / group)
+        return replace(self, shares=shares)
 
     def image_tokens(self, shape: ModelShape) -> int:
         return sum(time * height * width for time, height, width in self.grids) // shape.vision.merge_unit
@@ -122,12 +133,6 @@ class Rows:
             patches=round(views * self.groups * patches),
             responses=round(views * answers),
         )
-
-    def fullest(self, shape: ModelShape) -> RowSize:
-        """The size of a row that fills its budget, in the proportions of the mean: what memory must hold."""
-        size = self.size(shape)
-        times = max(1.0, self.work.row_tokens / size.tokens)
-        return RowSize(*(round(times * value) for value in (size.tokens, size.patches, size.responses)))
 
 
 def _grid(image_tokens: int, shape: ModelShape) -> Grid:

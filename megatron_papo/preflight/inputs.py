@@ -17,17 +17,18 @@ from pathlib import Path
 
 from megatron_papo.config import Config, SourceConfig
 from megatron_papo.config.data_sources import source_entries, source_key
-from megatron_papo.files.data_suffixes import BUILDERS
+from megatron_papo.preflight.model_files import fault_of_missing_model
+from megatron_papo.preflight.network import is_hub_name
 
 OLDEST_VLLM = (0, 26)
 """The oldest version of vLLM with `start_weight_update`, `update_weights` and `finish_weight_update` as the hand-over
 calls them. What differs from there to 0.32 stands in `generation/vllm/versions.py`."""
 _OF_A_RUN = ("checkpoints", "stacks")
 """Folders without which a run does not begin, or loses what it trained."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-_READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+"""Verb -> the data sets that it reads."""
 
 
 def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
@@ -73,6 +74,8 @@ def _models(verb: str, config: Config) -> Iterator[str]:
     model = config.model
     if model.path is not None and os.path.isfile(model.path):
         yield f"model.path: {model.path} {not_a_folder(model.path)}"
+    elif missing := fault_of_missing_model(config):
+        yield missing
     if model.path is None and model.checkpoint is None:
         yield "model.path: needed, a Hugging Face folder or a Megatron checkpoint"
     folders = {"model.checkpoint": model.checkpoint}
@@ -92,7 +95,7 @@ def _data(verb: str, config: Config) -> Iterator[str]:
     for root in config.data.image_roots:
         if not os.path.isdir(root):
             yield f"data.image_roots: {root} {not_a_folder(root)}"
-    for which in _READS[verb]:
+    for which in READS[verb]:
         for place, source in enumerate(source_entries(written[which])):
             yield from _source(source_key(which, written[which], place), source)
 
@@ -116,7 +119,7 @@ def _is_gone(name: str) -> bool:
     """Whether the name can only be a local path, and nothing is there. Patterns and addresses are not looked at."""
     if "://" in name or any(letter in name for letter in "*?[") or os.path.exists(name):
         return False
-    return Path(name).suffix in BUILDERS or not _HUB_NAME.fullmatch(name)
+    return not is_hub_name(name)
 
 
 def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
@@ -124,6 +127,8 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         return
     if config.generation.engine == "vllm":
         yield from _vllm()
+    for name in config.observe.metrics if verb == "train" else ():
+        yield from _user_function("observe.metrics", name)
     if config.reward.function is not None and verb != "certify":
         yield from _user_function("reward.function", config.reward.function)
     elif config.reward.accuracy == "mathruler" and verb != "certify":
@@ -190,6 +195,6 @@ def find_module(module: str) -> ModuleSpec | None:
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
             return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        # the inner name alone: of a dotted one the parent is looked for among imported modules
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec

@@ -7,7 +7,9 @@ beyond equality:
 - numbers: 1,000 = 1000, 1e3 = 1000, 1/2 = 0.5 = 50\\%, 7 1/2 = 7.5, and 50\\% = 50; within a millionth, and
   to six significant digits, so that 0.333333 = 1/3 and 2e-7 is not 1e-7;
 - units: 24 cm^2 = 24 and never 24 kg (`units`);
-- choices: where the gold answer is one letter, A = (A) = A. 30 = \\text{A} = Option A; ABD = A,B,D in that order;
+- choices: where the gold answer is one letter, A = (A) = A. 30 = \\text{A} = Option A; several letters are a set, so
+  AC = A, C = C and A = \\{A,C\\}, unless the gold answer has them in another order than the alphabet's. Three and more
+  written together are a name in their own order: angle BAC is not ABC;
 - words of three letters and more are words, compared without case, not products of variables;
 - dates are compared number by number, and are no differences.
 """
@@ -32,12 +34,16 @@ _MAX_READ = 1000
 _BRACKETED = re.compile(r"\(([A-J])\)[.:]? ?(.*)", re.DOTALL)
 _BARE = re.compile(r"([A-J])(?:$|[).](?![A-Z](?![a-z])) ?(.*)|(?<=[A-E]):(?![A-Z]) ?(.*))", re.DOTALL)
 _CHOICE_WORD = re.compile(
-    r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?|选项?|答案[是为]?)[ :]*(?=[(A-Ja-j])", re.IGNORECASE
+    r"(?:(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is| are)?|both|选项?|答案[是为]?)[ :]*"
+    r"(?=[(\[{\\A-Ja-j])",
+    re.IGNORECASE,
 )
 _MORE_CHOICES = re.compile(r"^(?:and\b|or\b|[,;&/])|^\(?[A-J][).:,]|[,;] ?\(?[A-J] ?[).:=]|\([A-J]\)")
 _SPECIES = ("coli", "elegans", "melanogaster", "subtilis", "aureus", "thaliana", "cerevisiae", "rerio", "pylori")
 """After an abbreviated genus: E. coli is no choice."""
 _CHOICES = re.compile(r"\(?[A-J]\)?(?:(?: ?[,;&] ?(?:and )?| and | )?\(?[A-J]\)?)+")
+_RUN_OF_CHOICES = re.compile(r"[A-J]{3,}")
+_IN_BRACKETS = re.compile(r"\\?\{(.*)\\?\}|\[(.*)\]", re.DOTALL)
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-]+[^\W\d_]+)*|[Nn]o")
 _DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
 _DIGIT = re.compile(r"\d")
@@ -112,7 +118,7 @@ def kind_of_answer(answer: str) -> str:
     value = _read(text).value
     kinds = {
         "one choice": _choice(text),
-        "several choices": _CHOICES.fullmatch(text),
+        "several choices": _several_choices(text),
         "words": _WORDS.fullmatch(text),
         "date": _FULL_DATE.fullmatch(text),
         "number": equal_numbers(value, value),
@@ -145,17 +151,31 @@ def _same_text(answer: str, gold: str) -> bool | None:
 
 
 def _same_choice(answer: str, gold: str) -> bool | Algebra | None:
-    """By the letter, and by the text where both give numbers; several choices by their letters in order."""
+    """By the letter, and by the text where both give numbers; several choices by their letters."""
     choice, gold_choice = _choice(answer, any_case=True), _choice(gold)
     if choice and gold_choice:
         (letter, text), (gold_letter, gold_text) = choice, gold_choice
         if letter == gold_letter and _DIGIT.search(text) and _DIGIT.search(gold_text):
             return agree(text, gold_text)  # F: 20 N is not F: 30 N
         return letter == gold_letter
-    if _CHOICES.fullmatch(answer) and _CHOICES.fullmatch(gold):
-        letters, gold_letters = re.findall("[A-J]", answer), re.findall("[A-J]", gold)
-        return True if letters == gold_letters else None
-    return None
+    letters, gold_letters = _several_choices(answer, any_case=True), _several_choices(gold)
+    if letters is None or gold_letters is None:
+        return None
+    if letters == gold_letters:
+        return True
+    is_set = list(gold_letters) == sorted(set(gold_letters)) and not _RUN_OF_CHOICES.fullmatch(answer)
+    return sorted(letters) == list(gold_letters) if is_set else None
+
+
+def _several_choices(text: str, *, any_case: bool = False) -> str | None:
+    """The letters of several choices in their order: `AC`, `A, C`, `{A,C}`, `Options A and C`; None for anything else.
+    `any_case`: small letters too, where signs or words part them."""
+    text = _CHOICE_WORD.sub("", text, count=1) if _CHOICE_WORD.match(text) else text
+    if brackets := _IN_BRACKETS.fullmatch(text):
+        text = (brackets[1] or brackets[2] or "").removesuffix("\\").strip()
+    if any_case and re.fullmatch(r"[a-j](?:[ ,;&]+(?:and )?[a-j])+", text):
+        text = re.sub(r"\b[a-j]\b", lambda letter: letter[0].upper(), text)
+    return "".join(re.findall("[A-J]", text)) if _CHOICES.fullmatch(text) else None
 
 
 def _choice(text: str, *, any_case: bool = False) -> tuple[str, str] | None:

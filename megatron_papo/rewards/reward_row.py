@@ -39,23 +39,50 @@ class RewardRow:
     """Step of the training, from 0; None where a model is evaluated."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MetricRow(RewardRow):
+    """One response that a step has trained on, as the functions of `observe.metrics` are given it."""
+
+    reward: float
+    """The response's reward."""
+    reward_parts: Mapping[str, float]
+    """Named parts of the reward before weighting, e.g. accuracy and format."""
+    advantage: float
+    """The response's advantage within its group."""
+
+
 def rows_of(group: Group, response_prefix: str, step: int | None) -> list[RewardRow]:
     """One row a rollout; `response_prefix` is what the chat template has written of every response."""
-    prompt = group.prompt
+    return [RewardRow(**_facts(group, place, response_prefix, step)) for place in range(len(group.rollouts))]
+
+
+def metric_rows_of(group: Group, response_prefix: str, step: int) -> list[MetricRow]:
+    """One row a rollout of a group that has rewards and advantages."""
     return [
-        RewardRow(
-            response=response_prefix + rollout.text,
-            answer=prompt.answer,
-            answers=prompt.answers,
-            problem=prompt.problem,
-            columns=prompt.columns,
-            source=prompt.source,
-            images=prompt.images,
-            finish_reason=rollout.finish_reason,
-            num_tokens=len(rollout.response_ids),
-            prompt_id=prompt.id,
-            rollout=rollout.index,
-            step=step,
+        MetricRow(
+            **_facts(group, place, response_prefix, step),
+            reward=group.rewards[place],
+            reward_parts={name: values[place] for name, values in group.reward_parts.items()},
+            advantage=group.advantages[place],
         )
-        for rollout in group.rollouts
+        for place in range(len(group.rollouts))
     ]
+
+
+def _facts(group: Group, place: int, response_prefix: str, step: int | None) -> dict[str, Any]:
+    """The fields of `RewardRow` for one rollout."""
+    prompt, rollout = group.prompt, group.rollouts[place]
+    return {
+        "response": response_prefix + rollout.text,
+        "answer": prompt.answer,
+        "answers": prompt.answers,
+        "problem": prompt.problem,
+        "columns": prompt.columns,
+        "source": prompt.source,
+        "images": prompt.images,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.response_ids),
+        "prompt_id": prompt.id,
+        "rollout": rollout.index,
+        "step": step,
+    }

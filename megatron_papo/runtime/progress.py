@@ -9,8 +9,12 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_papo.files.small_files import STEP_NAME, read_object, read_records
+
+STEPS_FILE = "steps.json"
+"""In a run's folder where `train.epochs` is set: the number of steps that follow from it, and what it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ def read_progress(run_dir: Path) -> RunProgress:
     saved_at = [record.get("unix_time") for record in records if saved and record["step"] == saved - 1]
     times = [float(time) for time in saved_at if isinstance(time, (int, float))]
     return RunProgress(done, saved, times[-1] if times else 0.0, written_at)
+
+
+def asked_length(settings: dict[str, Any]) -> list[Any]:
+    """The settings, a whole tree of plain values, that the number of steps of a run follows from, as JSON has them."""
+    train, data = settings["train"], settings["data"]
+    return [train["steps"], train.get("epochs"), train["prompts_per_step"], data["train"]]
+
+
+def planned_steps(settings: dict[str, Any]) -> int | None:
+    """The number of steps of the run that `settings`, a whole tree, describe; None while it follows from epochs and the
+    run has not opened its data yet."""
+    train = settings["train"]
+    if train.get("epochs") is None:
+        return int(train["steps"])
+    with suppress(ValueError):
+        kept = read_object(Path(settings["run"]["dir"]) / STEPS_FILE)
+        if kept.get("asked") == asked_length(settings) and isinstance(kept.get("num_steps"), int):
+            return int(kept["num_steps"])
+    return None
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_papo.runtime.failure_notes import NotesInMemory
 from megatron_papo.runtime.failures import SAVED_EXIT, Failure, print_failure, the_cause
+from megatron_papo.runtime.out_of_memory import kernel_kills, why_killed
 from megatron_papo.runtime.rank_signals import stop
 from megatron_papo.runtime.watchdog import STALL_EXIT
 from megatron_papo.text.untrusted import LINES, as_text
@@ -28,14 +29,14 @@ def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -
 
     Prints which rank ended badly and why, from the `notes` that ranks left; `run_dir` has the stacks of stalled ranks.
     """
-    running, saved = list(ranks), False
+    running, saved, kills = list(ranks), False, kernel_kills()
     while running:
         wait([process.sentinel for process in running])
         # read once: a rank's sentinel may fire before its exit code is there, and a second reading would see it
         exitcodes = [process.exitcode for process in running]
         saved = saved or SAVED_EXIT in exitcodes
         if any(code not in (None, 0, SAVED_EXIT) for code in exitcodes):
-            failure = _explain(ranks, run_dir, notes)
+            failure = _explain(ranks, run_dir, notes, kills)
             stalled = failure.kind == "stalled" or STALL_EXIT in [process.exitcode for process in ranks]
             stop(ranks)
             if stalled:
@@ -46,23 +47,24 @@ def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -
     return SAVED_EXIT if saved else 0
 
 
-def _explain(ranks: list[BaseProcess], run_dir: Path, reported: NotesInMemory) -> Failure:
+def _explain(ranks: list[BaseProcess], run_dir: Path, reported: NotesInMemory, kills: int | None) -> Failure:
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline and any(process.exitcode is None for process in ranks):
         wait([process.sentinel for process in ranks if process.exitcode is None], timeout=0.1)
     notes = reported.read()
     for rank, process in enumerate(ranks):
         if process.exitcode not in (None, 0, SAVED_EXIT) and rank not in notes:
-            notes[rank] = _without_note(rank, process.exitcode, run_dir)
+            notes[rank] = _without_note(rank, process.exitcode, run_dir, kills)
     return the_cause(list(notes.values()))
 
 
-def _without_note(rank: int, exitcode: int, run_dir: Path) -> Failure:
-    """The failure of a rank that ended without leaving a note, from its exit code."""
+def _without_note(rank: int, exitcode: int, run_dir: Path, kills: int | None) -> Failure:
+    """The failure of a rank that ended without leaving a note, from its exit code; `kills`: the kernel's count of
+    processes killed for want of memory when the ranks started."""
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return Failure(rank, time.time(), "killed", "killed", f"by signal {name}{hint}")
+        why = why_killed(kills) if name == "SIGKILL" else f"by signal {name}"
+        return Failure(rank, time.time(), "killed", "killed", why)
     stacks = run_dir / "stacks" / f"rank_{rank}.txt"
     first_line = stacks.read_text(errors="replace").partition("\n")[0] if stacks.exists() else ""
     if first_line:

@@ -25,7 +25,7 @@ from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.training.console import say, warn
 from megatron_papo.training.exports import Exports
-from megatron_papo.training.origin import Origin, changed_settings, compare_origins, kept_origin
+from megatron_papo.training.origin import Origin, carried_origin, changed_settings, compare_origins, data_changed
 from megatron_papo.training.session import Run
 from megatron_papo.weights.publishing import check_side_files
 
@@ -40,9 +40,12 @@ class Checkpoints:
         settings = run.config.checkpoint
         self.next_step = 0
         """The step to go on with, from 0: the one after the checkpoint that `resume` has loaded."""
+        self.data_changed = False
+        """Whether that checkpoint was drawn from other data, or in another order, than this run draws."""
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
         self._origin = origin
-        self._num_steps = run.config.sft.steps if verb == "sft" else run.config.train.steps
+        length = run.config.sft if verb == "sft" else run.config.train
+        self._num_steps, self._length_key = length.num_steps, f"{verb}.{'epochs' if length.epochs else 'steps'}"
         self._best = -math.inf
         self._said_wait = False
         self._exports = Exports(run)
@@ -82,7 +85,8 @@ class Checkpoints:
         best = self._store.best_metric()
         self._best = -math.inf if best is None else best
         self.next_step = restored.step
-        self._origin = {**self._origin, **kept_origin(restored.cursor)}  # what the run began with is not replaced
+        self.data_changed = data_changed(restored.cursor, self._origin)
+        self._origin = carried_origin(restored.cursor, self._origin, self._run.config)
         self._say_resumed(folder, restored)
         return restored.cursor
 
@@ -98,7 +102,7 @@ class Checkpoints:
         if restored.step >= self._num_steps:
             say(
                 self._run,
-                f"all {self._num_steps} steps are done: nothing is left to train; a larger {self._verb}.steps would go "
+                f"all {self._num_steps} steps are done: nothing is left to train; a larger {self._length_key} would go "
                 "on from here, another run.dir begins anew",
             )
 

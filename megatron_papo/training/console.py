@@ -42,11 +42,16 @@ def warn_of_skipped_updates(run: Run, guard: UpdateGuard) -> None:
 
 
 def warn_of_missing_images(run: Run, dataset: PromptDataset, *, perception: bool = False) -> None:
-    """Warns where the data set has no column of images although no setting says so; with `perception` (the loss has
-    perception terms) wherever rows are read without images."""
-    if run.is_writer and (perception or dataset.lacks_image_column) and (why := dataset.without_pictures()):
-        effect = "the perception terms have nothing to work on" if perception else "rows are read without pictures"
-        warn(run, f"data.{dataset.which}: {why}: {effect}")
+    """Warns of each source that has no column of images although no setting says so; with `perception` (the loss has
+    perception terms) also where no row of any source has an image."""
+    if not run.is_writer:
+        return
+    if perception and (why := dataset.without_pictures()):
+        warn(run, f"data.{dataset.which}: {why}: the perception terms have nothing to work on")
+        return
+    for source in dataset.sources:
+        if source.lacks_image_column:
+            warn(run, f"{source.key}: {source.without_pictures()}: rows are read without pictures")
 
 
 def print_scores(scores: dict[str, float]) -> None:
@@ -66,14 +71,13 @@ def say_what_is_read(run: Run, dataset: PromptDataset) -> None:
     Raises ValueError where a function of the user's own has given the ranks different rows: they would train on
     something else than what their positions say.
     """
-    shares = gather_objects([len(source) for source in dataset.sources], world_group())
+    shares = gather_objects([source.sample() for source in dataset.sources], world_group())
     for place, source in enumerate(dataset.sources):
-        sizes = [share[place] for share in shares]
-        if len(set(sizes)) > 1:
-            rank = next(rank for rank, size in enumerate(sizes) if size != sizes[0])
+        if rank := next((rank for rank, share in enumerate(shares) if share[place] != shares[0][place]), 0):
+            sizes = f"{shares[0][place][0]} rows on rank 0, {shares[rank][place][0]} on rank {rank}"
             raise ValueError(
-                f"{source.key}: {source.origin} has {sizes[0]} rows on rank 0 and {sizes[rank]} on rank {rank}: a "
-                "function must give every rank the same"
+                f"{source.key}: {source.origin} does not have the same rows on every rank ({sizes}): a function must "
+                "give every rank the same"
             )
         if source.config.filter is not None:
             say(

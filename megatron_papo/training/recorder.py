@@ -20,6 +20,7 @@ from megatron_papo.observe.samples import SampleRow
 from megatron_papo.observe.sinks import Sinks
 from megatron_papo.training.console import warn
 from megatron_papo.training.length_percentiles import length_counts, split_lengths
+from megatron_papo.training.own_metrics import OwnMetrics
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Metrics
@@ -41,6 +42,7 @@ class Recorder:
         self._peak = config.observe.peak_tflops or peak_tflops(device_name(), dtype)
         self._fp8_peak = peak_tflops(device_name(), "fp8")
         self._plan = planner(config, run.shape, device_name(), run.layout.world_size) if planner else None
+        self._own_metrics = OwnMetrics(run)
         self._sinks = Sinks(
             config.observe,
             run.folder,
@@ -72,11 +74,12 @@ class Recorder:
         `groups` are those that were trained on. Where `metrics` has the sums over everything that was generated, the
         names of the sums over `groups` begin with `trained/`.
         """
+        own = self._own_metrics.of_step(groups, step)
         times, memory = _split(self._run.clock.take())
         work = {name: (float(value), 1.0) for name, value in self._run.meter.take().items()}
         prefix = "trained/" if "tokens" in metrics else ""
         trained = rollout_sums(groups, self._run.shape.vision.merge_unit) | length_counts(groups)
-        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work)
+        sums = metrics | sum_metrics({f"{prefix}{name}": value for name, value in trained.items()} | work | own)
         sums, lengths = split_lengths(sums)
         sums.pop("trained/tokens", None)
         totals = {name: sums.pop(name)[0] for name in ("tokens", *work)}

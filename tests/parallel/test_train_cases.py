@@ -20,7 +20,8 @@ import pytest
 from megatron_papo.checkpoint.state_file import read_state_file
 from megatron_papo.config import Config
 from megatron_papo.files.small_files import read_records
-from megatron_papo.rewards import RewardRow
+from megatron_papo.rewards import MetricRow, RewardRow
+from megatron_papo.runtime.failures import Failure, describe
 from tests.support.metric_names import recorded_at_every_step
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_tiny_folder
@@ -38,6 +39,11 @@ async def fails_but_for_row_0(rows: list[RewardRow]) -> list[dict[str, float]]:
     if not row.problem.endswith("0?") and (row.rollout == 1 or not row.problem.endswith("1?")):
         raise ConnectionError("the judge is away")
     return [{"even": share_of_even_bytes(row.response, row.answer, row.problem)}]
+
+
+def lengths_and_step(rows: list[MetricRow]) -> dict[str, float | tuple[float, float]]:
+    """Metrics of the user's own: a mean, and a sum with a count of one."""
+    return {"tokens": sum(row.num_tokens for row in rows) / len(rows), "responses": (len(rows), 1)}
 
 
 def _stopped(config: Config) -> str:
@@ -71,7 +77,10 @@ def _evaluate(*configs: Config) -> None:
 
 @pytest.mark.parametrize("branch", ["frozen", "joint"])
 def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, branch):
+    rows = inputs / "rows.jsonl"
+    others = f"{{path: {rows}, filter: {{answer: {{min: 1}}}}}}"
     settings = {
+        "data__train": f"[{{path: {rows}, name: a, filter: {{answer: 0}}}}, {others}]",
         "reward__function": "tests.parallel.test_train_cases:only_rows_0_and_1",
         "data__shuffle": "false",
         "train__steps": 1,
@@ -84,6 +93,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     of_failed = {
         "reward__function": "tests.parallel.test_train_cases:fails_but_for_row_0",
         "reward__on_failure": "drop_group",
+        "observe__metrics": "[tests.parallel.test_train_cases:lengths_and_step]",
         "data__shuffle": "false",
         "train__steps": 1,
         "train__tokens_per_micro_batch": 400,
@@ -96,6 +106,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     assert shared == pytest.approx(alone, rel=2e-4, abs=2e-5)
     assert shared["sampling/kept_share"] == 1 / 4 and shared["trained/reward/failed"] == 0
     assert shared["reward/failed"] == pytest.approx(7 / 12) and shared["rewards_failed"] == 7
+    assert shared["own/tokens"] == shared["trained/response_tokens"] and shared["own/responses"] == 3
     told = read_records(tmp_path / "failed_2" / "reward_failures.jsonl")
     assert sorted((line["prompt"][-1], line["rollout"]) for line in told) == [
         ("1", 1), ("2", 0), ("2", 1), ("2", 2), ("3", 0), ("3", 1), ("3", 2),
@@ -107,6 +118,7 @@ def test_a_rank_whose_prompts_were_all_dropped_takes_part(inputs, tmp_path, bran
     assert 0 < shared["reward/accuracy"] < 0.5 * shared["trained/reward/accuracy"], "of all, and of those trained on"
     assert shared["group/all_equal"] > 0.5 > shared["trained/group/all_equal"]
     assert shared["optim/grad_norm"] > 0
+    assert shared["source/a/reward"] > shared["source/rows/reward"] > 0 and shared["source/a/group/all_equal"] == 0
 
 
 def test_every_kind_of_mask_trains_and_is_shown(inputs, tmp_path):
@@ -174,12 +186,19 @@ def _scores(folder: Path) -> dict[str, float]:
 
 
 def test_evaluation_does_not_depend_on_the_ranks(inputs, tmp_path):
+    rows = inputs / "rows.jsonl"
+    sources = (
+        f"[{{path: {rows}, filter: {{answer: {{max: 4}}}}}}, {{path: {rows}, name: few, filter: {{answer: [7]}}}}]"
+    )
     for ranks in (1, 3):
-        settings = {"data__eval": inputs / "rows.jsonl", "eval__samples": 2, "eval__limit": 7}
+        settings = {"data__eval": sources, "eval__samples": 2, "eval__limit": 5}
         run_ranks(_evaluate, ranks, tiny_run(inputs, tmp_path / str(ranks), **settings))
     alone, shared = _scores(tmp_path / "1"), _scores(tmp_path / "3")
     assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
     assert {"accuracy", "masked_accuracy", "gap", "perception_kl"} <= shared.keys()
+    assert {f"source/{name}/{score}" for name in ("rows", "few") for score in ("accuracy", "gap")} <= shared.keys()
+    parts = shared["source/rows/response_tokens"] * 4 / 5 + shared["source/few/response_tokens"] / 5
+    assert parts == pytest.approx(shared["response_tokens"]), "four rows of one source, one of the other"
 
 
 @pytest.mark.fast
@@ -224,8 +243,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     def copy(name: str) -> Path:
         return Path(shutil.copytree(inputs, tmp_path / name))
 
-    def sft(folder: Path, steps: int = 2) -> tuple[str, Config]:
-        return "sft", tiny_run(folder, run_dir, sft__steps=steps, sft__batch_size=2)
+    def sft(folder: Path, steps: int = 2, **settings) -> tuple[str, Config]:
+        return "sft", tiny_run(folder, run_dir, **{"sft__steps": steps, "sft__batch_size": 2, **settings})
 
     rows, template, weights = copy("rows"), copy("template"), copy("weights")
     (rows / "rows.jsonl").write_text((rows / "rows.jsonl").read_text().replace("it is 5", "it is 6"))
@@ -233,6 +252,8 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     make_tiny_folder(weights / "model", seed=1)
     refused = [sft(rows), sft(template), ("train", tiny_run(inputs, run_dir))]
     goes_on = [sft(weights), sft(copy("copy"), 3)]
+    by_length = {"data__order_by": "response", "sft__steps": "null", "sft__epochs": 0.9}  # 7.2 of 8 rows
+    goes_on += [sft(rows, **by_length), sft(rows, **by_length, data__on_change="continue"), sft(rows, **by_length)]
     told, told_elsewhere = run_ranks(_said, 2, sft(inputs, 1), sft(inputs, 1), *refused, *goes_on)
     begun, same, *told = told
     assert begun == ""
@@ -241,10 +262,13 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
         same == f"{resumed}\npapo: all 1 steps are done: nothing is left to train; a larger sft.steps would go on "
         "from here, another run.dir begins anew\n"
     )
-    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)\n"
+    otherwise = f"take another run.dir (model.checkpoint={last} begins with its weights)"
+    or_continue = ", or data.on_change=continue, which goes on with these\n"
     began = f"{inputs}/{{}}, with which this run began; {otherwise}"
-    assert told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}"
-    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}"
+    assert (
+        told[0] == f"error: data.train: {rows}/rows.jsonl has other rows than {began.format('rows.jsonl')}{or_continue}"
+    )
+    assert told[1] == f"error: model.path: {template}/model has another chat template than {began.format('model')}\n"
     assert told[2].startswith(f"error: run.dir: {last} is a checkpoint of papo sft, this is papo train")
     changed = "papo: settings that are others than the checkpoint's: sft.steps"
     other = f"model.path: {weights}/model has other weights than {inputs}/model, with which this run began"
@@ -255,7 +279,21 @@ def test_a_run_goes_on_with_its_own_data_and_model_alone(inputs, tmp_path):
     ]
     last = last.with_name("step_00000002")
     assert told[4].splitlines() == [f"papo: resumed from {last}, step 2", f"{changed} 2 -> 3"], "it began with these"
-    assert told_elsewhere[5:] == ["", ""], "the writer speaks for all"
+    length = "papo: sft.epochs=0.9: 8 prompts from 8 rows are 4 steps of 2"
+    other_rows = (
+        f"data.train: {rows}/rows.jsonl has other rows than {tmp_path}/copy/rows.jsonl, with which this run began"
+    )
+    said, refusal = told[5].splitlines()
+    assert said == length and refusal.startswith(f"error: {other_rows}; take")
+    assert told[6].splitlines()[:2] == [
+        length,
+        f"papo: warning: {other_rows}: it goes on with what is there now, of which 6 prompts count as drawn",
+    ]
+    assert 'data.order_by null -> "response"): it goes on with what is there now' in told[6]
+    assert "papo: data.train: 8 rows before, 8 now; after 6 prompts the run goes on at epoch 0, row 6 of 8" in told[6]
+    assert told[7].splitlines()[2].startswith("papo: settings that are others"), "it goes on with these by itself"
+    assert "all 4 steps are done: nothing is left to train; a larger sft.epochs would" in told[7]
+    assert [text.partition("error")[0] for text in told_elsewhere[5:]] == [""] * 5, "the writer speaks for all"
 
 
 def _bytes_of(folder: Path) -> int:
@@ -338,6 +376,42 @@ def test_updates_that_are_not_finite_change_nothing_and_end_the_run_when_too_man
     assert (tmp_path / "checkpoints" / "step_00000002").is_dir(), "saved before it stopped"
 
 
+def _train_and_run_out_of_memory(config: Config, full: Config) -> tuple[Failure, tuple[int, int, int, int]]:
+    """Trains by `config`, then by `full`, where backward of the second row finds no memory. The failure that this ends
+    with; number of rows, and tokens, images and response tokens of the second."""
+    import torch
+
+    from megatron_papo import train
+    from megatron_papo.optimization import pipeline
+
+    _train(config)
+    seen: list[Any] = []
+    update, whole = train.update_policy, pipeline._finish
+
+    def finish(outputs: Any, *, row: Any, micro_loss: Any) -> Any:
+        loss, *rest = whole(outputs, row=row, micro_loss=micro_loss)
+        if micro_loss is not None and row.token_ids_T.equal(seen[1].token_ids_T):
+            loss.register_hook(no_memory)
+        return loss, *rest
+
+    def no_memory(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. If reserved memory is large try")
+
+    def updated(optimizer: Any, rows: Any, *more: Any) -> Any:
+        seen.extend(rows)
+        return update(optimizer, rows, *more)
+
+    with (
+        mock.patch.object(train, "update_policy", updated),
+        mock.patch.object(pipeline, "_finish", finish),
+        pytest.raises(ValueError) as caught,
+    ):
+        train.main(full)
+    row = seen[1]
+    images = 0 if row.grid_thw_I3 is None else len(row.grid_thw_I3)
+    return describe(0, caught.value), (len(seen), row.num_tokens, images, row.target_ids_R.numel())
+
+
 def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
     """In one precision the weights are 1: nothing moves but by rounding. With top-p they are not."""
     config = {"train__steps": 1}
@@ -345,9 +419,17 @@ def test_corrected_updates_weigh_what_the_engine_sampled(inputs, tmp_path):
         "none": {},
         "truncated": {"loss__correction": "truncated"},
         "cut": {"loss__correction": "truncated", "generation__top_p": 0.7},
-        "engine": {"loss__old_logprobs": "rollout"},
     }.items():
         run_ranks(_train, 1, tiny_run(inputs, tmp_path / name, **config, **more))
+    engine = tiny_run(inputs, tmp_path / "engine", **config, loss__old_logprobs="rollout")
+    full = tiny_run(inputs, tmp_path / "full", **config, train__tokens_per_micro_batch=100)
+    ((failure, rows),) = run_ranks(_train_and_run_out_of_memory, 1, engine, full)
+    assert (failure.kind, failure.name) == ("value", "OutOfMemoryError")
+    assert failure.message == (
+        f"stage update, row 2 of {rows[0]} ({rows[1]:,} tokens, {rows[2]} images, {rows[3]} response tokens): CUDA out "
+        "of memory. Tried to allocate 20.00 GiB; what helps most: a smaller train.tokens_per_micro_batch, or "
+        "model.recompute=full (docs/troubleshooting.md#out-of-memory)"
+    )
     ((none,), (truncated,), (cut,), (engine,)) = (
         metrics(tmp_path / name) for name in ("none", "truncated", "cut", "engine")
     )

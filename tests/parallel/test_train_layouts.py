@@ -54,7 +54,7 @@ def inputs(tmp_path_factory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("inputs"))
     rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
     (folder / "rows.jsonl").write_text("".join(rows))
-    assert [DataCursor(5, OVERRIDES["run.seed"]).row(position) for position in range(4, 8)] == [3, 3, 2, 1]
+    assert [next(DataCursor(5, OVERRIDES["run.seed"]).rows(position)) for position in range(4, 8)] == [3, 3, 2, 1]
     return folder
 
 

@@ -1,9 +1,10 @@
-"""Rewards that disturb a tiny run: one takes a moment, one waits for leave, one fails at the same step every time, one
-stalls once."""
+"""Rewards that disturb a tiny run: one takes a moment, one waits for leave, one needs a token, one fails at the same
+step every time, one stalls once."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,12 @@ def waits_for_leave(response: str, answer: str, problem: str) -> float:
     """A reward that waits until a file of this name lies in this folder."""
     while not Path("leave").exists():
         time.sleep(0.1)
+    return share_of_even_bytes(response, answer, problem)
+
+
+def share_with_a_token(response: str, answer: str, problem: str) -> float:
+    """A reward whose judge wants JUDGE_TOKEN."""
+    assert len(os.environ["JUDGE_TOKEN"]) > 10
     return share_of_even_bytes(response, answer, problem)
 
 

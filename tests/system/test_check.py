@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def big(tmp_path) -> list[str]:
     """What the 72B recipe reads, as far as it can be known before a rank starts."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(published("72B")))
-    return [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja"):
+        (tmp_path / "model" / name).touch()
+    return [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "model.random_init=true"]
 
 
 @pytest.mark.fast
@@ -49,7 +52,10 @@ def test_the_settings_as_json_and_nothing_else_on_standard_output(inputs):
     done = check(*words, "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout) == json.loads(load_config(None, words).model_dump_json())
-    assert done.stderr == "papo: check: 2 ranks (tensor 1 x pipeline 1 x data 2), a checkpoint of 2.5 MiB\n"
+    assert done.stderr == (
+        "papo: check: 2 ranks (tensor 1 x pipeline 1 x data 2), a checkpoint of 2.5 MiB and an export of 0.4 MiB: "
+        "2.9 MiB of disk\n"
+    )
 
 
 def test_every_fault_is_told_at_once(big, tmp_path):
@@ -86,9 +92,25 @@ def test_memory_heads_and_disk(big):
         "nor be started again; none would do, its weights alone take 17.1: what helps is more ranks, "
         "optim.offload_fraction or generation.placement=separate"
     )
-    assert disk.startswith("papo: error: run.dir: ") and ": one checkpoint takes 957.2 GiB, " in disk
+    assert disk.startswith("papo: error: run.dir: ")
+    assert ": up to 3 checkpoints of 957.2 GiB and an export of 136.7 GiB: 3,008.2 GiB of disk, " in disk
     done = check(EXAMPLES / "papo_g_72b.yaml", *big, "parallel.tensor=32", "parallel.pipeline=1")
     assert "papo: error: parallel.tensor: 16 heads of the vision tower do not divide by 32" in done.stderr.splitlines()
+
+
+def test_a_model_that_is_not_there_or_not_whole_is_told_with_what_helps(inputs, tmp_path):
+    done = check(*inputs, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "a name of the hub is not downloaded by itself: `hf download Qwen/Qwen2.5-VL-3B-Instruct " in done.stderr
+    model = tmp_path / "model"
+    shutil.copytree(inputs[0].partition("=")[2], model)
+    (weights,) = model.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (model / "tokenizer.json").unlink()
+    done = check(*inputs, f"model.path={model}")
+    tokenizer, shard = done.stderr.splitlines()
+    assert tokenizer.startswith(f"papo: error: model.path: {model}: lacks a tokenizer: none of tokenizer.json, ")
+    assert shard.startswith(f"papo: error: model.path: {weights}: has ") and shard.endswith(": download it again")
 
 
 def test_a_package_that_is_not_there(inputs, tmp_path):

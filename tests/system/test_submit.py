@@ -75,7 +75,17 @@ def until(reached: Callable[[], object], limit_s: float = 240.0) -> None:
 
 def test_submitted_followed_listed_and_resumed_on_one_node(tool: Tool):
     run_dir = tool.folder / "runs" / "a"
-    done = tool(*tool.settings, "run.dir=runs/a", "run.name=a", "checkpoint.save_every=1", "--follow")
+    secrets = tool.folder / "secrets"
+    secrets.write_text("JUDGE_TOKEN=nobody-may-see-this\n")
+    named = [f"cluster.secrets_file={secrets}", "cluster.setup=['test -z \"$JUDGE_TOKEN\"']"]
+    named.append("reward.function=tests.support.slow:share_with_a_token")
+    words = [*tool.settings, *named, "run.dir=runs/a", "run.name=a", "checkpoint.save_every=1", "--follow"]
+    refused = tool(*words)
+    assert refused.stderr.endswith(
+        f"cluster.secrets_file: {secrets}: others may read it (mode 644): chmod 600 {secrets}\n"
+    )
+    secrets.chmod(0o600)
+    done = tool(*words)
     assert done.returncode == 0, done.stderr + done.stdout
     (first,) = job_ids(run_dir)
     said = [line for line in done.stderr.splitlines() if "completing" not in line]  # seen or not, as it is asked for
@@ -86,6 +96,8 @@ def test_submitted_followed_listed_and_resumed_on_one_node(tool: Tool):
     assert said[-2:] == [f"submit: job {first}: running on 2 nodes", f"submit: job {first}: completed"]
     assert "papo: check: 2 ranks (tensor 1 x pipeline 1 x data 2)" in done.stdout
     assert done.stdout == (run_dir / "cluster" / f"job_{first}.log").read_text()
+    kept = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(kept) > 5 and not [path for path in kept if b"nobody-may-see-this" in path.read_bytes()]
     line = tool.lines()[first]
     assert (line["state"], line["nodes"], line["steps"], line["attempts"]) == ("completed", "2", "2 of 2", "1")
     assert line["run"] == "runs/a"
@@ -139,10 +151,20 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     assert (one.job, one.end, two.job) == (first, "saved", second)
     assert two.steps_saved == one.reached > 0
     assert "JobState=COMPLETED" in tool.cluster.call("scontrol", "show", "job", first).stdout
+    stopped = tool("stop", "runs/b")
+    saves = f"submit: job {second} saves after its step and ends; `submit_slurm.py resume runs/b` goes on\n"
+    assert (stopped.returncode, stopped.stdout) == (0, saves)
+    until(lambda: read_attempts(run_dir)[-1].end and tool.lines()[second]["state"] == "completed")
+    assert read_attempts(run_dir)[-1].end == "saved"
+    assert "papo: asked to stop: saved; " in (run_dir / "cluster" / f"job_{second}.log").read_text()
+
+    third, fourth = job_ids(run_dir)[2:] if tool("resume", "runs/b", "--chain", 2).returncode == 0 else ()
+    assert f"submit: cancelled job {fourth}, which waited\n" in tool("stop", fourth).stdout
     cancelled = tool("cancel", "runs/b")
-    assert (cancelled.returncode, cancelled.stdout) == (0, f"submit: cancelled job {second}\n")
-    until(lambda: tool.lines()[second]["state"] == "cancelled")
-    assert tool("cancel", "runs/b").stderr == "submit: error: runs/b: has no job in the queue\n"
+    assert (cancelled.returncode, cancelled.stdout) == (0, f"submit: cancelled job {third}\n")
+    until(lambda: tool.lines().get(fourth, {}).get("state") == "cancelled")  # the newest, once the other is over too
+    for action in ("stop", "cancel"):
+        assert tool(action, "runs/b").stderr == "submit: error: runs/b: has no job in the queue\n"
 
 
 def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
@@ -165,13 +187,20 @@ def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
     assert tool.lines()[done.stdout.strip()]["steps"] == "2 of 2"
 
 
+NO_MODEL = (
+    "papo: error: model.path: Qwen2.5-VL-3B-Instruct: no such folder, and a name of the hub is not downloaded by "
+    "itself: `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir Qwen2.5-VL-3B-Instruct`, then "
+    "model.path=Qwen2.5-VL-3B-Instruct"
+)
+
+
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({}, "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"),
+        ({}, NO_MODEL),
         (
             {"PAPO_VENV": "gone"},
-            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make venv' in {REPO} makes one",
+            f"papo: error: cluster.venv: no virtual environment in {REPO}/gone; 'make gpu-venv' in {REPO} makes one",
         ),
         ({"PAPO_ENVIRONMENT": "container"}, "papo: error: cluster.container: names no image"),
         (
@@ -200,7 +229,7 @@ def test_modules_are_loaded_in_their_order(slurm: Slurm, tmp_path):
     log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good bad"})
     assert log == ["papo: error: cluster.modules: module load bad: ERROR: unable to locate bad "]
     log = refused(slurm, tmp_path, modules | {"PAPO_MODULES": "good", "PAPO_VENV": str(environment())})
-    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+    assert log[0] == NO_MODEL
 
 
 PYXIS = """#!/bin/bash
@@ -227,7 +256,7 @@ def test_a_container_gets_the_project_and_the_working_folder(slurm: Slurm, tmp_p
     assert refused(slurm, tmp_path, variables) == [f"papo: error: cluster.container: {image}: no such image"]
     image.touch()
     log = refused(slurm, tmp_path, variables)
-    assert log[0] == "papo: error: model.path: Qwen2.5-VL-3B-Instruct/config.json: no such file"
+    assert log[0] == NO_MODEL
     assert (tmp_path / "said").read_text().splitlines() == [
         f"--container-image={image}",
         f"--container-workdir={tmp_path}",

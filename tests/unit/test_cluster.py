@@ -17,6 +17,7 @@ from megatron_papo.cluster.slurm import SlurmError, sbatch
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.config.cluster import time_limit_s
 from megatron_papo.files.small_files import write_atomically
+from megatron_papo.runtime.progress import STEPS_FILE, asked_length
 
 REPO = Path(__file__).parents[2]
 
@@ -229,6 +230,12 @@ def test_a_run_is_finished_with_its_last_checkpoint_and_its_export(tmp_path: Pat
     assert is_finished(settings)
     settings["train"]["steps"] = 5
     assert not is_finished(settings)
+    settings["train"] |= {"steps": None, "epochs": 2.0}
+    assert not is_finished(settings), "the number of steps is not known"
+    for epochs, finished in ((2.0, True), (3.0, False)):
+        asked = asked_length({**settings, "train": {**settings["train"], "epochs": epochs}})
+        (tmp_path / STEPS_FILE).write_text(json.dumps({"asked": asked, "num_steps": 4}))
+        assert is_finished(settings) is finished
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.data.cells import MOST_ANSWERS, BadCell, answers_of, question_of
+from megatron_papo.data.cells import MOST_ANSWERS, BadCell, answers_of, question_of, system_of
 from megatron_papo.rewards import Rewarder
 from megatron_papo.types import ModelInputs, Prompt, Rollout
 
@@ -79,10 +79,34 @@ IMAGE, TEXT = {"type": "image", "text": None}, {"type": "text", "text": "how man
         ([user([{"type": "image_url", "image_url": None}, TEXT])], None),
         ([{"role": "system", "content": "Be brief."}, user("<image>how many?")], "Be brief."),
         ([{"role": "system", "content": ""}, user(["<image>", "how many?"])], None),
+        ([{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, user([IMAGE, TEXT])], "Be kind."),
     ],
 )
-def test_a_question_is_text_or_one_turn_of_the_user(cell, system):
-    assert question_of(cell, system) == "<image>how many?"
+def test_a_question_is_text_or_one_turn_of_the_user_behind_the_rows_system_turn(cell, system):
+    question, told = question_of(cell)
+    assert (question, system_of(None, told)) == ("<image>how many?", system)
+
+
+@pytest.mark.parametrize(
+    ("cell", "told", "expected"),
+    [
+        (None, None, None),
+        ("", " ", None),
+        ("Be brief.", None, "Be brief."),
+        (b"Be brief.", "", "Be brief."),
+        ("Be brief.", "Be brief.", "Be brief."),
+        ("Be brief.", "Be kind.", "'Be kind.' in the conversation, 'Be brief.' in the column"),
+        (3, None, "a number, not text"),
+        ("Look at <image>.", None, "pictures belong to the question"),
+        (None, "<video>", "pictures belong to the question"),
+        (b"\xff", None, "no UTF-8"),
+    ],
+)
+def test_a_system_turn_is_the_text_of_the_column_or_of_the_conversation(cell, told, expected):
+    try:
+        assert system_of(cell, told) == expected
+    except BadCell as bad:
+        assert bad.reason == "system turn" and str(expected) in str(bad)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +122,7 @@ def test_a_question_is_text_or_one_turn_of_the_user(cell, system):
         (3, "problem is no text", "a number, not text"),
         (b"\xff", "problem is no text", "no UTF-8"),
         ([user("a"), {"role": "assistant", "content": "b"}], "problem is no text", "user, assistant"),
-        ([{"role": "system", "content": "x" * 999}, user("a")], "system turn", "data.system"),
+        ([{"role": "system", "content": "a"}], "problem is no text", "a conversation of nothing"),
         ([user([{"type": "image", "image": "0.png"}])], "problem is no text", "a picture within a turn"),
         ([user([{"type": "audio"}])], "problem is no text", "'audio'"),
         ([user([{"type": "video", "video": "0.mp4"}])], "video", "only pictures are read"),
@@ -107,7 +131,7 @@ def test_a_question_is_text_or_one_turn_of_the_user(cell, system):
 )
 def test_other_questions_are_named_shortly(cell, reason, told):
     with pytest.raises(BadCell, match=told or "^$") as caught:
-        question_of(cell, None)
+        question_of(cell)
     assert caught.value.reason == reason and len(str(caught.value)) < 160
 
 

@@ -176,13 +176,15 @@ def test_a_column_of_pictures_that_is_not_there(processor, tmp_path):
     with pytest.raises(ValueError, match="but 'view', which seems"):
         open_train(processor, typed)
     said = open_train(processor, named, columns=ColumnsConfig(images=None))
-    assert said.prompt(0).images == () and not said.lacks_image_column and "is null" in said.without_pictures()
+    assert (
+        said.prompt(0).images == () and not said.sources[0].lacks_image_column and "is null" in said.without_pictures()
+    )
 
     plain = open_train(processor, write_parquet(tmp_path / "c.parquet", **text))
-    assert plain.lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
+    assert plain.sources[0].lacks_image_column and plain.without_pictures().endswith("c.parquet has no column 'images'")
     empty = {"problem": ["2+2?"] * 3000, "answer": ["4"] * 3000, "images": [[]] * 3000}
     unseen = open_train(processor, write_parquet(tmp_path / "d.parquet", **empty))
-    assert not unseen.lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
+    assert not unseen.sources[0].lacks_image_column and "none of 1000 rows of " in unseen.without_pictures()
     assert open_train(processor, named, columns=ColumnsConfig(images="image")).without_pictures() is None
 
 
@@ -539,3 +541,40 @@ def test_prompts_of_a_certificate_are_the_good_rows_and_where_there_is_none_the_
     assert "data.train: none of the first 3 rows of" in str(error.value)
     for reason in ("image file missing 1", "the same picture twice 1", "no answer 1", "the first: row 0: image file"):
         assert reason in str(error.value)
+
+
+def test_each_row_has_its_own_system_turn_and_else_that_of_the_settings(processor, tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "how many?"}]
+    rows = [
+        {"problem": "how many?", "answer": "3", "told": "Be brief."},
+        {"problem": "how many?", "answer": "3", "told": ""},
+        {"problem": "how many?", "answer": "3", "told": "See <|image_pad|>"},
+        {"problem": "how many?", "answer": "3", "told": "so " * 99},
+    ]
+    path, talks = (
+        write_lines(tmp_path / "a.jsonl", rows),
+        write_lines(tmp_path / "b.jsonl", [{**rows[1], "problem": turns}]),
+    )
+    settled = load_processor(processor.folder, DATA.model_copy(update={"system": "Be exact."}))
+    columns = ColumnsConfig(system="told", images=None)
+    for given, second in ((processor, None), (settled, "Be exact.")):
+        dataset = open_train(given, path, columns=columns)
+        first = dataset.prompt(0)
+        assert first.system == "Be brief." and dataset.prompt(1).system is None
+        for prompt, system in ((first, "Be brief."), (dataset.prompt(1), second)):
+            text = given.tokenizer.decode(prompt.inputs.token_ids_S.tolist())
+            assert text.startswith("<|im_start|>system\n" + system if system else "<|im_start|>user"), text
+        assert open_train(given, talks, columns=ColumnsConfig(images=None)).prompt(0).system == "Be kind."
+    for row, reason in ((2, "vision token in text"), (3, "prompt too long")):
+        with pytest.raises(BadRow, match=reason):
+            dataset.prompt(row)
+    with pytest.raises(ValueError, match=r"data.columns.system: .* has no column 'tone'"):
+        open_train(processor, path, columns=ColumnsConfig(system="tone", images=None))
+    other = write_lines(tmp_path / "c.jsonl", [{**rows[0], "told": "Be long."}, *rows[1:]])
+    prints = [open_train(processor, name, columns=columns).fingerprints() for name in (path, other)]
+    assert prints[0] != prints[1], "the column is part of what the rows are"
+    plain = ColumnsConfig(images=None)
+    assert (
+        open_train(processor, path, columns=plain).fingerprints()
+        == open_train(processor, other, columns=plain).fingerprints()
+    )

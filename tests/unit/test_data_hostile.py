@@ -298,6 +298,12 @@ def test_a_run_says_that_it_reads_no_pictures(processor, tmp_path, capsys):
             assert not said or said.startswith("papo: warning: data.train: ")
         warn_of_missing_images(SimpleNamespace(is_writer=False), rows, perception=True)
     assert not capsys.readouterr().err
+    both = DATA.model_copy(update={"train": [str(tmp_path / "d.jsonl"), str(tmp_path / "a.jsonl")]})
+    warn_of_missing_images(SimpleNamespace(is_writer=True), PromptDataset(both, "train", processor), perception=True)
+    assert re.fullmatch(
+        r"papo: warning: data.train\[1\]: .*/a.jsonl has no column 'images': rows are read without pictures\n",
+        capsys.readouterr().err,
+    )
 
 
 def _demonstrated(rows, rank, size):

@@ -15,6 +15,7 @@ from megatron_papo.config.data_sources import source_entries
 from megatron_papo.data.mixture import Mixture
 from megatron_papo.data.row_filter import rows_that_pass
 from megatron_papo.evaluate import with_gaps
+from megatron_papo.preflight.inputs import faults_of_inputs, find_module
 from megatron_papo.training.console import print_scores
 from megatron_papo.training.rollout_metrics import rollout_sums
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
@@ -69,6 +70,19 @@ def test_what_is_written_wrong_is_one_line(written, fault):
     with pytest.raises(ConfigError) as caught:
         train_of(written)
     assert str(caught.value).startswith(fault) and "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_shows_before_a_run():
+    written = (
+        "[gone.jsonl, {function: examples.data_source.squares:rows, filter: examples.data_source:x}, {function: f}]"
+    )
+    assert list(faults_of_inputs("sft", load_config(None, [f"data.train={written}", "model.path=/"]))) == [
+        "data.train[0]: gone.jsonl: no such file or folder",
+        "data.train[2].function: 'f' is not written module:function",
+    ]
+    spec = find_module("examples.data_source.squares")
+    assert spec is not None and spec.origin is not None and spec.origin.endswith("squares.py")
+    assert find_module("examples.data_source.circles") is None
 
 
 def test_evaluation_has_no_weights():

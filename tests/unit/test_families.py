@@ -130,7 +130,7 @@ def test_layouts_are_planned_from_the_familys_own_costs(monkeypatch):
     layouts = _layouts(shape)
     best = layouts.best
     assert {estimate.candidate.tensor for estimate in layouts.fitting} == {1, 2}
-    assert 0 < best.fullest.weights < best.fullest.peak and best.seconds["update"] > 0
+    assert 0 < best.fullest.weights < best.peak and best.seconds["update"] > 0
     own = costs.vision_flops
     monkeypatch.setattr(costs, "vision_flops", lambda grids, shape: 10_000 * own(grids, shape))
     dearer = {estimate.candidate: estimate.seconds["update"] for estimate in _layouts(shape).fitting}

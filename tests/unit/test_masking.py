@@ -12,7 +12,7 @@ from megatron_papo.config import Config, DataConfig, MaskConfig
 from megatron_papo.data import Masks, load_processor, mask_images, masked_raw_images
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import cell_mask
-from megatron_papo.data.order import random_state
+from megatron_papo.data.random_state import random_state
 from megatron_papo.types import Prompt
 from tests.support.tiny import make_tiny_folder
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import Config, load_config
-from megatron_papo.costs import activations
+from megatron_papo.costs import activations, full_rows
 from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import (
     GIB,
@@ -140,7 +140,12 @@ def test_activations_that_may_not_fit_are_warned_of():
     config = recipe("papo_g_7b", "model.recompute=none", "train.tokens_per_micro_batch=65536")
     assert memory_faults(config, shape_of("7B"), 8) == []
     (warning,) = memory_warnings(config, shape_of("7B"), 8)
-    assert warning.startswith("cluster: stage 0 needs about ") and "H100 has 79.6" in warning
+    assert warning.startswith("cluster: an update needs about 134.6 GiB a GPU on stage 0 (weights 3.9, gradients 7.7,")
+    assert "H100 has 79.6, of which about 6 are for CUDA" in warning and "engine" not in warning
+    beside = recipe("papo_g_7b", "generation.sleep=false", "generation.gpu_memory_fraction=0.62")
+    assert memory_faults(beside, shape_of("7B"), 8) == []
+    (warning,) = memory_warnings(beside, shape_of("7B"), 8)  # beside 23.2 of states: more than 73.6 with activations
+    assert ", engine 49.4, activations " in warning
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "mlp", "full"])
@@ -165,6 +170,17 @@ def test_what_each_recomputation_keeps_is_as_by_hand(spec, recompute):
     again = 1000 * (whole - kept) + 2 * (1000 * 2 * (11008 + 2048) + 2 * 11008 * 2048)
     head = 2 * 151936 * 2048 + 4 * 2048 * (500 + 2 * 32768) + (4 + 2) * 500 * 32768
     assert activation_bytes(config, shape_of("3B"), 1) == 18_000 * kept + ends + max(again, head)
+
+
+def test_a_stage_has_no_more_rows_in_flight_than_an_update_can_have():
+    """Two prompts a rank and update, each of which may be cut into as many rows as five responses of 2,048 tokens need
+    beside a prompt of 4,096; four stages."""
+    few = ("train.prompts_per_step=24", "parallel.pipeline=4")
+    config = recipe("papo_g_7b", *few)
+    assert [full_rows.rows_in_flight(config, stage, 4) for stage in range(4)] == [2, 2, 2, 1]
+    assert full_rows.rows_in_flight(recipe("papo_g_7b", "parallel.pipeline=4"), 0, 4) == 4
+    short = recipe("papo_g_7b", *few, "train.tokens_per_micro_batch=9000")  # room for 4,904: three rows a prompt
+    assert full_rows.rows_in_flight(short, 0, 4) == 4
 
 
 def test_the_head_is_counted_with_the_tile_that_it_takes():

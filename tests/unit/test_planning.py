@@ -10,19 +10,22 @@ import yaml
 
 from megatron_papo.config import Config, ConfigError, load_config
 from megatron_papo.costs.hardware import GPUS, Cluster
-from megatron_papo.costs.memory import GIB, num_parameters, stage_memory
+from megatron_papo.costs.memory import GIB
 from megatron_papo.costs.stages import PLANNED_STAGES
 from megatron_papo.model.published_shapes import published_models, shape_named
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.planning.assumptions import Assumptions, factor_of
 from megatron_papo.planning.candidates import RECOMPUTE, Candidate, stage_layers_by_cost
 from megatron_papo.planning.collectives import all_reduce_s, gather_s
 from megatron_papo.planning.estimate import estimate
 from megatron_papo.planning.measured_run import planned
+from megatron_papo.planning.plan_page import HEADERS, cells
 from megatron_papo.planning.published_runs import beside_published
 from megatron_papo.planning.ranking import LayoutPlan, plan
 from megatron_papo.planning.scale import scale
 from megatron_papo.planning.schedule import forward_backward_s, forward_s
 from megatron_papo.planning.workload import Workload
+from megatron_papo.preflight.check import summary
 from tests.support import commands
 from tools import predict_update
 
@@ -128,14 +131,46 @@ def test_each_recomputation_takes_more_time_and_less_memory_than_the_one_before(
     assert (mlp - selective) / (full - none) < 2 * 11008 / (3 * 11008 + 2 * (2048 + 256))
 
 
-def test_memory_is_what_the_check_counts():
-    shape, config = shape_named("Qwen2.5-VL-7B"), recipe()
-    candidate = Candidate(4, 2, 2, (13, 15), "full", "bf16 moments", 2)
-    found = estimate(candidate, config, shape, Cluster(GPUS["H100"], 2), Assumptions(), Workload.of(config, shape))
-    counted = stage_memory(candidate.applied(config), shape, 16)
-    assert [stage.weights for stage in found.stages] == [stage.weights for stage in counted]
-    assert [stage.optimizer for stage in found.stages] == [stage.optimizer for stage in counted]
-    assert all(stage.engine == num_parameters(shape) * 2 // 2 for stage in found.stages)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("name", "model", "tensor", "data", "layers"),
+    [
+        ("papo_g_3b", "Qwen2.5-VL-3B", 1, 8, (36,)),
+        ("papo_g_7b", "Qwen2.5-VL-7B", 2, 4, (28,)),
+        ("dapo_7b", "Qwen2.5-VL-7B", 4, 2, (28,)),
+        ("papo_g_7b_fp8", "Qwen2.5-VL-7B", 2, 2, (13, 15)),
+        ("papo_g_72b", "Qwen2.5-VL-72B", 8, 2, (19, 20, 21, 20)),
+    ],
+)
+def test_plan_and_check_print_the_same_memory(name, model, tensor, data, layers, recompute):
+    """Whatever the lengths that seconds are planned for: the data says nothing of the fullest row."""
+    shape, config = shape_named(model), load_config(ROOT / "examples" / f"{name}.yaml")
+    candidate = Candidate(tensor, len(layers), data, layers, recompute, "bf16 moments", tensor)
+    num_ranks = tensor * len(layers) * data
+    cluster = Cluster(GPUS["H100"], max(1, num_ranks // 8))
+    printed = dict(zip(HEADERS, _cells(candidate, config, shape, cluster, image_tokens=600), strict=True))
+    parts = {part: printed[f"{part} GiB"] for part in ("weights", "gradients", "optimizer", "activations")}
+    longer = dict(zip(HEADERS, _cells(candidate, config, shape, cluster, image_tokens=50), strict=True))
+    assert parts == {part: longer[f"{part} GiB"] for part in parts} and printed["update s"] != longer["update s"]
+    checked = summary("train", candidate.applied(config), shape, num_ranks)
+    assert "weights {weights}, gradients {gradients}, optimizer {optimizer}, ".format(**parts) in checked
+    assert f" and about {parts['activations']} of activations (full rows of 16,384 tokens, 50% of images" in checked
+
+
+def _cells(candidate: Candidate, config: Config, shape: ModelShape, cluster: Cluster, **lengths: int) -> list[str]:
+    work = Workload.of(config, shape, **lengths)
+    return cells(estimate(candidate, config, shape, cluster, Assumptions(), work))
+
+
+def test_a_measured_step_is_planned_with_rows_of_its_own_lengths():
+    """Pictures of few tokens take less memory than those of `papo check`."""
+    shape, config = shape_named("Qwen2.5-VL-7B"), load_config(ROOT / "examples" / "papo_g_7b.yaml")
+    peaks = [
+        planned(config, shape, GPUS["H100"], 8, Assumptions(), lengths).fullest.activations
+        for images in (50.0, 600.0, 1200.0)
+        for lengths in ({"prompt_tokens": images + 150, "image_tokens": images, "response_tokens": 100.0},)
+    ]
+    assert peaks == sorted(set(peaks))
 
 
 def test_every_layout_is_found_or_told_why_not(found):
@@ -158,7 +193,7 @@ def test_what_fits_fits_and_is_sorted(found):
     steps = [each.step_s for each in found.fitting]
     assert steps == sorted(steps) and len(steps) > 50
     for each in found.fitting:
-        assert each.fullest.peak <= has * 1.0001, each.candidate
+        assert each.peak <= has * 1.0001, each.candidate
         assert (
             sum(each.candidate.layers) == 80
             and each.candidate.tensor * each.candidate.pipeline * each.candidate.data == 64
@@ -204,6 +239,8 @@ def test_the_tool_prints_writes_and_refuses(tmp_path):
     words = ("--model", "Qwen2.5-VL-7B", "--nodes", "1", "--explain", "--out", str(out), "--markdown", str(page))
     done = _tool(*words)
     assert done.returncode == 0, done.stderr
+    assert "Memory is that of full rows of 16,384 tokens, 50% of images, 50% of responses, as" in done.stdout
+    assert "prompts of 150 text and 600 image tokens, responses of 512.\n" in done.stdout
     assert "ways fit" in done.stdout and "TP16" not in done.stdout
     assert yaml.safe_load(out.read_text())["parallel"]["distributed_optimizer"] is True
     assert page.read_text().startswith("| layout | stages |")

@@ -6,6 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from pydantic import ValidationError
 
 from megatron_papo.config import RewardConfig
 from megatron_papo.rewards import Rewarder, RewardRow, asking
+from megatron_papo.rewards.reward_row import metric_rows_of, rows_of
 from megatron_papo.types import Group, ModelInputs, Prompt, Rollout
 
 HERE = "tests.unit.test_reward_function"
@@ -310,3 +314,16 @@ def test_a_wait_returns_in_time_and_tells_how_far_it_is():
         ended[0].set()
         assert asked.wait(30) and asked.progress == (3, 3)
     assert Rewarder(RewardConfig()).ask([group_of("a")]) is None
+
+
+def test_the_examples_of_the_guide_run():
+    page = (Path(__file__).parents[2] / "docs/guides/plug_ins.md").read_text()
+    names: dict[str, Any] = {}
+    for block in page.split("```python\n")[1:]:
+        exec(block.split("```")[0], names)
+    group = replace(group_of("\\boxed{3}", "wait"), rewards=(1.0, 0.0), advantages=(1.0, -1.0))
+    assert names["short_and_right"](rows_of(group, "", 0)) == [
+        {"accuracy": 1.0, "brevity": -0.009}, {"accuracy": 0.0, "brevity": -0.004},
+    ]  # fmt: skip
+    rows = metric_rows_of(replace(group, reward_parts={"accuracy": (1.0, 0.0)}), "", 0)
+    assert names["of_right_answers"](rows) == {"waits": 0.5, "right_tokens": (9, 1)}

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.cluster.attempts import Attempt, close_lost, read_attempts, reason_to_stop, write_attempt
+from megatron_papo.cluster.finished import main as finished
 from megatron_papo.cluster.ranks import RankWatch, killed_tasks
+from megatron_papo.cluster.stop_request import ask_to_stop
 from megatron_papo.cluster.supervise import Supervisor
 from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.runtime.failure_notes import write_failure
@@ -97,6 +99,22 @@ def test_three_failures_at_one_step_are_enough(attempts, stops):
     assert bool(reason_to_stop(attempts, 3)) == stops
 
 
+def test_too_little_memory_is_not_tried_three_times():
+    def short(number: int, reached: int, **other: str) -> Attempt:
+        words = {"reason": "papo: rank 3 failed: OutOfMemoryError: stage update, row 7", "failure": "OutOfMemoryError"}
+        return replace(failed(number, reached), **words | other)
+
+    first = reason_to_stop([short(1, 0)], 3)
+    assert first.startswith("out of memory in the first step, as another attempt would be: papo: rank 3 failed: OutOf")
+    assert "row 7; what helps is a smaller train.tokens_per_micro_batch" in first
+    assert reason_to_stop([short(1, 4)], 3) == ""
+    assert reason_to_stop([short(1, 4), short(2, 4)], 3).startswith("out of memory again at step 4, as another")
+    assert reason_to_stop([short(1, 4), short(2, 6)], 3) == ""
+    assert reason_to_stop([failed(1, 4), short(2, 4)], 3) == ""
+    assert reason_to_stop([short(1, 4), short(2, 4, failure="RuntimeError")], 3) == ""
+    assert reason_to_stop([short(1, 0), failed(2, 0, end="saved")], 3) == ""
+
+
 def test_the_reason_to_stop_names_step_and_causes_once_each():
     attempts = [failed(1, 4, "rank 1 failed: a bug"), failed(2, 4, "rank 1 failed: a bug"), failed(3, 4, "node2 died")]
     assert reason_to_stop(attempts, 3) == (
@@ -149,7 +167,7 @@ SRUN_LOGS = {
     "srun: error: node1: task 0: Terminated\n": [(1, "killed", "on node2: Killed")],
     "srun: error: node1: tasks 0-3: Exited with exit code 1\n": [(0, "ended", "on node1: Exited with exit code 1")],
     "srun: error: node2: task 3: Exited with exit code 2\n": [(3, "refused", "on node2: Exited with exit code 2")],
-    "srun: error: node2: task 5,7: Out Of Memory\n": [(5, "killed", "on node2: Out Of Memory")],
+    "srun: error: node2: task 5,7: Out Of Memory\n": [(5, "OutOfMemoryError", "on node2: Out Of Memory")],
     "srun: error: Node failure on node2\nsrun: error: node1: task 0: Killed\n": [
         (4, "dead", "Slurm has lost its node node2"), (0, "killed", "on node1: Killed")
     ],
@@ -205,6 +223,30 @@ def test_a_run_that_stops_itself_is_not_begun_again(tmp_path):
     (tmp_path / "failures" / "rank_1.json").unlink()
     (tmp_path / "saved").write_text("4")
     assert supervisor._how_it_ended(SAVED_EXIT, tmp_path / "srun.log", watch, None).end == "saved"
+
+
+def test_a_job_that_was_asked_to_stop_saves_and_is_not_queued_again(tmp_path, capsys, monkeypatch):
+    settings = {
+        "run": {"dir": str(tmp_path), "max_failures": 3, "heartbeat_limit_s": 60, "stall_limit_s": 60},
+        "checkpoint": {"resume": True, "export_at_end": False},
+        "train": {"steps": 9},
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("sys.argv", ["finished", str(tmp_path / "settings.json")])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert finished() == 1
+    for jobs in (["7"], ["9"]):
+        ask_to_stop(tmp_path, jobs)
+    supervisor, other = (Supervisor(SupervisedJob(job, "node[1-2]", 2), settings, 2, [], []) for job in ("7", "8"))
+    assert supervisor._asked_to_stop() and not other._asked_to_stop()
+    assert supervisor._leave([replace(FIRST, end="saved")]) == 1  # nothing was saved
+    (tmp_path / "saved").write_text("4")
+    assert supervisor._leave([replace(FIRST, end="saved")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"papo: asked to stop: saved; `submit_slurm.py resume {tmp_path}` goes on"
+    assert finished() == 0 and "this job was asked to stop" in capsys.readouterr().out
+    (tmp_path / "cluster" / "stop.json").write_bytes(b"\xff")
+    assert not supervisor._asked_to_stop()
 
 
 def test_the_lock_of_this_jobs_earlier_attempt_goes_and_another_runs_stays(tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _TOWER_FFN = {"Qwen2.5-VL-3B": 3420, "Qwen2.5-VL-7B": 3420, "Qwen2.5-VL-32B": 3456, "Qwen2.5-VL-72B": 3456}
+HUB_NAME = "Qwen/{name}-Instruct"
+"""Where the hub has the model of a published name."""
 NUM_PARAMETERS = {
     "Qwen2.5-VL-3B": 3_754_622_976,
     "Qwen2.5-VL-7B": 8_292_166_656,

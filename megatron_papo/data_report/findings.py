@@ -37,7 +37,7 @@ class MeasuredRow:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DataSurvey:
     """All rows that were looked at."""
 
     verb: str

@@ -7,12 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.config import Config
+from megatron_papo.data_report.findings import PERCENTILES, DataSurvey, percentiles
 from megatron_papo.data_report.remarks import headline, remarks
-from megatron_papo.data_report.survey import PERCENTILES, Survey, percentiles
 from megatron_papo.text.untrusted import as_text
 
 
-def print_report(config: Config, survey: Survey) -> None:
+def print_report(config: Config, survey: DataSurvey) -> None:
     """Prints everything but examples and histograms, which the page has."""
     console = Console()
     title = Text(as_text(f"data.{survey.which}: {survey.name}"), "bold")
@@ -35,7 +35,7 @@ def _heads() -> list[str]:
     return ["median" if percent == 50 else f"{percent} %" for percent in PERCENTILES]
 
 
-def _reasons(survey: Survey) -> Table:
+def _reasons(survey: DataSurvey) -> Table:
     table = Table("bad rows", "rows", "the first of them")
     table.columns[1].justify = "right"
     for reason, number, first in survey.reasons:
