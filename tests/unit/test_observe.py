@@ -123,7 +123,7 @@ def test_tensorboard_and_wandb_without_a_key_hold_the_numbers_and_the_samples(tm
     lost, offline = said
     assert lost == f"{tmp_path / 'wandb_id.txt'}: holds no id: wandb shows what follows as another run"
     assert offline.startswith("wandb: No API key configured")
-    assert offline.endswith(f": the run goes on offline, `wandb sync {tmp_path}/wandb/*run-*` uploads it later")
+    assert offline.endswith(f": the run goes on offline, `wandb sync {tmp_path}/wandb/offline-run-*` uploads it later")
     assert len((tmp_path / "wandb_id.txt").read_text()) == 12
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
