@@ -18,48 +18,69 @@ from megatron_papo.config import Config
 from megatron_papo.costs.memory import GIB, checkpoint_bytes, num_parameters, weight_bytes
 from megatron_papo.model.shape import ModelShape
 
-_MANY_STEPS = 10**6
-"""For a run whose number of steps follows from epochs, before the data is read: as many as any run has."""
-
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What may stand under `run.dir` at a time."""
+    """What may stand under `run.dir` at a time: numbers of checkpoints and of exports, those that are being written
+    among them, and the bytes of each."""
 
-    each: int
-    """Bytes of one checkpoint."""
-    most: int
-    """Number of checkpoints at a time, the one that is being written among them."""
-    export: int
-    """Bytes of Hugging Face folders."""
+    checkpoints: int
+    checkpoint_bytes: int
+    exports: int
+    export_bytes: int
 
     @property
     def total(self) -> int:
-        return self.most * self.each + self.export
+        return self.checkpoints * self.checkpoint_bytes + self.exports * self.export_bytes
 
     def in_words(self) -> str:
-        """`up to 4 checkpoints of 957.2 GiB and an export of 136.7 GiB: 3,965.5 GiB of disk`, as far as there are
-        any."""
-        plural = "s" * (self.most > 1)
-        parts = [f"{f'up to {self.most} ' if plural else 'a '}checkpoint{plural} of {in_units(self.each)}"]
-        parts += [f"an export of {in_units(self.export)}"] if self.export else []
-        total = f": {in_units(self.total)} of disk" if self.most > 1 or self.export else " of disk"
-        return " and ".join(parts) + total
+        """`up to 4 checkpoints of 957.2 GiB and an export of 136.7 GiB: 3,965.5 GiB of disk`, or `nothing saved`."""
+        kinds = (
+            (self.checkpoints, "a checkpoint", "checkpoints", self.checkpoint_bytes),
+            (self.exports, "an export", "exports", self.export_bytes),
+        )
+        parts = [
+            f"{one if number == 1 else f'up to {number} {several}'} of {in_units(each)}"
+            for number, one, several, each in kinds
+            if number
+        ]
+        total = f": {in_units(self.total)} of disk" if self.checkpoints + self.exports > 1 else ""
+        return " and ".join(parts) + total if parts else "nothing saved"
 
 
 def disk_need(verb: str, config: Config, shape: ModelShape) -> DiskNeed:
     """What a run of `verb`, `train` or `sft`, needs."""
     settings = config.checkpoint
-    steps = (config.train if verb == "train" else config.sft).steps or _MANY_STEPS
-    saves = math.ceil(steps / settings.save_every) if settings.save_every else 1
-    best = verb == "train" and settings.keep_best and config.data.eval is not None
-    if best:  # an evaluation may save too, when it is the best so far
-        saves += steps // config.train.eval_every if config.train.eval_every else 1
+    steps = (config.train if verb == "train" else config.sft).steps
+    weights = num_parameters(shape) * weight_bytes(config)
+    each = {"full": checkpoint_bytes(config, shape), "weights": weights, "none": 0}[settings.contents]
     return DiskNeed(
-        each=checkpoint_bytes(config, shape),
-        most=max(1, min(settings.keep_last + best + 1, saves)),
-        export=num_parameters(shape) * weight_bytes(config) if settings.export_at_end else 0,
+        checkpoints=_most_checkpoints(verb, config, steps) if each else 0,
+        checkpoint_bytes=each,
+        exports=_most_exports(config, steps),
+        export_bytes=weights,
     )
+
+
+def _most_checkpoints(verb: str, config: Config, steps: int | None) -> int:
+    settings, every = config.checkpoint, config.train.eval_every
+    best = verb == "train" and settings.keep_best and config.data.eval is not None
+    most = settings.keep_last + best + 1
+    if steps is None:  # they follow from epochs, once the data is read
+        return most
+    saves = math.ceil(steps / settings.save_every) if settings.save_every else 1
+    if best:  # an evaluation may save too, when it is the best so far
+        saves += steps // every if every else 1
+    return max(1, min(most, saves))
+
+
+def _most_exports(config: Config, steps: int | None) -> int:
+    """Of a run whose steps follow from epochs, and which keeps all exports, only one of them is counted."""
+    settings = config.checkpoint
+    most = None if settings.keep_exports is None else settings.keep_exports + 1
+    written = (most or 1) if steps is None else steps // max(1, settings.export_every)
+    kept = min(written, most or written) if settings.export_every else 0
+    return kept + settings.export_at_end
 
 
 def faults_of_disk(verb: str, config: Config, shape: ModelShape) -> Iterator[str]:
@@ -68,16 +89,25 @@ def faults_of_disk(verb: str, config: Config, shape: ModelShape) -> Iterator[str
     folder, need = config.run.dir, disk_need(verb, config, shape)
     standing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(standing).free
-    room = free + sum(_bytes_of(folder / name) for name in ("checkpoints", "export"))
-    if need.total <= room:
+    if need.total <= free + sum(_bytes_of(folder / name) for name in ("checkpoints", "exports", "export")):
         return
-    helps = [
-        *(["checkpoint.keep_last=1"] if need.most > 1 and config.checkpoint.keep_last > 1 else []),
-        *(["checkpoint.keep_best=false"] if need.most > 1 and config.checkpoint.keep_best else []),
-        *(["checkpoint.export_at_end=false"] if need.export else []),
-        "a run.dir on another disk",
-    ]
+    helps = list(_remedies(need, config))
     yield f"run.dir: {folder}: {need.in_words()}, {in_units(free)} are free there: what helps is {' or '.join(helps)}"
+
+
+def _remedies(need: DiskNeed, config: Config) -> Iterator[str]:
+    settings = config.checkpoint
+    if need.checkpoints > 1 and settings.keep_last > 1:
+        yield "checkpoint.keep_last=1"
+    if need.checkpoints > 1 and settings.keep_best:
+        yield "checkpoint.keep_best=false"
+    if settings.contents == "full":
+        yield "checkpoint.contents=weights"
+    if need.exports > 1:
+        yield "checkpoint.keep_exports=1"
+    elif need.exports:
+        yield "checkpoint.export_at_end=false"
+    yield "a run.dir on another disk"
 
 
 def in_units(num_bytes: int) -> str:

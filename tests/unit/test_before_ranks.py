@@ -102,21 +102,26 @@ def test_a_name_of_the_hub_is_told_how_to_be_downloaded():
 
 
 @pytest.mark.parametrize(
-    ("words", "most", "has_export"),
+    ("words", "checkpoints", "each", "exports"),
     [
-        ([], 3, True),  # two that are kept and the one that is written
-        (["data.eval=rows.jsonl"], 4, True),  # and the best
-        (["data.eval=rows.jsonl", "checkpoint.keep_best=false", "checkpoint.keep_last=4"], 5, True),
-        (["checkpoint.save_every=0", "checkpoint.export_at_end=false"], 1, False),
-        (["train.steps=60"], 2, True),  # as many as are ever saved
+        ([], 3, 14, 1),  # two that are kept and the one that is written
+        (["data.eval=rows.jsonl"], 4, 14, 1),  # and the best
+        (["data.eval=rows.jsonl", "checkpoint.keep_best=false", "checkpoint.keep_last=4"], 5, 14, 1),
+        (["checkpoint.save_every=0", "checkpoint.export_at_end=false"], 1, 14, 0),
+        (["train.steps=60"], 2, 14, 1),  # as many as are ever saved
+        (["checkpoint.contents=weights", "checkpoint.export_every=20"], 3, 2, 11),
+        (["checkpoint.contents=none", "checkpoint.export_every=20", "checkpoint.keep_exports=2"], 0, 0, 4),
+        (["checkpoint.contents=none", "checkpoint.export_at_end=false"], 0, 0, 0),
+        (["train.epochs=2", "train.steps=null", "checkpoint.export_every=20"], 3, 14, 2),  # at least two exports
     ],
 )
-def test_the_disk_is_counted_for_all_that_may_stand(words, most, has_export):
+def test_the_disk_is_counted_for_all_that_may_stand(words, checkpoints, each, exports):
     config, shape = load_config(None, ["model.dtype=bfloat16", *words]), shape_named("Qwen2.5-VL-3B")
     need = disk_need("train", config, shape)
-    assert (need.each, need.most) == (14 * 3_754_622_976, most)
-    assert need.export == (2 * 3_754_622_976 if has_export else 0)
-    assert need.total == most * need.each + need.export
+    assert (need.checkpoints, need.checkpoint_bytes, need.exports) == (checkpoints, each * 3_754_622_976, exports)
+    assert need.total == (checkpoints * each + exports * 2) * 3_754_622_976
+    said = {(3, 1): "up to 3 checkpoints of 49.0 GiB and an export of 7.0", (1, 0): "a checkpoint of 49.0 GiB"}
+    assert need.in_words().startswith({**said, (0, 0): "nothing saved"}.get((checkpoints, exports), "up to "))
 
 
 def test_a_disk_that_holds_one_checkpoint_and_not_all_is_refused(tmp_path, monkeypatch):
@@ -128,7 +133,7 @@ def test_a_disk_that_holds_one_checkpoint_and_not_all_is_refused(tmp_path, monke
     assert list(faults_of_disk("train", config, shape)) == [
         f"run.dir: {tmp_path / 'run'}: up to 4 checkpoints of 49.0 GiB and an export of 7.0 GiB: 202.8 GiB of disk, "
         "202.8 GiB are free there: what helps is checkpoint.keep_last=1 or checkpoint.keep_best=false or "
-        "checkpoint.export_at_end=false or a run.dir on another disk"
+        "checkpoint.contents=weights or checkpoint.export_at_end=false or a run.dir on another disk"
     ]
     standing = tmp_path / "run" / "checkpoints" / "step_1"
     standing.mkdir(parents=True)
@@ -220,7 +225,10 @@ def test_wandb_is_asked_whether_it_takes_the_key(service, tmp_path, monkeypatch)
     (tmp_path / "netrc").chmod(0o600)
     assert said(online) == ["observe.wandb: 127.0.0.1 does not take this key"]
     monkeypatch.setenv("WANDB_API_KEY", "right")
-    assert said(online) == said(load_config(None, ["observe.wandb=offline"])) == []
+    assert said(online) == []
+    monkeypatch.setenv("WANDB_API_KEY", "wrong")
+    for words in (["observe.wandb=offline"], ["observe.wandb=online", "run.offline=true"]):
+        assert said(load_config(None, words)) == []
 
 
 def test_without_a_network_names_and_keys_are_warned_of(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 A path may begin anywhere: `losses.py` names any file of that name. `*` stands for whatever, capital letters
 (`NAME.py`, `RUN/page.md`) for what the reader puts there. A path with line numbers behind it, or one that begins with
 the name of another library, is that library's. The log and the changelog tell of files that are gone, so they are left
-out.
+out. In docs/troubleshooting.md also settings and metrics: a remedy that names a setting which is not there is none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import pytest
+from pydantic import BaseModel
+
+from megatron_papo.config import Config
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/*.md", ".github/*.md")
@@ -84,6 +87,52 @@ def _headings(text: str) -> set[str]:
 @pytest.fixture(scope="module")
 def repository() -> dict[str, str]:
     return _texts(REPOSITORY, "*")
+
+
+SETTING = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:=.*)?")
+NAME = re.compile(r"[a-z_0-9]+(?:/[a-z_0-9<>]+)*")
+OTHER_WORDS = {
+    "filter", "frozen", "full", "joint", "none", "reward", "silent", "skip", "stalled", "stop",
+}  # fmt: skip
+"""Backticked words of the page that are values of settings or words of messages."""
+
+
+def unknown_names(page: str, metrics: str, sources: str, settings: type[BaseModel]) -> list[str]:
+    """Names in backticks that are neither settings nor metrics (of the page `metrics`) nor stages that `sources` open;
+    commands, paths and texts of messages are passed over."""
+    known = [re.sub(r"<[^>]*>", "<>", name) for name in re.findall(r"`([^`]+)`", FENCE.sub("", metrics))]
+    stages = set(re.findall(r'clock\.stage\("(\w+)"', sources)) | OTHER_WORDS
+    faults = []
+    for span in re.findall(r"`([^`]+)`", FENCE.sub("", page)):
+        for word in span.split() if SETTING.match(span) else [span]:
+            if (setting := SETTING.fullmatch(word)) and setting[1].partition(".")[0] in settings.model_fields:
+                faults += [] if _is_setting(setting[1], settings) else [f"no setting {word}"]
+            elif NAME.fullmatch(word) and word not in stages and not any(_is_metric(word, name) for name in known):
+                faults.append(f"no metric {word}")
+    return faults
+
+
+def _is_metric(word: str, known: str) -> bool:
+    """`time/update` is `time/<>`, as `time/<stage>` is."""
+    pattern = re.escape(known).replace("<>", r"[\w<>]+")
+    return re.fullmatch(pattern, word) is not None
+
+
+def _is_setting(path: str, settings: type[BaseModel]) -> bool:
+    section: object = settings
+    for name in path.split("."):
+        if not (isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields):
+            return False
+        section = section.model_fields[name].annotation
+    return True
+
+
+def test_settings_and_metrics_of_remedies_exist(repository: dict[str, str]):
+    sources = "".join(_of(repository, "megatron_papo/*.py").values())
+    page, metrics = repository["docs/troubleshooting.md"], repository["docs/metrics.md"]
+    assert unknown_names(page, metrics, sources, Config) == []
+    bad = "`optim.lrr=1 loss.entropy_coef=2` `no_metric` `time/update` `time/<stage>` `update` `papo x`"
+    assert unknown_names(bad, "`time/<stage>`", sources, Config) == ["no setting optim.lrr=1", "no metric no_metric"]
 
 
 def _of(repository: dict[str, str], *patterns: str) -> dict[str, str]:
