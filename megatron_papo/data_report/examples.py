@@ -33,6 +33,8 @@ class Example:
     """A row as the trainer sees it."""
 
     measured: MeasuredRow
+    number: int
+    """The row's number in its file."""
     pieces: tuple[Piece, ...]
     """The whole prompt, up to where the answer begins."""
     pictures: tuple[Image.Image, ...]
@@ -57,8 +59,10 @@ def _example(rows: OpenedData, measured: MeasuredRow) -> Example:
     prompt = rows.shown.prompt(measured.row, rows.masks)
     seen, masked = prompt.inputs.pixel_values_PD, prompt.masked_pixel_values_PD
     column = rows.response_column
+    source, row = rows.shown.locate(measured.row)
     return Example(
         measured,
+        source.number_in_file(row),
         tuple(_pieces(prompt, rows.processor)),
         _pictures(prompt, seen, rows.processor),
         _pictures(prompt, masked, rows.processor),

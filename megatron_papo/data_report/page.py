@@ -150,7 +150,7 @@ def _example(example: Example) -> str:
     answers = " or ".join(shortened(answer, _LETTERS_SHOWN) for answer in measured.answers[:_ANSWERS_SHOWN])
     shown = figures_of("as the model sees it", example.pictures) + figures_of("masked", example.masked)
     return (
-        f"<article><b>Row {measured.row}{escape(source)}</b> <span class=soft>{escape(tokens)}</span>"
+        f"<article><b>Row {example.number}{escape(source)}</b> <span class=soft>{escape(tokens)}</span>"
         f"<pre>{''.join(map(_piece, example.pieces))}</pre>{response}"
         f"{f'<p>right answer: {escape(answers)}</p>' if answers else ''}<div class=views>{shown}</div></article>"
     )

@@ -115,7 +115,8 @@ def test_rows_are_counted_by_source(folder, rows):
     opened = open_rows(config, "train", folder)
     survey = read_rows(opened, None)
     assert survey.sources == [("left", 7, 4), ("right", 2, 0)]
-    assert [example.measured.source for example in examples_of(opened, survey)] == ["left", "right"]
+    shown = [(example.measured.source, example.number) for example in examples_of(opened, survey)]
+    assert shown == [("left", 0), ("right", 1)], "the number in the file"
 
 
 def test_demonstrations_are_measured(folder, rows):
