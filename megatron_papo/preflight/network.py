@@ -50,7 +50,7 @@ def ask_network(verb: str, config: Config, data: Mapping[str, str]) -> list[Repl
         (f"{key}: {name}: the hub", lambda name=name, key=key: _ask_hub(key, name))  # type: ignore[misc]
         for name, key in names.items()
     ]
-    if verb in ("train", "sft") and config.observe.wandb == "online" and not config.run.offline:
+    if verb in ("train", "sft") and config.observe.wandb == "online":
         questions.append((f"observe.wandb: {_wandb_url(os.environ)}", lambda: _ask_wandb(os.environ)))
     return [finding for finding in _answers(questions) if finding is not None]
 
