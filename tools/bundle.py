@@ -136,8 +136,8 @@ def make(folder: Path, target: Target) -> None:
     started = time.monotonic()
     packages = resolved(target)
     sources = [package for package in packages if package.is_source]
-    _check_compilable(sources, target)
-    _begin(folder, target)
+    check_compilable(sources, target)
+    begin(folder, target)
     wheels = [package for package in packages if not package.is_source]
     print(f"bundle: {len(wheels)} wheels, {len(sources)} packages to compile: {target.in_words()}", flush=True)
     (folder / SET).write_text("".join(f"{each}=={version}\n" for each, version in sorted(versions(target.set).items())))
@@ -198,7 +198,7 @@ def _package(entry: dict[str, Any]) -> Package:
     return Package(spelt(entry["name"]), entry["version"], hashes, not entry.get("wheels"))
 
 
-def _check_compilable(sources: list[Package], target: Target) -> None:
+def check_compilable(sources: list[Package], target: Target) -> None:
     """Raises ValueError where `sources` cannot be compiled here for the target."""
     if not sources:
         return
@@ -216,7 +216,7 @@ def _check_compilable(sources: list[Package], target: Target) -> None:
         raise ValueError(f"{names}: no wheel fits, and there is no {nvcc} to compile it: set CUDA_HOME{way_out}")
 
 
-def _begin(folder: Path, target: Target) -> None:
+def begin(folder: Path, target: Target) -> None:
     """Makes the folder, or takes one that was begun for the same target. Without checksums it is not finished."""
     if folder.exists() and any(folder.iterdir()):
         try:

@@ -2,6 +2,7 @@
 
     python tools/sweep.py SWEEP.yaml [key=value ...] [--dry-run] [--wait] [--retry]
     python tools/sweep.py SWEEP.yaml --gather
+    python tools/sweep.py SWEEP.yaml --gather --compare OTHER.yaml ...
     python tools/sweep.py SWEEP.yaml --local
 
 Every point is checked, and all that ask for the same resources are one job array; points that are done are kept, so
@@ -41,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check, print what would be submitted, write nothing")
     parser.add_argument("--wait", action="store_true", help="show states until all points are over, then the table")
     parser.add_argument("--gather", action="store_true", help="submit nothing; table and plot of what there is")
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, default=[], metavar="OTHER.yaml", help="those sweeps in one figure with it"
+    )
     parser.add_argument("--local", action="store_true", help="without Slurm: one after the other on this machine")
     parser.add_argument("--retry", action="store_true", help="failed points again")
     return parser
@@ -52,6 +56,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
     sweep = load_sweep(options.sweep, options.overrides)
     points = points_of(sweep)
+    others = [load_sweep(path) for path in options.compare]
     if not options.gather:
         made_from = shlex.join(["python", *sys.argv])
         all_well = begin(sweep, points, made_from, dry_run=options.dry_run, local=options.local, retry=options.retry)
@@ -59,7 +64,7 @@ def _sweep(options: argparse.Namespace) -> int:
             return 0 if all_well else 1
         if options.wait:
             wait(sweep, points)
-    return finish(sweep, points)
+    return finish(sweep, points, others)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,11 @@ def _out_of_memory_again(attempts: list[Attempt]) -> str:
     if step and not twice:
         return ""
     when = f"again at step {step}" if step else "in the first step"
-    return (
-        f"out of memory {when}, as another attempt would be: {last[-1].reason}; what helps is a smaller "
-        "train.tokens_per_micro_batch, model.recompute=full or more ranks (of a machine's own memory: cluster.memory)"
-    )
+    reason = last[-1].reason
+    helps = (
+        "" if "what helps" in reason else "; what helps is a larger cluster.memory, or more machines"
+    )  # srun's words
+    return f"out of memory {when}, as another attempt would be: {reason}{helps}"
 
 
 def _last_sign(run_dir: Path, began: float) -> float:

@@ -25,6 +25,9 @@ class GenerationConfig(Section):
     """Tokens are sampled from this many most probable ones; 0: no limit."""
     max_response_tokens: Count = 2048
     """Most tokens of a response; a longer one is cut off."""
+    ignore_eos: bool = False
+    """Whether the rollouts of training go on behind an end-of-text token, so that each has max_response_tokens tokens:
+    for timings that can be compared. Such rollouts are no training data."""
     batch_size: Count = 64
     """Number of rows that the transformers engine decodes together."""
     tensor: Count = 1

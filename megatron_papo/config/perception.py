@@ -23,11 +23,16 @@ class MaskConfig(Section):
     align: Literal["raw", "patches"] = "raw"
     """Where the cells lie: `raw`, on the image as loaded (the paper); `patches`, on the resized image, with one cell
     for each merged patch."""
+    function: str | None = None
+    """Own function in place of `kind`, written `module:function`: `(image, rng)`, a PIL picture in RGB and a
+    numpy.random.RandomState, gives a picture of the same size in RGB. See docs/guides/plug_ins.md."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskConfig:
         if self.align == "patches" and self.kind != "cells":
             raise ValueError(f"perception.mask.align=patches works with kind=cells, not {self.kind}")
+        if self.function is not None and (self.kind != "cells" or self.align != "raw"):
+            raise ValueError("perception.mask.function takes the place of kind and align; leave them out")
         return self
 
 

@@ -77,7 +77,8 @@ class TrainConfig(LengthConfig):
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     tokens_per_micro_batch: Count = 16_384
     """Most tokens of a packed row, which is one micro-batch: each prompt once with its responses, and once more for the
-    masked view in a joint row."""
+    masked view in a joint row. A prompt whose longest response has no room in it gets a longer row, of up to twice as
+    many tokens and as far as memory suffices; beyond that it is left out or ends the run, by data.on_bad_row."""
     ahead: bool = False
     """Whether the rollouts of the next step are generated while this one trains, with weights that are one update old.
     Needs generation.placement=separate."""

@@ -81,7 +81,7 @@ class Config(Section):
             doubts.append(
                 f"train.tokens_per_micro_batch={self.train.tokens_per_micro_batch} is less than the {needed} tokens of "
                 f"the longest sequence{views} (data.max_prompt_tokens + generation.max_response_tokens = {longest}): "
-                "a longer sequence than the budget ends the run"
+                "a longer sequence gets a row of up to twice the budget, and beyond that its prompt is a bad row"
             )
         return doubts
 

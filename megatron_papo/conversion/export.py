@@ -104,7 +104,8 @@ def _checkpoint(request: ExportRequest) -> Path:
 
 def _place_beside(checkpoint: Path) -> Path:
     """Where a run itself would write it."""
-    checkpoint = checkpoint.absolute()
+    if checkpoint.parent.name != "checkpoints":  # a name within the folder where the shell is
+        checkpoint = checkpoint.absolute()
     if checkpoint.parent.name != "checkpoints":
         raise ValueError(f"--out: say where to write: {checkpoint} is not in the folder `checkpoints` of a run")
     folder = checkpoint.parent.parent / "exports" / checkpoint.name

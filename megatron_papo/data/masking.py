@@ -8,14 +8,16 @@ processor, so the grid of patches, and with it the position ids, stay those of t
 
 Beyond the paper: `align: patches` blackens merged patches of the already processed pixels, without a second run of
 the processor; and other kinds of spoiling. `ratio` and `cell` mean, for blur: radius `cell` pixels; noise: weight
-`ratio` of uniform noise; crop: a window of area 1 - ratio enlarged to the full size; swap: neither.
+`ratio` of uniform noise; crop: a window of area 1 - ratio enlarged to the full size; swap: neither. A function of the
+user's own may take the place of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,13 +25,16 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from megatron_papo.config import MaskConfig
+from megatron_papo.config.user_function import load_user_function
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.processor import Pixels, Processor
 from megatron_papo.data.random_state import random_state
+from megatron_papo.text.untrusted import shortened
 from megatron_papo.types import Prompt
 
 _SWAP_TRIES = 100
 _NOISE_ROWS = 64
+_MOST_LETTERS = 300
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Masks:
     settings: MaskConfig
     seed: int
     """Seed of the run, `run.seed`."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a function of the user's own that cannot be called."""
+        if self.settings.function is not None:
+            _own_function(self.settings.function)
 
     def for_patches_of(self, processor: Processor) -> Masks:
         """With what the settings leave to the model folder: a cell is a patch."""
@@ -101,9 +111,31 @@ def spoil_image(
     """A picture of row `row` as `align: raw` shows it masked, by `mask_random`; `image` stays as it is. `mask` names a
     cell."""
     assert mask.align == "raw"
+    if mask.function is not None:
+        return _by_own_function(image, row, mask.function, random)
     if mask.kind == "swap":
         return _other_image(row, swap_pool, random).resize(image.size, Image.Resampling.BICUBIC)
     return _SPOIL[mask.kind](image, mask, random)
+
+
+@cache
+def _own_function(name: str) -> Callable[..., Any]:
+    return load_user_function("perception.mask.function", name, ("image", "rng"))[0]
+
+
+def _by_own_function(image: Image.Image, row: int, name: str, random: np.random.RandomState) -> Image.Image:
+    """What the function makes of a copy of the picture. Raises ValueError that names it and the row."""
+    failed = f"perception.mask.function: {name} for row {row}"
+    try:
+        masked = _own_function(name)(image.copy(), random)
+    except Exception as error:  # the user's own code may raise anything
+        raise ValueError(f"{failed}: {type(error).__name__}: {shortened(error, _MOST_LETTERS)}") from error
+    if not isinstance(masked, Image.Image):
+        raise ValueError(f"{failed}: gives {type(masked).__name__}, not a picture of PIL")
+    if (masked.size, masked.mode) != (image.size, image.mode):
+        given, wanted = (f"{each.mode} {each.width} x {each.height}" for each in (masked, image))
+        raise ValueError(f"{failed}: gives {given}, not {wanted}, as the picture is")
+    return masked
 
 
 def cell_mask(height: int, width: int, cell: int, ratio: float, random: np.random.RandomState) -> np.ndarray:

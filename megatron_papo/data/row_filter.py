@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_AT_ONCE = 1024
+_WHOLE_ROWS_AT_ONCE = 32
+"""Of rows with all their cells, pictures too."""
 
 
 def rows_that_pass(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, name: str) -> list[int]:
@@ -36,13 +38,13 @@ def passing_rows(rows: Dataset, conditions: Mapping[str, Any] | str, key: str, n
         if gone := [column for column in conditions if column not in rows.column_names]:
             raise ValueError(f"{key}: {name} has no column {gone[0]!r}, has {listed(rows.features)}")
         passes, cells = partial(_passes_conditions, conditions), rows.select_columns(list(conditions))
-    return list(_numbers(cells, passes))
+    return list(_numbers(cells, passes, _WHOLE_ROWS_AT_ONCE if isinstance(conditions, str) else _ROWS_AT_ONCE))
 
 
-def _numbers(cells: Dataset, passes: Callable[[int, dict[str, Any]], bool]) -> Any:
-    for start in range(0, len(cells), _ROWS_AT_ONCE):
-        columns = cells[start : start + _ROWS_AT_ONCE]
-        for place in range(min(_ROWS_AT_ONCE, len(cells) - start)):
+def _numbers(cells: Dataset, passes: Callable[[int, dict[str, Any]], bool], at_once: int) -> Iterator[int]:
+    for start in range(0, len(cells), at_once):
+        columns = cells[start : start + at_once]
+        for place in range(min(at_once, len(cells) - start)):
             row = {column: values[place] for column, values in columns.items()}
             if passes(start + place, row):
                 yield start + place

@@ -27,7 +27,7 @@ def main(config: Config, verb: str, limit: int | None, out: Path) -> int:
     """
     rows = open_rows(config, verb, model_folder(config))
     survey = read_rows(rows, limit)
-    examples = examples_of(config, rows, survey)
+    examples = examples_of(rows, survey)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, report_page(config, survey, examples))
     print_report(config, survey)

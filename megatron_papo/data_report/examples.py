@@ -9,12 +9,10 @@ from itertools import groupby
 from PIL import Image
 from torch import Tensor
 
-from megatron_papo.config import Config
-from megatron_papo.data.masking import Masks
-from megatron_papo.data.patches import pictures_of_patches
 from megatron_papo.data.processor import Processor
 from megatron_papo.data_report.findings import DataSurvey, MeasuredRow
 from megatron_papo.data_report.reading import OpenedData
+from megatron_papo.generation.engine_images import pictures
 from megatron_papo.types import Prompt
 
 _MOST_EXAMPLES = 4
@@ -45,19 +43,18 @@ class Example:
     """The demonstration."""
 
 
-def examples_of(config: Config, rows: OpenedData, survey: DataSurvey) -> list[Example]:
+def examples_of(rows: OpenedData, survey: DataSurvey) -> list[Example]:
     """The first good row with a picture, else the first good row, of each source; of a few sources."""
     chosen: dict[str, MeasuredRow] = {}
     for measured in survey.good:
         before = chosen.get(measured.source)
         if before is None or (measured.sizes and not before.sizes):
             chosen[measured.source] = measured
-    return [_example(config, rows, measured) for measured in list(chosen.values())[:_MOST_EXAMPLES]]
+    return [_example(rows, measured) for measured in list(chosen.values())[:_MOST_EXAMPLES]]
 
 
-def _example(config: Config, rows: OpenedData, measured: MeasuredRow) -> Example:
-    masks = None if rows.verb == "sft" else Masks(config.perception.mask, config.run.seed)
-    prompt = rows.shown.prompt(measured.row, masks)
+def _example(rows: OpenedData, measured: MeasuredRow) -> Example:
+    prompt = rows.shown.prompt(measured.row, rows.masks)
     seen, masked = prompt.inputs.pixel_values_PD, prompt.masked_pixel_values_PD
     column = rows.response_column
     return Example(
@@ -73,7 +70,9 @@ def _pictures(prompt: Prompt, pixel_values_PD: Tensor | None, processor: Process
     grid_thw_I3 = prompt.inputs.grid_thw_I3
     if pixel_values_PD is None or grid_thw_I3 is None:
         return ()
-    return tuple(pictures_of_patches(pixel_values_PD, grid_thw_I3[:_MOST_PICTURES], processor))
+    grid_thw_I3 = grid_thw_I3[:_MOST_PICTURES]
+    num_patches = int(grid_thw_I3.prod(dim=1).sum())
+    return tuple(pictures(pixel_values_PD[:num_patches], grid_thw_I3, processor.image_processor))
 
 
 def _pieces(prompt: Prompt, processor: Processor) -> Iterator[Piece]:

@@ -49,6 +49,8 @@ class DataSurvey:
     num_read: int
     good: Sequence[MeasuredRow]
     bad: Sequence[BadRow]
+    sources_of_bad: Sequence[str]
+    """Name of the source of each bad row, empty where there is one source."""
     pixel_bounds: tuple[int, int]
     """The least and the most pixels of a picture as the model sees it."""
     seconds: float
@@ -71,6 +73,12 @@ class DataSurvey:
     def num_repeated(self) -> int:
         """Good rows that ask what an earlier one asks, of the same pictures."""
         return len(self.good) - len({row.digest for row in self.good})
+
+    @property
+    def sources(self) -> list[tuple[str, int, int]]:
+        """(name, good rows, bad rows) of each source; one without a name where there is one."""
+        good, bad = Counter(row.source for row in self.good), Counter(self.sources_of_bad)
+        return [(name, good[name], bad[name]) for name in sorted(good | bad)]
 
     @property
     def reasons(self) -> list[tuple[str, int, BadRow]]:

@@ -107,10 +107,10 @@ def _bad_rows(survey: DataSurvey) -> str:
 
 
 def _sources(survey: DataSurvey) -> str:
-    counts = most_common((row.source for row in survey.good), 100)
-    if len(counts) < 2:
+    if len(survey.sources) < 2:
         return ""
-    return _section("Good rows by source", _table(("source", "rows"), ((name, f"{num:,}") for name, num in counts)))
+    rows = ((name, f"{good:,}", f"{bad:,}") for name, good, bad in survey.sources)
+    return _section("Sources", _table(("source", "good rows", "bad rows"), rows))
 
 
 def _plots(survey: DataSurvey) -> str:

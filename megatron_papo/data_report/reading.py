@@ -22,6 +22,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.bad_rows import BadRow
 from megatron_papo.data.dataset import PromptDataset
 from megatron_papo.data.images import image_size
+from megatron_papo.data.masking import Masks
 from megatron_papo.data.processor import Processor
 from megatron_papo.data.processor_files import read_processor
 from megatron_papo.data_report.findings import DataSurvey, MeasuredRow
@@ -45,6 +46,8 @@ class OpenedData:
     processor: Processor
     """That of `shown`, which makes pixels."""
     measuring: MeasuringProcessor
+    masks: Masks | None
+    """What masks the pictures; None for a verb that masks none."""
     response_column: str | None
     """Of the demonstrations, where the verb learns some."""
 
@@ -56,8 +59,9 @@ def open_rows(config: Config, verb: str, folder: Path) -> OpenedData:
     processor, measuring = Processor(files, folder, config.data), MeasuringProcessor(files, folder, config.data)
     _ = measuring.form, measuring.end_of_turn_id, measuring.most_letters_of_a_token  # before threads ask for them
     column = config.sft.response_column if verb == "sft" else None
+    masks = None if verb == "sft" else Masks(config.perception.mask, config.run.seed)
     measured, shown = (_dataset(config, verb, which, each) for each in (measuring, processor))
-    return OpenedData(verb, which, measured, shown, processor, measuring, column)
+    return OpenedData(verb, which, measured, shown, processor, measuring, masks, column)
 
 
 def _dataset(config: Config, verb: str, which: Literal["train", "eval"], processor: Processor) -> PromptDataset:
@@ -81,8 +85,22 @@ def read_rows(rows: OpenedData, limit: int | None) -> DataSurvey:
                 good.append(found)
             advance()
     seconds = time.monotonic() - start
-    bounds = rows.processor.pixel_bounds
-    return DataSurvey(rows.verb, rows.which, rows.measured.name, total, number, good, bad, bounds, seconds)
+    return DataSurvey(
+        verb=rows.verb,
+        which=rows.which,
+        name=rows.measured.name,
+        num_rows=total,
+        num_read=number,
+        good=good,
+        bad=bad,
+        sources_of_bad=[_source_of(rows.measured, each.row) for each in bad],
+        pixel_bounds=rows.processor.pixel_bounds,
+        seconds=seconds,
+    )
+
+
+def _source_of(dataset: PromptDataset, row: int) -> str:
+    return str(dataset.locate(row)[0].config.name) if len(dataset.sources) > 1 else ""
 
 
 def _in_order(rows: OpenedData, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:

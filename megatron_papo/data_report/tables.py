@@ -23,6 +23,8 @@ def print_report(config: Config, survey: DataSurvey) -> None:
         figures.add_row(name, *(f"{value:,}" for value in percentiles(values)))
     if survey.good:
         console.print(figures)
+    if len(survey.sources) > 1:
+        console.print(_sources(survey))
     if survey.bad:
         console.print(_reasons(survey))
     rate = survey.num_read / max(survey.seconds, 1e-9)
@@ -33,6 +35,13 @@ def print_report(config: Config, survey: DataSurvey) -> None:
 
 def _heads() -> list[str]:
     return ["median" if percent == 50 else f"{percent} %" for percent in PERCENTILES]
+
+
+def _sources(survey: DataSurvey) -> Table:
+    table = Table("source", "good rows", "bad rows")
+    for name, good, bad in survey.sources:
+        table.add_row(Text(as_text(name)), f"{good:,}", f"{bad:,}")
+    return table
 
 
 def _reasons(survey: DataSurvey) -> Table:

@@ -31,6 +31,8 @@ class Sampling:
     seed: int
     masked: bool = False
     """Answer from the masked view of the images."""
+    ignore_eos: bool = False
+    """Every response has `max_response_tokens` tokens, whatever they are."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -105,7 +105,9 @@ class WandbRun:
         folder = self._settings.dir / "wandb"
         if self._mode == "online" and not isinstance(error, ImportError):
             self._mode = "offline"
-            self._warn(f"wandb: {reason}: the run goes on offline, `wandb sync {folder}/*run-*` uploads it later")
+            self._warn(
+                f"wandb: {reason}: the run goes on offline, `wandb sync {folder}/offline-run-*` uploads it later"
+            )
         else:
             self._mode = "off"
             self._waiting.clear()
@@ -122,7 +124,8 @@ class WandbRun:
             call_within(limit_s, partial(self._run.finish, exit_code=exit_code))
         except TimeoutError:
             folder = self._settings.dir / "wandb"
-            self._warn(f"wandb: not all was uploaded within {limit_s:g} s; `wandb sync {folder}/*run-*` does it later")
+            later = f"`wandb sync --include-online {folder}/*run-*` does it later"
+            self._warn(f"wandb: not all was uploaded within {limit_s:g} s; {later}")
         except Exception as error:
             self._warn(f"wandb: {text_without_secrets(str(error))[:300]}")
         self._run = None

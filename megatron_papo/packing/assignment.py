@@ -40,6 +40,11 @@ class GroupPart:
         """Tokens of the prompt and the responses, in all views."""
         return self.num_views * (self.group.prompt.inputs.token_ids_S.numel() + sum(self.response_lengths))
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of the prompt and its longest response alone, in all views: no piece of this group can have fewer."""
+        return self.num_views * (self.group.prompt.inputs.token_ids_S.numel() + max(self.response_lengths))
+
     def cost(self, cost: Cost) -> float:
         """The cost of all views of this piece."""
         inputs = self.group.prompt.inputs
@@ -52,24 +57,41 @@ def whole(group: Group, joint: bool) -> GroupPart:
     return GroupPart(group, tuple(range(len(group.rollouts))), 2 if joint and group.prompt.has_image else 1)
 
 
-def split(piece: GroupPart, budget: int) -> list[GroupPart]:
+def split(piece: GroupPart, budget: int, longest: int) -> list[GroupPart]:
     """The piece in as few pieces of at most `budget` tokens as possible, with about equal numbers of response tokens.
 
-    Raises ValueError, with the numbers, when the prompt and its longest response do not fit by themselves.
+    Where the prompt and its longest response have more, but at most `longest` tokens, the budget is what they have.
+    Raises ValueError, with the numbers, where they have more than that.
     """
     if piece.num_tokens <= budget:
         return [piece]
+    if piece.least_tokens > max(budget, longest):
+        raise ValueError(f"{too_long_in_words(piece)}, more than train.tokens_per_micro_batch={budget}")
     prompt, lengths = piece.group.prompt.inputs.token_ids_S.numel(), piece.response_lengths
-    room, views = budget // piece.num_views - prompt, " in two views" if piece.num_views == 2 else ""
-    if max(lengths) > room:
-        raise ValueError(
-            f"prompt {piece.group.prompt.id}: its {prompt} tokens with a response of {max(lengths)}{views} are "
-            f"{piece.num_views * (prompt + max(lengths))}, more than train.tokens_per_micro_batch={budget}"
-        )
-    bins = spread(lengths, lengths, room)
+    bins = spread(lengths, lengths, max(budget, piece.least_tokens) // piece.num_views - prompt)
     return [
         GroupPart(piece.group, tuple(piece.rollouts[index] for index in sorted(part)), piece.num_views) for part in bins
     ]
+
+
+def too_long_in_words(piece: GroupPart) -> str:
+    """The prompt of a piece with its longest response, and how many tokens they have."""
+    prompt, response = piece.group.prompt, max(piece.response_lengths)
+    views = " in two views" if piece.num_views == 2 else ""
+    num_prompt = prompt.inputs.token_ids_S.numel()
+    return f"prompt {prompt.id}: its {num_prompt} tokens with a response of {response}{views} are {piece.least_tokens}"
+
+
+def rows_of(pieces: Sequence[GroupPart], costs: Sequence[float], budget: int, least_rows: int = 1) -> list[list[int]]:
+    """The indices of the pieces in each row: rows of at most `budget` tokens and about equal cost as `spread` makes
+    them, and a row of its own for each piece that has more."""
+    sizes = [piece.num_tokens for piece in pieces]
+    long = [index for index, size in enumerate(sizes) if size > budget]
+    short = [index for index, size in enumerate(sizes) if size <= budget]
+    if not short:
+        return [[index] for index in long]
+    rows = spread([sizes[index] for index in short], [costs[index] for index in short], budget, least_rows - len(long))
+    return sorted([*([short[place] for place in row] for row in rows), *([index] for index in long)])
 
 
 def spread(sizes: Sequence[int], costs: Sequence[float], room: int, least: int = 1) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import LossConfig
-from megatron_papo.packing.assignment import Cost, GroupPart, split, spread, whole
+from megatron_papo.packing.assignment import Cost, GroupPart, rows_of, split, whole
 from megatron_papo.packing.loss_weights import Totals, rollout_weights
 from megatron_papo.types import Batch, Group, MicroBatch, Prompt, Rollout, Segment
 
@@ -34,20 +34,22 @@ def pack(
     banned_ids: tuple[int, ...],
     cost: Cost,
     least_rows: int = 1,
+    longest_row: int | None = None,
 ) -> Batch:
-    """The groups' rollouts as rows of at most `tokens_per_micro_batch` tokens and about equal cost.
+    """The groups' rollouts as rows of at most `tokens_per_micro_batch` tokens and about equal cost. A prompt whose
+    longest response has no room in such a row has rows of its own, of at most `longest_row` tokens (None: no more).
 
     `totals` are global. With `joint` a prompt with an image and its responses count twice, for the masked copy that
     `joint_row` adds. `positions` is the function of the model's family. `banned_ids` must contain the image token.
     `least_rows`: the least number of rows, where there are so many pieces. Raises ValueError naming the prompt for a
-    prompt and one response over the budget, a response that is empty or has a banned token, image tokens that do not
+    prompt and one response that are longer, a response that is empty or has a banned token, image tokens that do not
     match the grids, images without pixels, or without a masked view where others of the row have one.
     """
     for group in groups:
         _check(group, banned_ids, joint)
-    pieces = [piece for group in groups for piece in split(whole(group, joint), tokens_per_micro_batch)]
-    sizes, costs = [piece.num_tokens for piece in pieces], [piece.cost(cost) for piece in pieces]
-    rows = spread(sizes, costs, tokens_per_micro_batch, least_rows) if pieces else []
+    budget = tokens_per_micro_batch
+    pieces = [piece for group in groups for piece in split(whole(group, joint), budget, longest_row or budget)]
+    rows = rows_of(pieces, [piece.cost(cost) for piece in pieces], budget, least_rows)
     return tuple(_row([pieces[index] for index in row], loss, totals, positions) for row in rows)
 
 

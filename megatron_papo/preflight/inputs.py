@@ -34,7 +34,7 @@ READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "
 def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
     """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
     `packages`: whether what has to be installed is looked for too."""
-    parts = (_models, _data, *((_engine_and_reward, _transformer_engine) if packages else ()))
+    parts = (_models, _data, *((_engine_and_reward, _mask, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
 
 
@@ -135,6 +135,12 @@ def _engine_and_reward(verb: str, config: Config) -> Iterator[str]:
         for name in ("mathruler", "pylatexenc"):  # which mathruler imports and does not ask for
             if importlib.util.find_spec(name) is None:
                 yield f"reward.accuracy: {name} is not installed; install the package's [mathruler] extra, or take math"
+
+
+def _mask(verb: str, config: Config) -> Iterator[str]:
+    masks = {"train": config.reads_masked_view, "eval": config.eval.masked, "score": True}
+    if config.perception.mask.function is not None and masks.get(verb, False):
+        yield from _user_function("perception.mask.function", config.perception.mask.function)
 
 
 def _vllm() -> Iterator[str]:

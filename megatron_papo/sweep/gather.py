@@ -1,4 +1,4 @@
-"""What the runs of a sweep measured: a row a point, medians over the steps after the warm-up with their spread.
+"""What the runs of a sweep measured: a row a point, medians over the steps after the warm-up with their interval.
 
 Speed-up and efficiency are of tokens a second, against the first point that ran; so they read the same for strong and
 for weak scaling: the ideal is that twice the ranks make twice the tokens. The planner's seconds, which every run
@@ -7,6 +7,7 @@ records beside its own (`planned/time/...`), stand beside them.
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,15 +26,18 @@ from megatron_papo.sweep.states import State
 STAGES = (*PLANNED_STAGES, *(stage for stage in STEP_STAGES if stage not in PLANNED_STAGES))
 """All stages of a step in the order of the table, those that are planned first."""
 Record = Mapping[str, float]
+_DRAWS = 1000
+"""Number of draws of the bootstrap."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and range of one figure over the measured steps."""
+    """Median and interval of one figure over the measured steps of all runs of a point."""
 
     median: float
     low: float
     high: float
+    """The interval is what `Sweep.interval` says."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,16 @@ class Row:
     """Ranks along tensor x pipeline x data: `2x1x4`."""
     prompts: int | None = None
     """Prompts per step."""
+    num_runs: int = 0
+    """Number of runs that the figures are taken from."""
     num_steps: int = 0
-    """Number of steps that the figures are taken from."""
+    """Number of their steps."""
+    gpu_hours: float | None = None
+    """Ranks times hours of everything that the runs did so far, failed attempts and loading included; under Slurm
+    alone."""
     figures: Mapping[str, Spread] = field(default_factory=dict)
-    """`tokens_per_s`, `step_s`, seconds by stage, `mfu`, `memory_gib`, `planned_step_s`, `planned_tokens_per_s` and the
-    planner's seconds by stage; those that the run recorded."""
+    """`tokens_per_s`, `gpu_hours_per_mtoken`, `step_s`, seconds by stage, `mfu`, `memory_gib`, `planned_step_s`,
+    `planned_tokens_per_s` and the planner's seconds by stage; those that the run recorded."""
     speed_up: float | None = None
     ideal: float | None = None
     """Speed-up of ranks that all do as much as one of the first point."""
@@ -66,25 +75,45 @@ class Row:
 
 
 def gather(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -> list[Row]:
-    """The rows of the table in the order of the file. Points without a measured step have a row without figures."""
+    """The rows of the table in the order of the file, each of all runs of a point. Points without a measured step have
+    a row without figures."""
     factors: dict[str, float] = {}
     rows = []
-    for point in points:
-        config, records = _settings(point), measured_steps(point, sweep.warm_up)
-        if sweep.calibration == "first" and records and not factors:
-            factors = fitted(records)
-        rows.append(_row(point, states[point.name], config, records, factors))
+    for name in dict.fromkeys(point.point for point in points):
+        runs = [point for point in points if point.point == name]
+        measured = [records for run in runs if (records := measured_steps(run, sweep.warm_up))]
+        if sweep.calibration == "first" and measured and not factors:
+            factors = fitted([record for records in measured for record in records])
+        rows.append(_row(runs, [states[run.name] for run in runs], measured, factors, sweep.interval))
     return against_first(rows)
 
 
-def _row(point: Point, state: State, config: Config | None, records: Sequence[Record], factors: Mapping) -> Row:
-    row = Row(point.name, state, point.ranks)
-    if config is not None:
+def _row(
+    runs: Sequence[Point],
+    states: Sequence[State],
+    measured: Sequence[Sequence[Record]],
+    factors: Mapping,
+    interval: str,
+) -> Row:
+    row = Row(runs[0].point, state_of_all(states), runs[0].ranks, gpu_hours=gpu_hours(runs))
+    if (config := next(filter(None, map(_settings, runs)), None)) is not None:
         parallel = config.parallel
-        trainer = int(records[0]["ranks"]) if records else point.ranks  # separate engines have ranks too
+        trainer = int(measured[0][0]["ranks"]) if measured else row.ranks  # separate engines have ranks too
         layout = f"{parallel.tensor}x{parallel.pipeline}x{data_ranks(parallel, trainer)}"
         row = replace(row, layout=layout, prompts=config.train.prompts_per_step)
-    return replace(row, num_steps=len(records), figures=figures_of(records, factors))
+    figures = figures_of(measured, row.ranks, factors, interval)
+    return replace(row, num_runs=len(measured), num_steps=sum(map(len, measured)), figures=figures)
+
+
+def state_of_all(states: Sequence[State]) -> State:
+    """The state of a point of several runs: that of the first run that is not done."""
+    return next((state for state in states if state.word != "done"), states[0])
+
+
+def gpu_hours(runs: Sequence[Point]) -> float | None:
+    """Ranks times hours of all attempts that have ended; None where none has."""
+    ended = [attempt for run in runs for attempt in read_attempts(run.run_dir) if attempt.ended]
+    return sum(attempt.ranks * (attempt.ended - attempt.began) for attempt in ended) / 3600 if ended else None
 
 
 def against_first(rows: Sequence[Row]) -> list[Row]:
@@ -113,27 +142,46 @@ def measured_steps(point: Point, warm_up: int) -> list[Record]:
     return [record for step, record in sorted(records.items()) if step not in left_out and "tokens_per_s" in record]
 
 
-def figures_of(records: Sequence[Record], factors: Mapping[str, float]) -> dict[str, Spread]:
-    """The figures of a row. `factors`: what the planner's seconds of a stage are multiplied with; 1 for those that it
-    lacks."""
-    if not records:
-        return {}
+def figures_of(
+    runs: Sequence[Sequence[Record]], ranks: int, factors: Mapping[str, float], interval: str = "range"
+) -> dict[str, Spread]:
+    """The figures of a row from the measured steps of its runs. `factors`: what the planner's seconds of a stage are
+    multiplied with; 1 for those that it lacks. `ranks`: those that are paid for, of separate engines too."""
     taken: dict[str, Callable[[Record], float | None]] = {
         "tokens_per_s": lambda record: record["tokens_per_s"],
         "tokens_per_s_per_rank": lambda record: record["tokens_per_s"] / record["ranks"],
+        "gpu_hours_per_mtoken": lambda record: ranks * 1e6 / record["tokens_per_s"] / 3600,
         "mfu": lambda record: record.get("mfu"),
         "step_s": step_seconds,
         "memory_gib": _memory_gib,
         "planned_step_s": lambda record: planned_seconds(record, factors),
         "planned_tokens_per_s": lambda record: _planned_speed(record, factors),
     }
-    figures = {name: _spread(list(map(take, records))) for name, take in taken.items()}
     for stage in STAGES:
-        figures[f"{stage}_s"] = _spread([record.get(f"time/{stage}") for record in records])
+        taken[f"{stage}_s"] = lambda record, stage=stage: record.get(f"time/{stage}")  # type: ignore[misc]
     for stage in PLANNED_STAGES:
-        plan = [_planned_stage(record, stage, factors) for record in records]
-        figures[f"planned_{stage}_s"] = _spread(plan)
-    return {name: spread for name, spread in figures.items() if spread is not None}
+        taken[f"planned_{stage}_s"] = lambda record, stage=stage: _planned_stage(record, stage, factors)  # type: ignore[misc]
+    figures = {}
+    for name, take in taken.items():
+        known = [[value for record in records if (value := take(record)) is not None] for records in runs]
+        if known := [values for values in known if values]:
+            figures[name] = spread_of(known, interval)
+    return figures
+
+
+def spread_of(runs: Sequence[Sequence[float]], interval: str = "range") -> Spread:
+    """Median of all values, a list a run, with their range, or with the 95 % interval of the median by bootstrap: runs
+    are drawn with replacement, then steps within each drawn run. The draws are the same every time."""
+    values = [value for run in runs for value in run]
+    if interval == "range":
+        return Spread(statistics.median(values), min(values), max(values))
+    chance = random.Random(0)
+    medians = []
+    for _ in range(_DRAWS):
+        drawn = [chance.choice(runs) for _ in runs]
+        medians.append(statistics.median(value for run in drawn for value in chance.choices(run, k=len(run))))
+    cuts = statistics.quantiles(medians, n=40, method="inclusive")
+    return Spread(statistics.median(values), cuts[0], cuts[-1])
 
 
 def fitted(records: Sequence[Record]) -> dict[str, float]:
@@ -171,11 +219,6 @@ def _planned_speed(record: Record, factors: Mapping[str, float]) -> float | None
 def _memory_gib(record: Record) -> float | None:
     """The highest memory of any stage, on the rank that holds most."""
     return max((value for name, value in record.items() if name.startswith("memory_gib/")), default=None)
-
-
-def _spread(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None]
-    return Spread(statistics.median(known), min(known), max(known)) if known else None
 
 
 def _settings(point: Point) -> Config | None:

@@ -26,8 +26,12 @@ BASICS = (
     "observe.samples_every=0",
     "data.eval=null",
     "train.eval_every=0",
+    "generation.ignore_eos=true",
 )
-"""Over the recipe and under the sweep's own overrides: what takes time or disk and is no part of a step."""
+"""Over the recipe and under the sweep's own overrides: what takes time or disk and is no part of a step is off, and all
+responses have the same length, so that steps differ by nothing but the ranks."""
+INTERVALS = {"range": "least to most", "bootstrap": "95 % interval by bootstrap"}
+"""What a spread is, in words."""
 _OWN = ("run.dir", "run.name", "train.steps", "cluster.nodes")
 _OWN_OF_POINTS = (*_OWN, "cluster.gpus_per_node", "cluster.ranks_per_node", "train.prompts_per_step")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -73,6 +77,13 @@ class Sweep(Section):
     """Steps of each run."""
     warm_up: Annotated[int, Field(ge=0)] = 1
     """Steps that the figures leave out, after every start of a run."""
+    repeats: Count = 1
+    """Runs of every point, each with another seed: run.seed, run.seed + 1, ..."""
+    interval: Literal["range", "bootstrap"] = "range"
+    """What stands beside a median: the least and the most of all measured steps; or its 95 % interval by bootstrap over
+    runs and their steps."""
+    axes: Literal["linear", "log"] = "linear"
+    """Of ranks and tokens a second in the figure; `log` is base 2, in which the ideal is a straight line as well."""
     limit: Count | None = None
     """Jobs that may run at a time; null: as Slurm has room."""
     calibration: Path | Literal["first"] | None = None
@@ -85,7 +96,8 @@ class Sweep(Section):
     def _check(self) -> Sweep:
         if self.warm_up >= self.steps:
             raise ValueError(f"warm_up: leaves out {self.warm_up} of {self.steps} steps")
-        twice = [name for name, num in Counter(point.label for point in self.points).items() if num > 1]
+        names = (run_name(point.label, repeat) for point in self.points for repeat in range(1, self.repeats + 1))
+        twice = [name for name, num in Counter(names).items() if num > 1]
         if twice:
             raise ValueError(f"points: {len(twice)} names twice: {', '.join(twice)}")
         for name in (self.name, *(point.label for point in self.points)):
@@ -104,8 +116,11 @@ class Point:
     """One run of a sweep."""
 
     number: int
-    """Its place in the file, from 1; its task in a job array."""
+    """Its place in the file, from 1, those of a repetition behind all before it; its task in a job array."""
     name: str
+    """Name of its folder: the point's, and which repetition it is."""
+    point: str
+    """Name of the point that it is a run of: its row of the table."""
     ranks: int
     run_dir: Path
     """The folder of this point's run, an absolute path."""
@@ -113,6 +128,11 @@ class Point:
     """The settings of this point, which win over the recipe's."""
     fault: str = ""
     """Why these ranks are impossible; empty when they are possible."""
+
+
+def run_name(label: str, repeat: int) -> str:
+    """Folder of one run of a point; `repeat` counts from 1."""
+    return label if repeat == 1 else f"{label}_repeat_{repeat}"
 
 
 def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
@@ -137,16 +157,20 @@ def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
 
 
 def points_of(sweep: Sweep) -> list[Point]:
-    """The points in the order of the file. Raises ConfigError for common settings that are impossible."""
+    """The runs of all points in the order of the file, then again for each repetition. Raises ConfigError for common
+    settings that are impossible."""
     common = load_config(sweep.config, [*BASICS, *sweep.overrides])
     each = common.cluster.gpus_per_node or common.cluster.ranks_per_node
     assert each is not None, "refused by the section cluster"
     first = _num_ranks(sweep.points[0], each)
-    return [_point(sweep, common, number, each, first) for number, _ in enumerate(sweep.points, start=1)]
+    return [_point(sweep, common, number, each, first) for number in range(len(sweep.points) * sweep.repeats)]
 
 
 def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> Point:
-    asked = sweep.points[number - 1]
+    """The run of that number from 0."""
+    again, place = divmod(number, len(sweep.points))
+    asked = sweep.points[place]
+    name = run_name(asked.label, again + 1)
     ranks, fault = _num_ranks(asked, each), ""
     nodes, rest = divmod(ranks, each) if ranks > each else (1, 0)
     if rest:
@@ -156,7 +180,7 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
         prompts, rest = divmod(prompts * ranks, first)
         if rest:
             fault = f"train.prompts_per_step: {common.train.prompts_per_step} x {ranks} / {first} is no whole number"
-    run_dir = sweep.folder / "points" / asked.label
+    run_dir = sweep.folder / "points" / name
     on_node = ranks // nodes
     gpus = on_node if common.cluster.gpus_per_node else 0
     overrides = (
@@ -165,14 +189,21 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
         *sweep.overrides,
         *asked.overrides,
         f"run.dir={run_dir}",
-        f"run.name={sweep.name}_{asked.label}",
+        f"run.name={sweep.name}_{name}",
+        *([f"run.seed={_seed(common, asked) + again}"] if again else []),
         f"train.steps={sweep.steps}",
         f"train.prompts_per_step={prompts}",
         f"cluster.nodes={nodes}",
         f"cluster.gpus_per_node={gpus}",
         f"cluster.ranks_per_node={on_node}",
     )
-    return Point(number, asked.label, ranks, run_dir, overrides, fault)
+    return Point(number + 1, name, asked.label, ranks, run_dir, overrides, fault)
+
+
+def _seed(common: Config, point: PointConfig) -> int:
+    """The seed of a point's first run."""
+    own = [override for override in point.overrides if override.startswith("run.seed=")]
+    return int(own[-1].partition("=")[2]) if own else common.run.seed
 
 
 def _num_ranks(point: PointConfig, each: int) -> int:

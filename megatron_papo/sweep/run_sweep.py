@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, my_jobs
 from megatron_papo.preflight.inputs import fault_of_folder
-from megatron_papo.sweep.gather import gather
+from megatron_papo.sweep.gather import Row, gather
 from megatron_papo.sweep.local import run_points
-from megatron_papo.sweep.plot import sweep_png
-from megatron_papo.sweep.points import Point, Sweep
+from megatron_papo.sweep.plot import compared_figure, sweep_figure
+from megatron_papo.sweep.points import Point, Sweep, points_of
 from megatron_papo.sweep.states import LIVING, State, states_of, write_refused
 from megatron_papo.sweep.submit_points import CheckedPoints, arrays_of, check_points, submit_arrays
 from megatron_papo.sweep.sweep_page import print_table, write_tables
@@ -75,16 +75,27 @@ def wait(sweep: Sweep, points: Sequence[Point]) -> None:
         time.sleep(_LOOK_S)
 
 
-def finish(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Prints the table and writes it with its plot; 0 when all points are done, else 1."""
+def finish(sweep: Sweep, points: Sequence[Point], others: Sequence[Sweep] = ()) -> int:
+    """Prints the table and writes it with its figure, and with one of this sweep beside `others`; 0 when all points are
+    done, else 1."""
     states = states_of(sweep, points, _jobs_if_any())
     _drop_checkpoints(sweep, points, states)
     rows = gather(sweep, points, states)
     print_table(rows, sweep)
     files = write_tables(rows, sweep)
-    plot = sweep_png(rows, sweep, sweep.folder / "plot.png")
-    say(f"written: {', '.join(str(file) for file in [*files, *([plot] if plot else [])])}")
+    files += sweep_figure(rows, sweep, sweep.folder / "plot")
+    if others:
+        files += compared_figure(
+            [(sweep, rows), *((other, _rows_of(other)) for other in others)], sweep.folder / "compared"
+        )
+    say(f"written: {', '.join(str(file) for file in files)}")
     return 0 if all(state.word == "done" for state in states.values()) else 1
+
+
+def _rows_of(sweep: Sweep) -> list[Row]:
+    """What another sweep has measured so far."""
+    points = points_of(sweep)
+    return gather(sweep, points, states_of(sweep, points, _jobs_if_any()))
 
 
 def say(text: str) -> None:

@@ -14,17 +14,18 @@ from rich.text import Text
 from megatron_papo.costs.stages import PLANNED_STAGES, shown_stage
 from megatron_papo.files.small_files import write_atomically
 from megatron_papo.sweep.gather import STAGES, Row
-from megatron_papo.sweep.points import Sweep
+from megatron_papo.sweep.points import INTERVALS, Sweep
 from megatron_papo.text.untrusted import as_text
 
 HEADERS = (
     "point", "ranks", "TPxPPxDP", "prompts", "state", "tokens/s", "tokens/s/rank", "speed-up", "ideal", "efficiency",
-    "MFU", "step s", "planned s", *(f"{shown_stage(stage)} s" for stage in PLANNED_STAGES), "other s", "memory GiB",
-    "reason",
+    "GPU-h/Mtoken", "GPU-h", "MFU", "step s", "planned s", *(f"{shown_stage(stage)} s" for stage in PLANNED_STAGES),
+    "other s", "memory GiB", "reason",
 )  # fmt: skip
 _FIGURES = (
-    "tokens_per_s", "tokens_per_s_per_rank", "mfu", "step_s", *(f"{stage}_s" for stage in STAGES), "memory_gib",
-    "planned_step_s", "planned_tokens_per_s", *(f"planned_{stage}_s" for stage in PLANNED_STAGES),
+    "tokens_per_s", "tokens_per_s_per_rank", "gpu_hours_per_mtoken", "mfu", "step_s",
+    *(f"{stage}_s" for stage in STAGES), "memory_gib", "planned_step_s", "planned_tokens_per_s",
+    *(f"planned_{stage}_s" for stage in PLANNED_STAGES),
 )  # fmt: skip
 
 
@@ -42,6 +43,8 @@ def cells(row: Row) -> list[str]:
         _number(row.speed_up, 2),
         _number(row.ideal, 2),
         _number(row.efficiency, 2),
+        _number(row.median("gpu_hours_per_mtoken")),
+        _number(row.gpu_hours),
         _number(row.median("mfu"), 3),
         _with_spread(row, "step_s"),
         _number(row.median("planned_step_s")),
@@ -99,15 +102,16 @@ def write_tables(rows: Sequence[Row], sweep: Sweep) -> list[Path]:
 
 
 _CSV_HEAD = (
-    "point", "ranks", "layout", "prompts_per_step", "state", "reason", "steps", "speed_up", "ideal", "efficiency",
+    "point", "ranks", "layout", "prompts_per_step", "state", "reason", "runs", "steps", "speed_up", "ideal",
+    "efficiency", "gpu_hours",
 )  # fmt: skip
 
 
 def _csv_row(row: Row) -> list[object]:
     """The values of one row, not rounded; empty where there is none."""
     head = [
-        row.name, row.ranks, row.layout, row.prompts, row.state.word, row.state.reason, row.num_steps, row.speed_up,
-        row.ideal, row.efficiency,
+        row.name, row.ranks, row.layout, row.prompts, row.state.word, row.state.reason, row.num_runs, row.num_steps,
+        row.speed_up, row.ideal, row.efficiency, row.gpu_hours,
     ]  # fmt: skip
     spreads = [row.figures.get(figure) for figure in _FIGURES]
     return [
@@ -122,10 +126,9 @@ def _columns(filled: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _title(sweep: Sweep) -> str:
-    return (
-        f"{sweep.name}: {sweep.scaling} scaling, medians of {sweep.steps} steps without the first {sweep.warm_up} "
-        "(least to most)"
-    )
+    runs = f"{sweep.repeats} runs of " if sweep.repeats > 1 else ""
+    steps = f"{runs}{sweep.steps} steps without the first {sweep.warm_up}"
+    return f"{sweep.name}: {sweep.scaling} scaling, medians of {steps} ({INTERVALS[sweep.interval]})"
 
 
 def _other(row: Row) -> float | None:

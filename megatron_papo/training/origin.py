@@ -177,8 +177,12 @@ def changed_settings(before: Mapping[str, Any], config: Config) -> str:
 def _changes(before: Mapping[str, Any], config: Config, keys: Sequence[str] = ()) -> str:
     """The settings that differ, of `keys` or else of all but those of the machine."""
     was, now = dict(_flat(before)), dict(_flat(plain_tree(config)))
-    wanted = keys or [key for key in now if key in was and not key.startswith(_MACHINE_SETTINGS)]
-    changed = [f"{key} {_short(was.get(key))} -> {_short(now[key])}" for key in wanted if was.get(key) != now[key]]
+    wanted = [key for key in now if key in was and not key.startswith(_MACHINE_SETTINGS)]
+    if keys:
+        wanted = [key for key in was | now if key.partition("[")[0] in keys]
+    changed = [
+        f"{key} {_short(was.get(key))} -> {_short(now.get(key))}" for key in wanted if was.get(key) != now.get(key)
+    ]
     more = [f"and {len(changed) - _MOST_LISTED} more"] if len(changed) > _MOST_LISTED else []
     return ", ".join(changed[:_MOST_LISTED] + more)
 
@@ -188,6 +192,8 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{path}{key}.")
+        elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            yield from _flat({f"{key}[{place}]": entry for place, entry in enumerate(value)}, path)
         else:
             yield f"{path}{key}", value
 

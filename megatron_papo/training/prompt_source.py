@@ -69,4 +69,5 @@ def sampling_of(config: Config) -> Sampling:
         top_k=generation.top_k,
         max_response_tokens=generation.max_response_tokens,
         seed=config.run.seed,
+        ignore_eos=generation.ignore_eos,
     )

@@ -19,7 +19,7 @@ from megatron_papo.training.session import Run
 from megatron_papo.types import Group, Prompt
 from megatron_papo.weights.transfer import hf_tensors
 
-_ROUND_S = 5.0
+_ROUND_S = 1.0
 """Seconds between two moments at which ranks tell each other that they still wait for a user's function: the watchdog
 of each sees progress then."""
 

@@ -58,6 +58,8 @@ class Run:
     """The run in wandb, on the writer of a run that records its steps there."""
     counts: dict[str, int] = field(default_factory=lambda: {"checkpoints_failed": 0, "engine_restarts": 0})
     """How often something has gone wrong so far without ending the run; the writer's numbers count for all ranks."""
+    said: set[str] = field(default_factory=set)
+    """What is said once in a run, and has been."""
 
     @property
     def folder(self) -> Path:

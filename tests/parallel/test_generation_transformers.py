@@ -131,13 +131,16 @@ def test_groups_hold_what_the_types_say(alone):
 
 
 def test_a_response_ends_with_the_end_of_turn_or_at_the_limit(folder):
-    groups = run_ranks(_many, 1, folder)[0]
+    groups, whole = run_ranks(_many, 1, folder)[0]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
     cut = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
     assert len(stopped) + len(cut) == len(rollouts) and stopped and cut
     assert all(rollout.response_ids.index(EOS) == len(rollout.response_ids) - 1 for rollout in stopped)
     assert all(EOS not in rollout.response_ids and len(rollout.response_ids) == 60 for rollout in cut)
+    for short, full in zip(groups[0].rollouts, whole[0].rollouts):  # generation.ignore_eos
+        assert (len(full.response_ids), full.finish_reason) == (60, "length")
+        assert full.response_ids[: len(short.response_ids)] == short.response_ids
     seen = {token for rollout in rollouts for token in rollout.response_ids}
     assert not seen & set(BANNED) and len(seen) > 230  # of 259
 
@@ -146,7 +149,8 @@ def _many(folder: Path):
     generator, prompts, _, _ = _generator(folder, {})
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     generator.load_weights(iter(named_tensors(model)), policy_version=0)
-    return generator.generate(prompts, make_sampling(group_size=24, temperature=4.0, max_response_tokens=60))
+    sampling = make_sampling(group_size=24, temperature=4.0, max_response_tokens=60)
+    return generator.generate(prompts, sampling), generator.generate(prompts[:1], replace(sampling, ignore_eos=True))
 
 
 def test_a_rollout_does_not_depend_on_its_batch(folder, alone):

@@ -88,6 +88,7 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
         found["groups"].append((groups, expected))
         for name, changes in SETTINGS.items():
             found["gaps"][version, name] = largest_gap(model, groups[name], make_sampling(**changes))
+    found["fixed"] = vllm.generate(mine, make_sampling(**SETTINGS["hot"], ignore_eos=True))
     if layout.data_size == 1:
         long = make_sampling(max_response_tokens=200)
         found["refused"] |= _refusals({"too long": lambda: vllm.generate(prompts[2:], long)})
@@ -139,6 +140,10 @@ def _check(found: dict[str, Any]) -> None:
                 assert (rollout.finish_reason == "stop") == (EOS in rollout.response_ids)
                 assert EOS not in rollout.response_ids[:-1]
     (before, _), (after, _) = found["groups"]
+    for ended, fixed in zip(after["hot"], found["fixed"]):
+        for short, full in zip(ended.rollouts, fixed.rollouts):
+            assert (len(full.response_ids), full.finish_reason) == (40, "length")
+            assert full.response_ids[: len(short.response_ids)] == short.response_ids
     for group, later in zip(before["plain"], after["plain"]):
         assert len({rollout.response_ids for rollout in group.rollouts}) == 4
         assert not {r.response_ids for r in group.rollouts} & {r.response_ids for r in later.rollouts}

@@ -183,11 +183,17 @@ def check_figures(tool: Tool, rows: dict[str, dict[str, str]]) -> None:
 def test_without_slurm_one_after_the_other(tool: Tool, tmp_path: Path):
     tool.write([{"ranks": 1}, RAISES], scaling="weak")
     environ = {name: value for name, value in tool.cluster.environ.items() if name != "SLURM_CONF"}
-    done = tool.cluster.call(interpreter(), TOOL, "sweep.yaml", "--local", cwd=tmp_path, env=environ)
+    words = ("sweep.yaml", "--local", "--compare", "sweep.yaml")
+    done = tool.cluster.call(interpreter(), TOOL, *words, cwd=tmp_path, env=environ)
     assert done.returncode == 1, done.stderr
     rows = tool.rows()
     assert (rows["ranks_1"]["state"], rows["ranks_1"]["steps"]) == ("done", "1")
     assert rows["raises"]["state"] == "failed" and rows["raises"]["reason"].endswith("the verifier's host is down")
+    run = tool.run_dir("ranks_1")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    longest = yaml.safe_load((run / "cluster" / "settings.yaml").read_text())["generation"]["max_response_tokens"]
+    assert [(line["response_tokens"], line["cut_off"]) for line in lines] == [(longest, 1.0)] * 2
+    assert {file.suffix for file in (tmp_path / "out").glob("compared.*")} == {".png", ".pdf", ".svg"}
 
 
 @pytest.mark.slow

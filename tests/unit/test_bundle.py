@@ -7,15 +7,16 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from megatron_papo.preflight.tested_versions import ROOT
+from megatron_papo.preflight.tested_versions import ROOT, versions
 from tests.unit.test_tested_versions import UV
 from tools import bundle
 from tools.bundle import Package, Target
-from tools.bundle_files import SUMS, check_machine, glibc_of, verify, write_sums
+from tools.bundle_files import SUMS, check_machine, glibc_of, install, verify, write_sums
 
 CUDA = Target("cuda", "x86_64", "3.12", 34, True)
 TE = Package("transformer-engine-torch", "2.20.2", ("a",), True)
@@ -85,29 +86,51 @@ def test_source_is_compiled_on_a_machine_like_the_target_and_nowhere_else(monkey
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.34"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    bundle._check_compilable([], Target("cuda", "aarch64", "3.12", 34, True))
+    bundle.check_compilable([], Target("cuda", "aarch64", "3.12", 34, True))
     for target in (Target("cuda", "aarch64", "3.12", 34, True), Target("cuda", "x86_64", "3.12", 28, True)):
         with pytest.raises(
             ValueError, match=r"torch 2\.20\.2: no wheel fits, .* WITHOUT_TE=1 leaves it out"
         ) as refused:
-            bundle._check_compilable([TE], target)
+            bundle.check_compilable([TE], target)
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="/bin/nvcc to compile it: set CUDA_HOME; WITHOUT_TE=1"):
-        bundle._check_compilable([TE], CUDA)
+        bundle.check_compilable([TE], CUDA)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch(mode=0o755)
-    bundle._check_compilable([TE], CUDA)
+    bundle.check_compilable([TE], CUDA)
 
 
 def test_a_folder_of_something_else_is_not_written_to(finished, tmp_path):
     with pytest.raises(ValueError, match="holds a bundle for another target"):
-        bundle._begin(finished, CUDA)
+        bundle.begin(finished, CUDA)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").touch()
     with pytest.raises(ValueError, match="is not empty and no bundle"):
-        bundle._begin(tmp_path / "other", CUDA)
-    bundle._begin(tmp_path / "new", CUDA)
-    bundle._begin(tmp_path / "new", Target("cuda", "x86_64", "3.12", 35, True))  # goes on, for newer machines
+        bundle.begin(tmp_path / "other", CUDA)
+    bundle.begin(tmp_path / "new", CUDA)
+    bundle.begin(tmp_path / "new", Target("cuda", "x86_64", "3.12", 35, True))  # goes on, for newer machines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(UV) is None, reason="uv is not installed")
+def test_a_bundle_is_made_and_installed_without_an_index(tmp_path, monkeypatch, capfd):
+    """Of a few packages of the set: dependencies are not asked for."""
+    few, resolved = ("numpy", "packaging", "pyyaml", "setuptools"), bundle.resolved
+    monkeypatch.setattr(bundle, "resolved", lambda target: [each for each in resolved(target) if each.name in few])
+    folder, venv = tmp_path / "bundle", tmp_path / "venv"
+    try:
+        bundle.make(folder, Target("first", platform.machine(), "3.12", 34, False))
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert sorted(each.name.split("-")[0].lower() for each in (folder / "wheels").iterdir()) == sorted(few)
+    with tarfile.open(folder / "megatron_papo.tar.gz") as packed:
+        assert {"megatron_papo/Makefile", "megatron_papo/tools/bundle.py"} <= set(packed.getnames())
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/nowhere")
+    install(folder, venv)
+    asked = "import numpy, megatron_papo.preflight.tested_versions as project; print(numpy.__version__, project.ROOT)"
+    done = subprocess.run([venv / "bin" / "python", "-c", asked], cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout.split() == [versions("first")["numpy"], str(ROOT)], done.stderr
+    assert (venv / "set").read_text() == "first\n" and "papo doctor" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -76,10 +76,10 @@ def test_a_folder_within_another_needs_no_mount_of_its_own(disk: Path):
 
 
 def test_entries_of_a_list_of_data_sets_are_mounted_too(disk: Path):
-    config = load_config(None, [*IMAGE, "run.dir=a"])
-    names = [str(disk / "data/sub/rows.jsonl"), "org/name", "https://host/a.jsonl"]
-    listed = config.model_copy(update={"data": config.data.model_copy(update={"train": names})})
-    assert container_mounts(listed, Path("/opt/papo"), disk / "work") == [both(str(disk / "data/sub"), ":ro")]
+    entries = f"[{disk}/data/sub/rows.jsonl, org/name, 'https://host/a.jsonl', {{path: {disk}/store, weight: 2}}]"
+    words = ("run.dir=a", f"data.train={entries}")
+    assert mounts(disk, *words) == [both("/store", ":ro"), both("/data/sub", ":ro")]
+    assert mounts(disk, "run.dir=a", f"data.train={{path: {disk}/store}}") == [both("/store", ":ro")]
 
 
 def test_a_path_that_no_mount_can_be_written_with_is_refused(disk: Path):

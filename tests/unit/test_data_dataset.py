@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_papo.config import ColumnsConfig, DataConfig, load_config
 from megatron_papo.data import BadRow, BadRows, DataCursor, PromptDataset, draw_prompts, load_processor, prompts_of
+from megatron_papo.data.settings_order import first_cursor
 from megatron_papo.parity.chosen_prompts import prompts_to_certify
 from tests.support.tiny import make_tiny_folder
 
@@ -515,6 +516,29 @@ def test_rows_of_a_function(processor):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=rf"^data.train\[0\].filter: {__name__}:even: row 0: ValueError: invalid lit"):
         open_sources(processor, {"function": f"{__name__}:hub_like", "filter": f"{__name__}:even"})
+
+
+def test_weights_say_what_an_epoch_draws(processor, tmp_path):
+    first, second = two_files(tmp_path)
+    data = DataConfig.model_validate({**DATA.model_dump(), "train": [
+        {"path": first, "weight": 2}, {"path": second, "columns": {"problem": "question"}, "weight": 0.5},
+    ]})  # fmt: skip
+    dataset = PromptDataset(data, "train", processor)
+    cursor = first_cursor(data, dataset, 5, 4)
+    drawn = [next(cursor.rows(position)) for position in range(24)]
+    for epoch in (drawn[:12], drawn[12:]):
+        assert sorted(row for row in epoch if row < 5) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert len({row for row in epoch if row >= 5}) == 2
+    assert drawn[:12] != sorted(drawn[:12]) != drawn[12:]
+    state = cursor.advance(7).state_dict()
+    again = first_cursor(data, dataset, 5, 4)
+    resumed = again.load_state_dict(state)
+    assert [next(resumed.rows(position)) for position in range(7, 24)] == drawn[7:]
+    other = data.model_copy(update={"train": [entry.model_copy(update={"weight": 1.5}) for entry in data.train]})
+    changed = first_cursor(other, PromptDataset(other, "train", processor), 5, 4)
+    assert changed.order_fingerprint() != cursor.order_fingerprint(), "refused on resuming, as another order"
+    plain = open_sources(processor, first, {"path": second, "columns": {"problem": "question"}})
+    assert first_cursor(data, plain, 5, 4) == DataCursor(9, 5), "without weights nothing changes"
 
 
 def test_the_example_of_a_data_source(processor):

@@ -416,6 +416,7 @@ def test_of_several_templates_the_default_one(folder, tmp_path, place):
     assert processor.encode("2+2?", []).token_ids_S.numel()
     theirs = HuggingFace(None, several, DATA, ())
     assert theirs._render("<image>2+2?") == known
+    assert theirs._render("<image>2+2?", "Be exact.") == processor.render("<image>2+2?", "Be exact.") != known
     if place != "chat_template.json":
         write(chat=CHAT_TEMPLATE, tool_use="tools")
         with pytest.raises(ValueError, match=r"chat templates by name, chat, tool_use, and none that is named default"):

@@ -16,9 +16,9 @@ from megatron_papo import cli
 from megatron_papo.config import Config, DataConfig, load_config
 from megatron_papo.data import Masks, PromptDataset
 from megatron_papo.data.bad_rows import BadRow
-from megatron_papo.data.patches import pictures_of_patches
 from megatron_papo.data.processor import ImageTooExtreme, Processor
 from megatron_papo.data.processor_files import read_processor
+from megatron_papo.data_report.examples import examples_of
 from megatron_papo.data_report.histogram import histogram
 from megatron_papo.data_report.measuring import MeasuringProcessor
 from megatron_papo.data_report.reading import open_rows, read_rows
@@ -89,15 +89,6 @@ def test_tokens_are_counted_without_pixels_as_the_processor_counts_them(folder):
         measuring.pixel_values([picture(5, 1001)])
 
 
-def test_patches_come_back_as_the_picture_that_was_resized(folder):
-    processor = Processor(read_processor(folder), folder, DATA)
-    fitting, other = picture(56, 84), picture(300, 200)
-    values, grids = zip(*(processor.pixel_values([image]) for image in (fitting, other)))
-    first, second = pictures_of_patches(torch.cat(values), torch.cat(grids), processor)
-    assert np.array_equal(np.asarray(first), np.asarray(fitting)), "a size that fits is not resized"
-    assert second.size == (112, 84) and second.mode == "RGB"
-
-
 def test_the_same_rows_are_bad_as_for_the_trainer(folder, rows):
     config = config_of(folder, rows)
     opened = open_rows(config, "train", folder)
@@ -116,6 +107,15 @@ def test_the_same_rows_are_bad_as_for_the_trainer(folder, rows):
     ]  # fmt: skip
     assert survey.num_repeated == 1 and set(survey.pixels) == {56 * 84} == set(survey.seen_pixels)
     assert [row.row for row in read_rows(opened, 4).good] == [0, 2, 5], "spread over the rows; row 8 is bad"
+
+
+def test_rows_are_counted_by_source(folder, rows):
+    entry = f"{{path: {rows}, name: left}}"
+    config = config_of(folder, rows, f"data.train=[{entry}, {{path: {rows}, name: right, filter: {{answer: [1, 2]}}}}]")
+    opened = open_rows(config, "train", folder)
+    survey = read_rows(opened, None)
+    assert survey.sources == [("left", 7, 4), ("right", 2, 0)]
+    assert [example.measured.source for example in examples_of(opened, survey)] == ["left", "right"]
 
 
 def test_demonstrations_are_measured(folder, rows):

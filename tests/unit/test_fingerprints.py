@@ -123,6 +123,9 @@ def test_changed_settings_are_listed_shortly():
     config = Config.model_validate({"train": {"steps": 2}, "data": {"instruction": "short"}})
     was = {"train": {"steps": 1, "gone": 5}, "run": {"dir": "a"}, "data": {"instruction": "x" * 99, "shuffle": True}}
     assert changed_settings(was, config) == f'data.instruction "{"x" * 39}... -> "short", train.steps 1 -> 2'
+    lists = [{"data": {"eval": ["a", {"path": "b", "filter": {"x": least}}]}} for least in (1, 2)]
+    now = Config.model_validate(lists[1])
+    assert changed_settings(lists[0], now) == "data.eval[1].filter.x 1 -> 2"
     assert changed_settings({}, config) == changed_settings(plain_tree(config), config) == ""
     nothing = {section: dict.fromkeys(values) for section, values in plain_tree(config).items()}
     assert re.search(r", and \d+ more$", changed_settings(nothing, config))

@@ -13,6 +13,7 @@ from megatron_papo.data import Masks, load_processor, mask_images, masked_raw_im
 from megatron_papo.data.images import decode_image
 from megatron_papo.data.masking import cell_mask
 from megatron_papo.data.random_state import random_state
+from megatron_papo.preflight.inputs import faults_of_inputs
 from megatron_papo.types import Prompt
 from tests.support.tiny import make_tiny_folder
 
@@ -202,3 +203,68 @@ def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(processor):
     alike = [mask_images(prompt, Masks(MaskConfig(cell=cell), seed=3), processor) for cell in (None, 14, 28)]
     own, patch, other = (view.masked_pixel_values_PD for view in alike)
     assert torch.equal(own, patch) and not torch.equal(own, other)
+
+
+def of_another_size(image, rng):
+    return image.resize((image.width + 1, image.height))
+
+
+def in_grey(image, rng):
+    return image.convert("L")
+
+
+def nothing(image, rng):
+    image.putpixel((0, 0), (1, 2, 3))
+
+
+def failing(image, rng):
+    return image[0]
+
+
+def of_one_argument(image):
+    return image
+
+
+def own(name):
+    return Masks(MaskConfig(function=name), seed=0)
+
+
+def test_a_function_of_ones_own_masks_by_the_numbers_that_it_is_given(processor):
+    original = picture(56, 42)
+    prompt = as_prompt(processor, original)
+    (masked,) = masked_raw_images(prompt, own("examples.own_mask:mosaic"))
+    (again,) = masked_raw_images(prompt, own("examples.own_mask:mosaic"))
+    (later,) = masked_raw_images(replace(prompt, visit=1), own("examples.own_mask:mosaic"))
+    assert masked.size == (56, 42) and len(masked.getcolors()) <= 8 * 6
+    assert (np.array(masked) == np.array(again)).all() and (np.array(masked) != np.array(later)).any()
+    view = mask_images(prompt, own("examples.own_mask:mosaic"), processor)
+    torch.testing.assert_close(view.masked_pixel_values_PD, processor.pixel_values([masked])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("of_another_size", "gives RGB 57 x 42, not RGB 56 x 42, as the picture is"),
+        ("in_grey", "gives L 56 x 42, not RGB 56 x 42, as the picture is"),
+        ("nothing", "gives NoneType, not a picture of PIL"),
+        ("failing", "TypeError: 'Image' object is not subscriptable"),
+    ],
+)
+def test_what_a_function_of_ones_own_does_wrong_is_named_with_key_and_row(processor, name, told):
+    prompt = as_prompt(processor, picture(56, 42))
+    with pytest.raises(ValueError) as error:
+        mask_images(prompt, own(f"{__name__}:{name}"), processor)
+    assert str(error.value) == f"perception.mask.function: {__name__}:{name} for row 5: {told}"
+
+
+def test_a_mask_that_cannot_be_called_is_refused_before_a_row_is_read():
+    with pytest.raises(ValueError, match=r"perception.mask.function: .*:of_one_argument does not take \(image, rng\)"):
+        own(f"{__name__}:of_one_argument")
+    with pytest.raises(ValueError, match=r"perception.mask.function: cannot import examples.own_mask:absent"):
+        own("examples.own_mask:absent")
+    with pytest.raises(ValueError, match=r"perception.mask.function takes the place of kind and align"):
+        Config.model_validate({"perception": {"mask": {"function": "a:b", "kind": "blur"}}})
+    perception = {"mask": {"function": "examples.own_mask:absent"}}
+    config = Config.model_validate({"perception": perception, "loss": {"perception_coef": 0.01}})
+    said = [fault for fault in faults_of_inputs("train", config) if "mask" in fault]
+    assert len(said) == 1 and "perception.mask.function: there is no absent in" in said[0]

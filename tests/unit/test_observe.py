@@ -19,7 +19,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from megatron_papo.config import ObserveConfig, RunConfig
+from megatron_papo.config import ObserveConfig, RunConfig, load_config
 from megatron_papo.distributed.accelerator import reset_peak_memory
 from megatron_papo.observe import wandb_run
 from megatron_papo.observe.clock import StageClock
@@ -123,7 +123,7 @@ def test_tensorboard_and_wandb_without_a_key_hold_the_numbers_and_the_samples(tm
     lost, offline = said
     assert lost == f"{tmp_path / 'wandb_id.txt'}: holds no id: wandb shows what follows as another run"
     assert offline.startswith("wandb: No API key configured")
-    assert offline.endswith(f": the run goes on offline, `wandb sync {tmp_path}/wandb/*run-*` uploads it later")
+    assert offline.endswith(f": the run goes on offline, `wandb sync {tmp_path}/wandb/offline-run-*` uploads it later")
     assert len((tmp_path / "wandb_id.txt").read_text()) == 12
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -228,6 +228,31 @@ def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     assert steps_of(FailingRun([deed(full)]), FailingRun([]), mode="offline") == [[], [0, 1, 2]]
     assert said == ["wandb: [Errno 28] No space left on device"] and opened == [False, False]
+
+
+def test_wandb_is_opened_before_the_ranks_meet_and_is_told_of_a_failure(tmp_path, monkeypatch):
+    from megatron_papo.training import session
+
+    said: list[object] = []
+
+    class Told(WandbRun):
+        def close(self, failed=False):
+            said.append(failed)
+
+    def no_peers(*_):
+        raise ValueError("nobody came")
+
+    monkeypatch.setattr(session, "WandbRun", Told)
+    monkeypatch.setattr(session, "initialize", no_peers)
+    monkeypatch.setattr(wandb_run, "open_wandb", lambda *_, online: said.append(online) or FailingRun([]))
+    monkeypatch.setattr(wandb_run, "end_wandb", lambda: None)
+    config = load_config(None, [f"run.dir={tmp_path}", f"model.path={tmp_path}", "observe.wandb=offline"], to_run=False)
+    with pytest.raises(ValueError, match="nobody came"), session.open_run(config, records=True):
+        pass
+    assert said == [False, True], "opened offline, closed as failed"
+    with pytest.raises(ValueError, match="nobody came"), session.open_run(config):
+        pass
+    assert len(said) == 2, "a verb that records no steps opens none"
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>![p](http://evil/p.png) \x1b]0;x\x07 \u202etxt `a` |b|\n# c"

@@ -72,6 +72,7 @@ def _pack(
     joint: bool = False,
     totals: Totals | None = None,
     least_rows: int = 1,
+    longest_row: int | None = None,
     **loss,
 ) -> Batch:
     return pack(
@@ -84,6 +85,7 @@ def _pack(
         cost=_tokens,
         banned_ids=(IMAGE, START, END, VIDEO),
         least_rows=least_rows,
+        longest_row=longest_row,
     )
 
 
@@ -272,6 +274,23 @@ def test_a_response_over_the_budget_is_refused_with_the_numbers():
     message = r"5 tokens with a response of 3 in two views are 16, more than train.tokens_per_micro_batch=15"
     with pytest.raises(ValueError, match=message):
         _pack(groups, budget=15, joint=True)
+
+
+def test_a_response_over_the_budget_has_a_row_of_its_own_within_the_limit():
+    long = _group(_prompt("long", 1, 2, (1, 2, 2)), (10, 11, 12), (10,), (10, 11))
+    short = [_group(_prompt(f"short {index}", 1), (10, 11), (12,)) for index in range(3)]  # 4 tokens each
+    alone = _pack(short, budget=8)
+    rows = _pack([short[0], long, *short[1:]], budget=7, longest_row=8)
+    assert [row.num_tokens for row in rows] == [4, 8, 8, 4, 4], "5 tokens, of the long one with 3, and with 1 and 2"
+    assert sorted(row.sequences for row in rows)[:2] == [(("long", 0),), (("long", 1), ("long", 2))]
+    assert [row.sequences for row in _pack(short, budget=8, longest_row=99)] == [row.sequences for row in alone]
+    with pytest.raises(ValueError, match=r"3 are 8, more than train\.tokens_per_micro_batch=6"):
+        _pack([long], budget=6, longest_row=7)
+    # in two views 16 tokens
+    rows = _pack([long], budget=15, longest_row=16, joint=True)
+    assert [joint_row(row).num_tokens for row in rows] == [16, 16]
+    weights = sum(float(row.weights_R.sum()) for row in _pack([long, *short], budget=7, longest_row=8))
+    assert weights == pytest.approx(1.0), "every token counts once"
 
 
 def test_images_without_pixels_or_masked_views_are_refused_with_the_numbers():

@@ -66,7 +66,7 @@ def mathruler():
 
 @pytest.fixture(scope="module")
 def hasty():
-    with Verifier(0.5) as started:
+    with Verifier(0.25) as started:
         yield started
 
 
@@ -203,7 +203,7 @@ HOSTILE = {
 
 
 ENDS_S = 30.0
-"""Not a speed: what the verifier's limit of half a second did not end would take minutes to ages."""
+"""Not a speed: what the verifier's limit of a quarter of a second did not end would take minutes to ages."""
 
 
 def test_hostile_answers_are_ended_by_the_limit(hasty):

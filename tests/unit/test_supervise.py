@@ -101,12 +101,17 @@ def test_three_failures_at_one_step_are_enough(attempts, stops):
 
 def test_too_little_memory_is_not_tried_three_times():
     def short(number: int, reached: int, **other: str) -> Attempt:
-        words = {"reason": "papo: rank 3 failed: OutOfMemoryError: stage update, row 7", "failure": "OutOfMemoryError"}
+        reason = "papo: rank 3 failed: OutOfMemoryError: stage update, row 7; what helps most: a smaller one"
+        words = {"reason": reason, "failure": "OutOfMemoryError"}
         return replace(failed(number, reached), **words | other)
 
     first = reason_to_stop([short(1, 0)], 3)
     assert first.startswith("out of memory in the first step, as another attempt would be: papo: rank 3 failed: OutOf")
-    assert "row 7; what helps is a smaller train.tokens_per_micro_batch" in first
+    assert first.endswith("row 7; what helps most: a smaller one")
+    killed = short(1, 0, reason="papo: rank 3 failed: OutOfMemoryError: on node1: Out Of Memory")
+    assert reason_to_stop([killed], 3).endswith(
+        "Out Of Memory; what helps is a larger cluster.memory, or more machines"
+    )
     assert reason_to_stop([short(1, 4)], 3) == ""
     assert reason_to_stop([short(1, 4), short(2, 4)], 3).startswith("out of memory again at step 4, as another")
     assert reason_to_stop([short(1, 4), short(2, 6)], 3) == ""

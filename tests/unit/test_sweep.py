@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from megatron_papo.cluster.submit import SubmissionPlan, write
 from megatron_papo.cluster.supervised_job import SupervisedJob
 from megatron_papo.config import ConfigError, load_config
 from megatron_papo.costs.stages import PLANNED_STAGES
-from megatron_papo.sweep.gather import Row, Spread, gather, measured_steps
-from megatron_papo.sweep.plot import draw, sweep_png
+from megatron_papo.sweep.gather import Row, Spread, gather, measured_steps, spread_of
+from megatron_papo.sweep.plot import compared_figure, draw, draw_compared, sweep_figure
 from megatron_papo.sweep.points import Point, Sweep, load_sweep, points_of
 from megatron_papo.sweep.run_sweep import begin
 from megatron_papo.sweep.states import State, states_of, write_refused
@@ -51,6 +52,13 @@ def settings(point: Point) -> dict[str, object]:
         "prompts": config.train.prompts_per_step,
         "steps": config.train.steps,
     }
+
+
+def test_responses_have_one_length_unless_the_sweep_says_otherwise(tmp_path: Path):
+    (point, _) = points_of(load_sweep(write_sweep(tmp_path)))
+    assert load_config(None, point.overrides).generation.ignore_eos
+    (point, _) = points_of(load_sweep(write_sweep(tmp_path, overrides=[*EIGHT, "generation.ignore_eos=false"])))
+    assert not load_config(None, point.overrides).generation.ignore_eos
 
 
 def test_points_of_strong_and_of_weak_scaling(tmp_path: Path):
@@ -282,7 +290,7 @@ def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     lines = markdown(rows, sweep).splitlines()
     assert lines[2].startswith("| point | ranks | TPxPPxDP | prompts | state | tokens/s | tokens/s/rank | speed-up |")
     assert lines[4].startswith(
-        "| ranks_2 | 2 | 1x1x2 | 96 | done | 90 (80 to 100) | 45 | 1.00 | 1.00 | 1.00 | 7 (6 to 8)"
+        "| ranks_2 | 2 | 1x1x2 | 96 | done | 90 (80 to 100) | 45 | 1.00 | 1.00 | 1.00 | 6.17 | 7 (6 to 8)"
     )
     assert lines[6].startswith("| ranks_12 |") and lines[6].endswith("| a \\| b |")
     assert "MFU" not in lines[2]
@@ -304,9 +312,67 @@ def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     bars = [bar.get_height() for bar in shares.patches]
     assert sum(bars) == pytest.approx(2.0)  # of two points, all of a step
     assert bars[2 * PLANNED_STAGES.index("update")] == pytest.approx(5 / 7)
-    picture = sweep_png(rows, sweep, tmp_path / "plot.png")
-    assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
-    assert sweep_png([Row("a", State("failed"), 1)], sweep, tmp_path / "none.png") is None
+    files = sweep_figure(rows, sweep, tmp_path / "plot")
+    begins = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    assert [file.name for file in files] == [f"plot.{ending}" for ending in begins]
+    assert all(file.read_bytes().startswith(begin) for file, begin in zip(files, begins.values()))
+    assert "tokens/s, least to most" in files[2].read_text()  # text stays text
+    assert sweep_figure([Row("a", State("failed"), 1)], sweep, tmp_path / "none") == []
+    assert compared_figure([(sweep, [Row("a", State("failed"), 1)])], tmp_path / "none") == []
+
+
+def test_log_axes_and_several_sweeps_in_one_figure(tmp_path: Path):
+    sweep, points = two_points(tmp_path)
+    rows = gather(sweep, points, {point.name: State("done") for point in points})
+    in_log = sweep.model_copy(update={"axes": "log", "name": "t"})
+    speed, _ = draw(rows, in_log).axes
+    assert (speed.get_xscale(), speed.get_yscale()) == ("log", "log")
+    ideal = next(line for line in speed.get_lines() if line.get_label() == "ideal")
+    assert list(ideal.get_xdata()) == [2, 8] and list(ideal.get_ydata()) == pytest.approx([90, 360])
+    assert [tick.get_text() for tick in speed.get_xticklabels()] == ["2", "8"]
+    assert speed.get_ylim()[0] > 0
+    slower = [replace(row, figures={"tokens_per_s": Spread(9, 8, 10)}, speed_up=1.0, ideal=1.0) for row in rows[:1]]
+    speed, efficiency = draw_compared([(sweep, rows), (in_log, slower)]).axes
+    assert [text.get_text() for text in speed.get_legend().get_texts()] == ["s", "t"]
+    assert list(efficiency.get_lines()[0].get_ydata()) == [1.0, 0.5]
+    assert speed.get_xscale() == "linear"  # as the first has it
+    assert draw_compared([(in_log, slower), (sweep, rows)]).axes[0].get_xscale() == "log"
+
+
+def test_a_point_that_is_repeated_is_one_row_of_all_its_runs(tmp_path: Path):
+    listed = [{"ranks": 2}, {"ranks": 4, "overrides": ["run.seed=7"]}]
+    sweep = load_sweep(write_sweep(tmp_path, points=listed, repeats=3, interval="bootstrap"))
+    points = points_of(sweep)
+    assert [point.number for point in points] == [1, 2, 3, 4, 5, 6]
+    assert [point.name for point in points[:3]] == ["ranks_2", "ranks_4", "ranks_2_repeat_2"]
+    seeds = [load_config(None, point.overrides).run.seed for point in points]
+    assert seeds == [load_config(None, EIGHT).run.seed + more for more in (0, 7, 1, 8, 2, 9)]
+    for place, speed in ((0, 100), (2, 90), (4, 80)):
+        put(points[place], [record(0, 2, 1.0, 90, 90), *(record(step, 2, speed + step, 4, 2) for step in (1, 2, 3))])
+    write_attempt(points[0].run_dir, replace(attempt(1, "7_1", "done"), ranks=2, began=0.0, ended=3600.0))
+    states = {point.name: State("done") for point in points} | {"ranks_2_repeat_3": State("running")}
+    row, other = gather(sweep, points, states)
+    assert (row.name, row.num_runs, row.num_steps, row.state.word) == ("ranks_2", 3, 9, "running")
+    speed = row.figures["tokens_per_s"]
+    assert speed.median == 92 and 81 <= speed.low < 92 < speed.high <= 103
+    assert row.figures["gpu_hours_per_mtoken"].median == pytest.approx(2 * 1e6 / 92 / 3600)
+    assert (row.gpu_hours, other.num_runs, other.gpu_hours) == (2.0, 0, None)
+    assert markdown([row, other], sweep).startswith(
+        "s: strong scaling, medians of 3 runs of 4 steps without the first 1 (95 % interval by bootstrap)"
+    )
+    with pytest.raises(ConfigError, match="names twice: ranks_2_repeat_2"):
+        load_sweep(write_sweep(tmp_path, points=[{"ranks": 2}, {"ranks": 4, "name": "ranks_2_repeat_2"}], repeats=2))
+
+
+def test_an_interval_is_the_range_or_by_bootstrap_over_runs():
+    assert spread_of([[1.0, 5.0], [3.0]]) == Spread(3.0, 1.0, 5.0)
+    found = spread_of([[10.0] * 4, [20.0] * 4], "bootstrap")
+    assert (found.low, found.high) == (10.0, 20.0)  # one run may be drawn twice
+    assert spread_of([[10.0] * 4], "bootstrap") == Spread(10.0, 10.0, 10.0)
+    many = [float(value) for value in range(101)]
+    found = spread_of([many], "bootstrap")
+    # the median of n uniform values has a standard deviation of half their range / sqrt(n)
+    assert found.median == 50 and found.low == pytest.approx(40, abs=3) and found.high == pytest.approx(60, abs=3)
 
 
 def test_a_file_in_the_place_of_its_folder_is_told(tmp_path):

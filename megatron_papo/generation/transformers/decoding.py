@@ -33,7 +33,8 @@ def decode_batch(
 ) -> list[Answer]:
     """Answers to `requests`, in their order; a request's `prompt_index` is a place in `prompts`.
 
-    `banned_ids`, int64, are never sampled; a response ends with one of `eos_ids`, int64, or at its longest.
+    `banned_ids`, int64, are never sampled; a response ends with one of `eos_ids`, int64, unless `sampling`
+    ignores them, or at its longest.
     """
     places = sorted({request.prompt_index for request in requests})
     prompt_of_B = torch.tensor([places.index(request.prompt_index) for request in requests], device=model.device)
@@ -47,7 +48,7 @@ def decode_batch(
         logprobs_AV = sampled_logprobs(batch.logits_AV, sampling, banned_ids)
         ids_A, logprobs_A = draw(logprobs_AV, uniform_BN[batch.row_A, place], sampling)
         ids_BN[batch.row_A, place], logprobs_BN[batch.row_A, place] = ids_A, logprobs_A
-        ended_A = torch.isin(ids_A, eos_ids) & ~stopped_B[batch.row_A]
+        ended_A = torch.isin(ids_A, eos_ids) & ~stopped_B[batch.row_A] & (not sampling.ignore_eos)
         stopped_B[batch.row_A[ended_A]] = True
         length_B[batch.row_A[ended_A]] = place + 1
         if place + 1 == sampling.max_response_tokens or not batch.advance(ids_A, ~stopped_B[batch.row_A]):

@@ -109,7 +109,8 @@ class VllmFormat:
             max_tokens=sampling.max_response_tokens,
             logprobs=0,  # those of the sampled token alone
             logit_bias=dict.fromkeys(self.banned_ids, _BAN),
-            stop_token_ids=list(self.processor.eos_ids),
+            stop_token_ids=[] if sampling.ignore_eos else list(self.processor.eos_ids),
+            ignore_eos=sampling.ignore_eos,  # the one that vLLM reads in the model's own configuration
             detokenize=False,
         )
 
