@@ -47,12 +47,12 @@ def ask_network(verb: str, config: Config, data: Mapping[str, str]) -> list[Repl
     local ones are passed over."""
     names = {name: key for key, name in data.items() if is_hub_name(name)}
     questions: list[tuple[str, Question]] = [
-        (f"{key}: {name}: the hub", lambda name=name, key=key: _ask_hub(key, name))  # type: ignore[misc]
+        (f"{key}: {name}: the hub", lambda name=name, key=key: ask_hub(key, name))  # type: ignore[misc]
         for name, key in names.items()
     ]
-    if verb in ("train", "sft") and config.observe.wandb == "online" and not config.run.offline:
+    if verb in ("train", "sft") and config.observe.wandb == "online":
         questions.append((f"observe.wandb: {_wandb_url(os.environ)}", lambda: _ask_wandb(os.environ)))
-    return [finding for finding in _answers(questions) if finding is not None]
+    return [finding for finding in answers_of(questions) if finding is not None]
 
 
 def is_hub_name(name: str) -> bool:
@@ -61,7 +61,7 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in BUILDERS and not os.path.exists(name)
 
 
-def _answers(questions: Sequence[tuple[str, Question]]) -> list[Reply | None]:
+def answers_of(questions: Sequence[tuple[str, Question]]) -> list[Reply | None]:
     """The answers, in order, of questions that are asked at once: a name service that does not answer holds up a
     thread, which is then left behind."""
     answers: list[Reply | None] = [Reply(f"{what} did not answer within {LIMIT_S:.0f} s") for what, _ in questions]
@@ -80,7 +80,7 @@ def _answers(questions: Sequence[tuple[str, Question]]) -> list[Reply | None]:
 
 
 @cache
-def _ask_hub(key: str, name: str) -> Reply | None:
+def ask_hub(key: str, name: str) -> Reply | None:
     from huggingface_hub import HfApi, constants, errors  # slow to import, and not needed where data is local
 
     if constants.HF_HUB_OFFLINE:

@@ -26,8 +26,8 @@ _HOST_WORDS = ("defaultcpuallocator", "cannot allocate memory")
 _GENERATE = ("a smaller generation.gpu_memory_fraction or generation.kv_cache_gib", "a larger generation.tensor")
 _SCORE = ("a smaller train.tokens_per_micro_batch", "a larger parallel.tensor")
 _LOAD = ("a larger parallel.tensor or parallel.pipeline", "parallel.distributed_optimizer=true")
-_HOST = ("checkpoint.asynchronous=false, which copies the state before it writes it", "data.prefetch=false")
-_HELP = {
+HOST_HELP = ("checkpoint.asynchronous=false, which copies the state before it writes it", "data.prefetch=false")
+HELP = {
     "generate": _GENERATE,
     "evaluate": _GENERATE,
     "answer": _GENERATE,
@@ -73,7 +73,7 @@ def told(error: BaseException, stage: str, numbers: Callable[[], str]) -> OutOfM
         return None
     at = ", ".join([f"stage {stage}", *getattr(error, "__notes__", [])])
     held = numbers() if place == "gpu" else ""
-    remedies = _HELP.get(stage.rpartition("/")[2], _ELSEWHERE) if place == "gpu" else _HOST
+    remedies = HELP.get(stage.rpartition("/")[2], _ELSEWHERE) if place == "gpu" else HOST_HELP
     return OutOfMemoryError("; ".join([f"{at}: {_reason(error)}", *([held] if held else []), _helps(remedies)]))
 
 
@@ -106,4 +106,4 @@ def why_killed(before: int | None) -> str:
         return "by signal SIGKILL (host memory may have run out)"
     if now == before:
         return "by signal SIGKILL, not by the kernel for want of memory"
-    return f"by signal SIGKILL, probably by the kernel: host memory ran out; {_helps(_HOST)}"
+    return f"by signal SIGKILL, probably by the kernel: host memory ran out; {_helps(HOST_HELP)}"

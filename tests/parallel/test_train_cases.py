@@ -382,30 +382,26 @@ def _train_and_run_out_of_memory(config: Config, full: Config) -> tuple[Failure,
     import torch
 
     from megatron_papo import train
-    from megatron_papo.optimization import pipeline
 
     _train(config)
     seen: list[Any] = []
-    update, whole = train.update_policy, pipeline._finish
-
-    def finish(outputs: Any, *, row: Any, micro_loss: Any) -> Any:
-        loss, *rest = whole(outputs, row=row, micro_loss=micro_loss)
-        if micro_loss is not None and row.token_ids_T.equal(seen[1].token_ids_T):
-            loss.register_hook(no_memory)
-        return loss, *rest
+    update = train.update_policy
 
     def no_memory(_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. If reserved memory is large try")
 
-    def updated(optimizer: Any, rows: Any, *more: Any) -> Any:
+    def updated(optimizer: Any, rows: Any, head: Any, whole: Any) -> Any:
         seen.extend(rows)
-        return update(optimizer, rows, *more)
 
-    with (
-        mock.patch.object(train, "update_policy", updated),
-        mock.patch.object(pipeline, "_finish", finish),
-        pytest.raises(ValueError) as caught,
-    ):
+        def loss(outputs: Any, row: Any) -> Any:
+            value, metrics = whole(outputs, row)
+            if row.token_ids_T.equal(rows[1].token_ids_T):
+                value.register_hook(no_memory)
+            return value, metrics
+
+        return update(optimizer, rows, head, loss)
+
+    with mock.patch.object(train, "update_policy", updated), pytest.raises(ValueError) as caught:
         train.main(full)
     row = seen[1]
     images = 0 if row.grid_thw_I3 is None else len(row.grid_thw_I3)

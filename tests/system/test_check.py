@@ -114,12 +114,13 @@ def test_a_model_that_is_not_there_or_not_whole_is_told_with_what_helps(inputs, 
 
 
 def test_a_package_that_is_not_there(inputs, tmp_path):
-    """An interpreter with nothing but what the command line itself needs."""
+    """An interpreter with nothing but what the command line itself needs, past the look that `papo` takes first."""
     for name in ("pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection", "yaml"):
         found = next(Path(entry) / name for entry in sys.path if entry and (Path(entry) / name).exists())
         (tmp_path / name).symlink_to(found)
     environ = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}", "PATH": os.environ["PATH"]}
-    command = [sys.executable, "-S", "-m", "megatron_papo", "check", *inputs]
+    begin = "import sys; from megatron_papo.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-S", "-c", begin, "check", *inputs]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     missing = [line.split(":")[2].split()[-1] for line in done.stderr.splitlines() if ": package " in line]

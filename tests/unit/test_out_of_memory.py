@@ -51,9 +51,9 @@ def test_other_failures_of_a_stage_stay_what_they_are(tmp_path):
 def test_every_stage_of_which_help_is_told_is_one(tmp_path):
     """Names are those that the code opens; settings that are named exist."""
     sources = "".join(path.read_text() for path in (Path(__file__).parents[2] / "megatron_papo").rglob("*.py"))
-    for stage, remedies in out_of_memory._HELP.items():
+    for stage, remedies in out_of_memory.HELP.items():
         assert f'clock.stage("{stage}"' in sources, stage
-        for key in re.findall(r"[a-z]+\.[a-z_]+", " ".join((*remedies, *out_of_memory._HOST))):
+        for key in re.findall(r"[a-z]+\.[a-z_]+", " ".join((*remedies, *out_of_memory.HOST_HELP))):
             section, _, name = key.partition(".")
             assert name in type(getattr(load_config(None, []), section)).model_fields, key
 
