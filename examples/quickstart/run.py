@@ -32,6 +32,7 @@ from rich.markup import escape
 from rich.rule import Rule
 
 from megatron_papo.cli import main as papo_main
+from megatron_papo.distributed.visible_gpus import num_visible_gpus
 from megatron_papo.files.small_files import STEP_NAME, read_records
 
 HERE = Path(__file__).resolve().parent
@@ -68,10 +69,12 @@ def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[
         paths = make_data(out / "data", seed)
         model = make_model(out / "model", seed)
     warmup, prompts, heldout = paths["warmup"], paths["train"], paths["heldout"]
-    shared = [f"run.seed={seed}", f"generation.engine={engine}", *overrides]
+    # one GPU has no room for two ranks, and the figures are those of two
+    ranks = ["--ranks=2", *(["--cpu"] if num_visible_gpus(os.environ) == 1 and engine == "transformers" else [])]
+    shared = [*ranks, f"run.seed={seed}", f"generation.engine={engine}", *overrides]
     warm, trained = out / "warmup" / "export", out / "papo" / "export"
     with timed("supervised warm-up", seconds):
-        papo("sft", "sft.yaml", out / "warmup", "--ranks=2", f"model.path={model}", f"data.train={warmup}", *shared)
+        papo("sft", "sft.yaml", out / "warmup", f"model.path={model}", f"data.train={warmup}", *shared)
     with timed("evaluation before", seconds):
         papo("eval", "eval.yaml", out / "before", f"model.path={warm}", f"data.eval={heldout}", *shared)
     with timed("reinforcement with PAPO", seconds):
