@@ -21,7 +21,9 @@ from megatron_papo.config.values import faults_of_values
 from megatron_papo.config.yaml_text import YamlFault, read_mapping
 
 BASICS = (
-    "checkpoint.contents=none",
+    "checkpoint.save_every=0",
+    "checkpoint.keep_last=1",
+    "checkpoint.keep_best=false",
     "checkpoint.export_at_end=false",
     "observe.samples_every=0",
     "data.eval=null",
@@ -90,7 +92,7 @@ class Sweep(Section):
     """A file of `tools/plan.py --calibrate`; or `first`: the planner is fitted to the first point, so that what it says
     of the others is a forecast."""
     keep_checkpoints: bool = False
-    """Whether checkpoints of finished points stay; else they are removed."""
+    """Whether every run ends with a checkpoint; else it saves nothing, and what is interrupted begins anew."""
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
@@ -159,11 +161,15 @@ def load_sweep(path: Path, more: Sequence[str] = ()) -> Sweep:
 def points_of(sweep: Sweep) -> list[Point]:
     """The runs of all points in the order of the file, then again for each repetition. Raises ConfigError for common
     settings that are impossible."""
-    common = load_config(sweep.config, [*BASICS, *sweep.overrides])
+    common = load_config(sweep.config, [*_basics(sweep), *sweep.overrides])
     each = common.cluster.gpus_per_node or common.cluster.ranks_per_node
     assert each is not None, "refused by the section cluster"
     first = _num_ranks(sweep.points[0], each)
     return [_point(sweep, common, number, each, first) for number in range(len(sweep.points) * sweep.repeats)]
+
+
+def _basics(sweep: Sweep) -> tuple[str, ...]:
+    return BASICS if sweep.keep_checkpoints else (*BASICS, "checkpoint.contents=none")
 
 
 def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> Point:
@@ -184,7 +190,7 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
     on_node = ranks // nodes
     gpus = on_node if common.cluster.gpus_per_node else 0
     overrides = (
-        *BASICS,
+        *_basics(sweep),
         *([f"observe.calibration={sweep.calibration}"] if isinstance(sweep.calibration, Path) else []),
         *sweep.overrides,
         *asked.overrides,

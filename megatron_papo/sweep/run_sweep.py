@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -79,7 +78,6 @@ def finish(sweep: Sweep, points: Sequence[Point], others: Sequence[Sweep] = ()) 
     """Prints the table and writes it with its figure, and with one of this sweep beside `others`; 0 when all points are
     done, else 1."""
     states = states_of(sweep, points, _jobs_if_any())
-    _drop_checkpoints(sweep, points, states)
     rows = gather(sweep, points, states)
     print_table(rows, sweep)
     files = write_tables(rows, sweep)
@@ -135,11 +133,3 @@ def _jobs_if_any() -> list[QueuedJob]:
         return my_jobs()
     except SlurmError:
         return []
-
-
-def _drop_checkpoints(sweep: Sweep, points: Sequence[Point], states: Mapping[str, State]) -> None:
-    """Removes the checkpoints of points that are done: of a 72B model each is a terabyte, and only figures are
-    wanted."""
-    for point in points:
-        if states[point.name].word == "done" and not sweep.keep_checkpoints:
-            shutil.rmtree(point.run_dir / "checkpoints", ignore_errors=True)
