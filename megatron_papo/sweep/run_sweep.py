@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.slurm import QueuedJob, SlurmError, my_jobs
