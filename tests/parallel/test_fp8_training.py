@@ -215,5 +215,5 @@ def test_padding_that_is_not_zero_is_found(inputs, tmp_path):
 
 def test_a_row_longer_than_the_fixed_length_is_refused(inputs, tmp_path):
     config = tiny_run(inputs, tmp_path, train__fixed_rows=True, train__tokens_per_micro_batch=20)
-    with pytest.raises(Exception, match=r"train\.tokens_per_micro_batch=20"):
+    with pytest.raises(Exception, match=r"train\.tokens_per_micro_batch is 20"):
         run_ranks(_train, 1, config)
