@@ -50,15 +50,13 @@ class DiskNeed:
 
 def disk_need(verb: str, config: Config, shape: ModelShape) -> DiskNeed:
     """What a run of `verb`, `train` or `sft`, needs."""
-    settings = config.checkpoint
     steps = (config.train if verb == "train" else config.sft).steps
-    weights = num_parameters(shape) * weight_bytes(config)
-    each = {"full": checkpoint_bytes(config, shape), "weights": weights, "none": 0}[settings.contents]
+    each = checkpoint_bytes(config, shape)
     return DiskNeed(
         checkpoints=_most_checkpoints(verb, config, steps) if each else 0,
         checkpoint_bytes=each,
         exports=_most_exports(config, steps),
-        export_bytes=weights,
+        export_bytes=num_parameters(shape) * weight_bytes(config),
     )
 
 

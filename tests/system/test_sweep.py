@@ -117,7 +117,7 @@ def test_a_sweep_is_interrupted_and_goes_on(tool: Tool):
         "ranks_1": "done", "ranks_2": "done", "raises": "failed", "nowhere": "refused", "thirds": "refused",
     }  # fmt: skip
     down = "tests.support.slow:fails_at_a_step failed: OSError: the verifier's host is down"
-    assert rows["raises"]["reason"].startswith(f"rank 0 failed: ValueError: reward.function: {down} (slow.py:32) (all ")
+    assert rows["raises"]["reason"].startswith(f"rank 0 failed: ValueError: reward.function: {down} (slow.py:")
     assert (rows["nowhere"]["reason"], rows["thirds"]["reason"]) == (nope, thirds)
     assert [len(tool.jobs(name)) for name in ("ranks_1", "ranks_2", "raises")] == [1, 2, 1]
     assert read_attempts(tool.run_dir("ranks_1"))[0].job == one
@@ -188,7 +188,7 @@ def test_without_slurm_one_after_the_other(tool: Tool, tmp_path: Path):
     assert done.returncode == 1, done.stderr
     rows = tool.rows()
     assert (rows["ranks_1"]["state"], rows["ranks_1"]["steps"]) == ("done", "1")
-    assert rows["raises"]["state"] == "failed" and rows["raises"]["reason"].endswith("the verifier's host is down")
+    assert rows["raises"]["state"] == "failed" and "the verifier's host is down" in rows["raises"]["reason"]
     run = tool.run_dir("ranks_1")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     longest = yaml.safe_load((run / "cluster" / "settings.yaml").read_text())["generation"]["max_response_tokens"]
