@@ -14,8 +14,8 @@ from tests.support import commands
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/first_day.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```$", PAGE, re.M | re.S)
-SMALL = " ".join(next(block for block in BLOCKS if "model.path=models/small" in block).split())
+BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S) if not kind]
+SMALL = " ".join(next(block for block in BLOCKS if block.startswith("model.path=models/small")).split())
 ELSEWHERE = ("make ", "source ", "hf download", "tensorboard ", "python tools/submit_slurm.py")
 """What needs a network, a cluster or a browser; jobs are submitted by tests/system/test_submit.py."""
 
@@ -27,7 +27,7 @@ def typed() -> list[str]:
 
 
 def test_the_settings_of_the_page_are_those_of_the_file():
-    shown = next(block for block in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S))
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S)
     file = (ROOT / "examples/first_day/own_run.yaml").read_text()
     for line in filter(None, shown.splitlines()):
         assert line in file, line

@@ -105,5 +105,5 @@ def test_a_split_between_responses_changes_no_weight():
 
 
 def test_a_correction_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"loss: loss.correction needs loss.old_logprobs=recomputed"):
+    with pytest.raises(ConfigError, match=r"^loss.correction needs loss.old_logprobs=recomputed"):
         load_config(None, ["loss.correction=masked", "loss.old_logprobs=rollout"])
