@@ -68,6 +68,10 @@ class RunStopped(ValueError):
     """A guard that the user has set ended the run. A supervisor does not start such a run again."""
 
 
+class AskedToStop(RunStopped):
+    """The run was asked to stop, by Ctrl-C or before its time limit, and its settings let nothing be saved."""
+
+
 def is_peers_fault(error: BaseException) -> bool:
     """True for what torch.distributed raises when another rank is gone or does not answer."""
     text = str(error).lower()

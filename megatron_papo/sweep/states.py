@@ -17,7 +17,7 @@ from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import Attempt, read_attempts
 from megatron_papo.cluster.slurm import QueuedJob
 from megatron_papo.files.small_files import read_object, write_atomically
-from megatron_papo.runtime.failures import SAVED_EXIT
+from megatron_papo.runtime.failures import SAVED_EXIT, AskedToStop
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.sweep.points import Point, Sweep
 
@@ -66,6 +66,8 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
 
 def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJob | None) -> State:
     """The state of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
+    if attempts and attempts[-1].failure == AskedToStop.__name__:
+        return State("interrupted", _reason(run_dir, attempts[-1]))
     if attempts and attempts[-1].end in ("failed", "refused", "stopped"):
         return State("failed", _reason(run_dir, attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:

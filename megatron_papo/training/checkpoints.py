@@ -21,7 +21,7 @@ from megatron_papo.config import plain_tree
 from megatron_papo.config.derived import model_folder
 from megatron_papo.files.small_files import write_atomically
 from megatron_papo.optimization.optimizer import Optimizer
-from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, RunStopped
+from megatron_papo.runtime.failures import SAVED_EXIT, SAVED_FILE, AskedToStop
 from megatron_papo.runtime.progress import read_progress
 from megatron_papo.training.console import say, warn
 from megatron_papo.training.exports import Exports
@@ -157,10 +157,10 @@ class Checkpoints:
 
     def leave(self, step: int) -> int:
         """Ends a run that was asked to stop, once step `step` is saved; its exit code. The file RUN/saved tells a
-        supervisor that the run can go on. Raises RunStopped where the settings let nothing be saved: a supervisor must
+        supervisor that the run can go on. Raises AskedToStop where the settings let nothing be saved: a supervisor must
         not begin the run anew."""
         if self._settings.contents == "none":
-            raise RunStopped(f"asked to stop after step {step + 1}; nothing is saved (checkpoint.contents=none)")
+            raise AskedToStop(f"asked to stop after step {step + 1}; nothing is saved (checkpoint.contents=none)")
         if self._run.is_writer:
             write_atomically(self._run.folder / SAVED_FILE, f"{step + 1}\n")
         say(self._run, f"asked to stop: saved after step {step + 1}; the same command goes on from there")

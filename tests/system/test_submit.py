@@ -90,7 +90,7 @@ def test_submitted_followed_listed_and_resumed_on_one_node(tool: Tool):
     (first,) = job_ids(run_dir)
     said = [line for line in done.stderr.splitlines() if "completing" not in line]  # seen or not, as it is asked for
     assert said[:2] == [
-        "submit: 2 ranks (tensor 1 x pipeline 1 x data 2), up to 2 checkpoints of 2.2 MiB: 4.4 MiB of disk",
+        "submit: 2 ranks (tensor 1 x pipeline 1 x data 2), up to 2 checkpoints of 2.2 MiB: 4.3 MiB of disk",
         f"submit: job {first}, runs/a",
     ]
     assert said[-2:] == [f"submit: job {first}: running on 2 nodes", f"submit: job {first}: completed"]

@@ -212,7 +212,8 @@ def test_weak_scaling_on_one_two_and_four_ranks(tool: Tool):
 def test_a_signal_reaches_one_task_which_queues_itself_alone_again(tool: Tool):
     """The task whose SLURM_JOB_ID is the array's own: Slurm would take that number for both tasks."""
     slow = {"overrides": ["reward.function=tests.support.slow:slow_share"]}
-    tool.write([{"ranks": 1, "name": "a"} | slow, {"ranks": 1, "name": "b"} | slow], steps=25)
+    points = [{"ranks": 1, "name": "a"} | slow, {"ranks": 1, "name": "b"} | slow]
+    tool.write(points, steps=25, keep_checkpoints=True)
     assert tool().returncode == 0
     jobs = {name: tool.jobs(name)[0] for name in ("a", "b")}
     until(lambda: all((tool.run_dir(name) / "metrics.jsonl").exists() for name in jobs))

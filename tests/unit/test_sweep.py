@@ -254,7 +254,7 @@ def submitted(point: Point) -> None:
 
 def test_how_points_stand(tmp_path: Path):
     """From Slurm's queue while it knows, from the folder for good."""
-    labels = ("new", "queued", "runs", "done", "raised", "cancelled", "gone", "refused", "nothing")
+    labels = ("new", "queued", "runs", "done", "raised", "cancelled", "gone", "asked", "refused", "nothing")
     listed = [{"ranks": 1, "name": name} for name in labels]
     sweep = load_sweep(write_sweep(tmp_path, points=listed, steps=2))
     points = {point.name: point for point in points_of(sweep)}
@@ -265,6 +265,8 @@ def test_how_points_stand(tmp_path: Path):
     put(points["done"], [record(step, 1, 1, 1, 1) for step in range(2)])
     write_attempt(points["done"].run_dir, attempt(1, "7_4", "done"))
     write_attempt(points["raised"].run_dir, attempt(1, "7_5", "failed", "papo: rank 0 failed: OSError: down"))
+    asked = attempt(1, "7_8", "stopped", "papo: rank 0 failed: AskedToStop: nothing is saved")
+    write_attempt(points["asked"].run_dir, replace(asked, failure="AskedToStop"))
     log = points["gone"].run_dir / "cluster" / "job_7_7.log"
     log.write_text("papo: error: model.path: no such file\npapo: error: data.train: names none\n")
     jobs = [job("PENDING", 2, points["queued"].run_dir), job("RUNNING", 3, points["runs"].run_dir)]
@@ -278,8 +280,9 @@ def test_how_points_stand(tmp_path: Path):
         "raised": ("failed", "rank 0 failed: OSError: down"),
         "cancelled": ("interrupted", "job 7_6: cancelled"),
         "gone": ("failed", "data.train: names none"),
+        "asked": ("interrupted", "rank 0 failed: AskedToStop: nothing is saved"),
         "refused": ("refused", "sbatch: no"),
-        "nothing": ("interrupted", "job 7_9: Slurm does not know it any more"),
+        "nothing": ("interrupted", "job 7_10: Slurm does not know it any more"),
     }
 
 
