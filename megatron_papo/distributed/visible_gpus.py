@@ -1,17 +1,17 @@
 """The number of GPUs that a process started here could use, told without torch: before anything is refused.
 
-NVIDIA's management library counts those of the machine that this process is allowed to use, and CUDA_VISIBLE_DEVICES
-chooses among them as CUDA reads it. Leaves out whether torch can use them (an old driver, a build for CPUs): the
+NVIDIA's driver counts those of the machine that this process is allowed to use, and CUDA_VISIBLE_DEVICES chooses among
+them as CUDA reads it. Leaves out whether torch can use them (an old driver, a build for CPUs): the
 launcher compares (`runtime/launch.py`), and `papo doctor` says why not.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
-_LIBRARIES = ("libnvidia-ml.so.1", "libnvidia-ml.so")
+from megatron_papo.distributed.nvidia_driver import driver
+
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
 HIDDEN = {_VARIABLE: ""}
 """What hides every GPU from processes that are started with it."""
@@ -41,15 +41,5 @@ def _num_chosen(asked: str, installed: int) -> int:
 
 def _num_installed() -> int:
     """The GPUs of this machine that this process may use."""
-    for name in _LIBRARIES:
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        if library.nvmlInit_v2() != 0:
-            return 0
-        count = ctypes.c_uint()
-        failed = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        library.nvmlShutdown()
-        return 0 if failed else count.value
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))  # a container that lacks the library
+    answer = driver()
+    return answer.num_gpus if answer is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))

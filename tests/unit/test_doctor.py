@@ -9,11 +9,11 @@ import pytest
 import megatron_papo.preflight.doctor as doctor
 from megatron_papo import cli
 from megatron_papo.config import ConfigError
+from megatron_papo.distributed.nvidia_driver import Driver, driver, has_device
 from megatron_papo.preflight import tested_versions
 from megatron_papo.preflight.doctor import DoctorFinding, apex, compared, gpu, required, shortened
 from megatron_papo.runtime import unused_gpu
 from megatron_papo.runtime.launch import Work, launch
-from megatron_papo.runtime.unused_gpu import Driver
 
 
 def _package(folder, *subfolders):
@@ -72,11 +72,11 @@ def test_no_cuda_is_told_from_a_gpu_that_torch_cannot_use(built_for, driver, env
 
 
 def test_a_gpu_whose_driver_does_not_answer_is_one_all_the_same(tmp_path):
-    assert not unused_gpu.has_device(None, tmp_path)
+    assert not has_device(None, tmp_path)
     (tmp_path / "nvidiactl").touch()
-    assert not unused_gpu.has_device(None, tmp_path)
+    assert not has_device(None, tmp_path)
     (tmp_path / "nvidia3").touch()  # the one that a container was given
-    assert unused_gpu.has_device(None, tmp_path)
+    assert has_device(None, tmp_path)
     assert "--nv (Apptainer)" in gpu.no_cuda("13.0", True, None, {}).note
 
 
@@ -84,9 +84,9 @@ def test_the_driver_is_asked_by_its_own_library(tmp_path):
     library = tmp_path / "libnvidia-ml.so.1"
     command = ["cc", "-shared", "-fPIC", '-DDRIVER="535.104.05"', "-DDRIVER_CUDA=12020"]
     subprocess.run([*command, tested_versions.ROOT / "tools/fake_gpu/nvml.c", "-o", library], check=True)
-    assert unused_gpu.driver(str(library)) == Driver("535.104.05", (12, 2), 1)
-    assert unused_gpu.driver(str(tmp_path / "gone.so")) is None
-    assert unused_gpu.driver("libc.so.6") is None  # a library without these functions
+    assert driver(str(library)) == Driver("535.104.05", (12, 2), 1)
+    assert driver(str(tmp_path / "gone.so")) is None
+    assert driver("libc.so.6") is None  # a library without these functions
 
 
 def test_a_run_on_a_machine_whose_gpus_cannot_be_used_is_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-/* The part of NVIDIA's management library that torch and megatron_papo/runtime/unused_gpu.py ask: one GPU, and a driver
+/* The part of NVIDIA's management library that torch and megatron_papo/distributed/nvidia_driver.py ask: one GPU, and a driver
  * whose version and newest CUDA (1000 x major + 10 x minor) a compiler's options may set. Compiled by libraries.py. */
 #include <string.h>
 #ifndef DRIVER

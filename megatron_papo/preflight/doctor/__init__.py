@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_papo.distributed.nvidia_driver import driver, has_device
 from megatron_papo.preflight.doctor import gpu
 from megatron_papo.preflight.doctor.finding import DoctorFinding, version
 from megatron_papo.preflight.doctor.packages import apex, compared, required, shortened
@@ -51,7 +52,7 @@ def main() -> int:
 
 def examine() -> list[DoctorFinding]:
     """Everything that is looked at, in the order in which it is printed."""
-    device = gpu.has_device()
+    device = has_device(driver())
     requirements = importlib.metadata.requires(PROJECT) or []
     findings = [_python(), _machine(), *gpu.torch_and_accelerator(), *_for_gpus(device)]
     findings += [apex([Path(entry) for entry in sys.path if entry]), compared(version, device)]

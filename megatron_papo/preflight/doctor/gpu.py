@@ -13,15 +13,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_papo.distributed.nvidia_driver import Driver, driver, has_device
 from megatron_papo.preflight.doctor.finding import DoctorFinding, VersionOf, brings, version
 from megatron_papo.runtime import unused_gpu
 
 _SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
-
-
-def has_device() -> bool:
-    """Whether a GPU is in this machine, whatever torch says of it."""
-    return unused_gpu.has_device(unused_gpu.driver())
 
 
 def torch_and_accelerator() -> list[DoctorFinding]:
@@ -29,9 +25,9 @@ def torch_and_accelerator() -> list[DoctorFinding]:
         return [DoctorFinding("accelerator", "", "absent", "torch is not installed")]
     import torch
 
-    found = unused_gpu.driver()
+    found = driver()
     if not torch.cuda.is_available():
-        return [no_cuda(torch.version.cuda, unused_gpu.has_device(found), found, os.environ), _nccl_unused()]
+        return [no_cuda(torch.version.cuda, has_device(found), found, os.environ), _nccl_unused()]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     told = f"{memory:.0f} GiB each, CUDA {torch.version.cuda}" + (f", driver {found.version}" if found else "")
@@ -40,9 +36,7 @@ def torch_and_accelerator() -> list[DoctorFinding]:
     return [gpu, nccl(".".join(map(str, torch.cuda.nccl.version())))]
 
 
-def no_cuda(
-    built_for: str | None, device: bool, found: unused_gpu.Driver | None, environ: Mapping[str, str]
-) -> DoctorFinding:
+def no_cuda(built_for: str | None, device: bool, found: Driver | None, environ: Mapping[str, str]) -> DoctorFinding:
     """The line for a torch that finds no GPU. `built_for` is the CUDA version that torch was built for, None for a
     build for CPUs; `device` says whether the machine has a GPU all the same."""
     if not device:
