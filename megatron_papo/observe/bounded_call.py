@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
+
+from megatron_papo.runtime.daemon_thread import in_daemon_thread
 
 
 def call_within[T](limit_s: float, call: Callable[[], T]) -> T:
     """What `call` returns; raises what it raises, a wish to exit as RuntimeError, or TimeoutError after `limit_s`."""
-    result: list[T] = []
-    error: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(call())
-        except BaseException as caught:
-            error.append(caught)
-
-    thread = threading.Thread(target=work, name="bounded call", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if error:
-        raise error[0] if isinstance(error[0], Exception) else RuntimeError(_name(error[0])) from error[0]
-    if not result:
+    running = in_daemon_thread("bounded call", call)
+    if not wait([running], limit_s).done:
         raise TimeoutError(f"no answer within {limit_s:g} s")
-    return result[0]
+    error = running.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise RuntimeError(_name(error)) from error
+    return running.result()
 
 
 def _name(error: Any) -> str:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from megatron_papo.rewards.reward_row import RewardRow
+from megatron_papo.runtime.daemon_thread import in_daemon_thread
 
 _MOST_LEFT_BEHIND = 100
 """Threads of calls that ran out of time and still run; with more of them, calls fail until some have returned."""
@@ -43,7 +44,7 @@ class ThreadStarter:
         self._left_behind = [call for call in self._left_behind if not call.done()]
         if len(self._left_behind) >= _MOST_LEFT_BEHIND:
             raise RuntimeError(f"{len(self._left_behind)} calls that ran out of time still run")
-        return in_daemon_thread(partial(self._function, list(rows)))
+        return in_daemon_thread("reward.function", partial(self._function, list(rows)))
 
     def give_up(self, call: Future[Any]) -> None:
         self._left_behind.append(call)
@@ -97,21 +98,4 @@ class _DaemonThreads(ThreadPoolExecutor):
     """For `asyncio.to_thread`: Python waits for the threads of its own pool before it ends, for ever if need be."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return in_daemon_thread(partial(fn, *args, **kwargs))
-
-
-def in_daemon_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Calls `function` in a thread of its own."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            value = function()
-        except BaseException as error:  # SystemExit too, which would end the thread without a word
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-
-    future.set_running_or_notify_cancel()
-    threading.Thread(target=work, name="reward.function", daemon=True).start()
-    return future
+        return in_daemon_thread("reward.function", partial(fn, *args, **kwargs))
