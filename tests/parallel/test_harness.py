@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.commands import run
+from tests.support.process_wire import receive, send
 from tests.support.processes import environment
 from tests.support.ranks import run_ranks
 
@@ -37,6 +39,22 @@ def test_ranks_talk_to_each_other_and_return_their_results():
 def test_a_rank_that_raises_fails_the_run_with_its_reason():
     with pytest.raises(Exception, match="planted"):
         run_ranks(_second_rank_fails, 2)
+
+
+@pytest.mark.fast
+def test_whoever_has_heard_all_may_be_gone(monkeypatch):
+    """A server that was sent a signal ends the process, tells its code and closes before the sender runs again."""
+    here, there = socket.socketpair()
+    send_fds = socket.send_fds
+
+    def end_with_the_signal(*words):
+        num_sent = send_fds(*words)
+        assert receive(there) == (15, [])
+        there.close()
+        return num_sent
+
+    monkeypatch.setattr(socket, "send_fds", end_with_the_signal)
+    send(here, 15)
 
 
 STARTED = """

@@ -9,6 +9,7 @@ importtime`), and where the servers are gone, it becomes the real one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -56,7 +57,7 @@ def main(folder: str) -> None:
     heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     for number in heard:
-        signal.signal(number, lambda number, _: send(connection, int(number)))
+        signal.signal(number, lambda number, _: _pass_on(connection, number))
     files = _open_files(connection.fileno())
     namespaces = tuple(os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in _NAMESPACES)
     request = Request(
@@ -68,6 +69,12 @@ def main(folder: str) -> None:
     receive(connection)  # its id
     signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
     end_as(receive(connection)[0])
+
+
+def _pass_on(connection: socket.socket, number: int) -> None:
+    """A signal for a process that has just ended comes to nothing, as it would for any process."""
+    with contextlib.suppress(OSError):
+        send(connection, int(number))
 
 
 def _connected(folder: str) -> socket.socket | None:

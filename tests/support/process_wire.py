@@ -39,8 +39,9 @@ def send(connection: socket.socket, tree: Any, descriptors: tuple[int, ...] = ()
     """A short tree arrives whole: who has seen its beginning need not wait for the rest."""
     data = pickle.dumps(tree)
     data = struct.pack("!I", len(data)) + data
-    num_sent = socket.send_fds(connection, [data], list(descriptors))
-    connection.sendall(data[num_sent:])
+    rest = data[socket.send_fds(connection, [data], list(descriptors)) :]
+    if rest:  # sending nothing fails as well where the other side, which has all of it, is done and gone
+        connection.sendall(rest)
 
 
 def receive(connection: socket.socket) -> tuple[Any, list[int]]:
