@@ -22,4 +22,7 @@ def stop(run_dir: Path, jobs: Sequence[QueuedJob]) -> Iterator[str]:
         if job.id not in waiting:
             with suppress(SlurmError):  # it is just ending, or starting: it finds the file
                 signal_script(job.id, "USR1")
-            yield f"job {job.id} saves after its step and ends; `submit_slurm.py resume {run_dir}` goes on"
+            yield (
+                f"job {job.id} ends after its step and saves what checkpoint.contents says; `submit_slurm.py resume "
+                f"{run_dir}` goes on from the newest checkpoint"
+            )

@@ -47,6 +47,8 @@ def plan(config_file: Path | None, overrides: Sequence[str], made_from: str, num
     config = load_config(config_file, [*overrides, *chained])
     checked = check_everything("train", config, config.cluster.num_ranks)
     faults = [*checked.faults, *_environment_faults(config)]
+    if num_jobs > 1 and config.checkpoint.contents == "none":
+        faults.append("checkpoint.contents=none: every job of a chain would begin anew, for none saves anything")
     if faults:
         raise ConfigError("\n".join(faults))
     folder = run_records.folder_of(config.run.dir.absolute())

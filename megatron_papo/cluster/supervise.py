@@ -269,7 +269,7 @@ class Supervisor:
 
     def _on_save_request(self, *_: object) -> None:
         if not self._asked_to_save:
-            say("USR1: the run saves after its step and ends")
+            say("USR1: the run ends after its step and saves what checkpoint.contents says")
         self._asked_to_save = True
 
     def _on_end_request(self, *_: object) -> None:

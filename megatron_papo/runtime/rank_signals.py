@@ -21,7 +21,7 @@ _STOP_S = 3.0
 _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run, except those that were ignored when it began, such as SIGHUP under nohup."""
 
-_SAVING = b"papo: interrupted: finishing the step, then saving (Ctrl-C again: leave at once)\n"
+_ENDS_SOON = b"papo: interrupted: the run ends after its step and saves what checkpoint.contents says (Ctrl-C again: leave at once)\n"
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def signals_to(ranks: Sequence[BaseProcess], saves: bool = False) -> Iterator[No
             end(number, frame)
         asked = True
         with suppress(OSError):
-            os.write(2, _SAVING)
+            os.write(2, _ENDS_SOON)
         save(number, frame)
 
     def end(number: int, frame: Any) -> None:

@@ -231,7 +231,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tmp_path, name, times, cod
     finally:
         process.kill()
     said = [line for line in (tmp_path / "log").read_text().splitlines() if "interrupted" in line]
-    saving = "papo: interrupted: finishing the step, then saving (Ctrl-C again: leave at once)"
+    saving = "papo: interrupted: the run ends after its step and saves what checkpoint.contents says (Ctrl-C again: leave at once)"
     assert said == [saving, "papo: interrupted"][:times]
 
 

@@ -152,8 +152,8 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     assert two.steps_saved == one.reached > 0
     assert "JobState=COMPLETED" in tool.cluster.call("scontrol", "show", "job", first).stdout
     stopped = tool("stop", "runs/b")
-    saves = f"submit: job {second} saves after its step and ends; `submit_slurm.py resume runs/b` goes on\n"
-    assert (stopped.returncode, stopped.stdout) == (0, saves)
+    saves = f"submit: job {second} ends after its step and saves what checkpoint.contents says; "
+    assert (stopped.returncode, stopped.stdout.startswith(saves)) == (0, True)
     until(lambda: read_attempts(run_dir)[-1].end and tool.lines()[second]["state"] == "completed")
     assert read_attempts(run_dir)[-1].end == "saved"
     assert "papo: asked to stop: saved; " in (run_dir / "cluster" / f"job_{second}.log").read_text()
@@ -165,6 +165,21 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
     until(lambda: tool.lines().get(fourth, {}).get("state") == "cancelled")  # the newest, once the other is over too
     for action in ("stop", "cancel"):
         assert tool(action, "runs/b").stderr == "submit: error: runs/b: has no job in the queue\n"
+
+
+@pytest.mark.slow
+def test_a_job_that_saves_nothing_ends_when_it_is_asked_to_and_does_not_begin_anew(tool: Tool):
+    run_dir = tool.folder / "runs" / "n"
+    slow = ["reward.function=tests.support.slow:slow_share", "train.steps=60", "run.dir=runs/n"]
+    done = tool(*tool.settings, *slow, "checkpoint.contents=none")
+    assert done.returncode == 0, done.stderr
+    (job,) = job_ids(run_dir)
+    until(lambda: read_progress(run_dir).steps_done)
+    tool.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: tool.lines()[job]["state"] == "failed")
+    (attempt,) = read_attempts(run_dir)
+    assert (attempt.job, attempt.end) == (job, "stopped")
+    assert attempt.reason.endswith("; nothing is saved (checkpoint.contents=none)")
 
 
 def test_a_job_script_by_hand_with_slurms_own_flags(tool: Tool):
@@ -286,6 +301,8 @@ def test_what_cannot_run_is_not_submitted(tool: Tool):
         "submit: error: sbatch: invalid partition specified: nope; "
         "Batch job submission failed: Invalid partition name specified"
     )
+    chain = tool(*tool.settings, "run.dir=runs/d", "checkpoint.contents=none", "--chain", 2)
+    assert chain.returncode == 2 and chain.stderr.startswith("submit: error: checkpoint.contents=none: every job of a ")
     dry = tool(*tool.settings, "run.dir=runs/d", "--dry-run")
     assert dry.returncode == 0 and dry.stdout.startswith("#!/bin/bash\n# Made by: python ")
     assert not (tool.folder / "runs" / "d").exists()
