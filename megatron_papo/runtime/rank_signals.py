@@ -21,7 +21,10 @@ _STOP_S = 3.0
 _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run, except those that were ignored when it began, such as SIGHUP under nohup."""
 
-_ENDS_SOON = b"papo: interrupted: the run ends after its step and saves what checkpoint.contents says (Ctrl-C again: leave at once)\n"
+_ENDS_SOON = (
+    b"papo: interrupted: the run ends after its step and saves what checkpoint.contents says "
+    b"(Ctrl-C again: leave at once)\n"
+)
 
 
 @contextmanager

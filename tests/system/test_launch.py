@@ -231,8 +231,8 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tmp_path, name, times, cod
     finally:
         process.kill()
     said = [line for line in (tmp_path / "log").read_text().splitlines() if "interrupted" in line]
-    saving = "papo: interrupted: the run ends after its step and saves what checkpoint.contents says (Ctrl-C again: leave at once)"
-    assert said == [saving, "papo: interrupted"][:times]
+    assert said[0].startswith("papo: interrupted: the run ends after its step and saves what checkpoint.contents says")
+    assert said[1:] == ["papo: interrupted"][: times - 1]
 
 
 def _until(holds: Callable[[], bool]) -> None:
