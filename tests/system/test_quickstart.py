@@ -74,6 +74,7 @@ def test_a_failing_command_ends_it(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 def test_whole(tmp_path):
     """Held-out accuracy rises by 0.2 at least, and so does what seeing is worth."""
     out = tmp_path / "run"
