@@ -44,6 +44,7 @@ from megatron_papo.training.checkpoints import Checkpoints
 from megatron_papo.training.console import warn, warn_of_bad_rows, warn_of_missing_images, warn_of_skipped_updates
 from megatron_papo.training.dynamic_sampling import ChosenGroups
 from megatron_papo.training.engine_rank import serve, serves
+from megatron_papo.training.long_rows import without_too_long
 from megatron_papo.training.origin import Origin, origin_of
 from megatron_papo.training.precision_guard import PrecisionGuard, watch_precision
 from megatron_papo.training.prompt_source import open_training_rows, prefetch_prompts, resumed_cursor, sampling_of
@@ -146,9 +147,9 @@ def learn(training: Training, chosen: ChosenGroups, step: int) -> tuple[list[Gro
     with clock.stage("advantage"):
         updates = [[with_advantages(group) for group in groups] for groups in chosen.by_update()]
     with clock.stage("pack"):
-        batches = [
-            pack_update(run, groups, chosen.placeholder, config.loss, config.reads_joint_rows) for groups in updates
-        ]
+        updates = [without_too_long(run, groups, config.reads_joint_rows) for groups in updates]
+        placeholder = next((group for groups in updates for group in groups), chosen.placeholder)
+        batches = [pack_update(run, groups, placeholder, config.loss, config.reads_joint_rows) for groups in updates]
     with clock.stage("score"):
         metrics = _watch_precision(training, batches[0], step)
         unchanged = step == 0 and config.checkpoint.reference is None
@@ -183,8 +184,7 @@ def open_training(run: Run) -> Iterator[Training]:
             stack.callback(generator.close)
             reference = None
             if config.loss.reference_coef > 0:  # before a resume: the reference is the policy as the run began
-                folder = config.checkpoint.reference
-                reference = starting_reference(run.policy, run.shape, folder, run.layout)
+                reference = starting_reference(run.policy, run.shape, config.checkpoint.reference, run.layout)
             wrapped = wrap_policy(run.policy, config)
             optimizer = build_optimizer(wrapped, config, config.train.num_steps * config.train.updates_per_step)
         yield Training(

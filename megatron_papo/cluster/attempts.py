@@ -109,11 +109,7 @@ def _out_of_memory_again(attempts: list[Attempt]) -> str:
     if step and not twice:
         return ""
     when = f"again at step {step}" if step else "in the first step"
-    reason = last[-1].reason
-    helps = (
-        "" if "what helps" in reason else "; what helps is a larger cluster.memory, or more machines"
-    )  # srun's words
-    return f"out of memory {when}, as another attempt would be: {reason}{helps}"
+    return f"out of memory {when}, as another attempt would be: {last[-1].reason}"
 
 
 def _last_sign(run_dir: Path, began: float) -> float:

@@ -30,20 +30,21 @@ def is_finished(settings: dict[str, Any]) -> bool:
     if not checkpoint["resume"]:
         return False
     exported = not checkpoint["export_at_end"] or (run_dir / "export").is_dir()
-    steps, progress = planned_steps(settings), read_progress(run_dir)
+    steps, progress = planned_steps(run_dir, settings), read_progress(run_dir)
     done = progress.steps_done if checkpoint.get("contents") == "none" else progress.steps_saved
     return bool(exported and steps is not None and done >= steps)
 
 
 def main() -> int:
     settings = json.loads(Path(sys.argv[1]).read_text())
-    run_dir = as_text(settings["run"]["dir"])
-    if "SLURM_JOB_ID" in os.environ and is_asked_to_stop(Path(settings["run"]["dir"]), job_id(os.environ)):
+    folder = Path(settings["run"]["dir"])
+    run_dir = as_text(str(folder))
+    if "SLURM_JOB_ID" in os.environ and is_asked_to_stop(folder, job_id(os.environ)):
         print(f"papo: {run_dir}: this job was asked to stop; `submit_slurm.py resume {run_dir}` goes on")
         return 0
     if not is_finished(settings):
         return 1
-    print(f"papo: {run_dir}: finished already, {planned_steps(settings)} steps; nothing to do")
+    print(f"papo: {run_dir}: finished already, {planned_steps(folder, settings)} steps; nothing to do")
     return 0
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from megatron_papo.cluster import run_records
 from megatron_papo.cluster.attempts import read_attempts
 from megatron_papo.cluster.slurm import QueuedJob, my_jobs
-from megatron_papo.config import ConfigError, load_config
+from megatron_papo.config import ConfigError, load_config, plain_tree
 from megatron_papo.runtime.progress import planned_steps, read_progress
 from megatron_papo.text.untrusted import as_text
 
@@ -85,7 +85,7 @@ def _num_steps(run_dir: Path) -> int | None:
     for name in ("settings.json", "settings.yaml"):  # the launcher's, with what stood behind sbatch; the tool's
         try:
             config = load_config(run_records.folder_of(run_dir) / name, to_run=False)
-            return planned_steps(config.model_dump(mode="json"))
+            return planned_steps(run_dir, plain_tree(config))
         except (OSError, ConfigError):
             continue
     return None

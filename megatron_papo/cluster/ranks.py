@@ -111,9 +111,11 @@ def _killed(srun_log: Path, watch: RankWatch, nodelist: str) -> Iterator[Failure
                 yield Failure(rank, time.time(), "config", "refused", text)
             elif task[3].startswith("Exited"):
                 yield Failure(rank, time.time(), "silent", "ended", text)
+            elif task[3] == "Out Of Memory":
+                text += "; what helps is a larger cluster.memory, or more machines"
+                yield Failure(rank, time.time(), "killed", OUT_OF_MEMORY, text)
             else:
-                name = OUT_OF_MEMORY if task[3] == "Out Of Memory" else "killed"
-                yield Failure(rank, time.time(), "killed", name, text)
+                yield Failure(rank, time.time(), "killed", "killed", text)
         elif gone := _NODE_INDEX.search(line):
             yield _gone(list(hosts(nodelist))[int(gone[1])], watch)
         elif gone := _NODE_NAME.search(line):

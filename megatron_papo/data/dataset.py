@@ -93,6 +93,14 @@ class PromptDataset:
         place = bisect_right(self._ends, row)
         return self.sources[place], row - (self._ends[place - 1] if place else 0)
 
+    def source_name(self, row: int) -> str:
+        """The source by which the metrics of a row are told apart; empty where they are not."""
+        if not self._names_sources:
+            return ""
+        source, own = self.locate(row)
+        column = source.config.source_column
+        return source.source_of({} if column is None else source.rows.select_columns([column])[own])
+
     def first_rows(self, limit: int | None) -> list[int]:
         """The first `limit` rows (None: all), of several sources the first of each, in proportion to their sizes."""
         total = len(self)
@@ -163,9 +171,10 @@ class PromptDataset:
         source, own_row = self.locate(row)
         return source.column(own_row, name)
 
-    def column_values(self, name: str) -> list[Any]:
-        """The cells of a column, a value for each row; ValueError for a column that a source does not have."""
-        return [value for source in self.sources for value in source.column_values(name)]
+    def column_values(self, name: str, key: str | None = None) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for a column that a source does not have, which the
+        setting `key` names (None: the source's)."""
+        return [value for source in self.sources for value in source.column_values(name, key)]
 
     def rows_passing(self, conditions: Mapping[str, Any] | str | None, key: str) -> np.ndarray:
         """The numbers of the rows that pass a filter, ascending, [N] int64; `key` is its setting, for messages. Raises

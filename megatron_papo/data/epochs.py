@@ -72,12 +72,12 @@ class RowOrder:
 
     def num_prompts(self, epochs: float) -> int:
         """Prompts of the first `epochs` epochs; of the last one the part that is asked for, rounded up."""
-        whole = math.floor(epochs)
+        before = max(math.ceil(epochs), 1) - 1
         with self._lock:
-            while len(self._epochs) <= whole:
+            while len(self._epochs) <= before:  # no further: a sampler may have no more epochs
                 self._append()
-            last = self._epochs[whole]
-        return last.start + math.ceil(round((epochs - whole) * last.length, 6))
+            last = self._epochs[before]
+        return last.start + math.ceil(round((epochs - before) * last.length, 6))
 
     def fingerprint(self) -> str:
         """A few letters that stand for the stages and the rows of the first epoch of each."""

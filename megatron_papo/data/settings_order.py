@@ -60,7 +60,7 @@ def _epoch_rows(data: DataConfig, dataset: PromptDataset, seed: int) -> EpochRow
 def _ranks(column: str, dataset: PromptDataset, descending: bool) -> np.ndarray:
     """The place of each row's value among all values of the column, [N] int64: equal for equal values, the largest for
     rows without a value."""
-    values = dataset.column_values(column)
+    values = dataset.column_values(column, "data.order_by")
     known = [value for value in values if not _is_missing(value)]
     if not known:
         raise ValueError(f"data.order_by: no row has a value in column {column!r}")

@@ -81,9 +81,10 @@ class SourceRows:
         self._check_column(name)
         return self.rows[row][name]
 
-    def column_values(self, name: str) -> list[Any]:
-        """The cells of a column, a value for each row; ValueError for an unknown column."""
-        self._check_column(name)
+    def column_values(self, name: str, key: str | None = None) -> list[Any]:
+        """The cells of a column, a value for each row; ValueError for an unknown column, which the setting `key` names
+        (None: this source's)."""
+        self._check_column(name, key)
         return list(self.rows.select_columns([name])[:][name])
 
     def rows_passing(self, conditions: Mapping[str, Any] | str, key: str) -> list[int]:
@@ -127,9 +128,11 @@ class SourceRows:
         places = range(0, len(cells), -(-len(cells) // _ROWS_COMPARED))
         return len(self), fingerprint(repr(cells[place]).encode() for place in places)
 
-    def _check_column(self, name: str) -> None:
+    def _check_column(self, name: str, key: str | None = None) -> None:
+        """`key`: the setting that names the column; by default that of this source."""
         if name not in self.rows.column_names:
-            raise ValueError(f"{self.key}: {self.origin} has no column {name!r}, has {listed(self.rows.features)}")
+            has = listed(self.rows.features)
+            raise ValueError(f"{key or self.key}: {self.origin} has no column {name!r}, has {has}")
 
     def _filter(self) -> list[int] | None:
         """Leaves out the rows that do not pass. Returns the numbers of those that do; None without a filter."""
@@ -143,8 +146,7 @@ class SourceRows:
         column, key = self.config.source_column, f"{self.key}.source_column"
         if column is None:
             return
-        if column not in self.rows.column_names:
-            raise ValueError(f"{key}: {self.origin} has no column {column!r}, has {listed(self.rows.features)}")
+        self._check_column(column, key)
         cells = self.rows.select_columns([column])
         names: set[str] = set()
         for batch in cells.iter(batch_size=1024):

@@ -93,14 +93,10 @@ def read_rows(rows: OpenedData, limit: int | None) -> DataSurvey:
         num_read=number,
         good=good,
         bad=bad,
-        sources_of_bad=[_source_of(rows.measured, each.row) for each in bad],
+        sources_of_bad=[rows.measured.source_name(each.row) for each in bad],
         pixel_bounds=rows.processor.pixel_bounds,
         seconds=seconds,
     )
-
-
-def _source_of(dataset: PromptDataset, row: int) -> str:
-    return str(dataset.locate(row)[0].config.name) if len(dataset.sources) > 1 else ""
 
 
 def _in_order(rows: OpenedData, numbers: Sequence[int]) -> Iterator[MeasuredRow | BadRow]:

@@ -59,8 +59,6 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     if "SLURM_STEP_ID" in os.environ and config.cluster.gpus_per_node > 1:  # on a machine of the job
         warnings += tuple(warnings_of_shared_memory())
     later = "" if packages else "; the job's first step looks for packages in the image"
-    length = config.sft if verb == "sft" else config.train
-    later += f", steps: as many as {length.epochs:g} epochs take, known once the data is read" if length.epochs else ""
     return CheckResult((), warnings, summary(verb, config, shape, num_ranks) + later)
 
 
@@ -98,6 +96,10 @@ def summary(verb: str, config: Config, shape: ModelShape | None, num_ranks: int)
         parts += memory_in_words(config, shape, trainer)
     if shape is not None and verb in ("train", "sft"):
         parts.append(disk_need(verb, config, shape).in_words())
+    length = {"train": config.train, "sft": config.sft}.get(verb)
+    if length is not None and length.epochs:
+        most = f", {length.steps} at most" if length.steps else ""
+        parts.append(f"steps: as many as {length.epochs:g} epochs take, known once the data is read{most}")
     parts += [f"beside {engines} rank{'s' * (engines > 1)} of engines"] if engines else []
     return ", ".join(parts)
 

@@ -75,10 +75,15 @@ def _most_checkpoints(verb: str, config: Config, steps: int | None) -> int:
 def _most_exports(config: Config, steps: int | None) -> int:
     """Of a run whose steps follow from epochs, and which keeps all exports, only one of them is counted."""
     settings = config.checkpoint
-    most = None if settings.keep_exports is None else settings.keep_exports + 1
-    written = (most or 1) if steps is None else steps // max(1, settings.export_every)
-    kept = min(written, most or written) if settings.export_every else 0
-    return kept + settings.export_at_end
+    at_end, keep = int(settings.export_at_end), settings.keep_exports
+    if not settings.export_every:
+        return at_end
+    if steps is None:
+        return keep + 1 if keep else 1 + at_end
+    written = steps // settings.export_every
+    if keep is None:
+        return written + at_end
+    return max(min(written, keep + 1), min(written, keep) + at_end)  # one is written before another is removed
 
 
 def faults_of_disk(verb: str, config: Config, shape: ModelShape) -> Iterator[str]:
@@ -101,9 +106,9 @@ def _remedies(need: DiskNeed, config: Config) -> Iterator[str]:
         yield "checkpoint.keep_best=false"
     if settings.contents == "full":
         yield "checkpoint.contents=weights"
-    if need.exports > 1:
+    if need.exports > 1 and settings.export_every and settings.keep_exports != 1:
         yield "checkpoint.keep_exports=1"
-    elif need.exports:
+    if settings.export_at_end:
         yield "checkpoint.export_at_end=false"
     yield "a run.dir on another disk"
 

@@ -98,6 +98,8 @@ def _data(verb: str, config: Config) -> Iterator[str]:
     for which in READS[verb]:
         for place, source in enumerate(source_entries(written[which])):
             yield from _source(source_key(which, written[which], place), source)
+    if verb in ("train", "sft") and config.data.sampler is not None:
+        yield from _user_function("data.sampler", config.data.sampler)
 
 
 def _source(key: str, source: SourceConfig) -> Iterator[str]:

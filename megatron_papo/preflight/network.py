@@ -12,10 +12,10 @@ import json
 import netrc
 import os
 import re
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from megatron_papo.config import Config
 from megatron_papo.files.data_suffixes import BUILDERS
+from megatron_papo.runtime.daemon_thread import in_daemon_thread
 from megatron_papo.text.secret_values import text_without_secrets
 
 LIMIT_S = 4.0
@@ -64,19 +65,16 @@ def is_hub_name(name: str) -> bool:
 def answers_of(questions: Sequence[tuple[str, Question]]) -> list[Reply | None]:
     """The answers, in order, of questions that are asked at once: a name service that does not answer holds up a
     thread, which is then left behind."""
-    answers: list[Reply | None] = [Reply(f"{what} did not answer within {LIMIT_S:.0f} s") for what, _ in questions]
+    asked = [in_daemon_thread("ask the network", question) for _, question in questions]
+    wait(asked, LIMIT_S + 1)
+    return [_reply(what, answer) for (what, _), answer in zip(questions, asked, strict=True)]
 
-    def ask(at: int, question: Question) -> None:
-        answers[at] = question()
 
-    threads = [
-        threading.Thread(target=ask, args=(at, question), daemon=True) for at, (_, question) in enumerate(questions)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S + 1)
-    return list(answers)
+def _reply(what: str, answer: Future[Reply | None]) -> Reply | None:
+    if not answer.done():
+        return Reply(f"{what} did not answer within {LIMIT_S:.0f} s")
+    error = answer.exception()
+    return answer.result() if error is None else Reply(f"{what} could not be asked ({_shortly(error)})")
 
 
 @cache
@@ -143,6 +141,6 @@ def _netrc_key(environ: Mapping[str, str], host: str) -> str | None:
     return found[2] if found else None
 
 
-def _shortly(error: Exception) -> str:
+def _shortly(error: BaseException) -> str:
     reason = str(getattr(error, "reason", error)).strip().splitlines() or [""]
     return text_without_secrets(f"{type(error).__name__}: {reason[0]}"[:160])

@@ -52,18 +52,19 @@ def read_progress(run_dir: Path) -> RunProgress:
 
 def asked_length(settings: dict[str, Any]) -> list[Any]:
     """The settings, a whole tree of plain values, that the number of steps of a run follows from, as JSON has them."""
-    train, data = settings["train"], settings["data"]
-    return [train["steps"], train.get("epochs"), train["prompts_per_step"], data["train"]]
+    train = settings["train"]
+    data = {key: value for key, value in settings["data"].items() if not key.startswith("eval")}
+    return [train["steps"], train.get("epochs"), train["prompts_per_step"], data]
 
 
-def planned_steps(settings: dict[str, Any]) -> int | None:
-    """The number of steps of the run that `settings`, a whole tree, describe; None while it follows from epochs and the
-    run has not opened its data yet."""
+def planned_steps(run_dir: Path, settings: dict[str, Any]) -> int | None:
+    """The number of steps of the run in `run_dir` that `settings`, a whole tree, describe; None while it follows from
+    epochs and the run has not opened its data yet."""
     train = settings["train"]
     if train.get("epochs") is None:
         return int(train["steps"])
     with suppress(ValueError):
-        kept = read_object(Path(settings["run"]["dir"]) / STEPS_FILE)
+        kept = read_object(run_dir / STEPS_FILE)
         if kept.get("asked") == asked_length(settings) and isinstance(kept.get("num_steps"), int):
             return int(kept["num_steps"])
     return None

@@ -6,6 +6,7 @@ the reason that is shown is that of the rank which failed first, and not of one 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megatron_papo.runtime.failure_notes import NotesInMemory
+from megatron_papo.runtime.failure_notes import NotesInMemory, leave_note
 from megatron_papo.runtime.failures import SAVED_EXIT, Failure, print_failure, the_cause
 from megatron_papo.runtime.out_of_memory import kernel_kills, why_killed
 from megatron_papo.runtime.rank_signals import stop
@@ -42,6 +43,8 @@ def watch_ranks(ranks: list[BaseProcess], run_dir: Path, notes: NotesInMemory) -
             if stalled:
                 _print_stacks(ranks, run_dir)
             print_failure(failure, run_dir)
+            if "SLURM_STEP_ID" in os.environ:  # the supervisor of a job with one task reads notes, not what is printed
+                leave_note(run_dir, failure)
             return failure.exit_code
         running = [process for process, code in zip(running, exitcodes) if code is None]
     return SAVED_EXIT if saved else 0

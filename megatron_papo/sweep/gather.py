@@ -181,7 +181,8 @@ def spread_of(runs: Sequence[Sequence[float]], interval: str = "range") -> Sprea
         drawn = [chance.choice(runs) for _ in runs]
         medians.append(statistics.median(value for run in drawn for value in chance.choices(run, k=len(run))))
     cuts = statistics.quantiles(medians, n=40, method="inclusive")
-    return Spread(statistics.median(values), cuts[0], cuts[-1])
+    middle = statistics.median(values)
+    return Spread(middle, min(cuts[0], middle), max(cuts[-1], middle))  # equal values may differ in their last bit
 
 
 def fitted(records: Sequence[Record]) -> dict[str, float]:

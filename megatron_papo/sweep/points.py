@@ -186,6 +186,7 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
         prompts, rest = divmod(prompts * ranks, first)
         if rest:
             fault = f"train.prompts_per_step: {common.train.prompts_per_step} x {ranks} / {first} is no whole number"
+    own, fault = _config_of(sweep, common, asked, fault) if again else (common, fault)
     run_dir = sweep.folder / "points" / name
     on_node = ranks // nodes
     gpus = on_node if common.cluster.gpus_per_node else 0
@@ -196,7 +197,7 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
         *asked.overrides,
         f"run.dir={run_dir}",
         f"run.name={sweep.name}_{name}",
-        *([f"run.seed={_seed(common, asked) + again}"] if again else []),
+        *([f"run.seed={own.run.seed + again}"] if again else []),
         f"train.steps={sweep.steps}",
         f"train.prompts_per_step={prompts}",
         f"cluster.nodes={nodes}",
@@ -206,10 +207,12 @@ def _point(sweep: Sweep, common: Config, number: int, each: int, first: int) -> 
     return Point(number + 1, name, asked.label, ranks, run_dir, overrides, fault)
 
 
-def _seed(common: Config, point: PointConfig) -> int:
-    """The seed of a point's first run."""
-    own = [override for override in point.overrides if override.startswith("run.seed=")]
-    return int(own[-1].partition("=")[2]) if own else common.run.seed
+def _config_of(sweep: Sweep, common: Config, point: PointConfig, fault: str) -> tuple[Config, str]:
+    """The settings with a point's own behind them, and `fault` or what is wrong with those: then the common ones."""
+    try:
+        return load_config(sweep.config, [*_basics(sweep), *sweep.overrides, *point.overrides]), fault
+    except ConfigError as error:
+        return common, fault or str(error)
 
 
 def _num_ranks(point: PointConfig, each: int) -> int:

@@ -67,9 +67,9 @@ def _state(point: Point, jobs: Sequence[QueuedJob], steps: int, refused: Mapping
 def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJob | None) -> State:
     """The state of a run that is not done and whose newest job is over, or that Slurm has forgotten (None)."""
     if attempts and attempts[-1].failure == AskedToStop.__name__:
-        return State("interrupted", _reason(run_dir, attempts[-1]))
+        return State("interrupted", _reason(attempts[-1]))
     if attempts and attempts[-1].end in ("failed", "refused", "stopped"):
-        return State("failed", _reason(run_dir, attempts[-1]))
+        return State("failed", _reason(attempts[-1]))
     if ended is not None and ended.state in _NO_FAULT:
         return State("interrupted", f"job {job}: {ended.state.lower().replace('_', ' ')}")
     said = "" if attempts else last_line(run_records.folder_of(run_dir) / f"job_{job}.log")
@@ -78,12 +78,8 @@ def _after_job(run_dir: Path, job: str, attempts: list[Attempt], ended: QueuedJo
     return State("interrupted", f"job {job}: Slurm does not know it any more")
 
 
-def _reason(run_dir: Path, attempt: Attempt) -> str:
-    """A job of one rank has its launcher between Slurm and the rank: the rank's reason is in its log alone."""
-    said = ""
-    if "Exited with exit code" in attempt.reason:
-        said = last_line(run_dir / "logs" / f"attempt_{attempt.number:04d}" / "rank_0.log")
-    return said or attempt.reason.removeprefix("papo: ").replace("\n", "; ")
+def _reason(attempt: Attempt) -> str:
+    return attempt.reason.removeprefix("papo: ").replace("\n", "; ")
 
 
 def state_of_local_run(run_dir: Path, steps: int) -> State:

@@ -14,7 +14,7 @@ from megatron_papo.costs.flops import group_flops
 from megatron_papo.distributed.exchange import gather_objects, move_items
 from megatron_papo.model.positions import positions_of
 from megatron_papo.packing import Cost, Totals, balance, empty_like, pack, sum_totals, token_totals, whole
-from megatron_papo.training.long_rows import longest_row_of, shortened_group, without_too_long
+from megatron_papo.training.long_rows import shortened_group
 from megatron_papo.training.session import Run
 from megatron_papo.types import Batch, Group
 
@@ -30,10 +30,10 @@ def pack_update(
 
     A token's weight is its share in the mean over all data-parallel ranks, taken as `loss` says (by default the token
     mean). `joint`: leave room for the masked view in every row. A rank that is left without groups packs
-    `placeholder` with weights of zero, so that it takes part in the update all the same. Groups that no row can hold
-    are left out; raises ValueError where they end the run, or are all that there is.
+    `placeholder` with weights of zero, so that it takes part in the update all the same. Raises ValueError where no
+    rank has a group, or a group has no room in any row.
     """
-    groups = _balanced(run, without_too_long(run, groups, joint), joint)
+    groups = _balanced(run, groups, joint)
     totals = sum_totals(gather_objects(token_totals(groups), run.layout.data_group))
     if groups:
         return pack_rows(run, groups, totals, loss, joint)
@@ -53,7 +53,7 @@ def pack_rows(
     return pack(
         groups,
         tokens_per_micro_batch=run.config.train.tokens_per_micro_batch,
-        longest_row=longest_row_of(run, groups, joint),
+        longest_row=run.longest_row,
         loss=loss or LossConfig(),
         totals=totals or token_totals(groups),
         joint=joint,

@@ -45,7 +45,8 @@ class Checkpoints:
         self._run, self._optimizer, self._verb, self._settings = run, optimizer, verb, settings
         self._origin = origin
         length = run.config.sft if verb == "sft" else run.config.train
-        self._num_steps, self._length_key = length.num_steps, f"{verb}.{'epochs' if length.epochs else 'steps'}"
+        self._num_steps = length.num_steps
+        self._length_key = f"{verb}.epochs (and {verb}.steps, if set)" if length.epochs else f"{verb}.steps"
         self._best = -math.inf
         self._said_wait = False
         self._exports = Exports(run)

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_papo.costs.row_limit import longest_row
-from megatron_papo.data.bad_rows import BadRow
-from megatron_papo.distributed.accelerator import has_gpu
 from megatron_papo.distributed.exchange import gather_objects
 from megatron_papo.packing import too_long_in_words, whole
 from megatron_papo.training.console import warn
@@ -22,21 +19,13 @@ from megatron_papo.types import Group
 _KEY = "train.tokens_per_micro_batch"
 
 
-def longest_row_of(run: Run, groups: Sequence[Group], joint: bool) -> int:
-    """Most tokens of a row of these groups: the budget where all have room in it, else how far a row may go beyond."""
-    budget = run.config.train.tokens_per_micro_batch
-    if all(whole(group, joint).least_tokens <= budget for group in groups):
-        return budget
-    return longest_row(run.config, run.shape, run.layout.world_size, on_gpus=has_gpu())
-
-
 def without_too_long(run: Run, groups: Sequence[Group], joint: bool) -> list[Group]:
     """The groups that a row can hold; all data-parallel ranks call it together.
 
-    Says once what the longest row was, and once what was left out, which is counted as `rows_too_long`. Raises BadRow
-    for a group that no row can hold where `data.on_bad_row` is `stop`.
+    Says once what the longest row was, and once what was left out, which is counted as `rows_too_long`. Raises
+    ValueError, on all of them, for a group that no row can hold where `data.on_bad_row` is `stop`.
     """
-    budget, limit = run.config.train.tokens_per_micro_batch, longest_row_of(run, groups, joint)
+    budget, limit = run.config.train.tokens_per_micro_batch, run.longest_row
     kept: list[Group] = []
     left_out: list[str] = []
     longer: list[str] = []
@@ -46,11 +35,13 @@ def without_too_long(run: Run, groups: Sequence[Group], joint: bool) -> list[Gro
             (left_out if piece.least_tokens > limit else longer).append(too_long_in_words(piece))
         if piece.least_tokens <= limit:
             kept.append(group)
-        elif run.config.data.on_bad_row == "stop":
-            reason = f"{too_long_in_words(piece)}; {_KEY} is {budget}, and a row can have {limit}"
-            raise BadRow(group.prompt.row, "no room in a packed row", reason)
     shares = gather_objects((longer, left_out), run.layout.data_group)
-    _say(run, budget, [text for share in shares for text in share[0]], [text for share in shares for text in share[1]])
+    all_longer, all_left_out = ([text for share in shares for text in share[which]] for which in (0, 1))
+    if all_left_out and run.config.data.on_bad_row == "stop":
+        raise ValueError(
+            f"data.train: no packed row can hold {all_left_out[0]}: {_KEY} is {budget}, and a row can have {limit}"
+        )
+    _say(run, budget, all_longer, all_left_out)
     return kept
 
 

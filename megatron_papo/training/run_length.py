@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
+from megatron_papo.config import plain_tree
 from megatron_papo.data.order import DataCursor
 from megatron_papo.distributed.agreement import read_on_first_rank
 from megatron_papo.files.small_files import write_atomically
@@ -26,7 +28,8 @@ def with_num_steps(run: Run, verb: Literal["train", "sft"], cursor: DataCursor) 
     if section.epochs is None:
         return run
     per_step = config.train.prompts_per_step if verb == "train" else config.sft.batch_size
-    num_prompts = cursor.order.num_prompts(section.epochs)
+    # of the first rank, since a sampler of the user's may say other lengths on others, which would leave the loop apart
+    num_prompts = read_on_first_rank(partial(cursor.order.num_prompts, section.epochs))
     steps = max(1, -(-num_prompts // per_step))
     resolved = section.lasting(steps)
     drawn = f"{num_prompts} prompts from {cursor.num_rows} rows"
@@ -35,7 +38,7 @@ def with_num_steps(run: Run, verb: Literal["train", "sft"], cursor: DataCursor) 
         text += f"; {verb}.steps={section.steps} ends the run before"
     say(run, text)
     if verb == "train":
-        asked = asked_length(config.model_dump(mode="json"))
+        asked = asked_length(plain_tree(config))
         record = json.dumps({"asked": asked, "num_steps": resolved.num_steps})
         read_on_first_rank(lambda: write_atomically(run.folder / STEPS_FILE, record))
     return replace(run, config=config.model_copy(update={verb: resolved}))

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import transformers.models.auto.processing_auto  # noqa: F401 (see `FAMILIES` below)
@@ -18,6 +19,7 @@ from megatron_papo.checkpoint.weight_loading import check_weights
 from megatron_papo.config import Config, dump_config
 from megatron_papo.config.derived import model_folder, weights_folder
 from megatron_papo.costs.flops import Meter
+from megatron_papo.costs.row_limit import longest_row
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.distributed.accelerator import adapt_megatron, has_gpu, seed_all
 from megatron_papo.distributed.exchange import gather_objects
@@ -70,6 +72,11 @@ class Run:
     def is_writer(self) -> bool:
         """Whether this is the one rank that writes what belongs to the whole run, such as its metrics."""
         return self.layout.rank == 0
+
+    @cached_property
+    def longest_row(self) -> int:
+        """Most tokens of a row that holds a prompt which has no room within `train.tokens_per_micro_batch`."""
+        return longest_row(self.config, self.shape, self.layout.world_size, on_gpus=has_gpu())
 
     @property
     def banned_ids(self) -> tuple[int, ...]:

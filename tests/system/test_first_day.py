@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/first_day.md").read_text()
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S) if not kind]
 SMALL = " ".join(next(block for block in BLOCKS if block.startswith("model.path=models/small")).split())
-ELSEWHERE = ("make ", "source ", "hf download", "tensorboard ", "python tools/submit_slurm.py")
-"""What needs a network, a cluster or a browser; jobs are submitted by tests/system/test_submit.py."""
+ELSEWHERE = "python tools/submit_slurm.py"
+"""What needs a cluster; tests/system/test_submit.py submits jobs."""
 
 
 def typed() -> list[str]:

@@ -168,10 +168,12 @@ def test_a_chain_goes_on_and_is_refused_a_second_time(tool: Tool):
 
 
 @pytest.mark.slow
-def test_a_job_that_saves_nothing_ends_when_it_is_asked_to_and_does_not_begin_anew(tool: Tool):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_job_that_saves_nothing_ends_when_it_is_asked_to_and_does_not_begin_anew(tool: Tool, nodes):
+    """With one task the rank has a launcher between itself and Slurm."""
     run_dir = tool.folder / "runs" / "n"
     slow = ["reward.function=tests.support.slow:slow_share", "train.steps=60", "run.dir=runs/n"]
-    done = tool(*tool.settings, *slow, "checkpoint.contents=none")
+    done = tool(*tool.settings, *slow, "checkpoint.contents=none", f"cluster.nodes={nodes}")
     assert done.returncode == 0, done.stderr
     (job,) = job_ids(run_dir)
     until(lambda: read_progress(run_dir).steps_done)

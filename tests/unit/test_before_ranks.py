@@ -110,7 +110,7 @@ def test_a_name_of_the_hub_is_told_how_to_be_downloaded():
         (["checkpoint.save_every=0", "checkpoint.export_at_end=false"], 1, 14, 0),
         (["train.steps=60"], 2, 14, 1),  # as many as are ever saved
         (["checkpoint.contents=weights", "checkpoint.export_every=20"], 3, 2, 11),
-        (["checkpoint.contents=none", "checkpoint.export_every=20", "checkpoint.keep_exports=2"], 0, 0, 4),
+        (["checkpoint.contents=none", "checkpoint.export_every=20", "checkpoint.keep_exports=2"], 0, 0, 3),
         (["checkpoint.contents=none", "checkpoint.export_at_end=false"], 0, 0, 0),
         (["train.epochs=2", "train.steps=null", "checkpoint.export_every=20"], 3, 14, 2),  # at least two exports
     ],

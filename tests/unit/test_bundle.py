@@ -115,13 +115,14 @@ def test_a_folder_of_something_else_is_not_written_to(finished, tmp_path):
 @pytest.mark.skipif(shutil.which(UV) is None, reason="uv is not installed")
 def test_a_bundle_is_made_and_installed_without_an_index(tmp_path, monkeypatch, capfd):
     """Of a few packages of the set: dependencies are not asked for."""
-    few, resolved = ("numpy", "packaging", "pyyaml", "setuptools"), bundle.resolved
-    monkeypatch.setattr(bundle, "resolved", lambda target: [each for each in resolved(target) if each.name in few])
-    folder, venv = tmp_path / "bundle", tmp_path / "venv"
+    few, target = ("numpy", "packaging", "pyyaml", "setuptools"), Target("first", platform.machine(), "3.12", 34, False)
     try:
-        bundle.make(folder, Target("first", platform.machine(), "3.12", 34, False))
-    except ValueError as error:
+        found = [each for each in bundle.resolved(target) if each.name in few]
+    except ValueError as error:  # no index answers
         pytest.skip(str(error).splitlines()[0])
+    monkeypatch.setattr(bundle, "resolved", lambda target: found)
+    folder, venv = tmp_path / "bundle", tmp_path / "venv"
+    bundle.make(folder, target)
     assert sorted(each.name.split("-")[0].lower() for each in (folder / "wheels").iterdir()) == sorted(few)
     with tarfile.open(folder / "megatron_papo.tar.gz") as packed:
         assert {"megatron_papo/Makefile", "megatron_papo/tools/bundle.py"} <= set(packed.getnames())

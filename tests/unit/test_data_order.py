@@ -116,9 +116,9 @@ class Rows:
             return np.arange(len(self))
         return np.array([place for place, level in enumerate(self.columns["level"]) if level == conditions["level"]])
 
-    def column_values(self, name):
+    def column_values(self, name, key="data.train"):
         if name not in self.columns:
-            raise ValueError(f"data.train: has no column {name!r}")
+            raise ValueError(f"{key}: has no column {name!r}")
         return self.columns[name]
 
 

@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_papo.config import Config
+from tests.support.metric_names import undocumented
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/*.md", ".github/*.md")
@@ -92,30 +93,23 @@ def repository() -> dict[str, str]:
 SETTING = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:=.*)?")
 NAME = re.compile(r"[a-z_0-9]+(?:/[a-z_0-9<>]+)*")
 OTHER_WORDS = {
-    "filter", "frozen", "full", "joint", "none", "reward", "silent", "skip", "stalled", "stop",
+    "dmesg", "filter", "frozen", "full", "joint", "none", "reward", "silent", "skip", "stalled", "stop",
 }  # fmt: skip
-"""Backticked words of the page that are values of settings or words of messages."""
+"""Backticked words of the page that are values of settings, words of messages, or commands."""
 
 
-def unknown_names(page: str, metrics: str, sources: str, settings: type[BaseModel]) -> list[str]:
-    """Names in backticks that are neither settings nor metrics (of the page `metrics`) nor stages that `sources` open;
+def unknown_names(page: str, sources: str, settings: type[BaseModel]) -> list[str]:
+    """Names in backticks that are neither settings nor metrics of docs/metrics.md nor stages that `sources` open;
     commands, paths and texts of messages are passed over."""
-    known = [re.sub(r"<[^>]*>", "<>", name) for name in re.findall(r"`([^`]+)`", FENCE.sub("", metrics))]
     stages = set(re.findall(r'clock\.stage\("(\w+)"', sources)) | OTHER_WORDS
     faults = []
     for span in re.findall(r"`([^`]+)`", FENCE.sub("", page)):
         for word in span.split() if SETTING.match(span) else [span]:
             if (setting := SETTING.fullmatch(word)) and setting[1].partition(".")[0] in settings.model_fields:
                 faults += [] if _is_setting(setting[1], settings) else [f"no setting {word}"]
-            elif NAME.fullmatch(word) and word not in stages and not any(_is_metric(word, name) for name in known):
+            elif word == span and NAME.fullmatch(word) and word not in stages and undocumented([word]):
                 faults.append(f"no metric {word}")
     return faults
-
-
-def _is_metric(word: str, known: str) -> bool:
-    """`time/update` is `time/<>`, as `time/<stage>` is."""
-    pattern = re.escape(known).replace("<>", r"[\w<>]+")
-    return re.fullmatch(pattern, word) is not None
 
 
 def _is_setting(path: str, settings: type[BaseModel]) -> bool:
@@ -129,10 +123,9 @@ def _is_setting(path: str, settings: type[BaseModel]) -> bool:
 
 def test_settings_and_metrics_of_remedies_exist(repository: dict[str, str]):
     sources = "".join(_of(repository, "megatron_papo/*.py").values())
-    page, metrics = repository["docs/troubleshooting.md"], repository["docs/metrics.md"]
-    assert unknown_names(page, metrics, sources, Config) == []
+    assert unknown_names(repository["docs/troubleshooting.md"], sources, Config) == []
     bad = "`optim.lrr=1 loss.entropy_coef=2` `no_metric` `time/update` `time/<stage>` `update` `papo x`"
-    assert unknown_names(bad, "`time/<stage>`", sources, Config) == ["no setting optim.lrr=1", "no metric no_metric"]
+    assert unknown_names(bad, sources, Config) == ["no setting optim.lrr=1", "no metric no_metric"]
 
 
 def _of(repository: dict[str, str], *patterns: str) -> dict[str, str]:

@@ -49,10 +49,14 @@ def test_other_failures_of_a_stage_stay_what_they_are(tmp_path):
 
 
 def test_every_stage_of_which_help_is_told_is_one(tmp_path):
-    """Names are those that the code opens; settings that are named exist."""
+    """Names are those that the code opens; settings that are named exist, and stand in the page's row of the stage."""
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    table = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*)", page, re.M)
+    rows = {stage: rest for stages, rest in table for stage in re.findall(r"\w+", stages)}
     sources = "".join(path.read_text() for path in (Path(__file__).parents[2] / "megatron_papo").rglob("*.py"))
     for stage, remedies in out_of_memory.HELP.items():
         assert f'clock.stage("{stage}"' in sources, stage
+        assert all(key in rows[stage] for key in re.findall(r"[a-z]+\.[a-z_]+", " ".join(remedies))), stage
         for key in re.findall(r"[a-z]+\.[a-z_]+", " ".join((*remedies, *out_of_memory.HOST_HELP))):
             section, _, name = key.partition(".")
             assert name in type(getattr(load_config(None, []), section)).model_fields, key
