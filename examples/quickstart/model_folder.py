@@ -1,4 +1,4 @@
-"""Writes small Qwen2.5-VL folders as Hugging Face has them: the one place where they are made.
+"""Writes small folders of Qwen2.5-VL and Qwen3-VL as Hugging Face has them: the one place where they are made.
 
 The quickstart, the tests (tests/support/tiny.py), the benchmarks (benchmarks/models.py) and the sweeps on a CPU each
 say which sizes, which words and which weights they want; what all such folders share stands here: the special tokens,
@@ -13,13 +13,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 SPECIAL = (
@@ -73,6 +78,7 @@ def wrap_tokenizer(backend: Tokenizer, max_length: int, **more: object) -> PreTr
 
 
 def model_config(
+    family: str = "qwen2_5_vl",
     *,
     first_special: int,
     vocab: int,
@@ -84,30 +90,40 @@ def model_config(
     max_positions: int,
     vision: dict[str, object],
     tie: bool,
-) -> Qwen2_5_VLConfig:
+    head_dim: int | None = None,
+) -> PreTrainedConfig:
     """config.json of a model whose `SPECIAL` tokens have ids from `first_special` on.
 
-    Sizes are those of the language model; `vision` holds the keys of `vision_config` but `out_hidden_size`. `tie`: the
-    head shares the embedding's weights. vLLM's CPU kernels need heads of 32 dimensions or more.
+    `family`: `qwen2_5_vl` or `qwen3_vl`. Sizes are those of the language model; `head_dim` is for Qwen3-VL alone, and
+    the hidden size over the heads where it is None. `vision` holds the keys of `vision_config` but `out_hidden_size`.
+    `tie`: the head shares the embedding's weights. vLLM's CPU kernels need heads of 32 dimensions or more.
     """
     ids = {name: first_special + index for index, name in enumerate(SPECIAL)}
-    half = hidden // heads // 2
-    section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": max_positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section},
-            "bos_token_id": None,
-            "eos_token_id": ids[END_OF_TURN],
-            "pad_token_id": ids[PADDING],
-            "tie_word_embeddings": tie,
-        },
+    half = (head_dim or hidden // heads) // 2
+    text: dict[str, object] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_positions,
+        "bos_token_id": None,
+        "eos_token_id": ids[END_OF_TURN],
+        "pad_token_id": ids[PADDING],
+        "tie_word_embeddings": tie,
+    }
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10_000.0}
+    if family == "qwen3_vl":
+        # height and width have 20 of 64 frequencies each, time the rest, as in the published models
+        share = 20 * half // 64
+        rope |= {"mrope_section": [half - 2 * share, share, share], "mrope_interleaved": True}
+        text["head_dim"] = head_dim or hidden // heads
+    else:
+        rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    config_class = {"qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig}[family]
+    return config_class(
+        text_config={**text, "rope_parameters": rope},
         vision_config={**vision, "out_hidden_size": hidden},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -116,6 +132,11 @@ def model_config(
         tie_word_embeddings=tie,
         dtype="float32",
     )
+
+
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of this config.json with random weights in fp32, of transformers' class of its family."""
+    return AutoModelForImageTextToText.from_config(config).float()
 
 
 def write_folder(
@@ -137,21 +158,33 @@ def write_folder(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_processor(folder, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **patches)
+    family = model.config.model_type
+    write_processor(folder, tokenizer, family=family, min_pixels=min_pixels, max_pixels=max_pixels, **patches)
     return Path(folder)
 
 
 def write_processor(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, *, min_pixels: int, max_pixels: int, **patches: int
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    family: str = "qwen2_5_vl",
+    **patches: int,
 ) -> None:
     """Writes the tokenizer, the processor of pictures and the chat template to `folder`.
 
-    `patches`: `patch_size` and `temporal_patch_size`, where they are not Qwen2.5-VL's 14 pixels and 2 frames.
+    `family`: Qwen3-VL has patches of 16 pixels and a mean and deviation of 0.5; any other is processed as Qwen2.5-VL.
+    `patches`: `patch_size` and `temporal_patch_size`, where they are not the family's 14 or 16 pixels and 2 frames.
     """
-    pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, **patches}
-    Qwen2_5_VLProcessor(
+    pixels: dict[str, object] = {"min_pixels": min_pixels, "max_pixels": max_pixels, **patches}
+    processor_class, video_class = Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    if family == "qwen3_vl":
+        pixels = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, **pixels}
+        processor_class, video_class = Qwen3VLProcessor, Qwen3VLVideoProcessor
+    processor_class(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**pixels),
+        video_processor=video_class(**pixels),
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)

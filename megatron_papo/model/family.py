@@ -29,7 +29,10 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-FAMILIES = {"qwen2_5_vl": "megatron_papo.model.qwen2_5_vl"}
+FAMILIES = {
+    "qwen2_5_vl": "megatron_papo.model.qwen2_5_vl",
+    "qwen3_vl": "megatron_papo.model.qwen3_vl",
+}
 """The families of this package: `model_type` of config.json -> the import path of the family's package."""
 
 ENTRY_POINTS = "megatron_papo.families"

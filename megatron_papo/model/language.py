@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_papo.model.attention.packed_layout import build_segments
 from megatron_papo.model.attention.rotary import mrope
+from megatron_papo.model.deepstack import with_levels, without_levels
 from megatron_papo.model.fp8.multiples import row_padding, token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
@@ -39,6 +40,7 @@ class LanguageModel(LanguageModule):
         shape: ModelShape,
         spec: str,
         *,
+        first_layer: int,
         num_layers: int,
         pre_process: bool,
         post_process: bool,
@@ -46,8 +48,9 @@ class LanguageModel(LanguageModule):
         recompute: str = "none",
         row_length: int | None = None,
     ):
-        """`num_layers`: decoder layers of this stage. `recompute`: as in the settings. `row_length`: the number of
-        tokens to which every row is padded; None: the least that the layout and FP8 need."""
+        """`num_layers`: decoder layers of this stage, of which `first_layer` is the first (from 0). `recompute`: as in
+        the settings. `row_length`: the number of tokens to which every row is padded; None: the least that the layout
+        and FP8 need."""
         super().__init__(config)
         self.fp8, self.row_length = fp8, row_length
         self.shape, self.pre_process, self.post_process = shape.language, pre_process, post_process
@@ -57,9 +60,13 @@ class LanguageModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, 0, position_embedding_type="rope", scatter_to_sequence_parallel=False
             )
+        # levels of DeepStack that are still to be added at this stage, and those that its own layers add
+        self.num_levels = max(len(shape.vision.deepstack_layers) - first_layer, 0)
+        self.num_adding = min(self.num_levels, num_layers)
+        self._received: Tensor | None = None
         self.decoder = TransformerBlock(
             config,
-            block_spec(spec, num_layers, shape.language, causal=True),
+            block_spec(spec, num_layers, shape.language, causal=True, num_adding=self.num_adding),
             pre_process=pre_process,
             post_process=post_process,
         )
@@ -81,17 +88,32 @@ class LanguageModel(LanguageModule):
         """Embeddings [T, H] of the token ids, all of them on every tensor rank."""
         return self.embedding(token_ids_T[None, :], None).squeeze(1)
 
-    def forward(self, embeddings_TH: Tensor | None, position_ids_3T: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        """Hidden states of this stage, padded at the end: [T, 1, H], under sequence parallelism [T / ranks, 1, H].
+    def forward(
+        self,
+        embeddings_TH: Tensor | None,
+        position_ids_3T: Tensor,
+        segments: tuple[Segment, ...],
+        *,
+        image_places_M: Tensor | None = None,
+        levels_LM1H: Tensor | None = None,
+    ) -> Tensor:
+        """What this stage sends on: hidden states, padded at the end, [T, 1, H], under sequence parallelism
+        [T / ranks, 1, H], and after them the levels of DeepStack that later stages add (`deepstack.with_levels`).
 
-        The first stage takes `embeddings_TH`; later stages take None and continue from `set_input_tensor`. Padding is
-        zero in every layer (by `ZeroPaddedLayer` where biases would fill it).
+        The first stage takes `embeddings_TH`, and `levels_LM1H` where the row has images; later stages take None and
+        continue from `set_input_tensor`. `image_places_M`: where image tokens stand, on every stage that adds to them.
+        Padding is zero in every layer (by `ZeroPaddedLayer` where biases would fill it).
         """
         padding = self.num_padding(position_ids_3T.shape[1])
         hidden = None
         if embeddings_TH is not None:
             hidden = F.pad(embeddings_TH, (0, 0, 0, padding))[:, None, :]
             hidden = scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
+        elif self._received is not None:
+            sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+            num_places = (position_ids_3T.shape[1] + padding) // sequence_ranks
+            received, levels_LM1H = without_levels(self._received, num_places, self.num_levels)
+            self.decoder.set_input_tensor(received)
         rotation = mrope(
             position_ids_3T,
             head_dim=self.shape.head_dim,
@@ -102,12 +124,18 @@ class LanguageModel(LanguageModule):
         outputs = self.decoder(
             hidden,
             attention_mask=None,
+            context=levels_LM1H if self.num_adding else None,
             packed_seq_params=build_segments(
-                segments, causal=True, device=position_ids_3T.device, rotation=rotation, num_padding=padding
+                segments,
+                causal=True,
+                device=position_ids_3T.device,
+                rotation=rotation,
+                num_padding=padding,
+                image_places_M=image_places_M,
             ),
         )
         self.fp8.after_forward(outputs)
-        return outputs
+        return with_levels(outputs, None if levels_LM1H is None else levels_LM1H[self.num_adding :])
 
     def num_padding(self, num_tokens: int) -> int:
         """Number of places that are added to a row of `num_tokens` tokens in the current pass."""
@@ -131,5 +159,5 @@ class LanguageModel(LanguageModule):
         return weight
 
     def set_input_tensor(self, input_tensor: Tensor | None) -> None:
-        """Sets the hidden states that the previous stage sent."""
-        self.decoder.set_input_tensor(input_tensor)
+        """Sets what the previous stage sent."""
+        self._received = input_tensor

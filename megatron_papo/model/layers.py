@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_papo.config import ConfigError, ModelConfig
 from megatron_papo.model.attention.module import StructuredAttention
+from megatron_papo.model.deepstack import DeepStackLayer
 from megatron_papo.model.fp8.linear import RoundedColumnLinear, RoundedRowLinear
 from megatron_papo.model.fp8.padding import ZeroPaddedLayer
 from megatron_papo.model.mlp import GatedMLP, PlainMLP
@@ -44,11 +45,12 @@ def choose_spec(model: ModelConfig) -> str:
 
 
 def block_spec(
-    spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool
+    spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool, num_adding: int = 0
 ) -> TransformerBlockSubmodules:
     """The spec of a TransformerBlock with `num_layers` layers on this stage, of the kinds of norm and MLP in `shape`.
 
-    `causal`: True for the language model, False for a vision tower.
+    `causal`: True for the language model, False for a vision tower. `num_adding`: how many of the first of these layers
+    add image tokens (`deepstack.py`).
     """
     modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules(shape.norm)
     head_norm = modules["final_norm"] if isinstance(shape, LanguageShape) and shape.qk_norm else None
@@ -64,21 +66,22 @@ def block_spec(
             k_layernorm=head_norm,
         ),
     )
-    layer = ModuleSpec(
-        module=ZeroPaddedLayer if _fills_padding(shape) else TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=modules["norm"],
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=modules["norm"],
-            mlp=functools.partial(
-                mlp.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=modules["normed_column"], linear_fc2=modules["row"]),
-            ),
-            mlp_bda=get_bias_dropout_add,
+    assert not (num_adding and _fills_padding(shape)), "no layer both adds image tokens and has biases to take back"
+    rest = ZeroPaddedLayer if _fills_padding(shape) else TransformerLayer
+    kinds = [DeepStackLayer] * num_adding + [rest] * (num_layers - num_adding)
+    parts = TransformerLayerSubmodules(
+        input_layernorm=modules["norm"],
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=modules["norm"],
+        mlp=functools.partial(
+            mlp.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=modules["normed_column"], linear_fc2=modules["row"]),
         ),
+        mlp_bda=get_bias_dropout_add,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules["final_norm"])
+    layers = [ModuleSpec(module=kind, submodules=parts) for kind in kinds]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules["final_norm"])
 
 
 def _fills_padding(shape: LanguageShape | VisionShape) -> bool:

@@ -25,7 +25,7 @@ from megatron_papo.model.language import LanguageModel
 from megatron_papo.model.layers import choose_spec
 from megatron_papo.model.shape import ModelShape, check_layout, stage_layers
 from megatron_papo.model.transformer_config import language_config
-from megatron_papo.model.vision_tower import VisionTower, build_tower, pixels_beside
+from megatron_papo.model.vision_tower import VisionTower, build_tower, in_projector, pixels_beside
 from megatron_papo.types import HeadOutputs, MicroBatch
 
 
@@ -79,22 +79,39 @@ class VisionLanguageModel(MegatronModule):
     def forward(self, micro_batch: MicroBatch, head: HeadRequest) -> Tensor | HeadOutputs:
         """Hidden states for the next stage, or on the last stage the head's outputs for the response tokens. `check`
         must have passed the row."""
-        embeddings = self._embed(micro_batch) if self.pre_process else None
-        hidden = self.language(embeddings, micro_batch.position_ids_3T, micro_batch.segments)
+        places_M = self._image_places(micro_batch)
+        embeddings_TH = levels_LM1H = None
+        if self.pre_process:
+            embeddings_TH, levels_LM1H = self._embed(micro_batch, places_M)
+        hidden = self.language(
+            embeddings_TH,
+            micro_batch.position_ids_3T,
+            micro_batch.segments,
+            image_places_M=places_M,
+            levels_LM1H=levels_LM1H,
+        )
         return self._head(hidden, micro_batch, head) if self.post_process else hidden
 
-    def _embed(self, micro_batch: MicroBatch) -> Tensor:
+    def _image_places(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Where the row's image tokens stand, where this stage puts or adds something there."""
+        if not micro_batch.pixel_values or not (self.pre_process or self.language.num_adding):
+            return None
+        # their number is known, since packing has checked it; asking the GPU for it would mean waiting
+        assert micro_batch.grid_thw_I3 is not None
+        num_tokens = int(micro_batch.grid_thw_I3.prod(1).sum()) // self.shape.vision.merge_unit
+        is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
+        return torch.nonzero_static(is_image_T, size=num_tokens).squeeze(1)
+
+    def _embed(self, micro_batch: MicroBatch, places_M: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The row's embeddings [T, H] with the image tokens in their places, and the levels of DeepStack, if any."""
         assert self.vision is not None
         embeddings_TH = self.language.embed(micro_batch.token_ids_T)
-        if not micro_batch.pixel_values:
-            return embeddings_TH + self._untouched_vision(embeddings_TH)
+        if places_M is None:
+            return embeddings_TH + self._untouched_vision(embeddings_TH), None
         assert micro_batch.grid_thw_I3 is not None
         pixels_PD = pixels_beside(self.vision.patch_embed.weight, micro_batch.pixel_values)
-        tokens_MH = self.vision(pixels_PD, micro_batch.grid_thw_I3)
-        # their number is known, since packing has checked it; asking the GPU for it would mean waiting
-        is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
-        places_M = torch.nonzero_static(is_image_T, size=len(tokens_MH)).squeeze(1)
-        return embeddings_TH.index_copy(0, places_M, tokens_MH)
+        images = self.vision(pixels_PD, micro_batch.grid_thw_I3)
+        return embeddings_TH.index_copy(0, places_M, images.tokens_MH), images.levels_LM1H
 
     def _untouched_vision(self, like: Tensor) -> Tensor:
         """Zero, computed from one block of black patches, so that a row without images too gives the tower's weights a
@@ -104,7 +121,9 @@ class VisionLanguageModel(MegatronModule):
             return like.new_zeros(())
         edge = self.shape.vision.spatial_merge_size
         pixels = like.new_zeros(self.shape.vision.merge_unit, self.shape.vision.patch_dim)
-        return self.vision(pixels, torch.tensor([[1, edge, edge]])).sum() * 0.0
+        tokens_MH, levels_LM1H = self.vision(pixels, torch.tensor([[1, edge, edge]]))
+        total = tokens_MH.sum() if levels_LM1H is None else tokens_MH.sum() + levels_LM1H.sum()
+        return total * 0.0
 
     def _head(self, hidden: Tensor, micro_batch: MicroBatch, head: HeadRequest) -> HeadOutputs:
         states_TH = self.language.head_input(hidden)[: micro_batch.num_tokens]  # without the padding
@@ -146,6 +165,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         language_config(config, shape, spec),
         shape,
         spec,
+        first_layer=sum(layers[: ranks.pipeline_rank]),
         num_layers=layers[ranks.pipeline_rank],
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -176,6 +196,5 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
 def _freeze(model: VisionLanguageModel, freeze: FreezeConfig) -> None:
     model.language.requires_grad_(not freeze.language)
     if model.vision is not None:
-        model.vision.patch_embed.requires_grad_(not freeze.vision)
-        model.vision.decoder.requires_grad_(not freeze.vision)
-        model.vision.merger.requires_grad_(not freeze.projector)
+        for name, parameter in model.vision.named_parameters(prefix="vision"):
+            parameter.requires_grad_(not (freeze.projector if in_projector(name) else freeze.vision))

@@ -85,6 +85,9 @@ class VisionShape:
     norm_eps: float
     norm: NormKind = "rms"
     mlp: MlpKind = "swiglu"
+    deepstack_layers: tuple[int, ...] = ()
+    """Layers of the tower (from 0, in rising order) whose patches become image tokens of their own, which are added to
+    the hidden states of the language model (`deepstack.py`)."""
 
     @property
     def head_dim(self) -> int:

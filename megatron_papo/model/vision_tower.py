@@ -6,7 +6,7 @@ The patch embedding, a 3-D convolution over patches that do not overlap, is one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,39 @@ from megatron_papo.model.norm import replicated_parameter
 from megatron_papo.model.shape import ModelShape, VisionShape
 
 
+class ImageTokens(NamedTuple):
+    """What a vision tower makes of the images of a row."""
+
+    tokens_MH: Tensor
+    """[M, out_hidden_size] in reading order, the same on every tensor rank: what stands in the row."""
+    levels_LM1H: Tensor | None = None
+    """[L, M (padded at the end), 1, out_hidden_size]: the tokens of each level of DeepStack, in the same order, under
+    sequence parallelism this rank's share of them (`deepstack.py`); None for a tower without it."""
+
+
+PROJECTOR_MODULES = ("merger", "deepstack_mergers")
+"""The modules of a tower that make tokens of patches: its projector, which `model.freeze.projector` freezes. Everything
+else is the tower itself."""
+
+
+def in_projector(name: str) -> bool:
+    """Whether the tower's parameter of this name, with or without what stands before `vision.`, is the projector's."""
+    return name.rpartition("vision.")[2].partition(".")[0] in PROJECTOR_MODULES
+
+
 class VisionTower(MegatronModule):
     """The interface of a vision tower. All of it is on the first pipeline stage."""
 
     patch_embed: PatchEmbed
-    """The first module, to whose weight's device pixels are moved; `model.freeze.vision` freezes it."""
+    """The first module, to whose weight's device pixels are moved."""
     decoder: TransformerBlock
-    """The transformer layers, which `model.freeze.vision` freezes too."""
+    """The transformer layers."""
     merger: MegatronModule
-    """The module that makes image tokens of patches; `model.freeze.projector` freezes it."""
+    """The module that makes image tokens of patches."""
 
-    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        """Image tokens [M, out_hidden_size] in reading order, the same on every tensor rank, of P patches in the
-        processor's order; the grids are the patches of each image in time, height and width."""
+    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> ImageTokens:
+        """The tokens of P patches in the processor's order; the grids are the patches of each image in time, height and
+        width."""
         raise NotImplementedError
 
 
@@ -70,11 +90,11 @@ def pixels_beside(weight: Tensor, views: Sequence[Tensor]) -> Tensor:
 class PatchEmbed(MegatronModule):
     """The linear map from a patch's values to the tower's width; every tensor rank has all of it."""
 
-    def __init__(self, config: TransformerConfig, shape: VisionShape):
+    def __init__(self, config: TransformerConfig, shape: VisionShape, *, bias: bool = False):
         super().__init__(config)
-        size = (shape.hidden_size, shape.patch_dim)
-        values = torch.empty(size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight = replicated_parameter(values, config)
+        place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = replicated_parameter(torch.empty(shape.hidden_size, shape.patch_dim, **place), config)
+        self.bias = replicated_parameter(torch.zeros(shape.hidden_size, **place), config) if bias else None
 
     def forward(self, pixels_PD: Tensor) -> Tensor:
-        return F.linear(pixels_PD.to(self.weight.dtype), self.weight)
+        return F.linear(pixels_PD.to(self.weight.dtype), self.weight, self.bias)

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from megatron_papo.config import Config, ConfigError, OptimConfig
 from megatron_papo.distributed.accelerator import has_gpu, host_threads, parameter_dtype
 from megatron_papo.distributed.exchange import share_of_cores
+from megatron_papo.model.vision_tower import in_projector
 from megatron_papo.optimization.gradient_guard import UpdateGuard
 from megatron_papo.optimization.gradient_norm import clip_gradients, gradient_norm, members
 
@@ -174,13 +175,9 @@ def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     """No weight decay for biases and norms; learning rates of their own for the vision tower and the projector."""
     no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
     overrides: dict[ParamKey, dict[str, float]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
-    for rate, predicate in (
-        (optim.lr_projector, ParamWithNamePredicate("projector", lambda _, name: "vision.merger." in name)),
-        (
-            optim.lr_vision,
-            ParamWithNamePredicate("tower", lambda _, name: "vision." in name and "vision.merger." not in name),
-        ),
-    ):
+    projector = ParamWithNamePredicate("projector", lambda _, name: "vision." in name and in_projector(name))
+    tower = ParamWithNamePredicate("tower", lambda _, name: "vision." in name and not in_projector(name))
+    for rate, predicate in ((optim.lr_projector, projector), (optim.lr_vision, tower)):
         if rate is not None:
             rates = {"max_lr": rate, "min_lr": rate * optim.min_lr_fraction}
             overrides[ParamKey(with_name_predicate=predicate)] = rates

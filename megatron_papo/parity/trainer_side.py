@@ -77,7 +77,7 @@ def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBa
     policy, layout = run.policy, run.layout
     if layout.tensor_rank == 0 and layout.is_first_stage:
         assert policy.vision is not None
-        recorder.after(policy.vision, lambda _, __, out: recorder.note(FEATURES, out))
+        recorder.after(policy.vision, lambda _, __, out: recorder.note(FEATURES, out.tokens_MH))
         layer = policy.language.decoder.layers[0]
         recorder.after(layer, lambda _, kwargs, __: recorder.note(ANGLES, _angles(kwargs, row.num_tokens - 1)))
     if layout.tensor_rank == 0 or run.config.parallel.sequence:

@@ -63,12 +63,13 @@ def transposed_features(run: Run, _: Generator) -> Iterator[None]:
         return
     forward = vision.forward
 
-    def swapped(pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        features_MH = forward(pixel_values_PD, grid_thw_I3)
+    def swapped(pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Any:
+        images = forward(pixel_values_PD, grid_thw_I3)
+        features_MH = images.tokens_MH
         rows, columns = (grid_thw_I3[0, 1:] // 2).tolist()
         order_M = torch.arange(len(features_MH))
         order_M[: rows * columns] = torch.arange(rows * columns).view(rows, columns).T.flatten()
-        return features_MH[order_M]
+        return images._replace(tokens_MH=features_MH[order_M])
 
     with _replaced(vision, "forward", swapped):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoModel
 
 from megatron_papo.model.positions import positions_of
 from megatron_papo.model.shape import ModelShape
@@ -31,8 +31,8 @@ class Case:
     """rows -> prompts -> images of the prompt."""
     model: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
-    toy: bool = False
-    """A model of the toy family, which lies outside the package."""
+    family: str = "qwen2_5_vl"
+    """The family of the model; `toy_vl` lies outside the package."""
 
 
 CASES = (
@@ -49,9 +49,24 @@ CASES = (
         {"kv_heads": 1},
     ),
 )
+SECOND_CASES = (
+    Case(
+        "second family: three levels, heads of their own width, odd sizes",
+        ((((6, 10),), ((2, 14), (4, 4)), ()), ((), ()), (((4, 2),),)),
+        {"vision_depth": 4, "deepstack": (0, 2, 3), "head_dim": 24},
+        temperature=0.8,
+        family="qwen3_vl",
+    ),
+    Case(
+        "second family, tied, padded vocabulary and FFN, one level",
+        ((((8, 6),), ((2, 2),)), (((6, 2),),)),
+        {"tie": True, "vocab": 275, "vision_intermediate": 45, "deepstack": (1,), "kv_heads": 1},
+        family="qwen3_vl",
+    ),
+)
 TOY_CASES = (
-    Case("toy family", ((((6, 10),), ((2, 14), (4, 4)), ()), (((4, 2),),)), temperature=0.8, toy=True),
-    Case("toy family, tied", (((), ((2, 2),)), (((6, 2),),)), {"tie": True}, toy=True),
+    Case("toy family", ((((6, 10),), ((2, 14), (4, 4)), ()), (((4, 2),),)), temperature=0.8, family="toy_vl"),
+    Case("toy family, tied", (((), ((2, 2),)), (((6, 2),),)), {"tie": True}, family="toy_vl"),
 )
 
 
@@ -65,11 +80,11 @@ class Reference:
 
 def write_case(case: Case, folder: Path) -> Reference:
     """Writes the model to `folder` and its rows to `folder`/rows.pt; returns the reference."""
-    if case.toy:
+    if case.family == "toy_vl":
         model: Any = wide_weights(Toy(toy_config(**case.model)), seed=len(case.rows))
     else:
         sizes = {"layers": 3, "heads": 4, "vision_heads": 4, **case.model}
-        model = tiny_model(tiny_config(**sizes), seed=len(case.rows))
+        model = tiny_model(tiny_config(case.family, **sizes), seed=len(case.rows))
     model.save_pretrained(folder)
     shape = ModelShape.from_folder(folder)
     generator = torch.Generator().manual_seed(7)
@@ -110,17 +125,15 @@ def _prompt(config: Any, shape: ModelShape, images: tuple[Grid, ...], generator:
     grids = torch.tensor([[1, height, width] for height, width in images])
     pixels = torch.randn(int(grids.prod(1).sum()), shape.vision.patch_dim, generator=generator)
     positions = positions_of(shape)(token_ids, grids)
-    if isinstance(config, Qwen2_5_VLConfig):
+    if config.model_type != "toy_vl":
         assert torch.equal(positions, _positions(config, token_ids, grids))
     return _Prompt(token_ids, num_response, pixels, grids, positions)
 
 
 def _positions(config: Any, token_ids: Tensor, grids: Tensor) -> Tensor:
     """Transformers' own M-RoPE positions."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
-
     with torch.device("meta"):
-        model = Qwen2_5_VLModel(config)
+        model = AutoModel.from_config(config)
     types = (token_ids == config.image_token_id).int()[None]
     positions, _ = model.get_rope_index(token_ids[None], mm_token_type_ids=types, image_grid_thw=grids)
     return positions[:, 0]

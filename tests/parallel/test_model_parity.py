@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.model_cases import CASES, TOY_CASES, Reference, write_case
+from tests.parallel.model_cases import CASES, SECOND_CASES, TOY_CASES, Reference, write_case
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
@@ -38,7 +38,7 @@ LAYOUTS = (
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[tuple[Path, float, Reference]]:
-    every = CASES + TOY_CASES
+    every = CASES + SECOND_CASES + TOY_CASES
     folders = [tmp_path_factory.mktemp("case") for _ in every]
     return [(folder, case.temperature, write_case(case, folder)) for case, folder in zip(every, folders)]
 

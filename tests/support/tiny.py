@@ -1,4 +1,4 @@
-"""The tests' tiny Qwen2.5-VL as a Hugging Face folder: weights, config, tokenizer, processor, chat template.
+"""The tests' tiny models of each family as a Hugging Face folder: weights, config, tokenizer, processor, chat template.
 
 The tokenizer is byte-level without merges, so any text makes the round trip, one token a byte. Weights are drawn wide
 and biases and norm weights at random too: at the usual 0.02 a wrong position or a swapped tensor hardly shows.
@@ -6,35 +6,54 @@ and biases and norm weights at random too: at the usual 0.02 a wrong position or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from examples.quickstart.model_folder import byte_tokenizer, model_config, write_folder
+from examples.quickstart.model_folder import byte_tokenizer, model_config, new_model, write_folder
 
 NUM_BYTES = 256
 """The ids below this are bytes; the seven special tokens follow."""
 
 
 def tiny_config(
+    family: str = "qwen2_5_vl",
     *,
     hidden: int = 64,
     layers: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
+    head_dim: int | None = None,
     vision_depth: int = 2,
     vision_hidden: int = 32,
     vision_heads: int = 2,
     vision_intermediate: int = 48,
+    deepstack: Sequence[int] | None = None,
     tie: bool = False,
     vocab: int = 272,
-) -> Qwen2_5_VLConfig:
-    """The shape; the last vision layer attends in full, the others in windows of 2 x 2 merged patches.
+) -> PreTrainedConfig:
+    """The shape. Ids from 263 to `vocab` are padding that no tokenizer writes. vLLM's CPU kernels need heads of 32
+    dimensions or more.
 
-    Ids from 263 to `vocab` are padding that no tokenizer writes. vLLM's CPU kernels need `hidden / heads` >= 32.
+    Of Qwen2.5-VL the last vision layer attends in full, the others in windows of 2 x 2 merged patches. Of Qwen3-VL the
+    vision layers `deepstack` are tapped (None: as many of the first as the language model has layers, three at most),
+    and learned positions are interpolated from a grid of 6 x 6.
     """
+    vision: dict[str, object] = {
+        "depth": vision_depth,
+        "hidden_size": vision_hidden,
+        "intermediate_size": vision_intermediate,
+        "num_heads": vision_heads,
+    }
+    if family == "qwen3_vl":
+        taps = range(min(vision_depth, layers, 3)) if deepstack is None else deepstack
+        vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": list(taps)}
+    else:
+        vision |= {"window_size": 56, "fullatt_block_indexes": [vision_depth - 1]}
     return model_config(
+        family,
         first_special=NUM_BYTES,
         vocab=vocab,
         hidden=hidden,
@@ -42,22 +61,16 @@ def tiny_config(
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
+        head_dim=head_dim,
         max_positions=2048,
-        vision={
-            "depth": vision_depth,
-            "hidden_size": vision_hidden,
-            "intermediate_size": vision_intermediate,
-            "num_heads": vision_heads,
-            "window_size": 56,
-            "fullatt_block_indexes": [vision_depth - 1],
-        },
+        vision=vision,
         tie=tie,
     )
 
 
-def tiny_model(config: Qwen2_5_VLConfig, *, seed: int = 0, std: float = 0.15) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_model(config: PreTrainedConfig, *, seed: int = 0, std: float = 0.15) -> PreTrainedModel:
     """An fp32 model with matrices and biases of standard deviation `std`, norm weights around one."""
-    return wide_weights(Qwen2_5_VLForConditionalGeneration(config).float().eval(), seed=seed, std=std)
+    return wide_weights(new_model(config).eval(), seed=seed, std=std)
 
 
 def wide_weights[Model: torch.nn.Module](model: Model, *, seed: int = 0, std: float = 0.15) -> Model:
@@ -71,14 +84,23 @@ def wide_weights[Model: torch.nn.Module](model: Model, *, seed: int = 0, std: fl
     return model
 
 
+PIXELS = {"qwen2_5_vl": (28 * 28, 112 * 112), "qwen3_vl": (32 * 32, 128 * 128)}
+"""The fewest and the most pixels of a picture: one to sixteen image tokens."""
+
+
 def make_tiny_folder(
-    path: Path, *, seed: int = 0, std: float = 0.15, max_shard_size: str = "5GB", **shape: int | bool
+    path: Path,
+    *,
+    family: str = "qwen2_5_vl",
+    seed: int = 0,
+    std: float = 0.15,
+    max_shard_size: str = "5GB",
+    **shape: int | bool,
 ) -> Path:
-    """Writes everything a Qwen2.5-VL folder holds to `path` and returns it.
+    """Writes everything a folder of `family` holds to `path` and returns it.
 
     `shape` goes to `tiny_config`, `seed` and `std` to `tiny_model`; `max_shard_size` splits the safetensors.
     """
-    model = tiny_model(tiny_config(**shape), seed=seed, std=std)
-    return write_folder(
-        path, model, byte_tokenizer(), min_pixels=28 * 28, max_pixels=112 * 112, max_shard_size=max_shard_size
-    )
+    model = tiny_model(tiny_config(family, **shape), seed=seed, std=std)
+    least, most = PIXELS[family]
+    return write_folder(path, model, byte_tokenizer(), min_pixels=least, max_pixels=most, max_shard_size=max_shard_size)

@@ -16,7 +16,7 @@ from megatron_papo.model.layers import block_spec, recompute_in
 from megatron_papo.model.norm import LayerNorm, replicated_parameter
 from megatron_papo.model.shape import ModelShape, VisionShape
 from megatron_papo.model.transformer_config import vision_config
-from megatron_papo.model.vision_tower import PatchEmbed, VisionTower
+from megatron_papo.model.vision_tower import ImageTokens, PatchEmbed, VisionTower
 from megatron_papo.types import Segment
 
 
@@ -38,7 +38,7 @@ class ToyTower(VisionTower):
         recompute_in(self.decoder.layers, recompute)
         self.merger = Averaged(config, shape)
 
-    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
+    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> ImageTokens:
         """Patches in the processor's order, block by block, to image tokens in reading order."""
         sequence = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         num_padding = -len(pixel_values_PD) % (self.shape.merge_unit * sequence)
@@ -48,7 +48,7 @@ class ToyTower(VisionTower):
         images = [Segment(length) for length in grid_thw_I3.prod(1).tolist()]
         plan = build_segments(images, causal=False, device=pixels.device, num_padding=num_padding)
         hidden = self.decoder(self.patch_embed(pixels)[:, None, :], attention_mask=None, packed_seq_params=plan)
-        return self.merger(hidden)[: len(pixel_values_PD) // self.shape.merge_unit]
+        return ImageTokens(self.merger(hidden)[: len(pixel_values_PD) // self.shape.merge_unit])
 
 
 class Averaged(MegatronModule):

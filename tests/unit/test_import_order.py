@@ -111,12 +111,15 @@ def training_alone(modules: Modules) -> list[str]:
 
 
 def families_by_name(modules: Modules) -> list[str]:
-    """A family's name is the letters that its folder begins with, in whatever case."""
+    """A family's name is the letters that its folder begins with, in whatever case. Families of one name may speak of
+    each other, but none imports another."""
+    folders = re.findall(r'"megatron_papo\.model\.(\w+)"', modules[REGISTRY].text)
+    stems = {folder: re.match("[a-z]+", folder) for folder in folders}
     faults = []
-    for folder in re.findall(r'"megatron_papo\.model\.(\w+)"', modules[REGISTRY].text):
-        stem = re.match("[a-z]+", folder)
+    for folder, stem in stems.items():
         assert stem, folder
-        allowed = (REGISTRY, f"model.{folder}")
+        others = [other for other, its in stems.items() if its and its[0] == stem[0]]
+        allowed = (REGISTRY, *(f"model.{other}" for other in others))
         faults += [
             f"{name} names {stem[0]}, line {line}"
             for name, module in modules.items()
@@ -124,7 +127,13 @@ def families_by_name(modules: Modules) -> list[str]:
             for line, text in enumerate(module.text.splitlines(), 1)
             if stem[0] in text.lower()
         ]
-    return faults
+        faults += [
+            f"{name} imports the family {other}"
+            for name, module in modules.items()
+            for other in folders
+            if name.startswith(f"model.{folder}.") and other != folder and f"megatron_papo.model.{other}" in module.text
+        ]
+    return sorted(set(faults))
 
 
 def quick_start(modules: Modules) -> list[str]:

@@ -18,7 +18,7 @@ from megatron_papo.algorithm.loss_settings import LossSettings
 from megatron_papo.algorithm.losses import papo_loss, sft_loss
 from megatron_papo.config import Config, LossConfig
 from megatron_papo.distributed.exchange import merge_metric
-from megatron_papo.model.qwen2_5_vl.positions import mrope_positions
+from megatron_papo.model.mrope_positions import mrope_positions
 from megatron_papo.packing import (
     Totals,
     balance,

@@ -60,6 +60,8 @@ class Segments:
     """How queries and keys are rotated by their positions; None: not at all."""
     num_padding: int = 0
     """Places after the T that nothing attends to or from: attention is zero there, and so are its gradients."""
+    image_places_M: Tensor | None = None
+    """The places of image tokens, for a language model that adds to them after its first layers (`deepstack.py`)."""
 
     def of_layer(self, layer: int) -> Segments:
         """The structure in which layer `layer` (from 0) attends."""
@@ -91,6 +93,7 @@ def build_segments(
     device: torch.device,
     rotation: Rotation | None = None,
     num_padding: int = 0,
+    image_places_M: Tensor | None = None,
 ) -> Segments:
     """The structure of a row with these segments, in row order; each has at least one token."""
     lengths = np.asarray([segment.length for segment in segments], dtype=np.int64)
@@ -100,7 +103,7 @@ def build_segments(
     assert causal or not prefixes
     blocks = tuple(_block(starts[members], lengths[members], device) for members in _batches(lengths, causal))
     varlen = VarlenPlan.of(lengths.tolist(), prefixes, causal, device) if device.type == "cuda" else None
-    return Segments(causal, blocks, prefixes, varlen, rotation, num_padding)
+    return Segments(causal, blocks, prefixes, varlen, rotation, num_padding, image_places_M)
 
 
 def _prefixes(segments: Sequence[Segment], starts: np.ndarray) -> Iterator[tuple[slice, slice]]:

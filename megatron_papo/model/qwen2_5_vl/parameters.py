@@ -12,17 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_papo.model.decoder_parameters import decoder_entries
 from megatron_papo.model.parameter_map import (
     OUTPUT_LAYER,
-    WORD_EMBEDDINGS,
     ParameterEntry,
     fused_qkv_entry,
     gated_entry,
     plain_entry,
-    qkv_entry,
     vocabulary_entry,
 )
-from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
+from megatron_papo.model.shape import ModelShape, VisionShape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Word embedding and output matrix in published files."""
@@ -31,27 +30,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def entries(shape: ModelShape) -> Iterator[ParameterEntry]:
     """An entry for every parameter, in the model's order. With tied embeddings the output layer has none."""
     yield from _vision(shape.vision)
-    yield from _language(shape.language)
+    yield from decoder_entries(shape.language, "model.")
     if not shape.tie_word_embeddings:
         yield vocabulary_entry(OUTPUT_LAYER, HEAD, shape.language)
-
-
-def _language(shape: LanguageShape) -> Iterator[ParameterEntry]:
-    yield vocabulary_entry(WORD_EMBEDDINGS, EMBEDDING, shape)
-    hidden, ffn, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
-    for layer in range(shape.num_layers):
-        ours, theirs = f"language.decoder.layers.{layer}.", f"model.layers.{layer}."
-        yield plain_entry(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", (hidden,))
-        for kind, rest in (("weight", (hidden,)), ("bias", ())):
-            names = [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"]
-            yield qkv_entry(f"{ours}self_attention.linear_qkv.{kind}", names, shape, rest)
-        yield plain_entry(
-            ours + "self_attention.linear_proj.weight", theirs + "self_attn.o_proj.weight", (hidden, heads), axis=1
-        )
-        yield plain_entry(ours + "pre_mlp_layernorm.weight", theirs + "post_attention_layernorm.weight", (hidden,))
-        yield _gated(ours + "mlp.linear_fc1.weight", theirs, "weight", ffn, (hidden,))
-        yield plain_entry(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, ffn), axis=1)
-    yield plain_entry("language.decoder.final_layernorm.weight", "model.norm.weight", (hidden,))
 
 
 def _vision(shape: VisionShape) -> Iterator[ParameterEntry]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_papo.model.attention.packed_layout import WindowedSegments, build_segments
 from megatron_papo.model.attention.rotary import vision_rotation
+from megatron_papo.model.patch_grid import block_grid, patch_places
 from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
 from megatron_papo.types import Segment, to_device
 
@@ -78,17 +79,11 @@ class _ImagePlan:
 def plan_image(frames: int, height: int, width: int, merge: int, window: int) -> _ImagePlan:
     """The plan of an image of `frames` x `height` x `width` patches. `merge`: patches along the edge of a merged block;
     `window`: merged blocks along the edge of a window."""
-    time, row, column = (
-        axis.reshape(-1)
-        for axis in np.meshgrid(*map(np.arange, (frames, height // merge, width // merge)), indexing="ij")
-    )  # for every merged block, in the processor's order
+    time, row, column = block_grid(frames, height, width, merge)
     keys = (time, row // window, column // window)
     block_order = np.lexsort((column, row, *reversed(keys)))
     of_window = np.stack(keys)[:, block_order]
     first = np.flatnonzero((np.diff(of_window, axis=1) != 0).any(axis=0)) + 1
     windows = np.diff(np.concatenate([[0], first, [len(block_order)]])) * merge**2
-    inside = np.arange(merge**2)
-    positions = np.stack(
-        [row[:, None] * merge + inside // merge, column[:, None] * merge + inside % merge], axis=-1
-    ).reshape(-1, 2)
+    positions = patch_places(frames, height, width, merge)
     return _ImagePlan(block_order, positions, tuple(windows.tolist()), (height * width,) * frames)

@@ -10,13 +10,8 @@ from __future__ import annotations
 import math
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -25,12 +20,12 @@ from megatron_papo.model.fp8.multiples import token_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.layers import block_spec, recompute_in
-from megatron_papo.model.norm import RMSNorm
+from megatron_papo.model.patch_merger import PatchMerger
 from megatron_papo.model.qwen2_5_vl.patches import plan_patches
 from megatron_papo.model.qwen2_5_vl.shape import WindowedVisionShape
-from megatron_papo.model.shape import ModelShape, VisionShape
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.model.transformer_config import vision_config
-from megatron_papo.model.vision_tower import PatchEmbed, VisionTower
+from megatron_papo.model.vision_tower import ImageTokens, PatchEmbed, VisionTower
 
 
 def build_tower(config: Config, shape: ModelShape, spec: str, fp8: Fp8Switch) -> WindowedTower:
@@ -56,8 +51,8 @@ class WindowedTower(VisionTower):
         if fp8.settings.vision:
             fp8.take("vision", self.decoder.layers, config, skip=frozenset())
 
-    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> Tensor:
-        """Image tokens [M, out_hidden_size] in reading order, on every rank, of patches in the processor's order."""
+    def forward(self, pixel_values_PD: Tensor, grid_thw_I3: Tensor) -> ImageTokens:
+        """Image tokens in reading order, on every rank, of patches in the processor's order."""
         weight = self.patch_embed.weight
         sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
@@ -73,35 +68,4 @@ class WindowedTower(VisionTower):
             attention_mask=None,
             packed_seq_params=plan.segments,
         )
-        return self.merger(hidden).index_select(0, plan.token_order_M)
-
-
-class PatchMerger(MegatronModule):
-    """Makes tokens of the language model's width from blocks of spatial_merge_size x spatial_merge_size patches."""
-
-    def __init__(self, config: TransformerConfig, shape: VisionShape):
-        super().__init__(config)
-        self.width = shape.hidden_size * shape.merge_unit
-        self.norm = RMSNorm(config, shape.hidden_size, shape.norm_eps)
-        self.linear_fc1 = ColumnParallelLinear(
-            self.width, self.width, config=config, init_method=config.init_method, bias=True
-        )
-        self.linear_fc2 = RowParallelLinear(
-            self.width,
-            shape.out_hidden_size,
-            config=config,
-            init_method=config.init_method,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-        )
-
-    def forward(self, hidden_P1H: Tensor) -> Tensor:
-        """Tokens [M, out] on every rank, of patches [P, 1, H] (this rank's share under sequence parallelism)."""
-        blocks = self.norm(hidden_P1H).reshape(-1, 1, self.width)
-        inner, _ = self.linear_fc1(blocks)
-        tokens, _ = self.linear_fc2(F.gelu(inner))
-        if self.config.sequence_parallel:
-            # all ranks continue with the same tokens, so each takes its slice of the gradient
-            tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=False)
-        return tokens.squeeze(1)
+        return ImageTokens(self.merger.on_every_rank(hidden).index_select(0, plan.token_order_M))

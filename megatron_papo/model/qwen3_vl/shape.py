@@ -1,0 +1,133 @@
+"""Reads the shape of a Qwen3-VL model (dense) from its Hugging Face `config.json`.
+
+Reads both what transformers 5 writes and the published files. Imports no torch. Refuses what this package does not
+implement: biases in the language model's attention, and rotary embeddings other than interleaved M-RoPE without
+scaling.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from megatron_papo.files.json_keys import Keys, shown
+from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
+
+_VISION_NORM_EPS = 1e-6
+"""The epsilon of the vision tower's norms, which transformers has in its code; config.json has no key for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolatedVisionShape(VisionShape):
+    """The shape of a vision tower that attends within whole frames, with learned position embeddings on a square grid,
+    which are interpolated to the grid of each image, and 2-D rotary positions beside them."""
+
+    position_edge: int
+    """Places along an edge of the grid of learned position embeddings."""
+    rope_theta: float
+    """Base of the rotary frequencies."""
+
+
+def read_shape(root: Keys) -> ModelShape:
+    """The shape that the parsed config.json `root` describes. Raises ValueError naming the key at fault."""
+    text = root.section("text_config")
+    language = _language(text)
+    return ModelShape(
+        model_type=root.get("model_type", str),
+        language=language,
+        vision=_vision(root.section("vision_config"), language),
+        tie_word_embeddings=root.flag("tie_word_embeddings"),
+        image_token_id=root.index("image_token_id", 151655),
+        video_token_id=root.index("video_token_id", 151656),
+        vision_start_token_id=root.index("vision_start_token_id", 151652),
+        vision_end_token_id=root.index("vision_end_token_id", 151653),
+    )
+
+
+def _language(keys: Keys) -> LanguageShape:
+    keys.must_be("hidden_act", "silu")
+    if keys.flag("attention_bias"):
+        raise keys.fault("attention_bias", "biases of attention are not supported")
+    num_heads = keys.count("num_attention_heads", 32)
+    shape = LanguageShape(
+        num_layers=keys.count("num_hidden_layers", 32, most=MOST_LAYERS),
+        hidden_size=keys.count("hidden_size", 4096),
+        intermediate_size=keys.count("intermediate_size", 22016),
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", num_heads),
+        head_dim=keys.count("head_dim", 128),
+        vocab_size=keys.count("vocab_size", 151936),
+        norm_eps=keys.positive("rms_norm_eps", 1e-6),
+        initializer_range=keys.positive("initializer_range", 0.02),
+        qk_norm=True,
+        interleaved_mrope=True,
+        **_rope(keys),
+    )
+    if num_heads % shape.num_kv_heads:
+        raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
+    if sum(shape.mrope_section) * 2 != shape.head_dim:
+        raise keys.fault("rope_parameters", f"mrope_section {shape.mrope_section} is not half of {shape.head_dim}")
+    return shape
+
+
+def _rope(keys: Keys) -> dict[str, Any]:
+    """The fields rope_theta and mrope_section, read from `rope_parameters`, or from `rope_scaling` and a `rope_theta`
+    beside it."""
+    name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
+    rope = keys.section(name)
+    kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
+    if not rope.flag("mrope_interleaved"):
+        # transformers interleaves whatever the key says, vLLM only where it is true
+        raise rope.fault("mrope_interleaved", "must be true: other implementations would take runs of frequencies")
+    section = rope.counts("mrope_section", [24, 20, 20])
+    if len(section) != 3:
+        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
+    if max(section[1:]) > section[0]:
+        raise rope.fault("mrope_section", f"is {list(section)}: of interleaved frequencies time has the most")
+    source = rope if "rope_theta" in rope.tree else keys
+    return {"rope_theta": source.positive("rope_theta", 5e5), "mrope_section": section}
+
+
+def _vision(keys: Keys, language: LanguageShape) -> InterpolatedVisionShape:
+    keys.must_be("hidden_act", "gelu_pytorch_tanh")
+    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
+    places = keys.count("num_position_embeddings", 2304)
+    shape = InterpolatedVisionShape(
+        num_layers=keys.count("depth", 27, most=MOST_LAYERS),
+        hidden_size=keys.count("hidden_size", 1152),
+        intermediate_size=keys.count("intermediate_size", 4304),
+        num_heads=keys.count("num_heads", 16),
+        out_hidden_size=keys.count("out_hidden_size", 3584),
+        in_channels=keys.count("in_channels", 3),
+        patch_size=keys.count("patch_size", 16),
+        temporal_patch_size=keys.count("temporal_patch_size", 2),
+        spatial_merge_size=keys.count("spatial_merge_size", 2),
+        norm_eps=_VISION_NORM_EPS,
+        norm="layer",
+        mlp="gelu_tanh",
+        deepstack_layers=keys.counts("deepstack_visual_indexes", [8, 16, 24]),
+        position_edge=math.isqrt(places),
+        rope_theta=rope.positive("rope_theta", 10000.0),
+    )
+    check_head_count(keys, "num_heads", shape.hidden_size, shape.num_heads)
+    if shape.head_dim % 4:
+        raise keys.fault("num_heads", f"a head of {shape.head_dim} does not divide by 4 for the 2-D rotary embedding")
+    if shape.position_edge**2 != places:
+        raise keys.fault("num_position_embeddings", f"{places} is not a square grid")
+    _check_levels(keys, shape, language)
+    return shape
+
+
+def _check_levels(keys: Keys, shape: InterpolatedVisionShape, language: LanguageShape) -> None:
+    """Raises ValueError where the levels of DeepStack do not fit the tower or the language model."""
+    key, layers = "deepstack_visual_indexes", shape.deepstack_layers
+    if any(after <= before for before, after in pairwise(layers)):
+        raise keys.fault(key, f"{list(layers)} do not rise")
+    if layers and layers[-1] >= shape.num_layers:
+        raise keys.fault(key, f"layer {layers[-1]} of a tower of {shape.num_layers} layers, which count from 0")
+    if len(layers) > language.num_layers:
+        raise keys.fault(key, f"{len(layers)} levels for the {language.num_layers} layers of the language model")
