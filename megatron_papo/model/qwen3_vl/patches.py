@@ -6,7 +6,6 @@ Patches keep the processor's order, block by block. This module does not touch p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,9 +38,8 @@ def plan_patches(
     """The plan of images with these grids; the patches are padded to a multiple of `multiple`."""
     merge, grids = shape.spatial_merge_size, grid_thw_I3.tolist()
     places = np.concatenate([patch_places(time, height, width, merge) for time, height, width in grids])
-    corners, shares = (
-        np.concatenate(parts) for parts in zip(*(interpolate(*grid, merge, shape.position_edge) for grid in grids))
-    )
+    around = [interpolate(time, height, width, merge, shape.position_edge) for time, height, width in grids]
+    corners, shares = (np.concatenate(parts) for parts in zip(*around))
     padding = -len(places) % multiple
     frames = [Segment(height * width) for time, height, width in grids for _ in range(time)]
     rotation = vision_rotation(
@@ -56,7 +54,6 @@ def plan_patches(
     )
 
 
-@lru_cache(maxsize=4096)
 def interpolate(frames: int, height: int, width: int, merge: int, edge: int) -> tuple[np.ndarray, np.ndarray]:
     """For every patch of an image of `frames` x `height` x `width` patches, in the processor's order: the four places
     [P, 4] of the learned grid of `edge` x `edge` around it, row by row, and the share [P, 4] of each in fp32.
