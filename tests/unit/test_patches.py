@@ -1,4 +1,4 @@
-"""The geometry of images: the places of patches and the interpolation of learned positions are those of transformers."""
+"""The geometry of images: places of patches and the interpolation of learned positions equal those of transformers."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ class PositionEmbed(MegatronModule):
         self.weight = replicated_parameter(torch.empty(shape.position_edge**2, shape.hidden_size, **place), config)
 
     def forward(self, corners_P4: Tensor, shares_P4: Tensor) -> Tensor:
-        """The interpolated embeddings [P, H] in fp32. One corner at a time: all four at once would be the largest tensor
-        of the tower."""
+        """The interpolated embeddings [P, H] in fp32, one corner after the other: all four at once would be the largest
+        tensor of the tower."""
         first, *others = (
             F.embedding(corners_P, self.weight) * shares_P[:, None]
             for corners_P, shares_P in zip(corners_P4.unbind(1), shares_P4.unbind(1))
