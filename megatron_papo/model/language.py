@@ -124,7 +124,7 @@ class LanguageModel(LanguageModule):
         outputs = self.decoder(
             hidden,
             attention_mask=None,
-            context=levels_LM1H if self.num_adding else None,
+            context=levels_LM1H,
             packed_seq_params=build_segments(
                 segments,
                 causal=True,
