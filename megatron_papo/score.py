@@ -80,7 +80,7 @@ def _group(run: Run, dataset: PromptDataset, cells: dict[str, Any], row: int) ->
     """The prompt of a row with the response that the file gives, as a group of one rollout."""
     config = run.config
     prompt = dataset.prompt(row, Masks(config.perception.mask, config.run.seed))
-    token_ids = tuple(run.processor.tokenizer(cells["response"], add_special_tokens=False)["input_ids"])
+    token_ids = run.processor.answer_ids(cells["response"])
     if not token_ids:
         raise ValueError(f"row {row}: `response` has no tokens")
     return supervised_group(prompt, token_ids, cells["response"])

@@ -75,7 +75,7 @@ class Demonstrations(PromptDataset):
             raise self._too_long(row, f"{len(text)} letters")
         if token := self._encoder.vision_token_in(text):
             raise BadRow(row, "vision token in text", f"{token} in the response")
-        return text
+        return self._encoder.behind_prefix(text)
 
     def _too_long(self, row: int, how_long: str) -> BadRow:
         limit = f"train.tokens_per_micro_batch is {self._budget}"

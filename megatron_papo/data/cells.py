@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from megatron_papo.data.conversation import PLACEHOLDER
+from megatron_papo.files.video_cells import ONLY_PICTURES, VIDEO, video_in_question
 from megatron_papo.text.untrusted import shortened
 
-VIDEO = "<video>"
-"""Where other programs put a video; a text that has one asks about something that is not read here."""
 MOST_LETTERS = 65_536
 """Most letters of all answers of a row together. Every response is compared with all of them."""
 MOST_ANSWERS = 100
@@ -42,6 +41,8 @@ def question_of(cell: Any) -> tuple[str, Any]:
 
     Raises BadCell.
     """
+    if where := video_in_question(cell):
+        raise BadCell("video", f"{where}: {ONLY_PICTURES}")
     told = None
     if isinstance(cell, (list, tuple)) and cell and all(isinstance(turn, dict) and "role" in turn for turn in cell):
         turns = list(cell)
@@ -55,8 +56,6 @@ def question_of(cell: Any) -> tuple[str, Any]:
         raise BadCell("problem is no text", f"{_kind(cell)}, not text")
     if not cell.strip():
         raise BadCell("no problem")
-    if VIDEO in cell:
-        raise BadCell("video", f"{VIDEO} in the text: only pictures are read")
     return cell, told
 
 
@@ -126,8 +125,6 @@ def _part(part: Any) -> str:
         if has & {"image", "image_url"}:
             raise BadCell("problem is no text", "a picture within a turn: they are read from data.columns.images")
         return PLACEHOLDER
-    if kind in ("video", "video_url"):
-        raise BadCell("video", "a part of a turn: only pictures are read")
     raise BadCell("problem is no text", f"a part of the kind {shortened(kind)!r} in a turn")
 
 

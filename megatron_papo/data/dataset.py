@@ -30,12 +30,11 @@ from megatron_papo.data.masking import Masks, mask_images, mask_random, spoil_im
 from megatron_papo.data.mixture import Mixture
 from megatron_papo.data.processor import ImageTooExtreme, Pixels, Processor
 from megatron_papo.data.source_rows import SourceRows
+from megatron_papo.files.video_cells import ONLY_PICTURES, video_column
 from megatron_papo.text.untrusted import shortened
 from megatron_papo.types import Prompt
 
 Spoiler = Callable[[Image.Image], Image.Image]
-
-_VIDEOS = ("videos", "video")
 
 
 @contextmanager
@@ -215,8 +214,8 @@ class PromptDataset:
         """The question, with a `<image>` for each picture, and the row's own system turn."""
         problem, told = question_of(cells[source.columns.problem])
         system = system_of(source.system(cells), told)
-        if video := next((name for name in _VIDEOS if name != source.columns.images and cells.get(name)), None):
-            raise BadRow(row, "video", f"in column {video!r}: only pictures are read")
+        if where := video_column(cells, source.columns.images):
+            raise BadRow(row, "video", f"{where}: {ONLY_PICTURES}")
         most = self._max_tokens * self._processor.most_letters_of_a_token
         num_letters = len(problem) + len(system or "")
         if num_letters > most:  # tokenising it would take its time

@@ -34,7 +34,7 @@ from megatron_papo.data.conversation import (
     instructed,
     turns_of,
 )
-from megatron_papo.data.processor_files import listed_ends, pixel_bounds, read_processor
+from megatron_papo.data.processor_files import THINK_TAGS, listed_ends, pixel_bounds, read_processor, spoken_tokenizer
 from megatron_papo.types import ModelInputs
 
 _COMPOSED = 4
@@ -71,9 +71,9 @@ class Processor:
         self.folder = folder
         self.instruction = data.instruction
         self.system = data.system
-        self._hf = hf_processor
         self.template: str = hf_processor.chat_template
         """The chat template's own text."""
+        self._spoken = spoken_tokenizer(self.tokenizer, self.template)
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -106,9 +106,7 @@ class Processor:
             raise ValueError(f"{problem.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images")
         if token := self.vision_token_in(problem + (system or "")):
             raise ValueError(f"the text contains the vision token {token}")
-        batch = self._hf(text=[self.render(problem, system)], return_tensors="pt", add_special_tokens=False)
-        text_ids_S: Tensor = batch["input_ids"][0]
-        return text_ids_S
+        return torch.tensor(self._ids(self.render(problem, system)), dtype=torch.int64)
 
     def join(self, text_ids_S: Tensor, pixels: Sequence[Pixels]) -> ModelInputs:
         """The prompt of `text_ids` with its pictures, each as `pixel_values` gives it: its token once a merged patch.
@@ -159,7 +157,18 @@ class Processor:
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Token ids of an assistant's turn, closed by the end-of-turn token."""
-        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_of_turn_id)
+        return (*self.answer_ids(text), self.end_of_turn_id)
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of what stands of an answer behind the prompt."""
+        return tuple(self._ids(self.behind_prefix(text)))
+
+    def behind_prefix(self, answer: str) -> str:
+        """The answer without the think block's beginning that the chat template writes already, if it has one."""
+        prefix = self.response_prefix
+        if prefix and answer.startswith(opening := prefix.strip()):
+            return answer.removeprefix(prefix) if answer.startswith(prefix) else answer.removeprefix(opening)
+        return answer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -188,8 +197,9 @@ class Processor:
         """The think block that the chat template opens at the head of every answer: `<think>\\n`, or nothing. One that
         it closes too, as some templates do where thinking is off, is the template's and no part of the answer."""
         after = self.render("7").rpartition(self.instruction.strip() or "7")[2]  # of the question
-        _, opened, rest = after.rpartition("<think>")
-        return opened + rest if opened and "</think>" not in rest else ""
+        opening, closing = THINK_TAGS
+        _, opened, rest = after.rpartition(opening)
+        return opened + rest if opened and closing not in rest else ""
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -217,6 +227,10 @@ class Processor:
     def vision_token_in(text: str) -> str | None:
         """The first vision token written in plain text, which would be read as a picture."""
         return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._spoken(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _apply_template(self, turns: Turns, add_generation_prompt: bool) -> str:
         try:

@@ -14,6 +14,8 @@ from megatron_papo.files.held_file import read_small
 _READ_WHOLE = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _MAX_FILE_BYTES = 256 * 2**20
 """The largest tokenizers have a tenth of it."""
+THINK_TAGS = ("<think>", "</think>")
+"""Around what a model writes before its answer."""
 _MAX_PATCH = 256
 """Pixels along an edge; a larger one would enlarge every picture to it."""
 
@@ -59,6 +61,26 @@ def default_template(processor: Any, folder: Path) -> str:
     if not template or not isinstance(template, str):
         raise ValueError(f"model.path: {folder} has no chat template")
     return template
+
+
+def spoken_tokenizer(tokenizer: Any, template: str) -> Any:
+    """The tokenizer that makes token ids of texts: the folder's own, but without tokens for the think tags where the
+    chat template never writes these.
+
+    Checkpoints that do not think by themselves may share their vocabulary with others that do: their tokens of the tags
+    were never trained, and a prompt that asks for the tags would show the model nothing. Without these tokens the tags
+    are plain text, as in a vocabulary that does not have them.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if any(tag in template for tag in THINK_TAGS) or added.isdisjoint(THINK_TAGS):
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in THINK_TAGS]
+    backend = Tokenizer.from_str(json.dumps(tree))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
 
 
 def pixel_bounds(image_processor: Any, folder: Path, data: DataConfig) -> tuple[int, int]:

@@ -100,6 +100,15 @@ class VisionShape:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def patch_sizes(self) -> dict[str, int]:
+        """How the image processor has to cut pictures, by its own settings."""
+        return {
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.spatial_merge_size,
+        }
+
+    @property
     def merge_unit(self) -> int:
         """Patches that become one token of the language model."""
         return self.spatial_merge_size**2
@@ -160,6 +169,9 @@ class ModelShape:
 
 class ShapeModule(Protocol):
     """A family's module `shape`. It imports no torch."""
+
+    PROCESSOR: str
+    """The class of transformers that the family's model folders name as their processor."""
 
     def read_shape(self, root: Keys) -> ModelShape:
         """The shape that the parsed config.json `root` describes. Raises ValueError naming the key at fault."""

@@ -1,8 +1,9 @@
 """The inputs of a verb that are missing: files and folders, packages, the reward function.
 
 Every check takes a fraction of a second and imports no user's code and no heavy library, so that a mistake is told
-before any rank starts. What only the data itself shows (columns, bad rows, a split) is for the ranks. What settings
-say of each other alone stands in `config`; ranks and layout in `preflight/layout_faults.py`.
+before any rank starts. What only the data itself shows (columns, bad rows, a split) is for the ranks, but for a data
+set of videos (preflight/first_rows.py). What settings say of each other alone stands in `config`; ranks and layout in
+`preflight/layout_faults.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Literal
 
 from megatron_papo.config import Config, SourceConfig
 from megatron_papo.config.data_sources import source_entries, source_key
+from megatron_papo.preflight.first_rows import fault_of_videos
 from megatron_papo.preflight.model_files import fault_of_missing_model
 from megatron_papo.preflight.network import is_hub_name
 
@@ -27,14 +30,20 @@ _OF_A_RUN = ("checkpoints", "stacks")
 """Folders without which a run does not begin, or loses what it trained."""
 _NEEDED = {"sft": "train", "train": "train", "certify": "train", "eval": "eval"}
 """The data without which a verb has nothing to do."""
-READS = {"sft": ("train",), "train": ("train", "eval"), "certify": ("train",), "eval": ("eval",), "score": ()}
+READS: dict[str, tuple[Literal["train", "eval"], ...]] = {
+    "sft": ("train",),
+    "train": ("train", "eval"),
+    "certify": ("train",),
+    "eval": ("eval",),
+    "score": (),
+}
 """Verb -> the data sets that it reads."""
 
 
 def faults_of_inputs(verb: str, config: Config, packages: bool = True) -> list[str]:
     """One line a fault, beginning with the key's path: what is needed and not given, or given and not there.
     `packages`: whether what has to be installed is looked for too."""
-    parts = (_models, _data, *((_engine_and_reward, _mask, _transformer_engine) if packages else ()))
+    parts = (_models, _data, _videos, *((_engine_and_reward, _mask, _transformer_engine) if packages else ()))
     return [fault for part in parts for fault in part(verb, config)]
 
 
@@ -115,6 +124,15 @@ def _source(key: str, source: SourceConfig) -> Iterator[str]:
 def not_a_folder(path: Path) -> str:
     """What is wrong with a path that is no folder."""
     return "is a file, not a folder" if os.path.isfile(path) else "is not a folder"
+
+
+def _videos(verb: str, config: Config) -> Iterator[str]:
+    """A fault for each data set of videos among those that the verb trains on or evaluates."""
+    written = {"train": config.data.train, "eval": config.data.eval}
+    for which in READS[verb]:
+        for place, source in enumerate(config.data.sources(which)):
+            if fault := fault_of_videos(source_key(which, written[which], place), source, config.data):
+                yield fault
 
 
 def _is_gone(name: str) -> bool:

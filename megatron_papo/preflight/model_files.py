@@ -12,10 +12,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_papo.config import Config
-from megatron_papo.files.json_keys import read_json
+from megatron_papo.files.json_keys import read_json, shown
+from megatron_papo.model.family import families, family_named, family_of
 from megatron_papo.model.published_shapes import hub_name
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.weight_files import weight_files
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -37,6 +40,39 @@ def faults_of_model_files(verb: str, config: Config) -> Iterator[str]:
         yield from _weight_faults("model.path", model.path)
     if verb == "train" and config.loss.reference_coef > 0 and reference is not None and reference.is_dir():
         yield from _weight_faults("checkpoint.reference", reference)
+
+
+def faults_of_processor(config: Config, shape: ModelShape) -> Iterator[str]:
+    """A line a fault of a processor in the model folder that belongs to another model than config.json: another
+    family's class, or patches of another size than the vision tower takes."""
+    folder = config.model.path or config.model.checkpoint
+    if folder is None:
+        return
+    key = "model.path" if config.model.path else "model.checkpoint"
+    settings = {file: _settings(file) for name in _PROCESSORS if (file := folder / name).exists()}
+    own = family_of(shape).module("shape").PROCESSOR
+    for file, tree in settings.items():
+        named = tree.get("processor_class")
+        others = [other for other in families() if named == family_named(other).module("shape").PROCESSOR]
+        if named != own and others:
+            yield (
+                f"{key}: {file}: processor_class: is {named}, of {others[0]}; config.json is of {shape.model_type}, "
+                f"whose folders name {own}"
+            )
+    # transformers reads the part of processor_config.json, and the other file only where that has none
+    found = [(file, tree["image_processor"]) for file, tree in settings.items() if "image_processor" in tree]
+    for file, tree in (found or list(settings.items()))[:1]:
+        for name, theirs in shape.vision.patch_sizes.items():
+            if isinstance(tree, dict) and tree.get(name, theirs) != theirs:
+                yield f"{key}: {file}: {name}: is {shown(tree[name])}, the vision tower of config.json takes {theirs}"
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A file of settings; none of one that cannot be read, which the ranks will name."""
+    try:
+        return read_json(file)
+    except (ValueError, OSError):
+        return {}
 
 
 def fault_of_missing_model(config: Config) -> str | None:

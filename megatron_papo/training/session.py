@@ -141,16 +141,11 @@ def _open_wandb(config: Config) -> WandbRun | None:
 
 def _check_patches(processor: Processor, shape: ModelShape) -> None:
     """Raises ValueError where the image processor makes patches of another size than the vision tower takes."""
-    settings, vision = processor.image_processor, shape.vision
-    for name, theirs in (
-        ("patch_size", vision.patch_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-        ("merge_size", vision.spatial_merge_size),
-    ):
-        if getattr(settings, name) != theirs:
+    for name, theirs in shape.vision.patch_sizes.items():
+        found = getattr(processor.image_processor, name)
+        if found != theirs:
             raise ValueError(
-                f"model.path: the image processor of {processor.folder} has {name} {getattr(settings, name)}, its "
-                f"config.json {theirs}"
+                f"model.path: the image processor of {processor.folder} has {name} {found}, its config.json {theirs}"
             )
 
 

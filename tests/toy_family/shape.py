@@ -5,6 +5,8 @@ from __future__ import annotations
 from megatron_papo.files.json_keys import Keys
 from megatron_papo.model.shape import LanguageShape, ModelShape, VisionShape
 
+PROCESSOR = "Qwen2_5_VLProcessor"
+
 
 def read_shape(root: Keys) -> ModelShape:
     """The shape that the parsed config.json `root` describes."""

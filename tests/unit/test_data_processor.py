@@ -23,7 +23,7 @@ from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
 from megatron_papo.training.session import check_vocabulary
-from tests.support.tiny import make_tiny_folder
+from tests.support.tiny import PIXELS, make_tiny_folder
 
 IDS = {token: 256 + index for index, token in enumerate(SPECIAL)}
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -45,9 +45,18 @@ def picture(width, height, seed=0):
     return Image.fromarray(pixels)
 
 
-def test_prompt_equals_the_structured_rendering_of_transformers(folder):
-    images = [picture(70, 100), picture(30, 60, seed=1)]
-    inputs = load_processor(folder, DATA).encode("<image>\nLeft of <image>?", images)
+@pytest.mark.parametrize(
+    ("family", "grids", "patch_dim"),
+    [
+        ("qwen2_5_vl", [[1, 8, 4], [1, 4, 2]], 3 * 2 * 14 * 14),  # 112 x 56 and 56 x 28 pixels
+        ("qwen3_vl", [[1, 6, 4], [1, 4, 2]], 3 * 2 * 16 * 16),  # 96 x 64 and 64 x 32 pixels
+    ],
+)
+def test_prompt_equals_the_structured_rendering_of_transformers(tmp_path, family, grids, patch_dim):
+    images, (least, most) = [picture(70, 100), picture(30, 60, seed=1)], PIXELS[family]
+    folder = make_tiny_folder(tmp_path, family=family)
+    data = DATA.model_copy(update={"min_pixels": least, "max_pixels": most})
+    inputs = load_processor(folder, data).encode("<image>\nLeft of <image>?", images)
     reference = AutoProcessor.from_pretrained(folder)
     content = [
         {"type": "image"}, {"type": "text", "text": "\nLeft of "}, {"type": "image"}, {"type": "text", "text": "?"},
@@ -56,10 +65,11 @@ def test_prompt_equals_the_structured_rendering_of_transformers(folder):
     expected = reference(text=[text], images=images, return_tensors="pt")
     assert inputs.token_ids_S.tolist() == expected["input_ids"][0].tolist()
     assert torch.equal(inputs.pixel_values_PD, expected["pixel_values"])
-    assert inputs.grid_thw_I3.tolist() == [[1, 8, 4], [1, 4, 2]]  # 112 x 56 and 56 x 28 pixels
-    assert inputs.pixel_values_PD.shape == (40, 1176) and inputs.pixel_values_PD.dtype == torch.float32
+    assert inputs.grid_thw_I3.tolist() == grids
+    num_patches = sum(height * width for _, height, width in grids)
+    assert inputs.pixel_values_PD.shape == (num_patches, patch_dim) and inputs.pixel_values_PD.dtype == torch.float32
     assert inputs.token_ids_S.dtype == torch.int64
-    assert inputs.token_ids_S.tolist().count(IDS["<|image_pad|>"]) == 10
+    assert inputs.token_ids_S.tolist().count(IDS["<|image_pad|>"]) == num_patches // 4
 
 
 def test_text_only_prompt(folder):
@@ -181,6 +191,59 @@ def test_a_think_block_that_the_template_leaves_open_begins_the_answer(folder, t
     for instruction in ("", "Reason inside <think></think>, or <think>"):  # what the user writes opens nothing
         processor = load_processor(opening, DATA.model_copy(update={"instruction": instruction}))
         assert processor.render("7").endswith(start + written) and processor.response_prefix == prefix
+
+
+ASKS = "Reason inside <think></think>."
+THINK, ENDED = 263, 264
+
+
+@pytest.fixture(scope="module")
+def with_tags(tmp_path_factory):
+    """A folder whose vocabulary has a token for each think tag, and a template that opens an answer as given."""
+    known = make_tiny_folder(tmp_path_factory.mktemp("tags"), family="qwen3_vl")
+
+    def make(opening):
+        folder = copy_folder(known, tmp_path_factory.mktemp("opening"))
+        tree = json.loads((folder / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        tree["added_tokens"] += [
+            {"id": THINK, "content": "<think>"} | flags,
+            {"id": ENDED, "content": "</think>"} | flags,
+        ]
+        (folder / "tokenizer.json").write_text(json.dumps(tree))
+        text_or_parts = "{% if message.content is string %}" + WORD + "{% else %}" + PARTS + "{% endif %}"
+        (folder / "chat_template.jinja").write_text(template(text_or_parts, opening))
+        return known, folder
+
+    return make
+
+
+def test_think_tags_are_plain_text_where_the_template_does_not_write_them(with_tags):
+    """As in a vocabulary without them, for the certificate too; what a model writes with them is still read."""
+    known, folder = with_tags("<|im_start|>assistant\n")
+    data = DATA.model_copy(update={"instruction": ASKS})
+    processor, plain = load_processor(folder, data), load_processor(known, data)
+    problem, answer = "<image>2+2?", "<think>4</think> \\boxed{4}"
+    assert torch.equal(processor.text_ids(problem, 1), plain.text_ids(problem, 1))
+    assert processor.encode_response(answer) == plain.encode_response(answer)
+    theirs = HuggingFace(None, folder, data, ())
+    found = theirs._processor(text=[theirs._render("2+2?")], return_tensors="pt")["input_ids"][0]
+    assert torch.equal(found, processor.text_ids("2+2?", 0))
+    assert processor.decode([THINK, *plain.encode_response("4"), ENDED]) == "<think>4</think>"
+    assert processor.num_words == ENDED + 1 and processor.response_prefix == ""
+
+
+def test_a_template_that_opens_the_block_has_its_tokens_and_answers_go_on_from_there(with_tags):
+    _, folder = with_tags("<|im_start|>assistant\n<think>\n")
+    processor = load_processor(folder, DATA.model_copy(update={"instruction": ASKS}))
+    ids = processor.text_ids("<image>2+2?", 1).tolist()
+    assert ids[-2:] == [THINK, *processor.answer_ids("\n")] and ids.count(THINK) == 2 and ids.count(ENDED) == 1
+    rest = "4</think> \\boxed{4}"
+    for answer in (rest, f"<think>{rest}", f"<think>\n{rest}"):
+        assert processor.behind_prefix(answer) == rest
+        assert processor.encode_response(answer) == processor.encode_response(rest)
+    assert processor.response_prefix + rest == f"<think>\n{rest}"
+    assert processor.answer_ids(rest).count(ENDED) == 1
 
 
 def test_end_of_turn_is_the_templates_not_the_tokenizers(folder, tmp_path):

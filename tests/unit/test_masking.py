@@ -15,7 +15,7 @@ from megatron_papo.data.masking import cell_mask
 from megatron_papo.data.random_state import random_state
 from megatron_papo.preflight.inputs import faults_of_inputs
 from megatron_papo.types import Prompt
-from tests.support.tiny import make_tiny_folder
+from tests.support.tiny import PIXELS, make_tiny_folder
 
 GOLDEN = [[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
 DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
@@ -24,6 +24,14 @@ DATA = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, instruction="")
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     return load_processor(make_tiny_folder(tmp_path_factory.mktemp("model")), DATA)
+
+
+@pytest.fixture(scope="module", params=PIXELS)
+def each_processor(request, tmp_path_factory):
+    """One of each family, which cut pictures into patches of different sizes."""
+    least, most = PIXELS[request.param]
+    folder = make_tiny_folder(tmp_path_factory.mktemp(request.param), family=request.param)
+    return load_processor(folder, DataConfig(min_pixels=least, max_pixels=most, instruction=""))
 
 
 def picture(width, height, value=None, seed=0):
@@ -67,15 +75,16 @@ def test_same_after_resume_and_fresh_at_the_next_visit(processor):
     assert not torch.equal(masked(), masked(row=6))
 
 
-def test_masked_view_goes_through_the_same_processor(processor):
-    image = picture(100, 70)
-    prompt = mask_images(as_prompt(processor, image), Masks(MaskConfig(), seed=0), processor)
+def test_masked_view_goes_through_the_same_processor(each_processor):
+    image, patch = picture(100, 70), each_processor.patch_size
+    prompt = mask_images(as_prompt(each_processor, image), Masks(MaskConfig(), seed=0), each_processor)
     pixels = np.array(image)
-    pixels[cell_mask(70, 100, 14, 0.6, random_state("mask", 0, 0, "train:5", 0))] = 0
-    expected = processor.encode("<image>", [Image.fromarray(pixels)]).pixel_values_PD
+    pixels[cell_mask(70, 100, patch, 0.6, random_state("mask", 0, 0, "train:5", 0))] = 0
+    expected = each_processor.encode("<image>", [Image.fromarray(pixels)]).pixel_values_PD
     assert torch.equal(prompt.masked_pixel_values_PD, expected)
     assert prompt.masked_pixel_values_PD.shape == prompt.inputs.pixel_values_PD.shape
-    assert prompt.inputs.grid_thw_I3.tolist() == [[1, 4, 8]]
+    whole_tokens = {14: [[1, 4, 8]], 16: [[1, 4, 6]]}  # 112 x 56 and 96 x 64 pixels
+    assert prompt.inputs.grid_thw_I3.tolist() == whole_tokens[patch]
 
 
 def test_images_of_a_prompt_are_masked_independently(processor):
@@ -108,19 +117,20 @@ def test_text_only_prompt_is_unchanged(processor):
     assert mask_images(prompt, Masks(MaskConfig(), seed=0), processor) is prompt
 
 
-def test_aligned_to_patches_equals_masking_the_resized_image(processor):
-    resized, other = picture(112, 84), picture(56, 56, seed=1)  # sizes that the processor leaves as they are
+def test_aligned_to_patches_equals_masking_the_resized_image(each_processor):
+    edge = each_processor.patch_size * each_processor.merge_size  # of what one image token covers
+    resized, other = picture(4 * edge, 3 * edge), picture(2 * edge, 2 * edge, seed=1)  # left as they are
     mask = MaskConfig(align="patches", ratio=0.5)
-    prompt = mask_images(as_prompt(processor, resized, other), Masks(mask, seed=0), processor)
+    prompt = mask_images(as_prompt(each_processor, resized, other), Masks(mask, seed=0), each_processor)
     masked = []
     for index, image in enumerate((resized, other)):
-        rows, columns = image.height // 28, image.width // 28
+        rows, columns = image.height // edge, image.width // edge
         cells = random_state("mask", 0, 0, "train:5", index).random_sample(rows * columns).reshape(rows, columns) < 0.5
         assert 0 < cells.sum() < cells.size
         pixels = np.array(image)
-        pixels[cells.repeat(28, axis=0).repeat(28, axis=1)] = 0
+        pixels[cells.repeat(edge, axis=0).repeat(edge, axis=1)] = 0
         masked.append(Image.fromarray(pixels))
-    expected, _ = processor.pixel_values(masked)
+    expected, _ = each_processor.pixel_values(masked)
     torch.testing.assert_close(prompt.masked_pixel_values_PD, expected, rtol=0, atol=1e-6)
     assert not torch.equal(prompt.inputs.pixel_values_PD, prompt.masked_pixel_values_PD)  # the original stays
 
@@ -198,11 +208,11 @@ def png(image):
     return buffer.getvalue()
 
 
-def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(processor):
-    prompt = as_prompt(processor, picture(70, 60))
-    alike = [mask_images(prompt, Masks(MaskConfig(cell=cell), seed=3), processor) for cell in (None, 14, 28)]
-    own, patch, other = (view.masked_pixel_values_PD for view in alike)
-    assert torch.equal(own, patch) and not torch.equal(own, other)
+def test_a_cell_without_a_size_is_a_patch_of_the_model_folder(each_processor):
+    prompt, patch = as_prompt(each_processor, picture(70, 60)), each_processor.patch_size
+    masks = [Masks(MaskConfig(cell=cell), seed=3) for cell in (None, patch, 2 * patch)]
+    own, same, other = (mask_images(prompt, mask, each_processor).masked_pixel_values_PD for mask in masks)
+    assert torch.equal(own, same) and not torch.equal(own, other)
 
 
 def of_another_size(image, rng):

@@ -12,6 +12,8 @@ from typing import Any
 from megatron_papo.files.json_keys import Keys, shown
 from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
 
+PROCESSOR = "Qwen2_5_VLProcessor"
+"""The class of transformers that model folders name as their processor."""
 _VISION_NORM_EPS = 1e-6
 """The epsilon of the vision tower's norms, which transformers has in its code; config.json has no key for it."""
 
