@@ -190,10 +190,10 @@ def _head_norms_bytes(layer: LayerWidths, settings: ActivationSettings) -> int:
     """Bytes that the norms of queries and keys keep of one token on one rank: their inputs and each head's statistics.
     Their outputs are rotated, and what is rotated is counted with the attention."""
     width = layer.query_width // settings.tensor + key_width_on_rank(layer, settings.tensor)
-    return settings.value_bytes * width + _statistics_bytes(layer) * (width // layer.head_dim)
+    return settings.value_bytes * width + statistics_bytes(layer) * (width // layer.head_dim)
 
 
-def _statistics_bytes(layer: LayerWidths) -> int:
+def statistics_bytes(layer: LayerWidths) -> int:
     """Bytes of the fp32 numbers that a norm keeps of one token."""
     return 4 if layer.norm == "rms" else 8
 
@@ -202,7 +202,7 @@ def norm_saved_bytes(layer: LayerWidths, settings: ActivationSettings, *, output
     """Bytes that a norm of the layers' width keeps of one token (or patch) on one rank: its input, its statistics, and
     its output (`outputs`: 1) where the linear layer that follows saves that."""
     values = settings.value_bytes * (layer.hidden // settings.sequence) * (1 + outputs)
-    return values + _statistics_bytes(layer)
+    return values + statistics_bytes(layer)
 
 
 def key_width_on_rank(layer: LayerWidths, tensor: int) -> int:

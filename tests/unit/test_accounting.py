@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from megatron_papo.costs.flops import (
     Flops,
@@ -19,23 +19,33 @@ from megatron_papo.costs.flops import (
     row_flops,
 )
 from megatron_papo.costs.hardware import peak_tflops
-from megatron_papo.model.qwen2_5_vl.costs import vision_attention_flops, vision_linear_flops
+from megatron_papo.model.qwen2_5_vl.costs import vision_attention_flops
 from megatron_papo.model.qwen2_5_vl.patches import plan_image
 from megatron_papo.model.shape import ModelShape
+from megatron_papo.model.tower_costs import matrix_flops
 from megatron_papo.types import MicroBatch, Segment
 from tests.support.tiny import tiny_config
 
 GRIDS = ((1, 6, 10), (1, 2, 14), (1, 8, 8))
-"""Windows of the tiny model are 4 x 4 patches: cut at the edges in the first two."""
+"""Windows of the first family's tiny model are 4 x 4 patches: cut at the edges in the first two."""
 NUM_TEXT, NUM_RESPONSE = 9, 7
 NUM_IMAGE_TOKENS = (60 + 28 + 64) // 4
 
 
-@pytest.fixture(scope="module", params=[{}, {"layers": 3, "kv_heads": 1, "vision_depth": 3, "hidden": 96, "tie": True}])
+OTHER_SIZES = {"layers": 3, "kv_heads": 1, "vision_depth": 3, "hidden": 96, "tie": True}
+MODELS = {
+    "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "qwen2_5_vl of other sizes": ("qwen2_5_vl", OTHER_SIZES),
+    "qwen3_vl": ("qwen3_vl", {}),
+    "qwen3_vl of other sizes": ("qwen3_vl", {**OTHER_SIZES, "head_dim": 40, "deepstack": [1]}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    config = tiny_config(**request.param)
-    config._attn_implementation = "eager"
-    return Qwen2_5_VLForConditionalGeneration._from_config(config).eval()
+    family, sizes = MODELS[request.param]
+    config = tiny_config(family, **sizes)
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
 
 def shape_of(model) -> ModelShape:
@@ -48,7 +58,7 @@ def counted(model) -> dict[str, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(
             input_ids=torch.tensor([ids]),
-            pixel_values=torch.randn(sum(t * h * w for t, h, w in GRIDS), 1176),
+            pixel_values=torch.randn(sum(t * h * w for t, h, w in GRIDS), shape_of(model).vision.patch_dim),
             image_grid_thw=torch.tensor(GRIDS),
             position_ids=torch.arange(len(ids)).expand(3, 1, -1),
             use_cache=False,
@@ -72,14 +82,13 @@ def test_what_torch_counts_in_transformers_model(model):
     assert flops.head == of(counts, ".lm_head")
 
     attention = of(language, ".self_attn") - of(language, ".q_proj", ".k_proj", ".v_proj", ".o_proj")
-    per_pair = 4 * shape.language.num_layers * shape.language.hidden_size
+    per_pair = 4 * shape.language.num_layers * shape.language.num_heads * shape.language.head_dim
     assert attention == per_pair * num_tokens**2
     assert flops.attention == per_pair * num_tokens * (num_tokens + 1) // 2
 
     own_attention = of(vision, ".attn") - of(vision, ".attn.qkv", ".attn.proj")
-    assert vision_attention_flops(GRIDS, shape.vision) == own_attention
     assert flops.vision == of(counts, "model.visual")
-    assert vision_linear_flops(GRIDS, shape) == of(counts, "model.visual") - own_attention
+    assert matrix_flops(GRIDS, shape) == of(counts, "model.visual") - own_attention
     rotary = of(counts, ".language_model.rotary_emb")  # angles, which transformers computes by a matrix product
     assert counts["Global"] == flops.total + per_pair * num_tokens * (num_tokens - 1) // 2 + rotary
 
@@ -94,8 +103,8 @@ def test_a_parameter_of_a_matrix_is_one_multiply_add_a_token(model):
     assert flops.language == 2 * 10 * weights(model.model.language_model)
     assert flops.head == 2 * 5 * weights(model.lm_head)
     visual = model.model.visual
-    blocks = weights(visual.merger)
-    assert vision_linear_flops([(1, 2, 2)], shape) == 2 * (4 * (weights(visual) - blocks) + blocks)
+    blocks = sum(weights(part) for name, part in visual.named_children() if "merger" in name)
+    assert matrix_flops([(1, 2, 2)], shape) == 2 * (4 * (weights(visual) - blocks) + blocks)
 
 
 @pytest.mark.parametrize("grid", [(1, 6, 10), (2, 4, 4), (1, 2, 2), (3, 14, 18)])

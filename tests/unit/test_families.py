@@ -34,7 +34,7 @@ SHAPE = ModelShape.from_dict(TOY.to_dict())
 
 
 def test_the_refusal_of_an_unknown_family_names_the_known_ones():
-    message = r"config.json: model_type: is 'other'; qwen2_5_vl, toy_vl are what this package trains"
+    message = r"config.json: model_type: is 'other'; qwen2_5_vl, qwen3_vl, toy_vl are what this package trains"
     with pytest.raises(ValueError, match=message):
         ModelShape.from_dict({"model_type": "other"})
 

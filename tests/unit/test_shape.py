@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from megatron_papo.config import ConfigError, load_config
+from megatron_papo.model.published_shapes import published_config
 from megatron_papo.model.shape import ModelShape, check_layout, padded, stage_layers
 from tests.support.interpreter import PYTHON
 
@@ -46,8 +47,9 @@ PUBLISHED_3B = {
 }
 
 
-def changed(path: str, value) -> dict:
-    tree = copy.deepcopy(PUBLISHED_3B)
+def changed(path: str, value, tree: dict = PUBLISHED_3B) -> dict:
+    """The tree with another value at `path`; None: without that key."""
+    tree = copy.deepcopy(tree)
     *sections, key = path.split(".")
     inner = tree
     for section in sections:
@@ -87,7 +89,7 @@ def test_what_transformers_writes_reads_as_the_same_shape(tmp_path):
         ("vision_config", None, "config.json: vision_config: missing"),
         ("num_hidden_layers", "36", "config.json: num_hidden_layers: is '36', not int"),
         ("num_hidden_layers", 0, "config.json: num_hidden_layers: is 0, must be at least 1"),
-        ("model_type", "qwen3_vl", "config.json: model_type: is 'qwen3_vl'"),
+        ("model_type", "qwen4_vl", "config.json: model_type: is 'qwen4_vl'"),
         ("num_attention_heads", 15, "config.json: num_attention_heads: hidden_size 2048 does not divide by 15"),
         ("num_key_value_heads", 3, "config.json: num_key_value_heads: 3 does not divide 16"),
         ("rope_scaling", {"type": "yarn"}, "config.json: rope_scaling.rope_type: is 'yarn'"),
@@ -102,6 +104,36 @@ def test_faults_name_file_and_key(path, value, message):
     with pytest.raises(ValueError) as caught:
         ModelShape.from_dict(changed(path, value))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("text_config", None, "text_config: missing"),
+        ("text_config.attention_bias", True, "text_config.attention_bias: biases of attention are not supported"),
+        ("text_config.hidden_act", "gelu", "text_config.hidden_act: is 'gelu'"),
+        ("text_config.num_key_value_heads", 5, "text_config.num_key_value_heads: 5 does not divide 32 heads"),
+        ("text_config.head_dim", 96, "text_config.rope_scaling.mrope_section: [24, 20, 20] do not sum to "),
+        ("text_config.rope_scaling.mrope_interleaved", None, "text_config.rope_scaling.mrope_interleaved: must be "),
+        ("text_config.rope_scaling.mrope_interleaved", False, "text_config.rope_scaling.mrope_interleaved: must be "),
+        ("text_config.rope_scaling.mrope_section", [16, 24, 24], "text_config.rope_scaling.mrope_section: is [16, "),
+        ("text_config.rope_scaling.rope_type", "yarn", "text_config.rope_scaling.rope_type: is 'yarn'; only M-RoPE "),
+        ("vision_config.hidden_act", "silu", "vision_config.hidden_act: is 'silu'"),
+        ("vision_config.num_heads", 15, "vision_config.num_heads: hidden_size 1024 does not divide by 15 heads"),
+        ("vision_config.num_heads", 512, "vision_config.num_heads: a head of 2 does not divide by 4"),
+        ("vision_config.num_position_embeddings", 2300, "vision_config.num_position_embeddings: 2300 is not a square"),
+        ("vision_config.out_hidden_size", 2048, "vision_config.out_hidden_size: is not the language model's width"),
+        ("vision_config.deepstack_visual_indexes", 5, "vision_config.deepstack_visual_indexes: is 5, not list"),
+        ("vision_config.deepstack_visual_indexes", [5, 24], "vision_config.deepstack_visual_indexes: layer 24 of a "),
+        ("vision_config.deepstack_visual_indexes", [11, 5], "vision_config.deepstack_visual_indexes: [11, 5] do not "),
+        ("vision_config.deepstack_visual_indexes", [5, 5], "vision_config.deepstack_visual_indexes: [5, 5] do not "),
+        ("text_config.num_hidden_layers", 2, "vision_config.deepstack_visual_indexes: 3 levels for the 2 layers of "),
+    ],
+)
+def test_faults_of_interleaved_rotary_deepstack_and_learned_positions(path, value, message):
+    with pytest.raises(ValueError) as caught:
+        ModelShape.from_dict(changed(path, value, published_config("Qwen3-VL-4B")))
+    assert str(caught.value).startswith(f"config.json: {message}")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -52,29 +52,27 @@ def _language(keys: Keys) -> LanguageShape:
     keys.must_be("hidden_act", "silu")
     if keys.flag("attention_bias"):
         raise keys.fault("attention_bias", "biases of attention are not supported")
-    num_heads = keys.count("num_attention_heads", 32)
+    num_heads, head_dim = keys.count("num_attention_heads", 32), keys.count("head_dim", 128)
     shape = LanguageShape(
         num_layers=keys.count("num_hidden_layers", 32, most=MOST_LAYERS),
         hidden_size=keys.count("hidden_size", 4096),
         intermediate_size=keys.count("intermediate_size", 22016),
         num_heads=num_heads,
         num_kv_heads=keys.count("num_key_value_heads", num_heads),
-        head_dim=keys.count("head_dim", 128),
+        head_dim=head_dim,
         vocab_size=keys.count("vocab_size", 151936),
         norm_eps=keys.positive("rms_norm_eps", 1e-6),
         initializer_range=keys.positive("initializer_range", 0.02),
         qk_norm=True,
         interleaved_mrope=True,
-        **_rope(keys),
+        **_rope(keys, head_dim),
     )
     if num_heads % shape.num_kv_heads:
         raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
-    if sum(shape.mrope_section) * 2 != shape.head_dim:
-        raise keys.fault("rope_parameters", f"mrope_section {shape.mrope_section} is not half of {shape.head_dim}")
     return shape
 
 
-def _rope(keys: Keys) -> dict[str, Any]:
+def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
     """The fields rope_theta and mrope_section, read from `rope_parameters`, or from `rope_scaling` and a `rope_theta`
     beside it."""
     name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
@@ -90,6 +88,8 @@ def _rope(keys: Keys) -> dict[str, Any]:
         raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
     if max(section[1:]) > section[0]:
         raise rope.fault("mrope_section", f"is {list(section)}: of interleaved frequencies time has the most")
+    if sum(section) * 2 != head_dim:
+        raise rope.fault("mrope_section", f"{list(section)} do not sum to half of a head of {head_dim}")
     source = rope if "rope_theta" in rope.tree else keys
     return {"rope_theta": source.positive("rope_theta", 5e5), "mrope_section": section}
 
