@@ -53,7 +53,7 @@ SECOND_CASES = (
     Case(
         "second family: three levels, heads of their own width, odd sizes",
         ((((6, 10),), ((2, 14), (4, 4)), ()), ((), ()), (((4, 2),),)),
-        {"vision_depth": 4, "deepstack": (0, 2, 3), "head_dim": 24},
+        {"layers": 4, "vision_depth": 4, "deepstack": (0, 2, 3), "head_dim": 24},
         temperature=0.8,
         family="qwen3_vl",
     ),

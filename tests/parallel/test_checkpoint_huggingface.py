@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
-from megatron_papo.config import load_config
+from megatron_papo.config import Config, load_config
 from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.transfer import hf_tensors, read_hf, write_hf
@@ -21,28 +21,38 @@ from tests.support.tiny import make_tiny_folder
 
 SHAPE = {"hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "vision_depth": 2, "vocab": 275}
 VISION = {"vision_hidden": 32, "vision_heads": 4, "vision_intermediate": 42}  # 42: padded at every layout
+FAMILIES = {"qwen2_5_vl": {}, "qwen3_vl": {"head_dim": 24}}
+"""What else the model of each family has."""
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2), "TP4, 2 key-value heads": (4, 1)}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """fp32 in several files and its bf16 copy in one; one with tied embeddings."""
-    root = tmp_path_factory.mktemp("hf")
-    full = make_tiny_folder(root / "float32", **SHAPE, **VISION, max_shard_size="100KB")
-    tied = make_tiny_folder(root / "tied", **SHAPE, **VISION, tie=True)
-    half = root / "bfloat16"
-    shutil.copytree(full, half, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file({name: tensor.bfloat16() for name, tensor in _tensors(full).items()}, half / "model.safetensors")
-    return {"float32": full, "bfloat16": half, "tied": tied}
+def every(tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """The folders of each family: fp32 in several files and its bf16 copy in one; one with tied embeddings."""
+    found = {}
+    for family, more in FAMILIES.items():
+        root, sizes = tmp_path_factory.mktemp(family), {"family": family, **SHAPE, **VISION, **more}
+        full = make_tiny_folder(root / "float32", **sizes, max_shard_size="100KB")
+        tied = make_tiny_folder(root / "tied", **sizes, tie=True)
+        half = root / "bfloat16"
+        shutil.copytree(full, half, ignore=shutil.ignore_patterns("*.safetensors*"))
+        save_file({name: tensor.bfloat16() for name, tensor in _tensors(full).items()}, half / "model.safetensors")
+        found[family] = {"float32": full, "bfloat16": half, "tied": tied}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(every) -> dict[str, Path]:
+    """Of the first family."""
+    return every["qwen2_5_vl"]
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _model(folder: Path, layout: tuple[int, int], dtype: str):
+def _start(layout: tuple[int, int], dtype: str) -> Config:
     from megatron_papo.distributed.layout import initialize
-    from megatron_papo.model.policy import build_policy
 
     adapt_megatron()
     tensor, pipeline = layout
@@ -50,12 +60,24 @@ def _model(folder: Path, layout: tuple[int, int], dtype: str):
         None, [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"model.dtype={dtype}", "model.spec=local"]
     )
     initialize(config.parallel)
+    return config
+
+
+def _model(folder: Path, config: Config):
+    from megatron_papo.model.policy import build_policy
+
     shape = ModelShape.from_folder(folder)
     return build_policy(config, shape), shape
 
 
-def _round_trip(source: str, layout: tuple[int, int], dtype: str, target: str) -> list[str]:
-    model, shape = _model(Path(source), layout, dtype)
+def _round_trips(folders: list[tuple[Path, Path]], layout: tuple[int, int], dtype: str) -> list[list[str]]:
+    """Of each source to its target: what was handed over."""
+    config = _start(layout, dtype)
+    return [_round_trip(source, target, config) for source, target in folders]
+
+
+def _round_trip(source: Path, target: Path, config: Config) -> list[str]:
+    model, shape = _model(source, config)
     read_hf(model, shape, source)
     write_hf(model, shape, target, source)
     heard = []
@@ -70,41 +92,46 @@ def _round_trip(source: str, layout: tuple[int, int], dtype: str, target: str) -
     ("dtype", "layout"),
     [("float32", layout) for layout in LAYOUTS] + [("bfloat16", "TP2xPP2"), ("tied", "TP1"), ("tied", "TP2xPP2")],
 )
-def test_round_trip_is_bit_exact(folders, tmp_path, layout, dtype):
+def test_round_trip_is_bit_exact(every, tmp_path, layout, dtype):
     layout = tensor, pipeline = LAYOUTS[layout]
-    source, target = folders[dtype], tmp_path / "out"
-    results = run_ranks(
-        _round_trip, tensor * pipeline, str(source), layout, dtype.replace("tied", "float32"), str(target)
-    )
+    folders = [(every[family][dtype], tmp_path / family) for family in FAMILIES]
+    results = run_ranks(_round_trips, tensor * pipeline, folders, layout, dtype.replace("tied", "float32"))
     assert all(result == results[0] for result in results), "every rank of the group sees the same tensors"
-    expected, written = _tensors(source), _tensors(target)
-    assert len(results[0]) == len(expected)
-    assert written.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert written[name].dtype == tensor.dtype
-        assert torch.equal(written[name], tensor), name
+    for heard, (source, target) in zip(results[0], folders, strict=True):
+        expected, written = _tensors(source), _tensors(target)
+        assert len(heard) == len(expected)
+        assert written.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert written[name].dtype == tensor.dtype
+            assert torch.equal(written[name], tensor), name
 
 
-def test_transformers_loads_what_was_written(folders, tmp_path):
-    source, target = folders["tied"], tmp_path / "out"
-    (heard, _) = run_ranks(_round_trip, 2, str(source), (2, 1), "float32", str(target))
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(target, dtype="auto", output_loading_info=True)
-    assert not any(report.values())
-    original = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype="auto").state_dict()
-    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
-    assert {line.split()[0] for line in heard} == set(original) - {"lm_head.weight"}, "names of the module itself"
-    assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
+def test_transformers_loads_what_was_written(every, tmp_path):
+    folders = [(every[family]["tied"], tmp_path / family) for family in FAMILIES]
+    (results, _) = run_ranks(_round_trips, 2, folders, (2, 1), "float32")
+    for heard, (source, target) in zip(results, folders, strict=True):
+        loaded = [
+            AutoModelForImageTextToText.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
+            for folder in (source, target)
+        ]
+        assert not any(value for _, report in loaded for value in report.values())
+        original, written = (model.state_dict() for model, _ in loaded)
+        assert all(torch.equal(tensor, original[name]) for name, tensor in written.items())
+        assert {line.split()[0] for line in heard} == set(original) - {"lm_head.weight"}, "names of the module itself"
+        assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
 
 
 def test_config_of_an_export_names_the_dtype_that_was_written(folders, tmp_path):
-    run_ranks(_round_trip, 1, str(folders["float32"]), (1, 1), "bfloat16", str(tmp_path / "out"))
+    run_ranks(_round_trips, 1, [(folders["float32"], tmp_path / "out")], (1, 1), "bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     reference = {name: tensor.bfloat16() for name, tensor in _tensors(folders["float32"]).items()}
     assert all(torch.equal(tensor, reference[name]) for name, tensor in _tensors(tmp_path / "out").items())
 
 
 def _fault(source: str) -> str:
-    model, shape = _model(Path(source), (2, 1), "float32")
+    model, shape = _model(Path(source), _start((2, 1), "float32"))
     try:
         read_hf(model, shape, source)
     except ValueError as error:
@@ -158,7 +185,7 @@ def test_planted_faults_are_named_on_every_rank(folders, tmp_path, plant, told):
 def _most_bytes_alive(source: str, layout: tuple[int, int]) -> tuple[int, int, int]:
     """Of all tensors handed out so far, at any moment, in buckets of a third of the largest; of the largest parameter;
     of the whole model."""
-    model, shape = _model(Path(source), layout, "float32")
+    model, shape = _model(Path(source), _start(layout, "float32"))
     read_hf(model, shape, source)
     handed_out: list[weakref.ref[torch.Tensor]] = []
     sizes, alive = [], 0

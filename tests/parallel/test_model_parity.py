@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_papo.model.shape import ModelShape
 from tests.parallel.model_cases import CASES, SECOND_CASES, TOY_CASES, Reference, write_case
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
 TOLERANCE = 1e-4
+
+Run = tuple[Path, float, list[int] | None]
+"""A case as ranks run it: its folder, its temperature, and the layers of each pipeline stage where they are given."""
 
 LAYOUTS = (
     "single",
@@ -26,8 +30,8 @@ LAYOUTS = (
     "TP2 SP",
     "TP2 SP, selective recompute",
     "TP2 SP, mlp recompute",
-    "PP2",
-    "PP2, more layers first",
+    "PP2, one layer first",
+    "PP2, one layer last",
     "PP3, full recompute",
     "DP2",
     "TP4 SP",
@@ -45,9 +49,9 @@ def cases(tmp_path_factory) -> list[tuple[Path, float, Reference]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
-    more = {"parallel__pipeline_layers": [2, 1]} if name == "PP2, more layers first" else {}
-    ranks = layout(name, **more)
-    results = run_ranks(score_and_differentiate, ranks.num_ranks, [case[:2] for case in cases], ranks.overrides)
+    ranks = layout(name)
+    runs = [(folder, temperature, _stage_layers(name, folder)) for folder, temperature, _ in cases]
+    results = run_ranks(score_and_differentiate, ranks.num_ranks, runs, ranks.overrides)
     for number, (_, _, reference) in enumerate(cases):
         found: dict[int, torch.Tensor] = {}
         for rank in results:
@@ -61,6 +65,12 @@ def test_logprobs_and_gradients_equal_those_of_transformers(name, cases):
                 torch.testing.assert_close(
                     gradients[parameter], expected, atol=TOLERANCE, rtol=0, msg=lambda m, p=parameter: f"{p}: {m}"
                 )
+
+
+def _stage_layers(name: str, folder: Path) -> list[int] | None:
+    """Of the layouts that name them."""
+    rest = ModelShape.from_folder(folder).language.num_layers - 1
+    return {"PP2, one layer first": [1, rest], "PP2, one layer last": [rest, 1]}.get(name)
 
 
 @pytest.mark.parametrize("name", ["single", "TP2 SP"])
@@ -89,7 +99,7 @@ def _gradients_of_each(
     return {mode: _run(config, folder, temperature)["gradients"] for mode, config in configs.items()}
 
 
-def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[str, ...]) -> list[dict]:
+def score_and_differentiate(runs: list[Run], overrides: tuple[str, ...]) -> list[dict]:
     """On a rank: for every case, log-probs by row (where this rank has them) and the whole model's gradients."""
     from megatron_papo.config import load_config
     from megatron_papo.distributed.accelerator import adapt_megatron
@@ -98,12 +108,15 @@ def score_and_differentiate(cases: list[tuple[Path, float]], overrides: tuple[st
     adapt_megatron()
     config = load_config(None, ("model.dtype=float32", *overrides))
     initialize(config.parallel)
-    return [_run(config, folder, temperature) for folder, temperature in cases]
+    found = []
+    for folder, temperature, layers in runs:
+        parallel = config.parallel.model_copy(update={"pipeline_layers": layers})
+        found.append(_run(config.model_copy(update={"parallel": parallel}), folder, temperature))
+    return found
 
 
 def _run(config, folder: Path, temperature: float) -> dict:
     from megatron_papo.model.policy import HeadRequest, build_policy
-    from megatron_papo.model.shape import ModelShape
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.weights.transfer import hf_tensors, read_hf
 

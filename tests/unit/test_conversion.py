@@ -20,17 +20,26 @@ from megatron_papo.conversion.plan import Settings, plan_target
 from megatron_papo.conversion.stores import in_order, num_values, source_spans, spans, width
 from megatron_papo.conversion.stream import Hasher
 from megatron_papo.conversion.workers import memory
+from megatron_papo.model.family import FAMILIES
 from megatron_papo.model.parameter_map import ParameterEntry, fill_shard, parameter_table
 from megatron_papo.model.published_shapes import published_config, published_models
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.safetensors_header import read_header
 from tests.support.tiny import tiny_config
 
-TABLE = parameter_table(
-    ModelShape.from_dict(json.loads(tiny_config(vision_intermediate=42, vocab=275).to_json_string()))
-)
+TABLES = {
+    family: parameter_table(
+        ModelShape.from_dict(json.loads(tiny_config(family, vision_intermediate=42, vocab=275).to_json_string()))
+    )
+    for family in FAMILIES
+}
 UNORDERED = {f"vision.decoder.layers.{layer}.self_attention.linear_qkv.{kind}"
              for layer in range(2) for kind in ("weight", "bias")}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def table(request) -> dict[str, ParameterEntry]:
+    return TABLES[request.param]
 
 
 def _whole(entry: ParameterEntry) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -42,9 +51,9 @@ def _whole(entry: ParameterEntry) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return whole.reshape(entry.shape[0], -1), sources
 
 
-def test_spans_are_the_name_table_row_by_row():
-    assert {name for name, entry in TABLE.items() if not in_order(entry)} == UNORDERED
-    for entry in TABLE.values():
+def test_spans_are_the_name_table_row_by_row(table):
+    assert {name for name, entry in table.items() if not in_order(entry)} == UNORDERED
+    for entry in table.values():
         whole, sources = _whole(entry)
         for start in range(0, entry.shape[0], 37):
             stop = min(start + 37, entry.shape[0])
@@ -55,13 +64,13 @@ def test_spans_are_the_name_table_row_by_row():
             assert torch.equal(found, tensor), "and back"
 
 
-def test_hashes_of_both_forms_are_those_of_the_plain_bytes():
+def test_hashes_of_both_forms_are_those_of_the_plain_bytes(table):
     import hashlib
 
     def plain(tensor: torch.Tensor) -> str:
         return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
-    for entry in TABLE.values():
+    for entry in table.values():
         whole, sources = _whole(entry)
         hasher = Hasher(entry, 4)
         for start in range(0, entry.shape[0], 50):
@@ -109,8 +118,8 @@ def test_a_box_of_another_kind_is_refused():
         values_offset(io.BytesIO(b"x" * 200), (3, 5), torch.float32)
 
 
-def test_a_planned_safetensors_file_is_what_the_library_reads(tmp_path):
-    entry = TABLE["language.decoder.layers.1.self_attention.linear_qkv.weight"]
+def test_a_planned_safetensors_file_is_what_the_library_reads(table, tmp_path):
+    entry = table["language.decoder.layers.1.self_attention.linear_qkv.weight"]
     places, header = plan_file("model.safetensors", [entry], {entry.name: torch.bfloat16})
     tensors = {source.name: torch.randn(source.shape).bfloat16() for source in entry.sources}
     file = tmp_path / "model.safetensors"

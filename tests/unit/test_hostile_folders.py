@@ -14,18 +14,20 @@ from safetensors.torch import save_file
 
 from megatron_papo.checkpoint.weight_loading import check_weights
 from megatron_papo.conversion.huggingface_files import HuggingFaceFiles
+from megatron_papo.model.family import FAMILIES
 from megatron_papo.model.parameter_map import parameter_table
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.publishing import check_side_files, copy_side_files
 from megatron_papo.weights.safetensors_header import read_header
 from tests.support.tiny import tiny_config
 
-SHAPE = json.loads(tiny_config().to_json_string())
+CONFIGS = {family: json.loads(tiny_config(family).to_json_string()) for family in FAMILIES}
+SHAPE = CONFIGS["qwen2_5_vl"]
 INDEX = "model.safetensors.index.json"
 
 
-def weights():
-    table = parameter_table(ModelShape.from_dict(SHAPE))
+def weights(config=SHAPE):
+    table = parameter_table(ModelShape.from_dict(config))
     return {source.name: torch.zeros(source.shape) for entry in table.values() for source in entry.sources}
 
 
@@ -33,9 +35,9 @@ def write_index(folder, weight_map):
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def both_readers_refuse(folder, message):
+def both_readers_refuse(folder, message, config=SHAPE):
     """The one that loads and the one that converts, with the same line."""
-    shape = ModelShape.from_dict(SHAPE)
+    shape = ModelShape.from_dict(config)
     for read in (lambda: check_weights(shape, folder), lambda: HuggingFaceFiles.read(folder, shape)):
         with pytest.raises(ValueError, match=message) as caught:
             read()
@@ -111,6 +113,29 @@ def test_weights_are_regular_files_also_behind_a_link(folder, tmp_path):
     both_readers_refuse(folder, rf"model: holds neither model.safetensors nor {INDEX}$")
     os.mkfifo(folder / "model.safetensors")
     both_readers_refuse(folder, "model.safetensors: not a regular file")
+
+
+LEVEL = "model.visual.deepstack_merger_list.1.linear_fc2.weight"
+BEYOND = LEVEL.replace(".1.", ".2.")
+PLACES = "model.visual.pos_embed.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({LEVEL: None}, rf"{LEVEL} \(64, 128\): missing"),
+        ({LEVEL: torch.zeros(64, 127)}, rf"{LEVEL}: expected shape \(64, 128\), found \(64, 127\)"),
+        ({BEYOND: torch.zeros(64, 128)}, rf"{BEYOND} \(64, 128\): no such tensor"),
+        ({PLACES: None}, rf"{PLACES} \(36, 32\): missing"),
+        ({PLACES: torch.zeros(49, 32)}, rf"{PLACES}: expected shape \(36, 32\), found \(49, 32\)"),
+        ({"model.visual.pos_embed.bias": torch.zeros(32)}, r"model.visual.pos_embed.bias \(32,\): no such tensor"),
+    ],
+)
+def test_levels_and_position_embeddings_that_do_not_fit(tmp_path, changes, told):
+    config = CONFIGS["qwen3_vl"]
+    tensors = {name: tensor for name, tensor in (weights(config) | changes).items() if tensor is not None}
+    save_file(tensors, tmp_path / "model.safetensors")
+    both_readers_refuse(tmp_path, rf"^{re.escape(str(tmp_path))}(/model.safetensors)?: {told}", config)
 
 
 def header_file(path, tree, num_bytes=64):
@@ -216,18 +241,27 @@ def test_the_hubs_cache_keeps_working(tmp_path):
 NUMBERS = [-1, 0, True, 1.5, 10**18, 10**400, "64", [64], {}, float("nan"), float("inf")]
 
 
-@pytest.mark.parametrize("key", [
+KEYS = (
     "text_config.hidden_size", "text_config.num_hidden_layers", "text_config.vocab_size", "text_config.rms_norm_eps",
     "text_config.num_attention_heads", "text_config.rope_parameters.rope_theta", "vision_config.depth",
-    "vision_config.patch_size", "vision_config.window_size", "image_token_id", "tie_word_embeddings",
-])  # fmt: skip
-def test_numbers_that_no_model_has(tmp_path, key):
+    "vision_config.patch_size", "image_token_id", "tie_word_embeddings",
+)  # fmt: skip
+OWN_KEYS = {
+    "qwen2_5_vl": ["vision_config.window_size"],
+    "qwen3_vl": ["vision_config.num_position_embeddings", "vision_config.deepstack_visual_indexes"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [(family, key) for family in FAMILIES for key in (*KEYS, *OWN_KEYS[family])]
+)
+def test_numbers_that_no_model_has(tmp_path, family, key):
     *sections, last = key.split(".")
     allowed = {"rms_norm_eps": (1.5,), "rope_theta": (1.5, 10**18), "image_token_id": (0,)}.get(last, ())
     for value in NUMBERS:
         if value in allowed or (last == "tie_word_embeddings" and value is True):
             continue
-        tree = copy.deepcopy(SHAPE)
+        tree = copy.deepcopy(CONFIGS[family])
         inner = tree
         for section in sections:
             inner = inner[section]
@@ -236,7 +270,8 @@ def test_numbers_that_no_model_has(tmp_path, key):
         with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/config.json: .*{last}: ") as caught:
             ModelShape.from_folder(tmp_path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    for text in ("[" * 100_000, "[1]", "\xff", '{"model_type": "qwen2_5_vl", "vision_config": 7, "text_config": []}'):
+    sections = json.dumps({"model_type": family, "vision_config": 7, "text_config": []})
+    for text in ("[" * 100_000, "[1]", "\xff", sections):
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=r"config.json: ") as caught:
             ModelShape.from_folder(tmp_path)
