@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 ENGINE ?= transformers
+FAMILY ?= qwen2_5_vl
 SEED ?= 0
 QUICK ?=
 ONLY ?=
@@ -144,8 +145,8 @@ $(TE)/.installed: $(BASE) requirements/transformer-engine.txt requirements/cuda.
 	$(call FOR_TE,$(VENV)) $(TE)/bin/python -m pip install $(AS_SOURCE) --no-deps -c $(TE)/constraints.txt transformer_engine_torch
 	@touch $@
 
-quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (ENGINE=vllm, SEED=0)
-	$(RUN) examples/quickstart/run.py --engine $(ENGINE) --seed $(SEED)
+quickstart: $(BASE) $(if $(filter vllm,$(ENGINE)),$(VLLM)) ## train a small model end to end (FAMILY=qwen3_vl, ENGINE=vllm, SEED=0)
+	$(RUN) examples/quickstart/run.py --family $(FAMILY) --engine $(ENGINE) --seed $(SEED)
 
 test: $(TESTED) ## the whole suite (ONLY=tests/unit/test_losses.py: one place, in one process)
 	$(RUN) -m pytest -m "not slow" --durations=10 $(or $(ONLY),$(PARALLEL))

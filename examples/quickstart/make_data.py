@@ -1,8 +1,9 @@
 """Pictures of four real handwritten digits, with questions that can only be answered by reading them.
 
 Every picture is a 2 x 2 grid of scikit-learn's `load_digits` images (8 x 8 pixels, scanned from real forms), each
-enlarged to fill a cell of 28 x 28: one merged image token of Qwen2.5-VL a digit. The digit images are split into
-training and held-out ones before any picture is composed, so no held-out picture shows a digit image seen in training.
+enlarged to fill a cell of what one image token of the family covers: 28 x 28 pixels of Qwen2.5-VL, 32 x 32 of Qwen3-VL.
+The digit images are split into training and held-out ones before any picture is composed, so no held-out picture shows
+a digit image seen in training.
 
 Three parquet files come out, with `problem`, `answer`, `images` (PNG bytes) and `digits` (places in `load_digits`):
   warmup.parquet    with `response`, a demonstration, for `papo sft` in this order: rows that read the grid before they
@@ -28,12 +29,11 @@ check_packages()
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from families import DEFAULT, FAMILIES
 from PIL import Image
 from sklearn.datasets import load_digits
 
-CELL = 28  # pixels of a cell of the grid: 2 x 2 patches of 14, merged into one image token
-DIGIT = 24  # pixels of the digit within its cell
-MARGIN = (CELL - DIGIT) // 2
+MARGIN = 2  # pixels between a digit and the edge of its cell
 PAPER, INK = 235, 20  # gray values
 NUM_HELDOUT_DIGITS = 297  # of 1797; the others are for training
 REPEAT = 0.35  # how often a digit repeats one that is already in the picture, so that there is something to count
@@ -50,7 +50,7 @@ class Digits:
     labels_N: np.ndarray
     """[N] the digits, 0 to 9."""
     pixels_NHW: np.ndarray
-    """[N, DIGIT, DIGIT] uint8, dark ink on light paper."""
+    """[N, H, W] uint8, dark ink on light paper; the cell of a digit is `MARGIN` larger on each side."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,23 @@ class Question:
     answer: int
 
 
-def split_digits(seed: int) -> tuple[Digits, Digits]:
-    """(training pool, held-out pool): no digit image is in both."""
+def split_digits(seed: int, family: str = DEFAULT) -> tuple[Digits, Digits]:
+    """(training pool, held-out pool), in the size that suits the family: no digit image is in both."""
     raw = load_digits()
     order_N = np.random.default_rng([seed, 0]).permutation(len(raw.target))
+    edge = FAMILIES[family].token_edge - 2 * MARGIN
 
     def pool(places_N: np.ndarray) -> Digits:
-        return Digits(places_N, raw.target[places_N], np.stack([_enlarge(raw.images[place]) for place in places_N]))
+        pixels = [_enlarge(raw.images[place], edge) for place in places_N]
+        return Digits(places_N, raw.target[places_N], np.stack(pixels))
 
     return pool(order_N[NUM_HELDOUT_DIGITS:]), pool(order_N[:NUM_HELDOUT_DIGITS])
 
 
-def _enlarge(ink_88: np.ndarray) -> np.ndarray:
-    """[DIGIT, DIGIT] gray values of an [8, 8] image that counts ink from 0 to 16."""
+def _enlarge(ink_88: np.ndarray, edge: int) -> np.ndarray:
+    """[edge, edge] gray values of an [8, 8] image that counts ink from 0 to 16."""
     gray_88 = (PAPER - ink_88 / 16 * (PAPER - INK)).astype(np.uint8)
-    return np.asarray(Image.fromarray(gray_88).resize((DIGIT, DIGIT), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(gray_88).resize((edge, edge), Image.Resampling.BILINEAR))
 
 
 def draw_digits(pool: Digits, rng: np.random.Generator) -> np.ndarray:
@@ -92,12 +94,14 @@ def draw_digits(pool: Digits, rng: np.random.Generator) -> np.ndarray:
 
 
 def paint(pixels_4HW: np.ndarray, shifts_42: np.ndarray | None = None) -> Image.Image:
-    """The picture, 56 x 56 gray; `shifts_42` moves each digit within its cell (pixels down, right; up to MARGIN)."""
-    picture = np.full((2 * CELL, 2 * CELL), PAPER, dtype=np.uint8)
+    """The picture, 2 x 2 cells, gray; `shifts_42` moves each digit in its cell (pixels down, right; up to MARGIN)."""
+    edge = pixels_4HW.shape[-1]
+    cell = edge + 2 * MARGIN
+    picture = np.full((2 * cell, 2 * cell), PAPER, dtype=np.uint8)
     for place, pixels_HW in enumerate(pixels_4HW):
         down, right = (0, 0) if shifts_42 is None else shifts_42[place]
-        top, left = place // 2 * CELL + MARGIN + down, place % 2 * CELL + MARGIN + right
-        picture[top : top + DIGIT, left : left + DIGIT] = pixels_HW
+        top, left = place // 2 * cell + MARGIN + down, place % 2 * cell + MARGIN + right
+        picture[top : top + edge, left : left + edge] = pixels_HW
     return Image.fromarray(picture)
 
 
@@ -176,10 +180,20 @@ class Maker:
 
 
 def make_data(
-    folder: Path, seed: int = 0, *, reading: int = 25_600, mixed: int = 2_560, train: int = 4_000, heldout: int = 300
+    folder: Path,
+    seed: int = 0,
+    *,
+    family: str = DEFAULT,
+    reading: int = 25_600,
+    mixed: int = 2_560,
+    train: int = 4_000,
+    heldout: int = 300,
 ) -> dict[str, Path]:
-    """Writes the three files (numbers of rows as given; same seed, same bytes) and returns their paths by name."""
-    training_pool, heldout_pool = split_digits(seed)
+    """Writes the three files (numbers of rows as given; same seed, same bytes) and returns their paths by name.
+
+    `family`, a key of `FAMILIES`, decides how large the pictures are; digits and questions are the same for all.
+    """
+    training_pool, heldout_pool = split_digits(seed, family)
     warmup = Maker(training_pool, seed, 1, augment=True)
     rows = {
         "warmup": warmup.demonstrations(reading) + warmup.demonstrations(mixed, guesses=GUESSES, unboxed=UNBOXED),
@@ -197,8 +211,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=list(FAMILIES), default=DEFAULT)
     arguments = parser.parse_args()
-    for path in make_data(arguments.folder, arguments.seed).values():
+    for path in make_data(arguments.folder, arguments.seed, family=arguments.family).values():
         print(path)
 
 

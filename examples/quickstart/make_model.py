@@ -1,8 +1,10 @@
-"""A tiny Qwen2.5-VL with random weights, as the Hugging Face folder that any Qwen2.5-VL has.
+"""A tiny Qwen2.5-VL or Qwen3-VL with random weights, as the Hugging Face folder that any of its family has.
 
-About one million parameters: a language model of 3 layers x 128 and a vision tower of 2 layers x 96, with the real
-architecture (windowed and full vision attention, patch merger, M-RoPE, grouped queries) and a vocabulary of the few
-words that the quickstart's questions and answers are made of. transformers, vLLM and `papo` all load it.
+About one million parameters: a language model of 3 layers x 128 and a vision tower of 2 layers x 96 (Qwen2.5-VL) or
+3 layers x 64 (Qwen3-VL), with the real architecture and a vocabulary of the few words that the quickstart's questions
+and answers are made of. Of Qwen2.5-VL that is windowed and full vision attention, patch merger, M-RoPE and grouped
+queries; of Qwen3-VL learned positions interpolated to the picture's grid, a DeepStack level for each language layer,
+interleaved M-RoPE and norms of queries and keys. transformers, vLLM and `papo` all load it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from megatron_papo.runtime.needed_packages import check_packages
 check_packages()
 
 import torch
-from model_folder import SPECIAL, model_config, wrap_tokenizer, write_folder
+from families import DEFAULT, FAMILIES
+from model_folder import SPECIAL, model_config, new_model, wrap_tokenizer, write_folder
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 WORDS = [
@@ -28,14 +31,6 @@ WORDS = [
     "right", "sum", "of", "the", "row", "<think>", "</think>", "so", "none", "+", "a", "guess", "\\boxed{", "}",
 ]  # fmt: skip
 NUMBERS = [str(number) for number in range(19)]  # two digits add up to 18 at most
-VISION = {
-    "depth": 2,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_heads": 4,
-    "window_size": 112,
-    "fullatt_block_indexes": [1],
-}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,28 +45,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return wrap_tokenizer(words, 512, unk_token="<unk>")
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, family: str = DEFAULT) -> Path:
     """Writes weights, config, tokenizer, processor and generation config; returns `folder`.
 
-    Heads of 32 dimensions are the narrowest that vLLM's kernels take; 2 key-value heads suit 2 ranks.
+    `family` is a key of `FAMILIES`. Pictures of fewer than 2 x 2 or more than 4 x 4 image tokens are resized. Heads of
+    32 dimensions are the narrowest that vLLM's kernels take; 2 key-value heads suit 2 ranks.
     """
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
+    edge = FAMILIES[family].token_edge
     config = model_config(
-        first_special=0, vocab=len(tokenizer), hidden=128, intermediate=256, layers=3, heads=4, kv_heads=2,
-        max_positions=512, vision=VISION, tie=True,
+        family, first_special=0, vocab=len(tokenizer), hidden=128, intermediate=256, layers=3, heads=4, kv_heads=2,
+        max_positions=512, vision=FAMILIES[family].vision, tie=True,
     )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(config).float()
-    return write_folder(folder, model, tokenizer, min_pixels=56 * 56, max_pixels=112 * 112)
+    model = new_model(config)
+    return write_folder(folder, model, tokenizer, min_pixels=(2 * edge) ** 2, max_pixels=(4 * edge) ** 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=list(FAMILIES), default=DEFAULT)
     arguments = parser.parse_args()
-    print(make_model(arguments.folder, arguments.seed))
+    print(make_model(arguments.folder, arguments.seed, arguments.family))
 
 
 if __name__ == "__main__":

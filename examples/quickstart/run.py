@@ -27,6 +27,7 @@ from megatron_papo.runtime.needed_packages import check_packages
 
 check_packages()
 
+from families import DEFAULT, FAMILIES
 from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
@@ -57,7 +58,7 @@ CURVES = {
 console = Console(highlight=False)
 
 
-def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[str, float]:
+def quickstart(out: Path, family: str, engine: str, seed: int, overrides: list[str]) -> dict[str, float]:
     """Everything; `overrides` go to every command. Returns the gains, by name of score."""
     from make_data import make_data
     from make_model import make_model
@@ -66,8 +67,8 @@ def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[
     with timed("data and model", seconds):
         for leftover in ("data", "model", "warmup", "before", "papo", "after"):
             shutil.rmtree(out / leftover, ignore_errors=True)
-        paths = make_data(out / "data", seed)
-        model = make_model(out / "model", seed)
+        paths = make_data(out / "data", seed, family=family)
+        model = make_model(out / "model", seed, family)
     warmup, prompts, heldout = paths["warmup"], paths["train"], paths["heldout"]
     # one GPU has no room for two ranks, and the figures are those of two
     ranks = ["--ranks=2", *(["--cpu"] if num_visible_gpus(os.environ) == 1 and engine == "transformers" else [])]
@@ -84,7 +85,7 @@ def quickstart(out: Path, engine: str, seed: int, overrides: list[str]) -> dict[
         )  # fmt: skip
     with timed("evaluation after", seconds):
         papo("eval", "eval.yaml", out / "after", f"model.path={trained}", f"data.eval={heldout}", *shared)
-    return report(out, {"seed": seed, "engine": engine, "seconds": seconds})
+    return report(out, {"family": family, "seed": seed, "engine": engine, "seconds": seconds})
 
 
 def papo(verb: str, config: str, folder: Path, *settings: str) -> None:
@@ -146,6 +147,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=list(FAMILIES), default=DEFAULT)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="what was left there is replaced")
@@ -153,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.is_file():
         parser.error(f"--out: {arguments.out} is a file, where a folder belongs")
-    quickstart(arguments.out, arguments.engine, arguments.seed, arguments.overrides)
+    quickstart(arguments.out, arguments.family, arguments.engine, arguments.seed, arguments.overrides)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from transformers import AutoProcessor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES / "quickstart"))
 
 import make_data  # noqa: E402
+from families import FAMILIES  # noqa: E402
 
 SIZES = {"reading": 200, "mixed": 400, "train": 120, "heldout": 120}
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +66,20 @@ def test_answers_by_hand():
     assert found["sum of the bottom row?"] == (8, "1 + 7")
 
 
-def test_pictures_show_the_digits_they_name(rows):
+@every_family
+def test_pictures_show_the_digits_they_name(tmp_path, family):
     """The nearest training digit of each cell of a held-out picture has the answer's label, nearly always."""
-    train, _ = make_data.split_digits(3)
+    edge = FAMILIES[family].token_edge
+    train, _ = make_data.split_digits(3, family)
     known = train.pixels_NHW.reshape(len(train.labels_N), -1).astype(float)
+    path = make_data.make_data(tmp_path, seed=3, family=family, reading=0, mixed=0, train=1, heldout=40)["heldout"]
     right = 0
-    for row in rows["heldout"][:40]:
+    for row in pyarrow.parquet.read_table(path).to_pylist():
         picture = np.asarray(Image.open(io.BytesIO(row["images"][0])))
-        assert picture.shape == (56, 56)
+        assert picture.shape == (2 * edge, 2 * edge)
         for place, label in enumerate(grid_of(row)):
-            top, left = place // 2 * 28 + 2, place % 2 * 28 + 2
-            cell = picture[top : top + 24, left : left + 24].reshape(-1).astype(float)
+            top, left = place // 2 * edge + 2, place % 2 * edge + 2
+            cell = picture[top : top + edge - 4, left : left + edge - 4].reshape(-1).astype(float)
             right += int(train.labels_N[((known - cell) ** 2).sum(1).argmin()] == label)
     assert right >= 0.95 * 160
 
@@ -96,6 +103,30 @@ def test_same_seed_same_rows_other_seed_others(tmp_path, rows):
     for name in rows:
         assert pyarrow.parquet.read_table(again[name]).to_pylist() == rows[name]
         assert pyarrow.parquet.read_table(other[name]).to_pylist() != rows[name]
+
+
+def test_another_family_changes_the_pictures_alone(tmp_path, rows):
+    larger = make_data.make_data(tmp_path, seed=3, family="qwen3_vl", **SIZES)
+    for name, path in larger.items():
+        for row, other in zip(pyarrow.parquet.read_table(path).to_pylist(), rows[name], strict=True):
+            assert row.pop("images") != other["images"]
+            assert row.items() <= other.items()
+
+
+@every_family
+def test_a_digit_is_one_image_token(tmp_path, family):
+    """The model folder's processor takes the family's pictures as they are: 2 x 2 image tokens of 2 x 2 patches."""
+    import make_model
+
+    folder = make_model.make_model(tmp_path / "model", family=family)
+    processor = AutoProcessor.from_pretrained(folder)
+    data = make_data.make_data(tmp_path / "data", family=family, reading=0, mixed=0, train=1, heldout=1)
+    row = pyarrow.parquet.read_table(data["train"]).to_pylist()[0]
+    with Image.open(io.BytesIO(row["images"][0])) as picture:
+        inputs = processor.image_processor(images=[picture.convert("RGB")], return_tensors="np")
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 4]]
+    sizes = [tensor.numel() for tensor in load_file(folder / "model.safetensors").values()]
+    assert 0.9e6 < sum(sizes) < 1.1e6
 
 
 def test_tokenizer_knows_every_word(rows):
