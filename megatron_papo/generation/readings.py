@@ -21,6 +21,7 @@ from megatron_papo.model.observed import (
     ANGLES,
     LANGUAGE_LAYER,
     LOGPROBS,
+    POSITION_EMBEDDINGS,
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
@@ -89,6 +90,12 @@ class ActivationRecorder:
             module.register_forward_hook(lambda _, args, kwargs, out: note(args, kwargs, out), with_kwargs=True)
         )
 
+    def before(self, module: nn.Module, note: Callable[[tuple, dict[str, Any], None], None]) -> None:
+        """Calls `note(args, kwargs, None)` whenever `module` is about to run."""
+        self._handles.append(
+            module.register_forward_pre_hook(lambda _, args, kwargs: note(args, kwargs, None), with_kwargs=True)
+        )
+
     def note(self, name: str, values: Tensor, places: Places | None = None, start: int | None = None) -> None:
         """Adds the next rows of a part, or the rows from `start` on; copied, since engines reuse their buffers."""
         if places is not None:
@@ -100,12 +107,14 @@ class ActivationRecorder:
     def observe(self, observed: Observed, prompt: Prompt, max_response_tokens: int) -> None:
         """Records the `observed` parts of a model that is about to answer `prompt`, of layers at some places only."""
         tokens = places_of(prompt, prompt.inputs.token_ids_S.numel() + max_response_tokens + 1)
-        places = {LANGUAGE_LAYER: tokens, VISION_LAYER: patches_of(prompt)}
+        patches = patches_of(prompt)
+        places = {LANGUAGE_LAYER: tokens, VISION_LAYER: patches, POSITION_EMBEDDINGS: patches}
         for part, each in observed.items():
-            self.after(each.module, partial(self._note_part, part, each, places.get(kind_of(part))))
+            watch = self.before if each.before else self.after
+            watch(each.module, partial(self._note_part, part, each, places.get(kind_of(part))))
 
     def _note_part(self, part: str, observation: Observation, places: Places | None, *call: Any) -> None:
-        """Notes a part after one call of its module: `call` has its arguments, keyword arguments and output."""
+        """Notes a part at one call of its module: `call` has its arguments, keyword arguments and output."""
         self.note(part, observation.values(*call), places)
 
     def parts(self) -> dict[str, Tensor]:
@@ -122,7 +131,7 @@ def places_of(prompt: Prompt, num_tokens: int) -> Places:
 
 
 def patches_of(prompt: Prompt) -> Places:
-    """The places at which layers of the vision tower are kept."""
+    """The places at which layers of the vision tower, and what enters the first, are kept."""
     grid_thw_I3 = prompt.inputs.grid_thw_I3
     num_patches = 0 if grid_thw_I3 is None else int(grid_thw_I3.prod(dim=1).sum())
     return Places(num_patches, num_patches)

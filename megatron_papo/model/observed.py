@@ -14,21 +14,37 @@ from typing import Any
 from torch import Tensor, nn
 
 TOKEN_IDS, POSITION_IDS, ANGLES, PIXELS = "token ids", "position ids", "rotary angles", "pixel values"
-VISION_LAYER, FEATURES, LANGUAGE_LAYER, LOGPROBS = "vision layer", "image features", "language layer", "log-probs"
-KINDS = (TOKEN_IDS, POSITION_IDS, ANGLES, PIXELS, VISION_LAYER, FEATURES, LANGUAGE_LAYER, LOGPROBS)
-"""Kinds of parts, in the order in which a model computes them. The name of a layer is its kind and its number, counted
-from 0: `language layer 3`."""
+POSITION_EMBEDDINGS, VISION_LAYER, LEVEL = "position embeddings", "vision layer", "DeepStack level"
+FEATURES, LANGUAGE_LAYER, LOGPROBS = "image features", "language layer", "log-probs"
+KINDS = (
+    TOKEN_IDS,
+    POSITION_IDS,
+    ANGLES,
+    PIXELS,
+    POSITION_EMBEDDINGS,
+    VISION_LAYER,
+    LEVEL,
+    FEATURES,
+    LANGUAGE_LAYER,
+    LOGPROBS,
+)
+"""Kinds of parts, in the order in which a model computes them. The name of a layer or a level is its kind and its
+number, counted from 0: `language layer 3`. Not every model has every kind: position embeddings (the embedded patches
+with learned positions added) and levels of DeepStack are those of a tower that has them."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Where one part is seen: after each call of `module`."""
+    """Where one part is seen: after each call of `module`, or before it."""
 
     module: nn.Module
     values: Callable[[tuple, dict[str, Any], Any], Tensor]
     """(positional arguments, keyword arguments, output) of a call -> the part's values, tokens or patches first:
     token ids [T], position ids [T, axes], rotary angles [T, head_dim] (cosines, then sines, of half a head each), pixel
-    values [P, patch_dim], hidden states and image features [T, width]."""
+    values [P, patch_dim], hidden states, levels and image features [T, width]."""
+    before: bool = False
+    """Whether the part is taken from the arguments before the module runs, which may write over them; the output is
+    None then."""
 
 
 Observed = Mapping[str, Observation]
@@ -41,5 +57,5 @@ def kind_of(part: str) -> str:
 
 
 def number_of(part: str) -> int:
-    """The number of a layer; 0 for a part that is no layer."""
+    """The number of a layer or a level; 0 for any other part."""
     return int(part.removeprefix(kind_of(part)).strip() or 0)

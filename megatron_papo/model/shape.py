@@ -88,6 +88,8 @@ class VisionShape:
     deepstack_layers: tuple[int, ...] = ()
     """Layers of the tower (from 0, in rising order) whose patches become image tokens of their own, which are added to
     the hidden states of the language model (`deepstack.py`)."""
+    position_edge: int = 0
+    """Places along an edge of the square grid of learned position embeddings; 0 for a tower without them."""
 
     @property
     def head_dim(self) -> int:

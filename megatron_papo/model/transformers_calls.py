@@ -67,7 +67,10 @@ def max_positions(config: Any) -> int:
 
 
 def usual_parts(model: Any) -> dict[str, Observation]:
-    """The parts that can be observed in a model whose tower and language model are made of one list of layers each."""
+    """The parts that can be observed in a model whose tower and language model are made of one list of layers each.
+
+    What a layer of the language model gives is seen where the next one gets it: something may be added in between.
+    """
     language, vision = model.model.language_model, model.model.visual
     parts = {
         TOKEN_IDS: Observation(language.embed_tokens, lambda args, _, __: args[0][0]),
@@ -77,7 +80,11 @@ def usual_parts(model: Any) -> dict[str, Observation]:
         FEATURES: Observation(vision, lambda _, __, output: output.pooler_output),
     }
     layers = {f"{VISION_LAYER} {n}": Observation(layer, _whole) for n, layer in enumerate(vision.blocks)}
-    layers |= {f"{LANGUAGE_LAYER} {n}": Observation(layer, _only_sequence) for n, layer in enumerate(language.layers)}
+    followers = [*language.layers[1:], language.norm]
+    layers |= {
+        f"{LANGUAGE_LAYER} {n}": Observation(each, lambda args, _, __: args[0][0], before=True)
+        for n, each in enumerate(followers)
+    }
     return parts | layers
 
 
@@ -88,8 +95,3 @@ def _half_angles(_: tuple, __: dict[str, Any], output: tuple[Tensor, Tensor]) ->
 
 def _whole(_: tuple, __: dict[str, Any], output_PH: Tensor) -> Tensor:
     return output_PH
-
-
-def _only_sequence(_: tuple, __: dict[str, Any], output_1TH: Tensor) -> Tensor:
-    """A layer's output for the only sequence of the batch."""
-    return output_1TH[0]

@@ -141,6 +141,8 @@ class Certificate:
 
 
 def _not_looked_at(cases: Sequence[Case], sides: Sides) -> dict[str, dict[str, str]]:
+    """Of the kinds that any party has: the model of a run need not have all."""
+    present = {kind_of(part) for case in cases for reading in case.readings.values() for part in reading.parts}
     reasons: dict[str, dict[str, str]] = {}
     for case in cases:
         for party, reading in case.readings.items():
@@ -149,7 +151,7 @@ def _not_looked_at(cases: Sequence[Case], sides: Sides) -> dict[str, dict[str, s
     for party, why in sides.missing.items():
         for kind in KINDS:
             reasons.setdefault(kind, {})[party] = why
-    return {kind: reasons[kind] for kind in KINDS if kind in reasons}
+    return {kind: reasons[kind] for kind in KINDS if kind in reasons and kind in present}
 
 
 def _share(finding: Finding) -> float:

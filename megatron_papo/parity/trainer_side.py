@@ -26,13 +26,16 @@ from megatron_papo.model.observed import (
     ANGLES,
     FEATURES,
     LANGUAGE_LAYER,
+    LEVEL,
     LOGPROBS,
     PIXELS,
+    POSITION_EMBEDDINGS,
     POSITION_IDS,
     TOKEN_IDS,
     VISION_LAYER,
 )
 from megatron_papo.model.policy import HeadRequest
+from megatron_papo.model.vision_tower import ImageTokens
 from megatron_papo.optimization.pipeline import score
 from megatron_papo.packing import supervised_group
 from megatron_papo.training.batching import pack_rows
@@ -82,6 +85,9 @@ def _record(recorder: ActivationRecorder, run: Run, prompt: Prompt, row: MicroBa
         recorder.after(layer, lambda _, kwargs, __: recorder.note(ANGLES, _angles(kwargs, row.num_tokens - 1)))
     if layout.tensor_rank == 0 or run.config.parallel.sequence:
         if policy.vision is not None:
+            recorder.after(policy.vision, lambda _, __, out: _note_levels(recorder, out, run))
+            if run.shape.vision.position_edge:
+                _record_positioned(recorder, policy.vision.decoder.layers[0], patches_of(prompt), run)
             for layer in policy.vision.decoder.layers:
                 _record_layer(recorder, layer, VISION_LAYER, patches_of(prompt), run)
         for layer in policy.language.decoder.layers:
@@ -96,6 +102,23 @@ def _record_layer(recorder: ActivationRecorder, layer: Any, kind: str, places: P
         recorder.note(name, shard_TH, places, start=_first_place(len(shard_TH), run))
 
     recorder.after(layer, note)
+
+
+def _record_positioned(recorder: ActivationRecorder, first_layer: Any, places: Places, run: Run) -> None:
+    """The patches that enter the vision tower's first layer, their positions added."""
+
+    def note(_: tuple, kwargs: dict[str, Any], __: None) -> None:
+        shard_PH = kwargs["hidden_states"].squeeze(1)
+        recorder.note(POSITION_EMBEDDINGS, shard_PH, places, start=_first_place(len(shard_PH), run))
+
+    recorder.before(first_layer, note)
+
+
+def _note_levels(recorder: ActivationRecorder, images: ImageTokens, run: Run) -> None:
+    """This rank's share of each level, without the padding at the end."""
+    for number, level_M1H in enumerate(() if images.levels_LM1H is None else images.levels_LM1H):
+        num_left = len(images.tokens_MH) - _first_place(len(level_M1H), run)
+        recorder.note(f"{LEVEL} {number}", level_M1H.squeeze(1)[: max(num_left, 0)])
 
 
 def _first_place(num_own: int, run: Run) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +22,56 @@ import torch
 from megatron_papo.config import Config
 from tests.parallel.certify_cases import (
     ENGINE_FAULTS,
+    MODELS,
     TRAINER_FAULTS,
     hand_over_but_one_layer,
     layer_now,
     update_every_weight,
 )
-from tests.parallel.certify_cases import MODEL as MODEL  # of the inputs
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import CERTIFIED, tiny_run
 
+MODEL = MODELS["qwen2_5_vl"]
+"""Of the inputs where a test takes no family."""
 LAYOUTS = ("TP2", "PP2", "TP2 SP", "DP2")
 VLLM = {"generation__engine": "vllm", "generation__kv_cache_gib": 0.05}
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 ENGINES: dict[str, dict[str, Any]] = {"transformers": {}, "vllm": VLLM}
 KINDS = ("token ids", "position ids", "rotary angles", "pixel values", "image features", "log-probs")
+OWN_PARTS = {
+    "qwen2_5_vl": ("vision layer 0", "vision layer 1"),
+    "qwen3_vl": (
+        "position embeddings",
+        *(f"{kind} {number}" for kind in ("vision layer", "DeepStack level") for number in range(3)),
+    ),
+}
+"""What a family's tower has beside the kinds that all have."""
+SECOND_FAMILY = {("PP2", "transformers"), ("TP2 SP", "vllm")}
+"""Where the second family is not slow: its levels cross a stage in one, ranks hold shares of them in the other."""
 
 
-def _cases() -> list[Any]:
+def _cases() -> Iterator[Any]:
     """vLLM under TP2 alone is slow: with sequence parallelism it has the same hand-over and more beside it."""
-    cases = []
-    for name in LAYOUTS:
-        cases.append(pytest.param(name, "transformers", id=f"{name}-transformers"))
-        marks = [NEEDS_VLLM, *([pytest.mark.slow] if name == "TP2" else [])]
-        cases.append(pytest.param(name, "vllm", marks=marks, id=f"{name}-vllm"))
-    return cases
+    for family, name, engine in product(MODELS, LAYOUTS, ENGINES):
+        if family == "qwen2_5_vl":
+            slow, case = (name, engine) == ("TP2", "vllm"), f"{name}-{engine}"
+        else:
+            slow, case = (name, engine) not in SECOND_FAMILY, f"{family}-{name}-{engine}"
+        marks = [NEEDS_VLLM] * (engine == "vllm") + [pytest.mark.slow] * slow
+        yield pytest.param(family, name, engine, marks=marks, id=case)
 
 
-@pytest.mark.parametrize(("name", "engine"), _cases())
-def test_the_healthy_pass_and_every_fault_is_named(name, engine, inputs, tmp_path):
+@pytest.mark.parametrize(("family", "name", "engine"), _cases())
+def test_the_healthy_pass_and_every_fault_is_named(family, name, engine, inputs_of, tmp_path):
     settings = {"generation__max_response_tokens": 12, **layout(name).settings, **ENGINES[engine], **CERTIFIED}
-    config = tiny_run(inputs, tmp_path, **settings)
+    config = tiny_run(inputs_of(**MODELS[family]), tmp_path, **settings)
     first, second = run_ranks(_certificates, 2, config)
     assert first["verdicts"] == second["verdicts"]  # all ranks hear the same
     assert first["random state kept"] and second["random state kept"]
     for name in ("healthy", "after the faults", "after a hand-over"):
-        _check_healthy(first["findings"][name], first_step=name != "after a hand-over", vllm=engine == "vllm")
-    for name, (_, part) in TRAINER_FAULTS.items():
+        _check_healthy(first["findings"][name], family, first_step=name != "after a hand-over")
+    for name, (_, part) in TRAINER_FAULTS[family].items():
         assert _named(first["verdicts"][name]) == f"{part}: trainer departs from Hugging Face", name
     for name, (_, part) in ENGINE_FAULTS.items():
         assert _named(first["verdicts"][name]) == f"{part}: engine departs from Hugging Face", name
@@ -67,18 +82,14 @@ def _named(verdict: str) -> str:
     return verdict.removeprefix("certificate: ").partition(" by ")[0]
 
 
-def _check_healthy(findings: list[dict[str, Any]], *, first_step: bool, vllm: bool) -> None:
-    """Every part was compared between all who have it, and by how much they may differ."""
-    layers = [f"language layer {number}" for number in range(4)]
-    pairs = {(each["part"], each["party"], each["other"]) for each in findings}
-    expected = {(part, "engine", "trainer") for part in (*KINDS, *layers)}
-    if not vllm:
-        expected |= {(f"vision layer {number}", "engine", "trainer") for number in range(2)}
+def _check_healthy(findings: list[dict[str, Any]], family: str, *, first_step: bool) -> None:
+    """Every part was compared between all parties, and by how much they may differ."""
+    parts = (*KINDS, *OWN_PARTS[family], *(f"language layer {number}" for number in range(4)))
+    pairs = [("engine", "trainer")]
     if first_step:
-        expected |= {(part, party, "Hugging Face") for part, party, _ in expected}
-        parts = (*KINDS, *layers, "vision layer 0", "vision layer 1")
-        expected |= {(part, "trainer", "Hugging Face") for part in parts}
-    assert pairs == expected
+        pairs += [("engine", "Hugging Face"), ("trainer", "Hugging Face")]
+    expected = {(part, *pair) for part in parts for pair in pairs}
+    assert {(each["part"], each["party"], each["other"]) for each in findings} == expected
     for each in findings:
         assert each["difference"] <= each["limit"] / 10, each
 
@@ -103,7 +114,7 @@ def _certificates(config: Config) -> dict[str, Any]:
         state = _random_state()
         keep("healthy", Certifier(run, generator).at_start(0, weights_moved=False))
         found["random state kept"] = state == _random_state()
-        for name, (fault, _) in (TRAINER_FAULTS | ENGINE_FAULTS).items():
+        for name, (fault, _) in (TRAINER_FAULTS[run.shape.model_type] | ENGINE_FAULTS).items():
             with fault(run, generator):  # a certifier of its own: prompts are read once
                 keep(name, Certifier(run, generator).at_start(0, weights_moved=False))
         keep("after the faults", Certifier(run, generator).at_start(0, weights_moved=False))

@@ -20,8 +20,13 @@ class VllmModule(Protocol):
     """Methods, as `module:Class.method`, around which a release of vLLM may have a `functools.lru_cache`. It would keep
     the object that was called, and so its weights on the GPU, for as long as the process lives."""
 
+    ZEROS: Sequence[str]
+    """Attributes of vLLM's model with lists of tensors that are made of zeros while it is loaded, are neither
+    parameters nor buffers, and have to be zero whenever a batch begins: sleep of level 2 forgets them
+    (`sleep.refill_zeros`). What else sleep would lose of a model, beside parameters and buffers, has no way back."""
+
     def observed_vision(self, model: Any) -> Observed:
-        """The pixels and image features of vLLM's model. Layers of the vision tower are called past any hook."""
+        """The parts of the vision tower of vLLM's model."""
 
     def observed_language(self, model: Any) -> Observed:
         """Token ids, position ids and layers of the language model, where it runs eagerly; CUDA graphs call no hook."""

@@ -1,8 +1,7 @@
 """What a vLLM engine of this process computes for one prompt, seen by hooks on vLLM's own model.
 
 Positions and angles are what its attention gets: the rotary module is asked to turn unit vectors by the positions that
-the first layer was given. Left out: layers of the vision tower, which vLLM calls past any hook, and whatever CUDA
-graphs replay, which call no hook.
+the first layer was given. Left out: whatever CUDA graphs replay, which call no hook.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from megatron_papo.generation.readings import ActivationRecorder, Probe, probe_of
 from megatron_papo.generation.requests import Answer
 from megatron_papo.generation.vllm.family_module import VllmModule
-from megatron_papo.model.observed import ANGLES, LANGUAGE_LAYER, POSITION_IDS, TOKEN_IDS, VISION_LAYER
+from megatron_papo.model.observed import ANGLES, LANGUAGE_LAYER, POSITION_IDS, TOKEN_IDS
 from megatron_papo.types import Prompt
 
 if TYPE_CHECKING:
@@ -51,13 +50,13 @@ def probe_engine(
             recorder.observe(in_vllm.observed_language(model), prompt, max_response_tokens)
         answer = answer_alone(read)
     parts = recorder.parts()
-    missing = {VISION_LAYER: "vLLM calls them past any hook"}
+    missing = {}
     if eager:
         (parts[ANGLES],) = angles
     else:
         # the engine refuses an answer to any other prompt than the trainer's
         parts[TOKEN_IDS] = torch.cat((prompt.inputs.token_ids_S, torch.tensor(answer.response_ids)))
-        missing |= dict.fromkeys((POSITION_IDS, ANGLES, LANGUAGE_LAYER), _CUDA_GRAPHS)
+        missing = dict.fromkeys((POSITION_IDS, ANGLES, LANGUAGE_LAYER), _CUDA_GRAPHS)
     return probe_of(prompt, answer.response_ids, answer.logprobs, parts, missing)
 
 

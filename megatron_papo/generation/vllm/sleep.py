@@ -10,7 +10,8 @@ rotary embeddings, for which OpenRLHF stays at level 1 (pull request 723). In vL
 
 - A model's named buffers, the rotary `cos_sin_cache` of language model and vision tower with them, go to host memory
   before and come back with the weights (`Worker.sleep` and `wake_up` in vllm/v1/worker/gpu_worker.py).
-- What else a model makes while it is loaded is lost; a family's `engine_vllm` says what its implementation has of it.
+- What else a model makes while it is loaded is lost; a family's `engine_vllm` says what its implementation has of it,
+  and `refill_zeros` makes it zero again.
 - Constants that normalise pixels on the device would be filled at random by dummy loading and are off (versions.py).
 - Parameters are written by the hand-over. Whether one is left out is checked: `forget_weights` fills them with NaN, and
   `unwritten` names those that still are.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +91,17 @@ def forget_weights(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dtype in _CAN_BE_NAN:
             parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
+def refill_zeros(model: nn.Module, names: Sequence[str]) -> None:
+    """Fills with zeros what the model had of them when it was loaded: `names` are attributes with lists of tensors.
+
+    Each is filled where it lies, so that CUDA graphs go on reading it.
+    """
+    for name in names:
+        for tensor in getattr(model, name):
+            tensor.zero_()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ processor files are read; weights come from the trainer. Left out: pipeline para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,14 @@ from megatron_papo.generation.reference_model import expected_shapes, read_confi
 from megatron_papo.generation.requests import Answer, RolloutRequest, generate_in_shares, make_requests
 from megatron_papo.generation.vllm.family_module import vllm_module
 from megatron_papo.generation.vllm.probe import probe_engine
-from megatron_papo.generation.vllm.sleep import Sleeper, forget_weights, free_remains, keep_allocators, unwritten
+from megatron_papo.generation.vllm.sleep import (
+    Sleeper,
+    forget_weights,
+    free_remains,
+    keep_allocators,
+    refill_zeros,
+    unwritten,
+)
 from megatron_papo.generation.vllm.start import (
     check,
     check_bans,
@@ -178,6 +186,7 @@ class VllmGenerator:
         self.sleeper.wake_weights()
         if self.sleeper.forgets:
             self.llm.apply_model(forget_weights)
+            self.llm.apply_model(partial(refill_zeros, names=self.in_vllm.ZEROS))
         names = parameter_names(self.format.shape)
         embedding, head = names.module_name(names.EMBEDDING), names.module_name(names.HEAD)
         # a tied head is handed over like the embedding: on the CPU vLLM keeps a packed copy of it

@@ -26,8 +26,6 @@ class InterpolatedVisionShape(VisionShape):
     """The shape of a vision tower that attends within whole frames, with learned position embeddings on a square grid,
     which are interpolated to the grid of each image, and 2-D rotary positions beside them."""
 
-    position_edge: int
-    """Places along an edge of the grid of learned position embeddings."""
     rope_theta: float
     """Base of the rotary frequencies."""
 
