@@ -17,17 +17,19 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.accelerator import has_gpu
+from megatron_papo.model.shape import MlpKind
 
 
-def fusions(config: Config, spec: str, *, language: bool) -> dict[str, Any]:
-    """Fields of the TransformerConfig of the language model, whose rows may have one length, or of the vision tower."""
+def fusions(config: Config, spec: str, *, language: bool, mlp: MlpKind) -> dict[str, Any]:
+    """Fields of the TransformerConfig of the language model, whose rows may have one length, or of the vision tower;
+    `mlp` is its kind of MLP."""
     if not has_gpu():
         return {"gradient_accumulation_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False}
     # Apex marks the weight that a linear layer saved; under these two modes that is not the parameter (`recompute.py`)
     fused_in_apex = has_apex() and config.model.recompute not in ("selective", "mlp")
     fields: dict[str, Any] = {
         "gradient_accumulation_fusion": spec == "transformer_engine" or fused_in_apex,
-        "bias_activation_fusion": True,
+        "bias_activation_fusion": mlp == "swiglu",  # `mlp.py` has no kernel for the others; Megatron-Core refuses some
         "bias_dropout_fusion": True,
     }
     if language and config.parallel.overlap_tensor:

@@ -7,6 +7,7 @@ never computed. Banned ids (vision tokens, padding of the vocabulary) have proba
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +99,7 @@ class VisionLanguageModel(MegatronModule):
             return None
         # their number is known, since packing has checked it; asking the GPU for it would mean waiting
         assert micro_batch.grid_thw_I3 is not None
-        num_tokens = int(micro_batch.grid_thw_I3.prod(1).sum()) // self.shape.vision.merge_unit
+        num_tokens = sum(map(math.prod, micro_batch.grid_thw_I3.tolist())) // self.shape.vision.merge_unit
         is_image_T = micro_batch.token_ids_T == self.shape.image_token_id
         return torch.nonzero_static(is_image_T, size=num_tokens).squeeze(1)
 

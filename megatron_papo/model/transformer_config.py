@@ -41,7 +41,7 @@ def language_config(config: Config, shape: ModelShape, spec: str) -> Transformer
         **recompute_settings(config, spec, fp8=config.fp8.enabled),
         **_kinds(language),
         **_common(config, spec),
-        **fusions(config, spec, language=True),
+        **fusions(config, spec, language=True, mlp=language.mlp),
     )
 
 
@@ -63,7 +63,7 @@ def vision_config(config: Config, shape: ModelShape, spec: str) -> TransformerCo
         **recompute_settings(config, spec, fp8=config.fp8.vision),
         **_kinds(vision),
         **_common(config, spec),
-        **fusions(config, spec, language=False),
+        **fusions(config, spec, language=False, mlp=vision.mlp),
     )
 
 
