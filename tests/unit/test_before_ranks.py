@@ -12,15 +12,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import constants
 
 from megatron_papo.config import Config, load_config
 from megatron_papo.costs.memory import checkpoint_bytes
 from megatron_papo.model.published_shapes import shape_named
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight import network
 from megatron_papo.preflight.disk import disk_need, faults_of_disk
-from megatron_papo.preflight.model_files import fault_of_missing_model, faults_of_model_files
+from megatron_papo.preflight.inputs import faults_of_inputs
+from megatron_papo.preflight.model_files import fault_of_missing_model, faults_of_model_files, faults_of_processor
 from megatron_papo.preflight.network import ask_network, is_hub_name
+from tests.support.tiny import tiny_config
 
 HEADER = json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
 SHARD = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
@@ -35,6 +39,21 @@ FILES = {
         {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     ).encode(),
 }
+
+
+FAMILIES = {
+    "Qwen2.5-VL": ("qwen2_5_vl", {"patch_size": 14, "merge_size": 2, "processor_class": "Qwen2_5_VLProcessor"}),
+    "Qwen3-VL": ("qwen3_vl", {"patch_size": 16, "merge_size": 2, "processor_class": "Qwen3VLProcessor"}),
+}
+"""The keys of preprocessor_config.json as the published folders have them."""
+
+
+def write_rows(rows: Dataset, file: Path) -> None:
+    kinds = {".csv": rows.to_csv, ".parquet": rows.to_parquet, ".jsonl": rows.to_json}
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows.to_list(), indent=1))
+    else:
+        kinds[file.suffix](file)
 
 
 @pytest.fixture
@@ -77,6 +96,72 @@ def test_what_is_not_whole_is_named(folder, name, content, said):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     (fault,) = of(folder)
     assert fault.startswith("model.path: ") and said in fault
+
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "changes", "said"),
+    [
+        ("Qwen3-VL", PREPROCESSOR, {}, None),
+        ("Qwen2.5-VL", PREPROCESSOR, {}, None),
+        ("Qwen3-VL", PREPROCESSOR, {"processor_class": "OneOfMyOwn"}, None),
+        ("Qwen3-VL", PREPROCESSOR, {"patch_size": 14}, "patch_size: is 14, the vision tower of config.json takes 16"),
+        ("Qwen2.5-VL", PREPROCESSOR, {"patch_size": 16}, "patch_size: is 16, the vision tower of config.json takes 14"),
+        ("Qwen3-VL", PREPROCESSOR, {"merge_size": "2"}, "merge_size: is '2', the vision tower of config.json takes 2"),
+        ("Qwen3-VL", PROCESSOR, {"image_processor": {"patch_size": 14}}, "patch_size: is 14, the vision tower of"),
+        (
+            "Qwen3-VL", PREPROCESSOR, {"processor_class": "Qwen2_5_VLProcessor"},
+            "processor_class: is Qwen2_5_VLProcessor, of qwen2_5_vl; config.json is of qwen3_vl, whose folders name",
+        ),
+        (
+            "Qwen2.5-VL", PROCESSOR, {"processor_class": "Qwen3VLProcessor"},
+            "processor_class: is Qwen3VLProcessor, of qwen3_vl; config.json is of qwen2_5_vl, whose folders name",
+        ),
+    ],
+)  # fmt: skip
+def test_a_processor_of_another_family_is_named(folder, model, file, changes, said):
+    """The file that transformers reads, and its key; a class that no family has is transformers' to refuse."""
+    family, published = FAMILIES[model]
+    (folder / PREPROCESSOR).write_text(json.dumps(published))
+    (folder / file).write_text(json.dumps(published | changes))
+    shape = ModelShape.from_dict(tiny_config(family).to_dict())
+    faults = list(faults_of_processor(load_config(None, [f"model.path={folder}"]), shape))
+    assert len(faults) == (said is not None)
+    assert all(fault.startswith(f"model.path: {folder / file}: {said}") for fault in faults)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ({"problem": "?", "videos": "0.mp4"}, "in column 'videos'"),
+        ({"problem": "?", "video": "0.mp4"}, "in column 'video'"),
+        ({"problem": "<video>?", "videos": ""}, "<video> in the text"),
+        ({"problem": "<image>?", "images": "0.png", "videos": ""}, None),
+    ],
+)
+def test_a_data_set_of_videos_is_told_by_its_first_rows(tmp_path, suffix, cells, said):
+    file = tmp_path / f"rows.{suffix}"
+    rows = Dataset.from_list([dict.fromkeys(cells, "") | {"problem": "?"}, cells])
+    write_rows(rows, file)
+    wanted = [] if said is None else [f"data.eval: {file}: row 1: video ({said}: only pictures are read)"]
+    for words in ((), ("data.on_bad_row=skip",), (f"data.eval={{path: {file}, filter: {{problem: '?'}}}}",)):
+        config = load_config(None, ["model.path=/", f"data.eval={file}", *words])
+        assert faults_of_inputs("eval", config, packages=False) == ([] if words else wanted)
+
+
+def test_a_part_of_a_turn_that_is_a_video_is_told(tmp_path):
+    turn = {"role": "user", "content": [{"type": "video", "video": "0.mp4"}, {"type": "text", "text": "?"}]}
+    (tmp_path / "test-0.jsonl").write_text(json.dumps({"problem": [turn]}) + "\n{\n")
+    (tmp_path / "train-0.jsonl").write_text('{"problem": "?"}\n')
+    for split, faults in (("test", 1), ("train", 0)):
+        config = load_config(None, ["model.path=/", f"data.train={tmp_path}", f"data.split={split}"])
+        found = faults_of_inputs("sft", config, packages=False)
+        assert found == [
+            f"data.train: {tmp_path}/test-0.jsonl: row 0: video (a part of a turn: only pictures are read)"
+        ] * faults  # fmt: skip
 
 
 def test_weights_are_looked_for_only_where_they_are_read(folder):

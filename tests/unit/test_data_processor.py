@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from examples.quickstart.model_folder import CHAT_TEMPLATE, SPECIAL
-from megatron_papo.config import DataConfig
+from megatron_papo.config import Config, DataConfig
 from megatron_papo.data import load_processor
 from megatron_papo.data.chat_template import ChatTemplate, TemplateFailed, chat_template
 from megatron_papo.data.conversation import find_form, turns_of
@@ -22,6 +22,7 @@ from megatron_papo.generation.reference_model import expected_shapes, read_confi
 from megatron_papo.model.family import family_named
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.parity.transformers_side import HuggingFace
+from megatron_papo.sft import Demonstrations
 from megatron_papo.training.session import check_vocabulary
 from tests.support.tiny import PIXELS, make_tiny_folder
 
@@ -233,7 +234,7 @@ def test_think_tags_are_plain_text_where_the_template_does_not_write_them(with_t
     assert processor.num_words == ENDED + 1 and processor.response_prefix == ""
 
 
-def test_a_template_that_opens_the_block_has_its_tokens_and_answers_go_on_from_there(with_tags):
+def test_a_template_that_opens_the_block_has_its_tokens_and_answers_go_on_from_there(with_tags, tmp_path):
     _, folder = with_tags("<|im_start|>assistant\n<think>\n")
     processor = load_processor(folder, DATA.model_copy(update={"instruction": ASKS}))
     ids = processor.text_ids("<image>2+2?", 1).tolist()
@@ -244,6 +245,12 @@ def test_a_template_that_opens_the_block_has_its_tokens_and_answers_go_on_from_t
         assert processor.encode_response(answer) == processor.encode_response(rest)
     assert processor.response_prefix + rest == f"<think>\n{rest}"
     assert processor.answer_ids(rest).count(ENDED) == 1
+
+    (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "2+2?", "response": f"<think>\n{rest}"}))
+    data = DATA.model_copy(update={"train": str(tmp_path / "train.jsonl")})
+    demonstrations = Demonstrations(Config(data=data), processor)
+    (rollout,) = demonstrations.group(demonstrations.prompt(0)).rollouts
+    assert (rollout.response_ids, rollout.text) == (processor.encode_response(rest), rest)
 
 
 def test_end_of_turn_is_the_templates_not_the_tokenizers(folder, tmp_path):
