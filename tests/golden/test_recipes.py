@@ -1,8 +1,8 @@
 """Short curves of every recipe under examples/, on a tiny model: a change that is not about numbers must not move them.
 
-The tiny model is of the family of the recipe's own. The recorded curves lie in curves.json. After a change that is about
-numbers, look at what moved and why, then record them anew: `python -m tests.golden.test_recipes`, with the names of new
-recipes behind it to record these alone.
+The tiny model is of the family of the recipe's own. The recorded curves lie in curves.json. After a change that is
+about numbers, look at what moved and why, then record them anew: `python -m tests.golden.test_recipes`, with the names
+of new recipes behind it to record these alone.
 """
 
 from __future__ import annotations
