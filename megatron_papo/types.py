@@ -1,7 +1,7 @@
 """The values that flow through a step, and the only place where their shapes are defined.
 
 Suffixes of tensor names: T tokens of a packed row, S tokens of one sequence, R response tokens of a micro-batch,
-P vision patches, D values of a patch (3 channels x 2 frames x 14 x 14 = 1176), I images. Every value is frozen; a
+P vision patches, D values of a patch (channels x frames x height x width), I images. Every value is frozen; a
 stage that adds something returns a copy (`dataclasses.replace`).
 """
 

@@ -19,7 +19,7 @@ class MaskConfig(Section):
     crop: share of the area that is cut off; blur and swap do not use it."""
     cell: Count | None = None
     """Edge of a cell in pixels, or the radius of the blur; null: the edge of a patch of the model folder's image
-    processor, e.g. 14."""
+    processor, 14 or 16 by the model's family."""
     align: Literal["raw", "patches"] = "raw"
     """Where the cells lie: `raw`, on the image as loaded (the paper); `patches`, on the resized image, with one cell
     for each merged patch."""

@@ -1,22 +1,27 @@
 """Short curves of every recipe under examples/, on a tiny model: a change that is not about numbers must not move them.
 
-The recorded curves lie in curves.json. After a change that is about numbers, look at what moved and why, then record
-them anew: `python -m tests.golden.test_recipes`.
+The tiny model is of the family of the recipe's own. The recorded curves lie in curves.json. After a change that is
+about numbers, look at what moved and why, then record them anew: `python -m tests.golden.test_recipes`, with the names
+of new recipes behind it to record these alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from megatron_papo.config import ClusterConfig, Config, RunConfig
+from megatron_papo.config import ClusterConfig, Config, RunConfig, load_config
+from megatron_papo.model.published_shapes import shape_named
 from tests.support.processes import open_session
 from tests.support.ranks import run_ranks
+from tests.support.tiny import PIXELS
 from tests.support.tiny_run import make_inputs, metrics, tiny_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,11 +65,18 @@ class Curves:
     """Of recipes as a tiny run, each trained in a folder of its own; recipes that are then alike, once."""
 
     def __init__(self, folder: Path):
-        self._inputs, self._folder = make_inputs(folder / "inputs"), folder
+        self._folder = folder
+        self._inputs: dict[str, Path] = {}
         self._found: dict[str, list[dict[str, float]]] = {}
 
     def of(self, recipe: str) -> list[dict[str, float]]:
-        config = tiny_run(self._inputs, self._folder / recipe, EXAMPLES / f"{recipe}.yaml", **SETTINGS)
+        file = EXAMPLES / f"{recipe}.yaml"
+        family = shape_named(str(load_config(file, []).model.path)).model_type
+        if family not in self._inputs:
+            self._inputs[family] = make_inputs(self._folder / family, family=family)
+        least, most = PIXELS[family]
+        pixels = {"data__min_pixels": least, "data__max_pixels": most}
+        config = tiny_run(self._inputs[family], self._folder / recipe, file, **SETTINGS, **pixels)
         alike = config.model_copy(update={"run": RunConfig(), "cluster": ClusterConfig()})
         if alike.model_dump_json() not in self._found:
             run_ranks(_train, 1, config)
@@ -95,16 +107,17 @@ def test_the_curve_of(recipe, curves):
     assert not moved
 
 
-def record() -> None:
+def record(recipes: Sequence[str]) -> None:
+    """Records the curves of these recipes, the others staying as they are."""
     with ExitStack() as stack:
         stack.callback(open_session(isolated=False))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         curves = Curves(Path(folder))
-        found = {recipe: curves.of(recipe) for recipe in RECIPES}
-    CURVES.write_text(json.dumps(found, indent=1) + "\n")
+        found = json.loads(CURVES.read_text()) | {recipe: curves.of(recipe) for recipe in recipes}
+    CURVES.write_text(json.dumps({recipe: found[recipe] for recipe in RECIPES}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     from tests.golden import test_recipes
 
-    test_recipes.record()  # by the module's own name, by which ranks import what they run
+    test_recipes.record(sys.argv[1:] or RECIPES)  # by the module's own name, by which ranks import what they run

@@ -33,7 +33,7 @@ def head(lines: list[str]) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
 
 
-@pytest.mark.parametrize("size", ["3b", "7b", "72b"])
+@pytest.mark.parametrize("size", ["3b", "7b", "72b", "qwen3_vl_32b"])
 def test_the_scripts_ask_for_what_the_tool_asks_for(size: str):
     lines = (REPO / "slurm" / f"papo_{size}.sh").read_text().splitlines()
     config = load_config(REPO / "examples" / f"papo_g_{size}.yaml")
