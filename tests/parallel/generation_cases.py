@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from megatron_papo.config import Config
 from megatron_papo.data.processor import Processor, load_processor
@@ -24,9 +24,14 @@ EOS = 258
 TOLERANCE = 1e-4
 
 
-def make_folder(path: Path, *, tie: bool = False) -> Path:
+def make_folder(path: Path, *, family: str = "qwen2_5_vl", tie: bool = False) -> Path:
     """Heads of 32 dimensions, which vLLM's kernels need; logits wide enough that top-k and top-p cut something."""
-    return make_tiny_folder(path, hidden=128, heads=4, kv_heads=2, std=0.12, tie=tie)
+    return make_tiny_folder(path, family=family, hidden=128, heads=4, kv_heads=2, std=0.12, tie=tie)
+
+
+def read_model(folder: Path) -> Any:
+    """transformers' own model of the folder, in fp32."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_config(folder: Path, **generation: Any) -> Config:
@@ -70,9 +75,7 @@ def make_prompts(config: Config) -> tuple[Processor, list[Prompt]]:
     return processor, prompts
 
 
-def full_forward_logprobs(
-    model: Qwen2_5_VLForConditionalGeneration, prompt: Prompt, response: tuple[int, ...], sampling: Sampling
-) -> Tensor:
+def full_forward_logprobs(model: Any, prompt: Prompt, response: tuple[int, ...], sampling: Sampling) -> Tensor:
     """Log-probs of the response in one forward pass without a cache, the distribution processed in plain NumPy."""
     inputs = prompt.inputs
     ids = torch.cat((inputs.token_ids_S, torch.tensor(response)))[None]
@@ -102,7 +105,7 @@ def _processed(logits_V: Tensor, sampling: Sampling) -> Tensor:
         return torch.tensor(np.log(probabilities))
 
 
-def largest_gap(model: Qwen2_5_VLForConditionalGeneration, groups: list[Group], sampling: Sampling) -> float:
+def largest_gap(model: Any, groups: list[Group], sampling: Sampling) -> float:
     """Between the engine's log-probs and the full forward's, over every token of every rollout."""
     gaps = [
         (full_forward_logprobs(model, group.prompt, rollout.response_ids, sampling)

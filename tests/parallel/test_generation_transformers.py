@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_papo.config import ParallelConfig
 from megatron_papo.distributed.accelerator import adapt_megatron
@@ -25,6 +24,7 @@ from tests.parallel.generation_cases import (
     make_prompts,
     make_sampling,
     named_tensors,
+    read_model,
     tokens,
 )
 from tests.support.ranks import run_ranks
@@ -40,6 +40,8 @@ SETTINGS = {
     "twice": {},
     "other_seed": {"seed": 6},
 }
+SECOND_SETTINGS = {name: SETTINGS[name] for name in ("plain", "top_p", "masked")}
+"""What the second family is asked: settings cut the distribution of any model alike."""
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +50,26 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+def model(folder) -> Any:
+    return read_model(folder)
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, Any]:
     """What one rank generates in each of the settings."""
     return run_ranks(_generate, 1, folder, {}, SETTINGS)[0]
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory) -> tuple[Any, dict[str, Any]]:
+    """A model of the second family, and what one rank generates with it, all prompts together and one by one."""
+    folder = make_folder(tmp_path_factory.mktemp("second") / "model", family="qwen3_vl")
+    together, by_one = run_ranks(_generate_in_batches, 1, folder)[0]
+    return read_model(folder), together | {"one by one": by_one}
+
+
+def _generate_in_batches(folder: Path) -> list[dict[str, Any]]:
+    return [_generate(folder, {}, SECOND_SETTINGS, (64,)), _generate(folder, {}, {"plain": {}}, (1,))["plain"]]
 
 
 def _generator(folder: Path, parallel: dict[str, int], **generation: Any):
@@ -69,7 +83,7 @@ def _generator(folder: Path, parallel: dict[str, int], **generation: Any):
 def _generate(folder: Path, parallel: dict[str, int], settings: dict[str, dict], batch_sizes=(64,)) -> dict[str, Any]:
     """Groups by setting; with several data-parallel ranks, this rank's share of the prompts."""
     generator, prompts, layout, _ = _generator(folder, parallel)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = read_model(folder)
     generator.load_weights(iter(named_tensors(model)), policy_version=7)
     mine = prompts[layout.data_rank :: layout.data_size]
     twice = [replace(prompt, visit=visit) for prompt in mine for visit in (3, 4)]
@@ -90,6 +104,13 @@ def _generate(folder: Path, parallel: dict[str, int], settings: dict[str, dict],
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_logprobs_are_those_of_a_full_forward_pass(setting, alone, model):
     assert largest_gap(model, alone[setting], make_sampling(**SETTINGS[setting])) < TOLERANCE
+
+
+@pytest.mark.parametrize("setting", SECOND_SETTINGS)
+def test_logprobs_of_the_second_family_are_those_of_a_full_forward_pass(setting, second):
+    model, found = second
+    assert largest_gap(model, found[setting], make_sampling(**SECOND_SETTINGS[setting])) < TOLERANCE
+    assert tokens(found["one by one"]) == tokens(found["plain"]), "neither padding nor the batch matters"
 
 
 def test_top_k_and_top_p_cut_the_distribution(alone):
@@ -147,7 +168,7 @@ def test_a_response_ends_with_the_end_of_turn_or_at_the_limit(folder):
 
 def _many(folder: Path):
     generator, prompts, _, _ = _generator(folder, {})
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = read_model(folder)
     generator.load_weights(iter(named_tensors(model)), policy_version=0)
     sampling = make_sampling(group_size=24, temperature=4.0, max_response_tokens=60)
     return generator.generate(prompts, sampling), generator.generate(prompts[:1], replace(sampling, ignore_eos=True))
@@ -175,7 +196,7 @@ def test_data_parallel_ranks_answer_their_own_prompts(folder, alone):
 def test_a_tied_head_is_the_embedding(tmp_path):
     folder = make_folder(tmp_path / "tied", tie=True)
     (found,) = run_ranks(_generate, 1, folder, {}, {"plain": {}})
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = read_model(folder)
     assert largest_gap(model, found["plain"], make_sampling()) < TOLERANCE
 
 
@@ -199,7 +220,7 @@ def test_misuse_is_refused_by_name(folder):
 
 def _misuse(folder: Path) -> dict[str, str]:
     generator, prompts, _, _ = _generator(folder, {})
-    weights = named_tensors(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+    weights = named_tensors(read_model(folder))
     lacking = [(name, tensor) for name, tensor in weights if name != "model.language_model.norm.weight"]
     steps = {
         "no weights": lambda: generator.generate(prompts, make_sampling()),
