@@ -28,18 +28,23 @@ def ranks(world: int, tensor: int = 1, pipeline: int = 1, dtype: str = "float32"
     return {"world": world, "tensor": tensor, "pipeline": pipeline, "dtype": dtype, "distributed": distributed}
 
 
-def make_source(folder: Path) -> Path:
-    return make_tiny_folder(folder, **SHAPE, **VISION)
+def make_source(folder: Path, family: str = "qwen2_5_vl") -> Path:
+    return make_tiny_folder(folder, family=family, **SHAPE, **VISION)
 
 
 def start(source: str | Path, setup: Setup) -> TrainState:
     """A fresh run in a fresh process: the model of `source`, its optimizer, nothing trained."""
+    return build(source, open_groups(setup))
+
+
+def open_groups(setup: Setup) -> Config:
+    """Starts the parallel groups of a fresh process; the settings of runs in it, for `build`."""
     from megatron_papo.distributed.layout import initialize
 
     adapt_megatron()
     config = settings_of(setup)
     initialize(config.parallel)
-    return build(source, config)
+    return config
 
 
 def settings_of(setup: Setup, *overrides: str) -> Config:

@@ -17,7 +17,18 @@ from megatron_papo.checkpoint.store import CheckpointStore
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.files import atomic_folder
 from megatron_papo.model.shape import ModelShape
-from tests.parallel.checkpoint_cases import SHAPE, VISION, Setup, make_source, ranks, start, train, weights
+from tests.parallel.checkpoint_cases import (
+    SHAPE,
+    VISION,
+    Setup,
+    build,
+    make_source,
+    open_groups,
+    ranks,
+    start,
+    train,
+    weights,
+)
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.tiny import make_tiny_folder
 from tests.toy_family.folder import make_toy_folder
@@ -29,57 +40,70 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def toy_source(tmp_path_factory) -> Path:
-    """A model of the family that lies outside the package, with widths that are padded."""
-    return make_toy_folder(tmp_path_factory.mktemp("toy") / "hf", tie=True)
+def sources(source, tmp_path_factory) -> dict[str, Path]:
+    """A model of each family, one of which lies outside the package, all with widths that are padded."""
+    root = tmp_path_factory.mktemp("sources")
+    toy = make_toy_folder(root / "toy", tie=True)
+    return {"first": source, "second": make_source(root / "second", "qwen3_vl"), "toy": toy}
 
 
-def _uninterrupted(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Two updates, a checkpoint, three more updates."""
-    run = start(source, setup)
-    train(run, range(2))
-    CheckpointStore(folder, source=source).save(2, run, metric=0.5)
-    return train(run, range(2, 5)), weights(run)
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+"""What updates logged, and the weights after them."""
 
 
-def _resumed(source: str, setup: Setup, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    run = start(source, setup)
-    found = CheckpointStore(folder).latest()
-    assert found is not None
-    restored = read_state(found, run)
-    assert (restored.step, restored.metric, restored.cursor, restored.config) == (2, 0.5, {"row": 5}, {"run": "test"})
-    return train(run, range(2, 5)), weights(run)
+def _uninterrupted(sources: list[Path], setup: Setup, folder: Path) -> list[Trained]:
+    """Of each source: two updates, a checkpoint in a folder of its own, three more updates."""
+    config, found = open_groups(setup), []
+    for number, source in enumerate(sources):
+        run = build(source, config)
+        train(run, range(2))
+        CheckpointStore(folder / str(number), source=source).save(2, run, metric=0.5)
+        found.append((train(run, range(2, 5)), weights(run)))
+    return found
+
+
+def _resumed(sources: list[Path], setup: Setup, folder: Path) -> list[Trained]:
+    config, found = open_groups(setup), []
+    for number, source in enumerate(sources):
+        run, latest = build(source, config), CheckpointStore(folder / str(number)).latest()
+        assert latest is not None
+        restored = read_state(latest, run)
+        expected = (2, 0.5, {"row": 5}, {"run": "test"})
+        assert (restored.step, restored.metric, restored.cursor, restored.config) == expected
+        found.append((train(run, range(2, 5)), weights(run)))
+    return found
 
 
 @pytest.mark.parametrize(
-    ("written", "read", "model"),
+    ("written", "read", "models"),
     [
-        (ranks(4, tensor=2, pipeline=2), [ranks(1), ranks(2, distributed=True)], "source"),
-        (ranks(1), [ranks(4, tensor=4), ranks(2, pipeline=2)], "source"),
-        (ranks(4, tensor=2, distributed=True), [ranks(2, pipeline=2)], "source"),
-        (ranks(2, dtype="bfloat16", distributed=True), [ranks(2, tensor=2, dtype="bfloat16")], "source"),
-        (ranks(2, tensor=2), [ranks(2, pipeline=2), ranks(3, distributed=True)], "toy_source"),
-        (ranks(2, distributed=True), [ranks(2, pipeline=2)], "source"),
+        (ranks(4, tensor=2, pipeline=2), [ranks(1), ranks(2, distributed=True)], ["first", "second"]),
+        (ranks(1), [ranks(4, tensor=4), ranks(2, pipeline=2)], ["first"]),
+        (ranks(4, tensor=2, distributed=True), [ranks(2, pipeline=2)], ["first"]),
+        (ranks(2, dtype="bfloat16", distributed=True), [ranks(2, tensor=2, dtype="bfloat16")], ["first", "second"]),
+        (ranks(2, tensor=2), [ranks(2, pipeline=2), ranks(3, distributed=True)], ["toy"]),
+        (ranks(2, distributed=True), [ranks(2, pipeline=2)], ["first", "second"]),
     ],
     ids=["TP2xPP2", "one rank", "TP2xDP2 split", "DP2 bf16 split", "TP2, toy family", "DP2 split"],
 )
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(request, tmp_path, written, read, model):
-    source = request.getfixturevalue(model)
-    expected = run_ranks(_uninterrupted, written["world"], str(source), written, str(tmp_path))
-    same = run_ranks(_resumed, written["world"], str(source), written, str(tmp_path))
-    for (values, wanted), (logged, resumed) in zip(expected, same, strict=True):
-        assert logged == values, "the same layout repeats every number"
-        assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(sources, tmp_path, written, read, models):
+    folders = [sources[name] for name in models]
+    expected = run_ranks(_uninterrupted, written["world"], folders, written, tmp_path)
+    same = run_ranks(_resumed, written["world"], folders, written, tmp_path)
+    for each in zip(expected, same, strict=True):
+        for (values, wanted), (logged, resumed) in zip(*each, strict=True):
+            assert logged == values, "the same layout repeats every number"
+            assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
-    values, wanted = expected[0]
     for other in read:
-        logged, resumed = run_ranks(_resumed, other["world"], str(source), other, str(tmp_path))[0]
-        # gradient norms and rates; random numbers belong to the layout. bf16 weights round the masters, which agree
-        assert logged[::3] == pytest.approx(values[::3], rel=1e-6)
-        assert logged[1::3] == values[1::3]
-        tolerance = {"rtol": 1e-5, "atol": 1e-6} if other["dtype"] == "float32" else {"rtol": 2**-8, "atol": 0.0}
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(resumed[name], tensor, **tolerance, msg=f"{name} at {other}")
+        elsewhere = run_ranks(_resumed, other["world"], folders, other, tmp_path)[0]
+        for (values, wanted), (logged, resumed) in zip(expected[0], elsewhere, strict=True):
+            # gradient norms and rates; random numbers belong to the layout. bf16 weights round the masters, which agree
+            assert logged[::3] == pytest.approx(values[::3], rel=1e-6)
+            assert logged[1::3] == values[1::3]
+            tolerance = {"rtol": 1e-5, "atol": 1e-6} if other["dtype"] == "float32" else {"rtol": 2**-8, "atol": 0.0}
+            for name, tensor in wanted.items():
+                torch.testing.assert_close(resumed[name], tensor, **tolerance, msg=f"{name} at {other}")
 
 
 PHASES = ("tensors", "state file", "published", "replacing", "retiring")

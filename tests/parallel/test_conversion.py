@@ -20,6 +20,7 @@ from megatron_papo.conversion.plan import Settings
 from megatron_papo.conversion.verify import verify
 from megatron_papo.conversion.workers import Workers
 from megatron_papo.distributed.accelerator import adapt_megatron
+from megatron_papo.model.family import FAMILIES
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.transfer import read_hf, write_hf
 from tests.support.ranks import run_ranks
@@ -33,8 +34,10 @@ MEMORY = 8 * 2**30
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def source(tmp_path_factory, request) -> Path:
-    return make_tiny_folder(tmp_path_factory.mktemp("hf") / "hf", **SHAPE, **VISION, tie=request.param)
+def sources(tmp_path_factory, request) -> dict[str, Path]:
+    """Of each family."""
+    root, sizes = tmp_path_factory.mktemp("hf"), {**SHAPE, **VISION, "tie": request.param}
+    return {family: make_tiny_folder(root / family, family=family, **sizes) for family in FAMILIES}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,9 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _model(folder: str, tensor: int, pipeline: int):
+def _of_each(sources: dict[str, Path], root: Path, tensor: int, pipeline: int) -> None:
+    """In `root`/FAMILY, of each family: `read`, the checkpoint `m` as a model read it and wrote it, and `run`, the
+    checkpoint of step 7 of a run."""
     from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import build_policy
 
@@ -55,35 +60,28 @@ def _model(folder: str, tensor: int, pipeline: int):
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     config = load_config(None, [*layout, "model.dtype=float32", "model.spec=local"])
     initialize(config.parallel)
-    shape = ModelShape.from_folder(folder)
-    return build_policy(config, shape), shape
-
-
-def _into_a_model(source: str, checkpoint: str, tensor: int, pipeline: int, target: str) -> None:
-    model, shape = _model(source, tensor, pipeline)
-    load_weights(model, shape, checkpoint)
-    write_hf(model, shape, target, source)
-
-
-def _saved_by_a_run(source: str, folder: str, tensor: int, pipeline: int) -> None:
-    model, shape = _model(source, tensor, pipeline)
-    read_hf(model, shape, source)
-    CheckpointStore(folder, source=source).save(7, TrainState(model, shape))
+    for family, source in sources.items():
+        shape, folder = ModelShape.from_folder(source), root / family
+        converted, run = build_policy(config, shape), build_policy(config, shape)
+        load_weights(converted, shape, folder / "m")
+        write_hf(converted, shape, folder / "read", source)
+        read_hf(run, shape, source)
+        CheckpointStore(folder / "run", source=source).save(7, TrainState(run, shape))
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 1), (2, 2)])
-def test_any_layout_reads_a_converted_checkpoint_and_any_layouts_is_exported(source, tmp_path, tensor, pipeline):
-    expected = _tensors(source)
-    convert("hf-to-megatron", source, tmp_path / "m", SMALL, MEMORY, Workers())
-    assert len(list((tmp_path / "m").glob("*.distcp"))) > 5
-    run_ranks(
-        _into_a_model, tensor * pipeline, str(source), str(tmp_path / "m"), tensor, pipeline, str(tmp_path / "read")
-    )
-    run_ranks(_saved_by_a_run, tensor * pipeline, str(source), str(tmp_path / "run"), tensor, pipeline)
-    convert("megatron-to-hf", tmp_path / "run" / "step_00000007", tmp_path / "export", SMALL, MEMORY, Workers())
-    for folder in ("read", "export"):
-        found = _tensors(tmp_path / folder)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder
-    verdict = verify(tmp_path / "export", MEMORY, Workers(), tmp_path / "run" / "step_00000007")
-    assert verdict.faults == [] and not verdict.inexact
+def test_any_layout_reads_a_converted_checkpoint_and_any_layouts_is_exported(sources, tmp_path, tensor, pipeline):
+    for family, source in sources.items():
+        convert("hf-to-megatron", source, tmp_path / family / "m", SMALL, MEMORY, Workers())
+        assert len(list((tmp_path / family / "m").glob("*.distcp"))) > 5
+    run_ranks(_of_each, tensor * pipeline, sources, tmp_path, tensor, pipeline)
+    for family, source in sources.items():
+        root, expected = tmp_path / family, _tensors(source)
+        checkpoint = root / "run" / "step_00000007"
+        convert("megatron-to-hf", checkpoint, root / "export", SMALL, MEMORY, Workers())
+        for folder in ("read", "export"):
+            found = _tensors(root / folder)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder
+        verdict = verify(root / "export", MEMORY, Workers(), checkpoint)
+        assert verdict.faults == [] and not verdict.inexact
