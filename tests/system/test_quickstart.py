@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+every_family = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 
 
 def run_quickstart(out: Path, *arguments: str, timeout_s: float) -> str:
@@ -56,12 +57,14 @@ def check_outcome(out: Path, printed: str) -> dict:
     return summary
 
 
-def test_cut_short(tmp_path):
+@every_family
+def test_cut_short(tmp_path, family):
     short = ["sft.steps=6", "train.steps=3", "train.eval_every=0", "eval.limit=12"]
     out = tmp_path / "run"
-    printed = run_quickstart(out, "--seed", "5", *short, timeout_s=400)
+    printed = run_quickstart(out, "--family", family, "--seed", "5", *short, timeout_s=400)
     summary = check_outcome(out, printed)
-    assert (summary["seed"], summary["engine"]) == (5, "transformers")
+    assert (summary["family"], summary["seed"], summary["engine"]) == (family, 5, "transformers")
+    assert json.loads((out / "papo" / "export" / "config.json").read_text())["model_type"] == family
     assert printed.count("$ papo ") == 4 and "$ papo train" in printed
     records = [json.loads(line) for line in (out / "papo" / "metrics.jsonl").read_text().splitlines()]
     assert {record["step"] for record in records} == {0, 1, 2}
@@ -75,9 +78,10 @@ def test_a_failing_command_ends_it(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_whole(tmp_path):
+@every_family
+def test_whole(tmp_path, family):
     """Held-out accuracy rises by 0.2 at least, and so does what seeing is worth."""
     out = tmp_path / "run"
-    summary = check_outcome(out, run_quickstart(out, timeout_s=1500))
+    summary = check_outcome(out, run_quickstart(out, "--family", family, timeout_s=1500))
     assert summary["gains"]["accuracy"] >= 0.2
     assert summary["gains"]["gap"] > 0 and summary["gains"]["format"] > 0
