@@ -27,7 +27,7 @@ from megatron_papo.preflight.inputs import (
 )
 from megatron_papo.preflight.layout_faults import faults_of_fp8, faults_of_ranks, num_engine_ranks
 from megatron_papo.preflight.local_ranks import faults_of_cpu, local_ranks
-from megatron_papo.preflight.model_files import faults_of_processor
+from megatron_papo.preflight.model_files import fault_of_processor
 from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
 from megatron_papo.runtime.caches import caches_that_can_be_written, use_own_folders
 from megatron_papo.runtime.process import command, go_on_without_readers
@@ -238,7 +238,7 @@ def _check_layout(options: argparse.Namespace, config: Config, num_ranks: int) -
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
-    _raise_any(list(faults_of_processor(config, shape)))
+    _raise_any([fault] if (fault := fault_of_processor(config, shape)) else [])
     check_layout(config, shape, num_ranks)
     if not (options.cpu or options.dry_run or num_visible_gpus(os.environ)) and _world_outside() is None:
         _raise_any(list(faults_of_cpu(verb, config, shape, num_ranks)))

@@ -25,7 +25,7 @@ from megatron_papo.model.shape import ModelShape
 from megatron_papo.preflight.disk import disk_need, faults_of_disk
 from megatron_papo.preflight.inputs import READS, fault_of_run_dir, faults_of_inputs, find_module
 from megatron_papo.preflight.layout_faults import faults_of_layout, num_engine_ranks, warnings_of_layout
-from megatron_papo.preflight.model_files import fault_of_missing_model, faults_of_model_files, faults_of_processor
+from megatron_papo.preflight.model_files import fault_of_missing_model, fault_of_processor, faults_of_model_files
 from megatron_papo.preflight.network import ask_network
 from megatron_papo.preflight.shared_memory import warnings_of_shared_memory
 from megatron_papo.text.untrusted import as_text
@@ -48,7 +48,7 @@ def check_everything(verb: str, config: Config, num_ranks: int) -> CheckResult:
     packages = packages_are_here(config)
     shape, faults = _shape(config)
     faults += faults_of_layout(verb, config, shape, num_ranks)
-    faults += [] if shape is None else faults_of_processor(config, shape)
+    faults += [fault] if shape is not None and (fault := fault_of_processor(config, shape)) else []
     faults += [*faults_of_model_files(verb, config), *faults_of_inputs(verb, config, packages)]
     faults += [*(_packages(verb, config) if packages else ()), *_folder(verb, config, shape)]
     found = [] if faults else ask_network(verb, config, _data_sets(verb, config))

@@ -42,29 +42,33 @@ def faults_of_model_files(verb: str, config: Config) -> Iterator[str]:
         yield from _weight_faults("checkpoint.reference", reference)
 
 
-def faults_of_processor(config: Config, shape: ModelShape) -> Iterator[str]:
-    """A line a fault of a processor in the model folder that belongs to another model than config.json: another
-    family's class, or patches of another size than the vision tower takes."""
+def fault_of_processor(config: Config, shape: ModelShape) -> str | None:
+    """Why the processor in the model folder belongs to another model than config.json: another family's class, or
+    patches of another size than the vision tower takes. None where it does not, as far as its files tell."""
     folder = config.model.path or config.model.checkpoint
     if folder is None:
-        return
+        return None
     key = "model.path" if config.model.path else "model.checkpoint"
     settings = {file: _settings(file) for name in _PROCESSORS if (file := folder / name).exists()}
     own = family_of(shape).module("shape").PROCESSOR
     for file, tree in settings.items():
-        named = tree.get("processor_class")
-        others = [other for other in families() if named == family_named(other).module("shape").PROCESSOR]
-        if named != own and others:
-            yield (
-                f"{key}: {file}: processor_class: is {named}, of {others[0]}; config.json is of {shape.model_type}, "
-                f"whose folders name {own}"
+        if (named := tree.get("processor_class", own)) != own and (other := _family_with(named)):
+            return (
+                f"{key}: {file}: processor_class: is {named}, of {other}; config.json is of {shape.model_type}, whose "
+                f"folders name {own}"
             )
     # transformers reads the part of processor_config.json, and the other file only where that has none
-    found = [(file, tree["image_processor"]) for file, tree in settings.items() if "image_processor" in tree]
-    for file, tree in (found or list(settings.items()))[:1]:
+    parts = [(file, tree["image_processor"]) for file, tree in settings.items() if "image_processor" in tree]
+    for file, tree in (parts or list(settings.items()))[:1]:
         for name, theirs in shape.vision.patch_sizes.items():
             if isinstance(tree, dict) and tree.get(name, theirs) != theirs:
-                yield f"{key}: {file}: {name}: is {shown(tree[name])}, the vision tower of config.json takes {theirs}"
+                return f"{key}: {file}: {name}: is {shown(tree[name])}, the vision tower of config.json takes {theirs}"
+    return None
+
+
+def _family_with(processor: Any) -> str | None:
+    """The known family whose folders name this class of processor."""
+    return next((name for name in families() if processor == family_named(name).module("shape").PROCESSOR), None)
 
 
 def _settings(file: Path) -> dict[str, Any]:

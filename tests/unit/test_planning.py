@@ -140,6 +140,7 @@ def test_each_recomputation_takes_more_time_and_less_memory_than_the_one_before(
         ("dapo_7b", "Qwen2.5-VL-7B", 4, 2, (28,)),
         ("papo_g_7b_fp8", "Qwen2.5-VL-7B", 2, 2, (13, 15)),
         ("papo_g_72b", "Qwen2.5-VL-72B", 8, 2, (19, 20, 21, 20)),
+        ("papo_g_qwen3_vl_32b", "Qwen3-VL-32B", 8, 4, (64,)),
     ],
 )
 def test_plan_and_check_print_the_same_memory(name, model, tensor, data, layers, recompute):
