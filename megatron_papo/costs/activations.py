@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_papo.config import Config
+from megatron_papo.model.fp8.multiples import patch_multiple
 from megatron_papo.model.layer_costs import (
     ActivationSettings,
     LayerWidths,
@@ -43,9 +44,13 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
     settings = ActivationSettings.of(config, fused=fused)
     layer, value_bytes = language_layer(shape), settings.value_bytes
     total = row.tokens * layer_saved_bytes(layer, settings) * stage_layers(config.parallel, shape)[stage]
-    if stage == 0 and row.patches and not (config.model.freeze.vision and config.model.freeze.projector):
+    tower_is_trained = not (config.model.freeze.vision and config.model.freeze.projector)
+    if stage == 0 and tower_is_trained:
         layers = layer_saved_bytes(vision_layer(shape), settings) * shape.vision.num_layers
-        total += row.patches * layers + costs_of(shape).vision_ends_bytes(row.patches, shape, settings)
+        patches = _padded_patches(config, shape, row, settings)
+        total += patches * layers + costs_of(shape).vision_ends_bytes(patches, shape, settings)
+        total += patches // shape.vision.merge_unit * layer.hidden * value_bytes  # what is put into the embeddings
+    total += _levels_bytes(config, shape, stage, row, settings, tower_is_trained)
     total += row.tokens * 4 * layer.head_dim  # cosines and sines of the rotary angles, half a head's width each
     if stage == 0:  # a rank's share of the embeddings is a view, which keeps the whole
         total += row.tokens * (layer.hidden - layer.hidden // settings.sequence) * value_bytes
@@ -53,6 +58,36 @@ def saved_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, *, 
         total += row.tokens * norm_saved_bytes(layer, settings, outputs=0)
         total += row.responses * layer.hidden * value_bytes
     return total
+
+
+def _padded_patches(config: Config, shape: ModelShape, row: RowSize, settings: ActivationSettings) -> int:
+    """The patches of the row's images with the padding that the tower adds at the end."""
+    recipe = config.fp8.recipe if config.fp8.vision else "off"
+    multiple = patch_multiple(recipe, settings.sequence, shape.vision.merge_unit)
+    return -(-row.patches // multiple) * multiple
+
+
+def _levels_bytes(
+    config: Config, shape: ModelShape, stage: int, row: RowSize, settings: ActivationSettings, tower_is_trained: bool
+) -> int:
+    """Bytes that a stage keeps of DeepStack's levels (`model/deepstack.py`).
+
+    The first stage has them from the tower, in one tensor; the others receive those that are left in one tensor with
+    the hidden states, which the first layer keeps. Sequence parallelism gathers each level where it is added, and that
+    layer keeps all of its tokens with their places and whether they lie on this rank.
+    """
+    layers = stage_layers(config.parallel, shape)
+    num_left = shape.levels_from(sum(layers[:stage]))
+    whole_layers = settings.recompute == "full"
+    if stage == 0 and not tower_is_trained and not whole_layers:
+        return 0  # no gradient goes to them; the recomputation of whole layers keeps their inputs all the same
+    tokens = _padded_patches(config, shape, row, settings) // shape.vision.merge_unit
+    level = tokens * shape.language.hidden_size * settings.value_bytes
+    arrived = num_left * level // settings.sequence
+    if settings.sequence == 1 or whole_layers:
+        return arrived
+    gathered = min(num_left, layers[stage]) * (level + tokens * (8 + 1))
+    return gathered if stage == 0 else arrived + gathered
 
 
 def held_bytes(config: Config, shape: ModelShape, stage: int, row: RowSize, in_flight: int, *, fused: bool) -> int:

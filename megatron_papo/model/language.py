@@ -61,7 +61,7 @@ class LanguageModel(LanguageModule):
                 config, vocab_size, 0, position_embedding_type="rope", scatter_to_sequence_parallel=False
             )
         # levels of DeepStack that are still to be added at this stage, and those that its own layers add
-        self.num_levels = max(len(shape.vision.deepstack_layers) - first_layer, 0)
+        self.num_levels = shape.levels_from(first_layer)
         self.num_adding = min(self.num_levels, num_layers)
         self._received: Tensor | None = None
         self.decoder = TransformerBlock(

@@ -130,6 +130,10 @@ class ModelShape:
     vision_start_token_id: int
     vision_end_token_id: int
 
+    def levels_from(self, layer: int) -> int:
+        """The number of DeepStack's levels that language layer `layer` (from 0) and those after it add."""
+        return max(len(self.vision.deepstack_layers) - layer, 0)
+
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
         """Token ids that never occur in a response: engine and trainer give them logits of -inf."""

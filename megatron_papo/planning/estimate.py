@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from megatron_papo.config import Config
 from megatron_papo.config.derived import engine_weight_bytes
+from megatron_papo.costs.activations import RowSize
 from megatron_papo.costs.hardware import Cluster
 from megatron_papo.costs.memory import GIB, RESERVE_BYTES, StageMemory, num_parameters, stage_memory, state_bytes
 from megatron_papo.model.shape import ModelShape
@@ -167,15 +169,13 @@ def _seconds(
 ) -> tuple[dict[str, float], float]:
     """Seconds of all stages of a step but generation, and the bubble of the updates."""
     work, size = rows.work, rows.size(shape)
-    apart = candidate.tensor * candidate.data  # ranks of two stages
-    states = size.tokens * shape.language.hidden_size * 2 / candidate.tensor
-    send = along_s(states, candidate.pipeline, cluster, assumed, apart)
-    schedule, bubble = _pipeline_s(each.forward, each.backward, rows.num, send)
+    sends = _sends_s(candidate, shape, cluster, assumed, size)
+    schedule, bubble = _pipeline_s(each.forward, each.backward, rows.num, sends)
     schedule *= 1 + assumed.row_spread
     # views of a joint row are halves of it; scoring reads rows of one view
     reduce, step = _after_backward_s(candidate, config, cluster, assumed, counted)
     update = work.updates * (schedule + reduce + step) * assumed.update_factor
-    score = work.score_passes * forward_s(each.forward, rows.num * work.updates, send) / (2 if work.joint else 1)
+    score = work.score_passes * forward_s(each.forward, rows.num * work.updates, sends) / (2 if work.joint else 1)
     seconds = {
         "score": score * (1 + assumed.row_spread) * assumed.score_factor,
         "update": update,
@@ -186,6 +186,18 @@ def _seconds(
         "update/optimizer": work.updates * step,
     }
     return seconds, bubble
+
+
+def _sends_s(
+    candidate: Candidate, shape: ModelShape, cluster: Cluster, assumed: Assumptions, size: RowSize
+) -> tuple[float, ...]:
+    """Seconds of a row from each stage to the next: its hidden states and, of each level of DeepStack that is not yet
+    added, the image tokens."""
+    image_tokens = size.patches // shape.vision.merge_unit
+    places = (size.tokens + shape.levels_from(first) * image_tokens for first in accumulate(candidate.layers[:-1]))
+    apart = candidate.tensor * candidate.data  # ranks of two stages
+    width = shape.language.hidden_size * 2 / candidate.tensor
+    return tuple(along_s(num * width, candidate.pipeline, cluster, assumed, apart) for num in places)
 
 
 _pipeline_s = lru_cache(maxsize=256)(forward_backward_s)

@@ -13,6 +13,7 @@ from megatron_papo.costs.hardware import GPUS
 from megatron_papo.costs.memory import memory_faults, memory_warnings
 from megatron_papo.distributed.rank_arithmetic import data_ranks, fault_of_ranks, model_ranks_in_words
 from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.layer_costs import key_width_on_rank, language_layer
 from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine, padded
 
 
@@ -115,11 +116,12 @@ def _fp8_widths(config: Config, shape: ModelShape) -> Iterator[str]:
     whole rows of 16 bytes or whole blocks of mxfp8. Blocks of 128 may end early."""
     tensor, text = config.parallel.tensor, shape.language
     unit = 32 if config.fp8.recipe == "mxfp8" else 16
-    key_value_heads = -(-text.num_kv_heads // tensor)
+    layer = language_layer(shape)
+    queries = layer.query_width // tensor
     widths = {
         "hidden_size": text.hidden_size,
-        "attention heads": text.hidden_size // tensor,
-        "queries, keys and values": text.hidden_size // tensor + 2 * key_value_heads * text.head_dim,
+        "attention heads": queries,
+        "queries, keys and values": queries + 2 * key_width_on_rank(layer, tensor),
         "intermediate_size": padded(text.intermediate_size, tensor) // tensor,
     }
     if config.fp8.vision:

@@ -4,6 +4,7 @@ layout."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,18 +49,24 @@ def _held(folder: Path, overrides: list[str]) -> tuple[int, int, int, int]:
     return layout().pipeline_rank, sum(p.nbytes for p in policy.parameters()), gradients, states
 
 
+SECOND = {"family": "qwen3_vl", "head_dim": 24, "deepstack": [0, 1]}
+
+
 @pytest.mark.parametrize(
-    ("num_ranks", "tie", "overrides"),
+    ("num_ranks", "model", "overrides"),
     [
-        (1, False, ["model.dtype=float32"]),
-        (2, True, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.sequence=true"]),
-        (2, True, ["model.dtype=bfloat16", "parallel.pipeline=2", "model.freeze.vision=true"]),
-        (4, False, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.pipeline=2"]),
-        (4, False, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.distributed_optimizer=true"]),
+        (1, {}, ["model.dtype=float32"]),
+        (2, {"tie": True}, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.sequence=true"]),
+        (2, {"tie": True}, ["model.dtype=bfloat16", "parallel.pipeline=2", "model.freeze.vision=true"]),
+        (4, {}, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.pipeline=2"]),
+        (4, {}, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.distributed_optimizer=true"]),
+        (2, SECOND, ["model.dtype=float32", "parallel.tensor=2", "model.freeze.vision=true"]),
+        (4, {**SECOND, "tie": True}, ["model.dtype=bfloat16", "parallel.pipeline=2", "model.freeze.projector=true"]),
+        (4, SECOND, ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.distributed_optimizer=true"]),
     ],
 )
-def test_counted_bytes_are_held(tmp_path: Path, num_ranks: int, tie: bool, overrides: list[str]):
-    folder = make_tiny_folder(tmp_path, tie=tie, **ODD)
+def test_counted_bytes_are_held(tmp_path: Path, num_ranks: int, model: dict[str, Any], overrides: list[str]):
+    folder = make_tiny_folder(tmp_path, **model, **ODD)
     config = _config(folder, overrides)
     stages = stage_memory(config, ModelShape.from_folder(folder), num_ranks)
     held = run_ranks(_held, num_ranks, folder, overrides)

@@ -44,7 +44,7 @@ class ToyTower(VisionTower):
         num_padding = -len(pixel_values_PD) % (self.shape.merge_unit * sequence)
         pixels = F.pad(pixel_values_PD.to(self.patch_embed.weight.device), (0, 0, 0, num_padding))
         if self.config.sequence_parallel:
-            pixels = scatter_to_sequence_parallel_region(pixels)
+            pixels = scatter_to_sequence_parallel_region(pixels).clone()
         images = [Segment(length) for length in grid_thw_I3.prod(1).tolist()]
         plan = build_segments(images, causal=False, device=pixels.device, num_padding=num_padding)
         hidden = self.decoder(self.patch_embed(pixels)[:, None, :], attention_mask=None, packed_seq_params=plan)

@@ -162,5 +162,6 @@ def test_interleaved_sections_are_those_of_transformers(sections: tuple[int, int
     assert not torch.allclose(in_runs.cos_T1F, rotation.cos_T1F, atol=1e-2)
 
 
-def test_a_family_of_the_package_is_not_interleaved():
-    assert not ModelShape.from_dict(tiny_config().to_dict()).language.interleaved_mrope
+@pytest.mark.parametrize(("name", "interleaved"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
+def test_which_families_of_the_package_interleave(name: str, interleaved: bool):
+    assert ModelShape.from_dict(tiny_config(name).to_dict()).language.interleaved_mrope is interleaved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,9 @@ def test_equal_stages_stand_still_as_the_formula_says(stages: int, rows: int):
 def test_a_slow_stage_sets_the_pace_and_sending_takes_its_time():
     total, _ = forward_backward_s([1.0, 3.0], [2.0, 6.0], 10)
     assert total == pytest.approx(1 + 10 * 9 + 2)  # filled by one forward, emptied by one backward
-    assert forward_backward_s([1.0, 1.0], [2.0, 2.0], 1, send=0.5)[0] == pytest.approx(6 + 2 * 0.5)
+    assert forward_backward_s([1.0, 1.0], [2.0, 2.0], 1, [0.5])[0] == pytest.approx(6 + 2 * 0.5)
+    assert forward_backward_s([1.0] * 3, [2.0] * 3, 1, [0.5, 4.0])[0] == pytest.approx(9 + 2 * 4.5)
+    assert forward_s([1.0] * 3, 1, [0.5, 4.0]) == pytest.approx(3 + 4.5)
     assert forward_s([1.0, 3.0], 10) == pytest.approx(4 + 9 * 3) and forward_s([1.0], 0) == 0
 
 
@@ -87,6 +90,23 @@ def test_exchanges_by_hand():
     late = Assumptions(latency_s=1.0, network_latency_s=10.0)
     assert gather_s(0, 32, wide, late) == pytest.approx(1 + 10 * 2)  # a tree over four nodes
     assert gather_s(1e9, 1, wide, late) == 0
+
+
+def test_a_first_stage_of_few_layers_also_sends_the_image_tokens_that_later_stages_add():
+    """Between two nodes so far apart that a pass takes what sending takes; three levels of DeepStack."""
+    shape, far = shape_named("Qwen3-VL-4B"), replace(IDEAL, network=1e-6)
+    config = recipe("train.prompts_per_step=2", ONE)
+    work = Workload.of(config, shape)
+
+    def score_s(*layers: int) -> float:
+        candidate = Candidate(1, 2, 1, layers, "none", "fp32 moments", 1)
+        return estimate(candidate, config, shape, Cluster(GPUS["H100"], 2, gpus_per_node=1), far, work).seconds["score"]
+
+    row = work.rows(shape, 1, 2).size(shape)
+    image_tokens = row.patches // 4
+    for num_layers, levels in ((1, 2), (2, 1), (3, 0), (18, 0)):
+        expected = (row.tokens + levels * image_tokens) / row.tokens
+        assert score_s(num_layers, 36 - num_layers) / score_s(3, 33) == pytest.approx(expected, rel=1e-3)
 
 
 def test_layers_are_dealt_by_what_the_ends_do_beside_them():

@@ -26,6 +26,12 @@ def token_multiple(recipe: str, sequence_ranks: int) -> int:
     return math.lcm(_TOKENS[recipe], own)
 
 
+def patch_multiple(recipe: str, sequence_ranks: int, merge_unit: int) -> int:
+    """The number that the patches of a vision tower must be a multiple of, so that a rank's share has whole blocks of
+    `merge_unit` patches too. `recipe`: that of the tower's layers."""
+    return math.lcm(merge_unit * sequence_ranks, token_multiple(recipe, sequence_ranks))
+
+
 def row_padding(num_tokens: int, multiple: int, fixed: int | None) -> int:
     """The number of tokens to add to a row of `num_tokens`. `fixed`: the length that every row gets, if there is one;
     raises ValueError for a row that is longer."""

@@ -7,8 +7,6 @@ padded at the end, so that no block is split between sequence-parallel ranks.
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -16,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_papo.config import Config
-from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.multiples import patch_multiple
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
 from megatron_papo.model.layers import block_spec, recompute_in
@@ -56,13 +54,14 @@ class WindowedTower(VisionTower):
         weight = self.patch_embed.weight
         sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
-        multiple = math.lcm(self.shape.merge_unit * sequence_ranks, token_multiple(recipe, sequence_ranks))
+        multiple = patch_multiple(recipe, sequence_ranks, self.shape.merge_unit)
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=weight.device)
         pixels = pixel_values_PD.to(weight.device).index_select(0, plan.patch_order_P)
         if plan.num_padding:
             pixels = F.pad(pixels, (0, 0, 0, plan.num_padding))
         if self.config.sequence_parallel:
-            pixels = scatter_to_sequence_parallel_region(pixels)
+            # a copy, since a view would keep the pixels of all ranks for backward
+            pixels = scatter_to_sequence_parallel_region(pixels).clone()
         hidden = self.decoder(
             self.patch_embed(pixels)[:, None, :],
             attention_mask=None,

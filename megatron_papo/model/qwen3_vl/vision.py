@@ -9,8 +9,6 @@ ranks.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from megatron_papo.config import Config
 from megatron_papo.distributed.layout import layout
-from megatron_papo.model.fp8.multiples import token_multiple
+from megatron_papo.model.fp8.multiples import patch_multiple
 from megatron_papo.model.fp8.padding import zero_end
 from megatron_papo.model.fp8.switch import Fp8Switch
 from megatron_papo.model.fusions import of_plain_linears
@@ -71,7 +69,7 @@ class DeepStackTower(VisionTower):
         """Image tokens of patches in the processor's order; levels of DeepStack in the order of their layers."""
         sequence_ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         recipe = self.fp8.recipe if self.fp8.settings.vision else "off"
-        multiple = math.lcm(self.shape.merge_unit * sequence_ranks, token_multiple(recipe, sequence_ranks))
+        multiple = patch_multiple(recipe, sequence_ranks, self.shape.merge_unit)
         device = self.patch_embed.weight.device
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=device)
         num_tokens = len(pixel_values_PD) // self.shape.merge_unit
@@ -79,7 +77,8 @@ class DeepStackTower(VisionTower):
         corners, shares = plan.corners_P4, plan.shares_P4
         rank = layout().tensor_rank if self.config.sequence_parallel else 0
         if self.config.sequence_parallel:
-            pixels = scatter_to_sequence_parallel_region(pixels)
+            # a copy, since a view would keep the pixels of all ranks for backward
+            pixels = scatter_to_sequence_parallel_region(pixels).clone()
             corners, shares = (part.chunk(sequence_ranks)[rank] for part in (corners, shares))
         patches = self.patch_embed(pixels)
         patches = patches + self.position_embed(corners, shares).to(patches.dtype)
