@@ -26,7 +26,7 @@ _START, _ENGINE = "generation/vllm/start.py", "generation/vllm/vllm_engine.py"
 _SLEEP, _WEIGHTS = "generation/vllm/sleep.py", "generation/vllm/weight_transfer.py"
 _LLM, _LLM_ENGINE = "vllm.entrypoints.llm:LLM", "vllm.v1.engine.llm_engine:LLMEngine"
 _TRANSFER, _RELOAD = "vllm.distributed.weight_transfer", "vllm.model_executor.model_loader.reload"
-_QWEN = "vllm.model_executor.models.qwen2_5_vl"
+_QWEN2_5, _QWEN3 = "vllm.model_executor.models.qwen2_5_vl", "vllm.model_executor.models.qwen3_vl"
 _TE, _TE_RECIPE = "transformer_engine.pytorch", "transformer_engine.common.recipe"
 _MEGATRON_TE, _MEGATRON_FP8 = "megatron/core/extensions/transformer_engine.py", "megatron/core/fp8_utils.py"
 
@@ -58,7 +58,8 @@ CALLS: dict[str, tuple[Call, ...]] = {
         Call(_WEIGHTS, "parse_update_info", (f"{_TRANSFER}.base:WeightTransferEngine.parse_update_info",)),
         Call(_WEIGHTS, "initialize_layerwise_reload", (f"{_RELOAD}:initialize_layerwise_reload",)),
         Call(_WEIGHTS, "finalize_layerwise_reload", (f"{_RELOAD}.layerwise:finalize_layerwise_processing",)),
-        Call(_WEIGHTS, "load_weights", (f"{_QWEN}:Qwen2_5_VLForConditionalGeneration.load_weights",)),
+        Call(_WEIGHTS, "load_weights", (f"{_QWEN2_5}:Qwen2_5_VLForConditionalGeneration.load_weights",)),
+        Call(_WEIGHTS, "load_weights", (f"{_QWEN3}:Qwen3VLForConditionalGeneration.load_weights",)),
     ),
     "transformer_engine": (
         Call(_MEGATRON_TE, "TELinear:super", (f"{_TE}.module.linear:Linear",)),
@@ -120,8 +121,14 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         f"{_TRANSFER}.factory:WeightTransferEngineFactory": ("_registry",),
         f"{_TRANSFER}.base:WeightTransferEngine": ("_default_model", "model", "model_config"),
         _RELOAD: ("finalize_layerwise_reload", "initialize_layerwise_reload"),
-        f"{_QWEN}:Qwen2_5_VisionTransformer": ("get_rope_by_thw",),
-        f"{_QWEN}:Qwen2_5_VLForConditionalGeneration": ("language_model", "visual"),
+        f"{_QWEN2_5}:Qwen2_5_VisionTransformer": ("blocks", "get_rope_by_thw", "merger"),
+        f"{_QWEN2_5}:Qwen2_5_VisionBlock": ("norm1",),
+        f"{_QWEN2_5}:Qwen2_5_VisionPatchMerger": ("ln_q",),
+        f"{_QWEN2_5}:Qwen2_5_VLForConditionalGeneration": ("language_model", "visual"),
+        f"{_QWEN3}:Qwen3_VisionTransformer": ("blocks", "deepstack_merger_list", "merger"),
+        f"{_QWEN3}:Qwen3_VisionBlock": ("norm1",),
+        f"{_QWEN3}:Qwen3_VisionPatchMerger": ("norm",),
+        f"{_QWEN3}:Qwen3VLForConditionalGeneration": ("deepstack_input_embeds", "language_model", "visual"),
     },
     "transformer_engine": {
         f"{_TE}.module.base:UserBufferQuantizationMode": ("FP8", "NONE"),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_papo.config import ParallelConfig
 from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import build_generator
-from megatron_papo.generation.vllm.sleep import forget_weights, unwritten
+from megatron_papo.generation.vllm.sleep import forget_weights, refill_zeros, unwritten
 from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 from tests.parallel.generation_cases import (
     BANNED,
@@ -46,6 +47,9 @@ SETTINGS = {
     "masked": {"temperature": 0.0, "masked": True},
     "hot": {"temperature": 2.0, "max_response_tokens": 40, "group_size": 8},
 }
+SAFE_IN_SLEEP = {"kv_cache", "_k_scale_cpu", "_v_scale_cpu"}
+"""Tensors of an attention layer that are neither parameters nor buffers, and which sleep need not give back: keys and
+values, which are made anew, and scales in host memory."""
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +80,10 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
     models = _models(folder)
     state, set_num_threads = _random_state(), torch.set_num_threads
     vllm = build_generator(config, processor, layout)
+    loose = vllm.llm.apply_model(_loose_tensors)[0]
     mine = prompts[layout.data_rank :: layout.data_size]
-    found: dict[str, Any] = {"megatron": [_megatron_norm()], "gaps": {}, "groups": []}
+    found: dict[str, Any] = {"megatron": [_megatron_norm()], "gaps": {}, "groups": [], "loose": loose}
+    found["zeros"] = set(vllm.in_vllm.ZEROS)
     found["refused"] = _refusals({"no weights": lambda: vllm.generate(mine, make_sampling())})
     for version, model in enumerate(models):
         for generator in (vllm, other):
@@ -95,6 +101,13 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
     found["unwritten"] = [_forgotten(vllm)]
     vllm.load_weights(iter(named_tensors(models[1])), 1)
     found["unwritten"].append(vllm.llm.apply_model(unwritten)[0])
+    text = prompts[1:2]  # batches with images wipe the places that they use
+    found["text"] = [vllm.generate(text, make_sampling())]
+    vllm.llm.apply_model(partial(_spoil, names=vllm.in_vllm.ZEROS))
+    found["text"].append(vllm.generate(text, make_sampling()))
+    vllm.llm.apply_model(partial(refill_zeros, names=vllm.in_vllm.ZEROS))
+    vllm.load_weights(iter(named_tensors(models[1])), 1)
+    found["text"].append(vllm.generate(text, make_sampling()))
     found["again"] = vllm.generate(mine, make_sampling())
     found["random state kept"] = state == _random_state()
     found["threads kept"] = torch.set_num_threads is set_num_threads and torch.get_num_threads() == 1
@@ -109,6 +122,28 @@ def _forgotten(vllm: VllmGenerator) -> list[str]:
     """Parameters that are seen to be unwritten once all were forgotten."""
     vllm.llm.apply_model(forget_weights)
     return vllm.llm.apply_model(unwritten)[0]
+
+
+def _loose_tensors(model: torch.nn.Module) -> set[str]:
+    """Attributes of the model and its modules with tensors that are neither parameters nor buffers: what a sleep of
+    level 2 would lose."""
+    found = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if name not in ("_parameters", "_buffers") and any(isinstance(each, torch.Tensor) for each in values):
+                found.add(name)
+    return found
+
+
+@torch.no_grad()
+def _spoil(model: Any, names: Sequence[str]) -> None:
+    """What a level 2 sleep may leave in the tensors that have to be zero."""
+    for name in names:
+        for tensor in getattr(model, name):
+            tensor.fill_(1.0)
 
 
 def _random_state() -> tuple:
@@ -148,6 +183,9 @@ def _check(found: dict[str, Any]) -> None:
         assert len({rollout.response_ids for rollout in group.rollouts}) == 4
         assert not {r.response_ids for r in group.rollouts} & {r.response_ids for r in later.rollouts}
     assert tokens(found["again"]) == tokens(after["plain"])
+    assert found["loose"] == found["zeros"] | SAFE_IN_SLEEP
+    healthy, spoilt, refilled = map(tokens, found["text"])
+    assert healthy == refilled and (spoilt != healthy) == bool(found["zeros"])
     forgotten, left = found["unwritten"]
     assert {"language_model.model.norm.weight", "visual.blocks.0.norm1.weight"} <= set(forgotten) and left == []
     assert found["random state kept"] and found["threads kept"]
@@ -170,9 +208,10 @@ def test_an_engine_a_rank_in_a_tensor_parallel_group(folder):
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
-def test_an_engine_over_two_data_parallel_ranks(tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_engine_over_two_data_parallel_ranks(family, tmp_path):
     """The ranks of the engine bring different prompts, and each gets its own answered; and the head is tied."""
-    folder = _without_weights(make_folder(tmp_path / "tied", tie=True))
+    folder = _without_weights(make_folder(tmp_path / "tied", family=family, tie=True))
     first, second = run_ranks(_both_engines, 2, folder, {}, 2)
     for found, ids in ((first, ["row-0", "row-2", "row-4"]), (second, ["row-1", "row-3"])):
         _check(found)
