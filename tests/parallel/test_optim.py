@@ -154,6 +154,34 @@ def folder(tmp_path_factory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def deepstack_folder(tmp_path_factory) -> Path:
+    """Of a family whose tower has several mergers, and learned position embeddings."""
+    return make_tiny_folder(tmp_path_factory.mktemp("model"), family="qwen3_vl")
+
+
+def test_every_merger_has_the_projectors_rate_and_freezes_with_it(deepstack_folder):
+    overrides = ["optim.lr=1e-3", "optim.lr_vision=1e-4", "optim.lr_projector=5e-4", "optim.weight_decay=0.1"]
+    ((groups, _),) = run_ranks(_groups, 1, deepstack_folder, overrides)
+    mergers = ("vision.merger.", "vision.deepstack_mergers.0.", "vision.deepstack_mergers.1.")
+    for merger in mergers:
+        assert groups[merger + "linear_fc1.weight"] == pytest.approx((5e-4, 0.1))
+        assert groups[merger + "linear_fc2.bias"] == groups[merger + "norm.weight"] == pytest.approx((5e-4, 0.0))
+    assert groups["vision.position_embed.weight"] == groups["vision.patch_embed.weight"] == pytest.approx((1e-4, 0.1))
+    assert groups["vision.patch_embed.bias"] == pytest.approx((1e-4, 0.0))
+    assert groups["language.decoder.layers.0.self_attention.q_layernorm.weight"] == pytest.approx((1e-3, 0.0))
+
+    ((groups, _),) = run_ranks(_groups, 1, deepstack_folder, ["model.freeze.vision=true"])
+    assert {name for name in groups if name.startswith("vision.")} == {
+        f"{merger}{part}.{kind}"
+        for merger in mergers
+        for part in ("norm", "linear_fc1", "linear_fc2")
+        for kind in ("weight", "bias")
+    }
+    ((groups, _),) = run_ranks(_groups, 1, deepstack_folder, ["model.freeze.projector=true"])
+    assert "vision.position_embed.weight" in groups and not [name for name in groups if name.startswith(mergers)]
+
+
 def test_rates_per_part_decay_and_warm_up(folder):
     overrides = ["optim.lr=1e-3", "optim.lr_vision=1e-4", "optim.lr_projector=5e-4", "optim.warmup_steps=2"]
     ((groups, rates),) = run_ranks(_groups, 1, folder, [*overrides, "optim.weight_decay=0.1"])

@@ -7,8 +7,9 @@ Megatron's schedule, under every kind of layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {},
     "DP2": {"train__tokens_per_micro_batch": 100},
     "DP3": {},
-    "TP2 PP2 SP": {},
+    "TP2 PP2 SP, selective recompute": {},
 }
 """What else differs from the run on one rank."""
-MODEL = {"std": 0.08}
+OF_BOTH = ("single, rows split", "PP2", "DP2", "TP2 PP2 SP, selective recompute")
+"""The layouts in which the second family is run as well."""
+RUNS = [
+    *(("qwen2_5_vl", name) for name in LAYOUTS),
+    *(("qwen3_vl", name) for name in OF_BOTH),
+]
 
 
 @pytest.fixture(scope="module")
-def alone(inputs, tmp_path_factory) -> dict[str, Any]:
-    """Every rollout in a row of its own."""
-    (found,) = run_ranks(_run, 1, _config(inputs, tmp_path_factory.mktemp("alone")), True)
-    return found
+def inputs(inputs_of) -> Callable[[str], Path]:
+    """Of a family."""
+    return lambda family: inputs_of(family=family, std=0.08)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """Of a family: every rollout in a row of its own, run once."""
+
+    @cache
+    def of(family: str) -> dict[str, Any]:
+        (found,) = run_ranks(_run, 1, _config(inputs(family), tmp_path_factory.mktemp("alone")), True)
+        return found
+
+    return of
 
 
 def _config(inputs: Path, folder: Path, **settings: Any) -> Config:
@@ -125,10 +142,10 @@ def _run(config: Config, each_alone: bool) -> dict[str, Any]:
         return {"seen": seen, "gradients": gradients, "tokens": [row.num_tokens for row in rows]}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_shared_prompts_change_nothing(name, inputs, alone, tmp_path):
-    ranks = layout(name, **LAYOUTS[name])
-    results = run_ranks(_run, ranks.num_ranks, _config(inputs, tmp_path, **ranks.settings), False)
+@pytest.mark.parametrize(("family", "name"), RUNS)
+def test_shared_prompts_change_nothing(family, name, inputs, alone, tmp_path):
+    ranks, alone = layout(name, **LAYOUTS[name]), alone(family)
+    results = run_ranks(_run, ranks.num_ranks, _config(inputs(family), tmp_path, **ranks.settings), False)
     seen: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for rank in results:
         seen |= rank["seen"]
@@ -144,6 +161,7 @@ def test_shared_prompts_change_nothing(name, inputs, alone, tmp_path):
 
 def test_budgets_split_groups_and_ranks_share_the_work(inputs, alone, tmp_path):
     """What the cases above are to show did happen in them."""
+    inputs, alone = inputs("qwen2_5_vl"), alone("qwen2_5_vl")
     (whole,) = run_ranks(_run, 1, _config(inputs, tmp_path / "whole"), False)
     (split,) = run_ranks(_run, 1, _config(inputs, tmp_path / "split", train__tokens_per_micro_batch=100), False)
     assert len(whole["tokens"]) == 1 and sum(whole["tokens"]) < 0.5 * sum(alone["tokens"])

@@ -7,7 +7,10 @@ by `test_losses`. Rollouts are sampled anew in each run, so equal numbers say th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +45,14 @@ LAYOUTS = {
 """What else differs from the run on one rank."""
 
 
+RUNS = [
+    *(pytest.param("qwen2_5_vl", "frozen", name, marks=pytest.mark.fast) for name in LAYOUTS),
+    *(("qwen2_5_vl", "joint", name) for name in LAYOUTS),
+    ("qwen3_vl", "frozen", "DP2"),
+    ("qwen3_vl", "joint", "PP2, full recompute"),
+]
+
+
 def _train(config: Config) -> None:
     from megatron_papo.train import main
 
@@ -49,28 +60,39 @@ def _train(config: Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """Five rows, so that the second step, which begins at the fifth, draws one of two pictures twice."""
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
-    (folder / "rows.jsonl").write_text("".join(rows))
+def inputs(tmp_path_factory) -> Callable[[str], Path]:
+    """Of a family: five rows, so that the second step, which begins at the fifth, draws one of two pictures twice."""
+
+    @cache
+    def of(family: str) -> Path:
+        folder = make_inputs(tmp_path_factory.mktemp("inputs"), family=family)
+        rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
+        (folder / "rows.jsonl").write_text("".join(rows))
+        return folder
+
     assert [next(DataCursor(5, OVERRIDES["run.seed"]).rows(position)) for position in range(4, 8)] == [3, 3, 2, 1]
-    return folder
+    return of
 
 
-@pytest.fixture(scope="module", params=[pytest.param("frozen", marks=pytest.mark.fast), "joint"])
-def single_rank(request, inputs, tmp_path_factory):
-    objective = OBJECTIVES[request.param]
-    folder = tmp_path_factory.mktemp("single")
-    run_ranks(_train, 1, tiny_run(inputs, folder, **objective))
-    return objective, metrics(folder)
+@pytest.fixture(scope="module")
+def single_rank(inputs, tmp_path_factory) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Of a family and an objective: what the run on one rank recorded."""
+
+    @cache
+    def of(family: str, objective: str) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("single")
+        run_ranks(_train, 1, tiny_run(inputs(family), folder, **OBJECTIVES[objective]))
+        return metrics(folder)
+
+    return of
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_trains_alike(name, single_rank, inputs, tmp_path):
-    objective, expected = single_rank
+@pytest.mark.parametrize(("family", "objective", "name"), RUNS)
+def test_every_layout_trains_alike(family, objective, name, single_rank, inputs, tmp_path):
+    expected = single_rank(family, objective)
     ranks = layout(name, **LAYOUTS[name])
-    run_ranks(_train, ranks.num_ranks, tiny_run(inputs, tmp_path, **{**objective, **ranks.settings}))
+    settings = {**OBJECTIVES[objective], **ranks.settings}
+    run_ranks(_train, ranks.num_ranks, tiny_run(inputs(family), tmp_path, **settings))
     found = metrics(tmp_path)
     assert len(found) == len(expected) == 2
     assert expected[0]["optim/grad_norm"] > 1e-3 and expected[0]["perception_kl"] > 0

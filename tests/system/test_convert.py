@@ -26,8 +26,9 @@ from megatron_papo.conversion import stores, workers
 from megatron_papo.conversion.journal import FOLDER, read_journal
 from megatron_papo.conversion.plan import Settings, make_plan
 from megatron_papo.conversion.workers import memory
-from tests.parallel.generation_cases import make_folder
+from megatron_papo.model.family import FAMILIES
 from tests.support import commands
+from tests.support.inputs import FOR_VLLM
 from tests.support.processes import interpreter
 from tests.support.tiny import make_tiny_folder, tiny_config, tiny_model
 
@@ -46,9 +47,12 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
+    return make_source(tmp_path_factory.mktemp("hf") / "hf", "qwen2_5_vl")
+
+
+def make_source(path: Path, family: str) -> Path:
     """bfloat16 in several files."""
-    root = tmp_path_factory.mktemp("hf")
-    folder = make_tiny_folder(root / "hf", vision_intermediate=42, vocab=275, max_shard_size="200KB")
+    folder = make_tiny_folder(path, family=family, vision_intermediate=42, vocab=275, max_shard_size="200KB")
     for file in folder.glob("*.safetensors"):
         save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder
@@ -618,23 +622,26 @@ def test_memory_stays_below_its_bound_whatever_the_size(tmp_path):
 # --- others load it
 
 
-def test_transformers_loads_an_export_with_the_same_logits(source, tmp_path):
-    from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_an_export_with_the_same_logits(family, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoVideoProcessor, GenerationConfig
 
+    source = make_source(tmp_path / "source", family)
     assert run("hf-to-megatron", source, tmp_path / "m") == 0
     assert run("megatron-to-hf", tmp_path / "m", tmp_path / "out", *SMALL) == 0
+    assert run("verify", tmp_path / "out", "--source", tmp_path / "m") == 0
     ids = torch.arange(5, 40)[None]
     logits = []
     for folder in (source, tmp_path / "out"):
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
-        assert not any(report.values())
+        assert not any(report.values()) and model.config.model_type == family
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits)
     assert torch.equal(*logits)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    for kind in (AutoProcessor, GenerationConfig):
+    for kind in (AutoProcessor, AutoVideoProcessor, GenerationConfig):
         before, after = (kind.from_pretrained(folder).to_dict() for folder in (source, tmp_path / "out"))
         assert before == after
     templates = {AutoProcessor.from_pretrained(folder).chat_template for folder in (source, tmp_path / "out")}
@@ -644,11 +651,15 @@ def test_transformers_loads_an_export_with_the_same_logits(source, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_loads_an_export_with_its_own_loader_and_answers_as_transformers(tmp_path):
     """Weights, processor, tokenizer, generation config and chat template, by a question about a picture."""
-    source = make_folder(tmp_path / "hf")
-    assert run("hf-to-megatron", source, tmp_path / "m") == 0
-    assert run("megatron-to-hf", tmp_path / "m", tmp_path / "out") == 0
+    exports = []
+    for family in FAMILIES:
+        root, exports = tmp_path / family, [*exports, tmp_path / family / "out"]
+        source = make_tiny_folder(root / "hf", family=family, **FOR_VLLM)
+        assert run("hf-to-megatron", source, root / "m") == 0
+        assert run("megatron-to-hf", root / "m", root / "out") == 0
     environ = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    done = commands.run("-m", "tests.system.vllm_loads", tmp_path / "out", environ=environ, vllm=True)
+    done = commands.run("-m", "tests.system.vllm_loads", *exports, environ=environ, vllm=True)
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    assert len(set(answers["vllm"])) > 3 and answers["vllm"] == answers["transformers"]
+    for line in done.stdout.splitlines()[-len(exports) :]:
+        answers = json.loads(line)
+        assert len(set(answers["vllm"])) > 3 and answers["vllm"] == answers["transformers"]

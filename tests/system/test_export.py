@@ -95,10 +95,11 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A run with the checkpoints of steps 1 and 2, of different weights; that of step 1 is the best."""
+    """A run with the checkpoints of steps 1 and 2; that of step 1 is the best. They are of different families, which a
+    run's never are, so that one run shows the export of both."""
     folder = tmp_path_factory.mktemp("run")
-    for step, metric in ((1, 0.5), (2, 0.25)):
-        source = make_tiny_folder(folder / f"model_{step}", seed=step)
+    for step, metric, family in ((1, 0.5, "qwen2_5_vl"), (2, 0.25, "qwen3_vl")):
+        source = make_tiny_folder(folder / f"model_{step}", family=family, seed=step)
         target = folder / f"run/checkpoints/step_{step:08d}"
         target.parent.mkdir(parents=True, exist_ok=True)
         done = commands.run(TOOL, "hf-to-megatron", source, target)
@@ -120,7 +121,9 @@ def test_the_newest_the_best_and_a_steps_checkpoint(run_dir, tmp_path):
         done = papo("export", run_dir, *options)
         folder = tmp_path / "own" if "--out" in options else run_dir / f"exports/step_{step:08d}"
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"wrote {folder}"), done.stderr
-        assert _same_weights(folder, run_dir.parent / f"model_{step}") and (folder / "tokenizer.json").exists()
+        source = run_dir.parent / f"model_{step}"
+        assert _same_weights(folder, source)
+        assert {file.name for file in folder.iterdir()} == {file.name for file in source.iterdir()} | {"manifest.json"}
     done = papo("export", run_dir / "checkpoints/step_00000002", "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert done.returncode == 0 and json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 

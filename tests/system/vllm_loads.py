@@ -1,6 +1,6 @@
 """What vLLM and transformers answer, each with its own loader, to one question about one picture.
 
-python -m tests.system.vllm_loads FOLDER      a line of JSON: the greedy tokens of either
+python -m tests.system.vllm_loads FOLDER...   a last line of JSON for each folder: the greedy tokens of either
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from PIL import Image
 NUM_TOKENS = 8
 
 
-def main(folder: str) -> None:
+def main(folders: list[str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    print(json.dumps({"transformers": _transformers(folder, picture), "vllm": _vllm(folder, picture)}))
+    answers = [{"transformers": _transformers(each, picture), "vllm": _vllm(each, picture)} for each in folders]
+    print("\n".join(map(json.dumps, answers)))
 
 
 def _transformers(folder: str, picture: Image.Image) -> list[int]:
     import torch
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
     text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
@@ -52,4 +53,4 @@ def _vllm(folder: str, picture: Image.Image) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
