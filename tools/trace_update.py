@@ -1,8 +1,8 @@
 """Traces updates on a fake H100, without a GPU: what memory they take at their peak, and where the host waits.
 
-    python tools/trace_update.py --size 3B                            one row of both views, for each recomputation
-    python tools/trace_update.py --size 3B --recompute full --rows 4 --frozen
-    python tools/trace_update.py --size 3B --layers 2 model.spec=local optim.precision_aware=false
+    python tools/trace_update.py                                      one row of both views, for each recomputation
+    python tools/trace_update.py --recompute full --rows 4 --frozen
+    python tools/trace_update.py --model Qwen3-VL-4B --layers 3 model.spec=local optim.precision_aware=false
 
 Beside what is traced stands what `megatron_papo.costs.memory` counts, the figure that `papo check` and the planner go
 by. A whole 3B takes a minute or two on one core. See `tools/fake_gpu` for what such a trace can and cannot show.
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from megatron_papo.config import ModelConfig
 from megatron_papo.costs.memory import GIB
+from megatron_papo.model.published_shapes import published_models
 from tools.fake_gpu.cases import BENCHMARK, counted, shape_tree, update_case
 from tools.fake_gpu.libraries import NoFakeGpu
 from tools.fake_gpu.trace import Case, FakeGpu, Traced
@@ -38,9 +39,9 @@ COLUMNS = ("states", "passes", "counted", "optimizer's step", "counted", "waits"
 def main() -> int:
     arguments = _arguments()
     work = replace(BENCHMARK, joint=not arguments.frozen, num_rows=arguments.rows)
-    tree = shape_tree(arguments.size, arguments.layers, arguments.layers)
+    tree = shape_tree(arguments.model, arguments.layers, arguments.layers)
     settings = dict(each.split("=", 1) for each in arguments.settings)
-    table = Table("recompute", *COLUMNS, title=f"Qwen2.5-VL-{arguments.size}, rows of {work.row_tokens} tokens, GiB")
+    table = Table("recompute", *COLUMNS, title=f"{arguments.model}, rows of {work.row_tokens} tokens, GiB")
     waits: dict[str, int] = {}
     try:
         with FakeGpu() as gpu:
@@ -67,7 +68,7 @@ def _cells(case: Case, traced: Traced) -> list[str]:
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="3B", help="3B, 7B, 32B or 72B")
+    parser.add_argument("--model", default="Qwen2.5-VL-3B", choices=published_models(), help="a published model")
     parser.add_argument("--layers", type=int, help="of language model and tower, instead of all")
     parser.add_argument("--recompute", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--rows", type=int, default=1, help="of the update, each a prompt with eight responses")

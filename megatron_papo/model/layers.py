@@ -1,8 +1,8 @@
 """Layer specs: the modules of which a Megatron-Core transformer layer is built.
 
 The spec `local` has Megatron-Core's own linear layers, which can emulate FP8, and the norms of `norm.py`; it runs on
-any device. The spec `transformer_engine` has Transformer Engine's linear layers with the norms fused into them; it
-needs a GPU. Both attend with StructuredAttention, so packed rows have the same structure in both.
+any device. The spec `transformer_engine` has Transformer Engine's linear layers, with norms that have no bias fused
+into them; it needs a GPU. Both attend with StructuredAttention, so packed rows have the same structure in both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def block_spec(
     `causal`: True for the language model, False for a vision tower. `num_adding`: how many of the first of these layers
     add image tokens (`deepstack.py`).
     """
-    modules = _transformer_engine_modules() if spec == "transformer_engine" else _local_modules(shape.norm)
+    modules = _transformer_engine_modules(shape.norm) if spec == "transformer_engine" else _local_modules(shape.norm)
     head_norm = modules["final_norm"] if isinstance(shape, LanguageShape) and shape.qk_norm else None
     mlp = GatedMLP if shape.mlp == "swiglu" else PlainMLP
     attention = ModuleSpec(
@@ -109,12 +109,16 @@ def _local_modules(kind: NormKind) -> dict[str, Any]:
     return {"norm": norm, "normed_column": RoundedColumnLinear, "row": RoundedRowLinear, "final_norm": norm}
 
 
-def _transformer_engine_modules() -> dict[str, Any]:
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear
+def _transformer_engine_modules(kind: NormKind) -> dict[str, Any]:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
 
-    return {
-        "norm": IdentityOp,
-        "normed_column": TELayerNormColumnParallelLinear,
-        "row": TERowParallelLinear,
-        "final_norm": TENorm,
-    }
+    modules = {"row": TERowParallelLinear, "final_norm": TENorm}
+    if kind == "layer":
+        # its bias fills padding, which has to be zero again before the linear layer takes the maximum for FP8
+        return modules | {"norm": TENorm, "normed_column": TEColumnParallelLinear}
+    return modules | {"norm": IdentityOp, "normed_column": TELayerNormColumnParallelLinear}

@@ -184,11 +184,10 @@ def parameter_table(shape: ModelShape) -> dict[str, ParameterEntry]:
 
 
 _TABLE_NAMES = {
-    f"{linear}.layer_norm_{kind}": f"{norm}.{kind}"
+    f"{linear}.layer_norm_weight": f"{norm}.weight"
     for linear, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm"))
-    for kind in ("weight", "bias")
 }
-"""Transformer Engine fuses the two norms of a layer into the linear layers behind them."""
+"""Transformer Engine fuses the two norms of a layer, where they have no bias, into the linear layers behind them."""
 
 
 def table_name(name: str) -> str:

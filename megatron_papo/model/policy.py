@@ -17,8 +17,10 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_papo.config import Config, FreezeConfig
+from megatron_papo.distributed.accelerator import has_gpu, parameter_dtype
 from megatron_papo.distributed.layout import layout
 from megatron_papo.logprobs import check_targets, vocab_parallel_head
+from megatron_papo.model.attention.varlen import check_heads
 from megatron_papo.model.fp8.switch import Fp8Switch, check_hardware
 from megatron_papo.model.fusions import start_overlap
 from megatron_papo.model.initialize import draw_weights, zero_weights
@@ -160,6 +162,8 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         model_parallel_cuda_manual_seed(config.run.seed, use_cudagraphable_rng=graphs, force_reset_rng=graphs)
     spec = choose_spec(config.model)
     check_hardware(config, spec)
+    if has_gpu():
+        check_heads(shape, parameter_dtype(config.model.dtype))
     fp8 = Fp8Switch(config.fp8)
     layers = stage_layers(config.parallel, shape)
     language = LanguageModel(

@@ -22,6 +22,8 @@ STRUCTURES = {
     "shared prompts, heads alike": (SHARED, True, 4, 4, 64),
     "plain sequences": (tuple(Segment(length) for length in (300, 1, 77, 513)), True, 16, 2, 128),
     "windows of the vision tower": (tuple(Segment(length) for length in (64, 64, 32, 16, 64)), False, 16, 16, 80),
+    "frames of Qwen3-VL 2B and 4B": (tuple(Segment(length) for length in (260, 64, 1024)), False, 16, 16, 64),
+    "frames of Qwen3-VL 8B and 32B": (tuple(Segment(length) for length in (260, 64, 1024)), False, 16, 16, 72),
 }
 
 

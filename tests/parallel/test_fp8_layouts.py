@@ -1,4 +1,4 @@
-"""Emulated FP8 under every layout, against one rank: log-probs and gradients of a packed row.
+"""Emulated FP8 under every layout, against one rank: log-probs and gradients of a packed row, for each family.
 
 - Pipeline and data parallelism cut nothing that shares a scale: equal to one rank as without FP8.
 - mxfp8 and delayed under tensor parallelism: blocks of 32 end where a rank's share ends, and delayed scales are of the
@@ -22,14 +22,28 @@ from tests.parallel.test_model_parity import run_rows
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
-CASE = Case("four layers", ((((6, 10),), ((4, 4),)), (((4, 2),), ())), {"layers": 4})
+ROWS = ((((6, 10),), ((4, 4),)), (((4, 2),), ()))
+CASES = (
+    Case("four layers", ROWS, {"layers": 4}),
+    Case("three levels of DeepStack", ROWS, {"layers": 4, "vision_depth": 3}, family="qwen3_vl"),
+)
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+MODELS = [
+    pytest.param(case, recipe, marks=pytest.mark.slow if case is CASES[1] and recipe != "mxfp8" else ())
+    for case in CASES
+    for recipe in RECIPES
+]
 TP = ("TP2", "TP2 SP")
+
+of_models = pytest.mark.parametrize(
+    ("folder", "single"), MODELS, indirect=True, scope="module", ids=lambda value: getattr(value, "family", value)
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("case")
-    write_case(CASE, folder)
+    write_case(request.param, folder)
     return folder
 
 
@@ -77,7 +91,7 @@ def plain(folder):
     return _found(folder, 1, ())
 
 
-@pytest.fixture(scope="module", params=["tensorwise", "delayed", "blockwise", "mxfp8"])
+@pytest.fixture(scope="module")
 def single(request, folder):
     return request.param, *_found(folder, 1, _settings(request.param))
 
@@ -86,6 +100,7 @@ def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@of_models
 @pytest.mark.parametrize("name", ["PP2", "DP2"])
 def test_stages_and_data_parallel_ranks_change_nothing(name, single, folder):
     recipe, logprobs, gradients = single
@@ -96,6 +111,7 @@ def test_stages_and_data_parallel_ranks_change_nothing(name, single, folder):
     assert _off(found_gradients, gradients) < 1e-5
 
 
+@of_models
 @pytest.mark.parametrize("name", TP)
 def test_tensor_parallelism_rounds_as_well_as_one_rank(name, single, plain, folder):
     recipe, logprobs, gradients = single

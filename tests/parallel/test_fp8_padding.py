@@ -1,8 +1,9 @@
 """Padding for FP8 changes nothing: more of it or none, every maximum, log-prob and gradient is the same.
 
-Run as training runs, on gloo ranks, FP8 emulated in all layers and in the vision tower. Rows of 2 prompts with images
-(16 and 60 patches) are scored and differentiated three times: with the padding that emulation can do without left out
-(only what sequence parallelism needs), with what the recipe asks for, and to a fixed length.
+Run as training runs, on gloo ranks, FP8 emulated in all layers and in the vision tower, for each family. Rows of
+prompts with images, and of the second family one without, are scored and differentiated three times: with the padding
+that emulation can do without left out (only what sequence parallelism needs), with what the recipe asks for, and to a
+fixed length.
 
 Everything is compared for equality. Float32 sums differ in their last bit with the number of rows that a library's
 kernel is given, and such a bit can turn a value to the next 8-bit float: products and sums are taken in float64 here.
@@ -17,39 +18,50 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parallel.model_cases import CASES, write_case
+from tests.parallel.model_cases import CASES, SECOND_CASES, write_case
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 LAYOUTS = ("TP1", "TP2", "TP2 SP", "TP2 SP, full recompute")
+MODELS = {case.family: case for case in (CASES[0], SECOND_CASES[0])}
 CASES_OF_EVERY_COMMIT = {
-    "TP1": RECIPES,
-    "TP2": ("delayed",),
-    "TP2 SP": RECIPES,
-    "TP2 SP, full recompute": ("tensorwise", "mxfp8"),
+    "qwen2_5_vl": {
+        "TP1": RECIPES,
+        "TP2": ("delayed",),
+        "TP2 SP": RECIPES,
+        "TP2 SP, full recompute": ("tensorwise", "mxfp8"),
+    },
+    "qwen3_vl": {"TP1": ("delayed",), "TP2": (), "TP2 SP": ("tensorwise",), "TP2 SP, full recompute": ("blockwise",)},
 }
 """The rest is slow: sequence parallelism pads by more than tensor parallelism alone does."""
 LENGTHS = {"none": "none", "the recipe's": None, "512 tokens": 512}
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("case")
-    write_case(CASES[0], folder)
-    return folder
+def cases(tmp_path_factory) -> dict[str, Path]:
+    """A folder of each family."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in MODELS}
+    for family, folder in folders.items():
+        write_case(MODELS[family], folder)
+    return folders
 
 
 def _cases() -> list[Any]:
     """`delayed` is refused with full recomputation: see test_delayed_with_full_recompute_is_refused."""
-    pairs = [(each, recipe) for each in LAYOUTS for recipe in RECIPES if recipe != "delayed" or "full" not in each]
-    slow = {pair: () if pair[1] in CASES_OF_EVERY_COMMIT[pair[0]] else pytest.mark.slow for pair in pairs}
-    return [pytest.param(*pair, marks=marks) for pair, marks in slow.items()]
+    return [
+        pytest.param(family, each, recipe, marks=() if recipe in often[each] else pytest.mark.slow)
+        for family, often in CASES_OF_EVERY_COMMIT.items()
+        for each in LAYOUTS
+        for recipe in RECIPES
+        if recipe != "delayed" or "full" not in each
+    ]
 
 
-@pytest.mark.parametrize(("name", "recipe"), _cases())
-def test_padding_changes_nothing(name, recipe, case):
-    ranks, sequence_parallel = layout(name), "SP" in name
+@pytest.mark.parametrize(("family", "name", "recipe"), _cases())
+def test_padding_changes_nothing(family, name, recipe, cases):
+    ranks, sequence_parallel, case = layout(name), "SP" in name, cases[family]
+    num_layers = 3 + MODELS[family].model["vision_depth"]
     overrides = (*ranks.overrides, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0", "fp8.vision=true")
     ranks = run_ranks(run_lengths, ranks.num_ranks, case, overrides)
     for rank in ranks:
@@ -59,17 +71,17 @@ def test_padding_changes_nothing(name, recipe, case):
                 shares = [other[length][what] for other in ranks]
                 found[what] = {name: torch.stack([share[name] for share in shares]).amax(0) for name in found[what]}
         least, *others = rank
-        assert len(least["forward"]) == (3 + 3) * 4  # qkv, proj, fc1, fc2 of both stacks
+        assert len(least["forward"]) == num_layers * 4  # qkv, proj, fc1, fc2 of both stacks
         assert least["forward"].keys() == least["backward"].keys()
         for other in others:
-            assert len(other["padding"]) >= 6 * 4 and not any(other["padding"])
+            assert len(other["padding"]) >= num_layers * 4 and not any(other["padding"])
             assert other["num_padding"] > least["num_padding"]
             for what in ("logprobs", "forward", "backward", "gradients"):
                 assert other[what].keys() == least[what].keys()
                 for name, expected in least[what].items():
                     gap = (other[what][name] - expected).abs().max()
                     # of a weight that ranks with a share of the tokens each add up, cut elsewhere: last bits
-                    whole = "norm" in name or name.endswith("bias") or "patch_embed" in name
+                    whole = name.endswith("bias") or any(each in name for each in ("norm", "patch_embed", "position"))
                     shared = what == "gradients" and sequence_parallel and whole
                     assert gap <= (2.0**-20 * expected.abs().max() if shared else 0.0), (what, name, gap)
 
@@ -87,8 +99,8 @@ def run_lengths(folder: Path, overrides: tuple[str, ...]) -> list[dict]:
 
 def _run(config, folder: Path, length) -> dict:
     from megatron_papo.model import language
+    from megatron_papo.model.family import family_of
     from megatron_papo.model.policy import HeadRequest, build_policy
-    from megatron_papo.model.qwen2_5_vl import vision
     from megatron_papo.model.shape import ModelShape
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.optimization.pipeline import run_schedule
@@ -97,6 +109,7 @@ def _run(config, folder: Path, length) -> dict:
     shape = ModelShape.from_folder(folder)
     policy = build_policy(config, shape)
     read_hf(policy, shape, folder)
+    vision = family_of(shape).module("vision")
     multiple_of = language.token_multiple
     try:
         if length == "none":  # emulation computes any number of tokens
@@ -166,11 +179,17 @@ def _maxima(policy, sequence_parallel: bool) -> tuple[dict, dict, list[float]]:
     return forward, backward, padding
 
 
-def test_plain_sequence_parallel_padding_is_left_out_too(case):
+@pytest.mark.parametrize("family", MODELS)
+def test_plain_sequence_parallel_padding_is_left_out_too(family, cases):
     """Without FP8: hidden states at padded places are zero, behind every layer of both stacks."""
-    found = run_ranks(hidden_at_padding, 4, case, ("parallel.tensor=4", "parallel.sequence=true"))
+    found = run_ranks(hidden_at_padding, 4, cases[family], ("parallel.tensor=4", "parallel.sequence=true"))
     states = [state for rank in found for state in rank]
-    assert len(states) == 9 and all(state == 0.0 for state in states)
+    rows = torch.load(cases[family] / "rows.pt", weights_only=False)
+    patches = [int(row.grid_thw_I3.prod(1).sum()) for row in rows if row.pixel_values]
+    padded = [sum(num % 4 > 0 for num in (row.num_tokens for row in rows)), sum(num % 16 > 0 for num in patches)]
+    assert min(padded) > 0
+    assert len(states) == 3 * padded[0] + MODELS[family].model["vision_depth"] * padded[1]
+    assert all(state == 0.0 for state in states)
 
 
 def hidden_at_padding(folder: Path, overrides: tuple[str, ...]) -> list[float]:
@@ -204,7 +223,7 @@ def hidden_at_padding(folder: Path, overrides: tuple[str, ...]) -> list[float]:
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_delayed_with_full_recompute_is_refused(case, recompute):
+def test_delayed_with_full_recompute_is_refused(cases, recompute):
     overrides = ("fp8.recipe=delayed", "fp8.first_layers=0", "fp8.last_layers=0", f"model.recompute={recompute}")
     with pytest.raises(Exception, match=rf"model.recompute: {recompute} computes a layer again"):
-        run_ranks(run_lengths, 1, case, overrides)
+        run_ranks(run_lengths, 1, cases["qwen2_5_vl"], overrides)

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_papo.config import ConfigError
 from megatron_papo.model.attention import kernels
 from megatron_papo.model.attention.module import StructuredAttention
 from megatron_papo.model.attention.packed_layout import build_segments
 from megatron_papo.model.attention.rotary import Rotation
+from megatron_papo.model.attention.varlen import check_heads
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Segment
+from tests.support.tiny import tiny_config
 
 CPU = torch.device("cpu")
 SHARED = (
@@ -249,3 +253,17 @@ def test_the_path_of_variable_length_kernels_equals_that_of_blocks(monkeypatch):
     torch.testing.assert_close(
         grads, attend_blocks_backward(grad, q, k, v, expected, expected_lse, layout, 0.25), rtol=1e-4, atol=1e-5
     )
+
+
+def _of_heads(language: int, vision: int) -> ModelShape:
+    config = tiny_config("qwen3_vl", hidden=128, heads=2, head_dim=language, vision_hidden=2 * vision, vision_heads=2)
+    return ModelShape.from_dict(config.to_dict())
+
+
+def test_heads_that_flash_attention_does_not_take_are_refused_in_half_precision():
+    for vision in (64, 72, 80):  # the published towers
+        check_heads(_of_heads(128, vision), torch.bfloat16)
+    for shape, said in ((_of_heads(128, 60), "vision tower have 60"), (_of_heads(264, 64), "language model have 264")):
+        check_heads(shape, torch.float32)
+        with pytest.raises(ConfigError, match=rf"model\.dtype: heads of the {said} values; .* needs float32"):
+            check_heads(shape, torch.bfloat16)

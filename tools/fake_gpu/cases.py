@@ -15,15 +15,24 @@ BENCHMARK = Work(image_edge=34, text_tokens=344, response_tokens=512, group_size
 """The GPU benchmark's: 1,500 tokens of prompt and 8 responses of 512; 5,596 tokens a row, 11,192 with both views."""
 
 
-def shape_tree(size: str, language_layers: int | None = None, vision_layers: int | None = None) -> dict[str, Any]:
-    """config.json of Qwen2.5-VL `size`, with so many of its layers: every layer more adds the same, so two depths
-    tell what the whole takes."""
-    tree = published_config(f"Qwen2.5-VL-{size}")
-    vision = dict(tree["vision_config"])
+def shape_tree(name: str, language_layers: int | None = None, vision_layers: int | None = None) -> dict[str, Any]:
+    """config.json of a published model by name, with so many of its layers: every layer more adds the same, so two
+    depths tell what the whole takes. Of levels of DeepStack it keeps as many as it has layers for."""
+    tree = published_config(name)
+    language, vision = dict(tree.get("text_config", tree)), dict(tree["vision_config"])
+    if language_layers is not None:
+        language["num_hidden_layers"] = language_layers
     if vision_layers is not None:
-        vision |= {"depth": vision_layers, "fullatt_block_indexes": [vision_layers - 1]}
-    layers = tree["num_hidden_layers"] if language_layers is None else language_layers
-    return tree | {"num_hidden_layers": layers, "vision_config": vision}
+        vision["depth"] = vision_layers
+        if "fullatt_block_indexes" in vision:
+            vision["fullatt_block_indexes"] = [vision_layers - 1]
+    levels = vision.get("deepstack_visual_indexes", [])
+    if levels and (levels[-1] >= vision["depth"] or len(levels) > language["num_hidden_layers"]):
+        most = min(len(levels), vision["depth"], language["num_hidden_layers"])
+        vision["deepstack_visual_indexes"] = list(range(most))
+    if "text_config" in tree:
+        language = tree | {"text_config": language}
+    return language | {"vision_config": vision}
 
 
 def update_case(

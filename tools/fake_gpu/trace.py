@@ -10,6 +10,7 @@ counted by its parts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -264,15 +265,19 @@ class _Update:
         self.optimizer.step()
 
     def _received(self, row: Any) -> Any:
-        """Hidden states as the stage before would send them."""
+        """Hidden states, and the levels of DeepStack that are still to be added, as the stage before would send
+        them."""
         import torch
 
         from megatron_papo.distributed.accelerator import device, parameter_dtype
 
-        parallel, hidden = self.config.parallel, self.optimizer.policy.module.shape.language.hidden_size
-        num_tokens = row.num_tokens // (parallel.tensor if parallel.sequence else 1)
+        parallel, policy = self.config.parallel, self.optimizer.policy.module
+        share = parallel.tensor if parallel.sequence else 1
+        num_images = sum(map(math.prod, row.grid_thw_I3.tolist())) // policy.shape.vision.merge_unit
+        num_places = row.num_tokens // share + policy.language.num_levels * -(-num_images // share)
         dtype = parameter_dtype(self.config.model.dtype)
-        return torch.empty(num_tokens, 1, hidden, dtype=dtype, device=device(), requires_grad=True)
+        size = (num_places, 1, policy.shape.language.hidden_size)
+        return torch.empty(size, dtype=dtype, device=device(), requires_grad=True)
 
 
 class _NoKernel:

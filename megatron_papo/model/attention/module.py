@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_papo.model.attention.kernels import attend, attend_backward, merge
 from megatron_papo.model.attention.packed_layout import AttentionBlock, Segments, WindowedSegments
-from megatron_papo.model.attention.varlen import VarlenPlan, varlen_attend, varlen_attend_backward
+from megatron_papo.model.attention.varlen import HALF, VarlenPlan, varlen_attend, varlen_attend_backward
 
 
 class StructuredAttention(torch.nn.Module):
@@ -91,7 +91,7 @@ class _RowAttention(torch.autograd.Function):
 
 def _varlen_plan(query: Tensor, segments: Segments) -> VarlenPlan | None:
     """The plan for variable-length kernels; None where they do not exist: outside of half precision, and on the CPU."""
-    return segments.varlen if query.dtype in (torch.bfloat16, torch.float16) else None
+    return segments.varlen if query.dtype in HALF else None
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,10 @@
 One kernel attends within every segment, the other from responses to the prompts that they share; their results are
 merged as in `kernels.py`. Nothing is padded. This calls torch's internal operators, because the public `varlen_attn`
 has no backward that takes the log-sum-exp over more keys.
+
+They take heads of up to 256 values in multiples of 8, among them the published towers' 64, 72 and 80, and refuse others
+(`mha_varlen_fwd` in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp); those are refused as the
+model is built (`check_heads`).
 """
 
 from __future__ import annotations
@@ -14,8 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_papo.config import ConfigError
 from megatron_papo.model.attention.kernels import merge
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import to_device
+
+_MULTIPLE, _WIDEST = 8, 256
+"""Values of a head that flash attention takes."""
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes that it takes."""
+
+
+def check_heads(shape: ModelShape, dtype: torch.dtype) -> None:
+    """Raises ConfigError where a GPU's kernels of half precision have no heads as wide as those of `shape`."""
+    if dtype not in HALF:
+        return
+    for part, head_dim in (
+        ("the language model", shape.language.head_dim),
+        ("the vision tower", shape.vision.head_dim),
+    ):
+        if head_dim % _MULTIPLE or head_dim > _WIDEST:
+            raise ConfigError(
+                f"model.dtype: heads of {part} have {head_dim} values; flash attention takes multiples of {_MULTIPLE} "
+                f"up to {_WIDEST}, so on a GPU this model needs float32"
+            )
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,10 @@ def count_inputs(linear: Any, inputs: tuple[Tensor, ...], *, counters: Counters,
 
 
 def _as_rounded(linear: Any, values: Tensor) -> Tensor:
-    """The values that `linear` rounds. Where Transformer Engine fuses a norm into a linear layer, it rounds the norm's
-    output."""
+    """The values that `linear` rounds. Where Transformer Engine fuses a norm, of the kind without bias, into a linear
+    layer, it rounds the norm's output."""
     weight = linear._parameters.get("layer_norm_weight")
-    if weight is None:
-        return values
-    bias = linear._parameters.get("layer_norm_bias")
-    if bias is not None:
-        return F.layer_norm(values, values.shape[-1:], weight, bias, linear.eps)
-    return F.rms_norm(values, values.shape[-1:], weight, linear.eps)
+    return values if weight is None else F.rms_norm(values, values.shape[-1:], weight, linear.eps)
 
 
 def _delayed_scale(linear: nn.Module) -> Tensor:
