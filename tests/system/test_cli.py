@@ -239,6 +239,18 @@ def test_a_run_folder_that_cannot_be_is_refused_by_every_verb(rows, model, monke
         assert capsys.readouterr().err.splitlines()[-1:] == [line]
 
 
+def test_a_processor_of_another_family_is_refused_by_every_verb(rows, model, monkeypatch, capsys):
+    file = model / "preprocessor_config.json"
+    file.write_text('{"patch_size": 16}')
+    monkeypatch.chdir(rows)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["data.train=rows.jsonl", "data.eval=rows.jsonl", "train.tokens_per_micro_batch=99999"]
+    for verb in ("train", "sft", "eval", "certify"):
+        assert main([verb, "--cpu", f"model.path={model}", *words]) == 2
+        said = f"papo: error: model.path: {file}: patch_size: is 16, the vision tower of config.json takes 14"
+        assert capsys.readouterr().err.splitlines() == [said]
+
+
 def test_a_rank_started_from_outside_fails_without_its_folder_and_may_be_started_again(
     rows, model, monkeypatch, capsys
 ):
