@@ -39,7 +39,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="what `papo train` would read")
-    parser.add_argument("--model", required=True, help="Qwen2.5-VL-3B, -7B, -32B, -72B, or a Hugging Face folder")
+    models = "a published model (Qwen2.5-VL-7B, Qwen3-VL-8B; any other word lists all), or a Hugging Face folder"
+    parser.add_argument("--model", required=True, help=models)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpu", default="H100", help="A100-40GB, A100, H100, H200, B200 or CPU")
     parser.add_argument("--gpus-per-node", type=int, default=8)
