@@ -32,7 +32,7 @@ def forward_backward_s(
         assert sum(len(line.forward) + len(line.backward) for line in lines) > num_run, "every order of 1F1B can be run"
     total = max((line.free for line in lines), default=0.0)
     busy = num_rows * (sum(forward) + sum(backward)) / stages
-    return total, 1 - busy / total if total else 0.0
+    return total, max(0.0, 1 - busy / total) if total else 0.0  # not below 0 by rounding
 
 
 @dataclass

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_papo.config import load_config
+from megatron_papo.model.published_shapes import published_config
 from tests.support.commands import papo
 from tests.support.tiny_run import make_inputs
 from tests.unit.test_memory import published
@@ -32,11 +34,16 @@ def inputs(tmp_path_factory) -> list[str]:
 @pytest.fixture
 def big(tmp_path) -> list[str]:
     """What the 72B recipe reads, as far as it can be known before a rank starts."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(published("72B")))
+    return _without_weights(tmp_path, published("72B"))
+
+
+def _without_weights(folder: Path, tree: dict[str, Any]) -> list[str]:
+    """The settings of a run that starts from random weights of the model with this config.json."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(tree))
     for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja"):
-        (tmp_path / "model" / name).touch()
-    return [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "model.random_init=true"]
+        (folder / "model" / name).touch()
+    return [f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}", "model.random_init=true"]
 
 
 @pytest.mark.fast
@@ -96,6 +103,26 @@ def test_memory_heads_and_disk(big):
     assert ": up to 3 checkpoints of 957.2 GiB and an export of 136.7 GiB: 3,008.2 GiB of disk, " in disk
     done = check(EXAMPLES / "papo_g_72b.yaml", *big, "parallel.tensor=32", "parallel.pipeline=1")
     assert "papo: error: parallel.tensor: 16 heads of the vision tower do not divide by 32" in done.stderr.splitlines()
+
+
+def test_pipeline_splits_and_taps_of_deepstack(tmp_path):
+    """One layer on the first stage is enough, though three layers add image tokens."""
+    tree = published_config("Qwen3-VL-4B")
+    words = ["cluster.nodes=1", "data.eval=null", f"data.train={__file__}", "loss.masked_entropy_coef=0"]
+    words += ["parallel.tensor=2", "parallel.pipeline=2", "checkpoint.contents=none", *_without_weights(tmp_path, tree)]
+    done = check(EXAMPLES / "papo_g_7b.yaml", *words, "parallel.pipeline_layers=[1,35]")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("papo: check: 8 ranks (tensor 2 x pipeline 2 x data 2), ")
+    tree["vision_config"]["deepstack_visual_indexes"] = [5, 11, 24]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(tree))
+    done = check(EXAMPLES / "papo_g_7b.yaml", *words, "parallel.pipeline_layers=[1,36]")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        [
+            f"papo: error: model.path: {tmp_path / 'model'}/config.json: vision_config.deepstack_visual_indexes: layer "
+            "24 of a tower of 24 layers, which count from 0"
+        ],
+    )
 
 
 def test_a_model_that_is_not_there_or_not_whole_is_told_with_what_helps(inputs, tmp_path):

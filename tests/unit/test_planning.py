@@ -157,6 +157,7 @@ def test_each_recomputation_takes_more_time_and_less_memory_than_the_one_before(
     [
         ("papo_g_3b", "Qwen2.5-VL-3B", 1, 8, (36,)),
         ("papo_g_7b", "Qwen2.5-VL-7B", 2, 4, (28,)),
+        ("papo_g_7b", "Qwen3-VL-8B", 4, 1, (1, 35)),
         ("dapo_7b", "Qwen2.5-VL-7B", 4, 2, (28,)),
         ("papo_g_7b_fp8", "Qwen2.5-VL-7B", 2, 2, (13, 15)),
         ("papo_g_72b", "Qwen2.5-VL-72B", 8, 2, (19, 20, 21, 20)),
