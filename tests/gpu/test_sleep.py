@@ -5,6 +5,8 @@ Skipped without a GPU or vLLM. Not run on a GPU yet."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ CLOSE = 1e-5
 def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
     """Greedy answers before a sleep, after one, after another hand-over of the same weights, and of an engine started
     again; an engine that does not `keep` its weights gets them before each."""
-    from transformers import Qwen2_5_VLConfig
+    from transformers import AutoConfig
 
     from megatron_papo.config import ParallelConfig
     from megatron_papo.distributed.layout import initialize
@@ -36,7 +38,7 @@ def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
     layout = initialize(ParallelConfig())
     config = make_config(folder, engine="vllm", dtype="bfloat16", kv_cache_gib=1.0, keep_weights_asleep=keep)
     processor, prompts = make_prompts(config)
-    model = tiny_model(Qwen2_5_VLConfig.from_pretrained(folder), seed=11, std=0.12).cuda()
+    model = tiny_model(AutoConfig.from_pretrained(folder), seed=11, std=0.12).cuda()
     engine, sampling = VllmGenerator(config, processor, layout), make_sampling(temperature=0.0, group_size=1)
     freed_bytes = engine.sleeper.freed_bytes  # it starts asleep
     answers, buffers = [], []
@@ -45,19 +47,22 @@ def _asked_four_times(folder: Path, keep: bool) -> dict[str, Any]:
             engine.restart()
         if hand_over or not keep:
             engine.load_weights(iter(named_tensors(model)), 0)
-            buffers.append(engine.llm.apply_model(_buffers)[0])
+            buffers.append(engine.llm.apply_model(partial(_made_at_loading, zeros=engine.in_vllm.ZEROS))[0])
         groups = engine.generate(prompts, sampling)  # wakes what sleeps, and sleeps again
         answers.append([(r.response_ids, r.rollout_logprobs) for group in groups for r in group.rollouts])
     engine.close()
     return {"answers": answers, "freed_gib": freed_bytes / 2**30, "buffers": buffers}
 
 
-def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.cpu() for name, buffer in model.named_buffers()}
+def _made_at_loading(model: torch.nn.Module, zeros: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The buffers, and what has to be zero."""
+    loose = {f"{name} {place}": each for name in zeros for place, each in enumerate(getattr(model, name))}
+    return {name: each.cpu() for name, each in (*model.named_buffers(), *loose.items())}
 
 
-def test_answers_after_a_sleep_are_those_before(tmp_path):
-    folder = make_folder(tmp_path / "model")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_answers_after_a_sleep_are_those_before(family, tmp_path):
+    folder = make_folder(tmp_path / "model", family=family)
     kept, forgot = (run_ranks(_asked_four_times, 1, folder, keep, vllm=True)[0] for keep in (True, False))
     assert kept["freed_gib"] > 0.9 and forgot["freed_gib"] > 0.9, "the cache of 1 GiB came back"
     first, *later = kept["answers"] + forgot["answers"]

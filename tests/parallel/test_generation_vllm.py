@@ -21,7 +21,7 @@ from megatron_papo.config import ParallelConfig
 from megatron_papo.distributed.accelerator import adapt_megatron
 from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import build_generator
-from megatron_papo.generation.vllm.sleep import forget_weights, refill_zeros, unwritten
+from megatron_papo.generation.vllm.sleep import Sleeper, forget_weights, unwritten
 from megatron_papo.generation.vllm.vllm_engine import VllmGenerator
 from tests.parallel.generation_cases import (
     BANNED,
@@ -105,8 +105,9 @@ def _both_engines(folder: Path, parallel: dict[str, int], engine_tensor: int) ->
     found["text"] = [vllm.generate(text, make_sampling())]
     vllm.llm.apply_model(partial(_spoil, names=vllm.in_vllm.ZEROS))
     found["text"].append(vllm.generate(text, make_sampling()))
-    vllm.llm.apply_model(partial(refill_zeros, names=vllm.in_vllm.ZEROS))
+    awake, vllm.sleeper = vllm.sleeper, _Forgetful(vllm.llm, enabled=True, keeps_weights=False)
     vllm.load_weights(iter(named_tensors(models[1])), 1)
+    vllm.sleeper = awake
     found["text"].append(vllm.generate(text, make_sampling()))
     found["again"] = vllm.generate(mine, make_sampling())
     found["random state kept"] = state == _random_state()
@@ -122,6 +123,12 @@ def _forgotten(vllm: VllmGenerator) -> list[str]:
     """Parameters that are seen to be unwritten once all were forgotten."""
     vllm.llm.apply_model(forget_weights)
     return vllm.llm.apply_model(unwritten)[0]
+
+
+class _Forgetful(Sleeper):
+    """Of an engine that woke without its weights; without a GPU there is no sleep itself."""
+
+    def sleep(self) -> None: ...
 
 
 def _loose_tensors(model: torch.nn.Module) -> set[str]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,6 +34,8 @@ TOLERANCE = 2e-4
 SAMPLING = {"max_response_tokens": 6, "temperature": 1.3}
 VERSION = 7
 MODEL = FOR_VLLM
+"""Of the inputs where a test takes no family."""
+SECOND_FAMILY = {**FOR_VLLM, "family": "qwen3_vl"}
 
 
 @dataclass
@@ -135,8 +138,12 @@ def _rollouts(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def colocated(inputs, tmp_path_factory) -> dict[str, Any]:
-    config = tiny_run(inputs, tmp_path_factory.mktemp("run"), **ENGINE)
-    found = run_ranks(_agrees, 1, config)
+    return _colocated(inputs, tmp_path_factory.mktemp("run"))
+
+
+def _colocated(inputs: Path, run_dir: Path) -> dict[str, Any]:
+    """The rollouts of an engine within the trainer's only rank."""
+    found = run_ranks(_agrees, 1, tiny_run(inputs, run_dir, **ENGINE))
     assert found[0]["reachable"] == set()
     return _rollouts(found)
 
@@ -160,6 +167,16 @@ LAYOUTS = {
     "layout", [pytest.param(name, marks=pytest.mark.slow if "two engines" in name else ()) for name in LAYOUTS]
 )
 def test_sampling_and_training_agree_and_the_place_of_the_engine_does_not_matter(layout, inputs, colocated, tmp_path):
+    _check_place(layout, inputs, colocated, tmp_path)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_the_second_family(inputs_of, tmp_path):
+    inputs = inputs_of(**SECOND_FAMILY)
+    _check_place("trainer DP 2, an engine TP 2", inputs, _colocated(inputs, tmp_path / "colocated"), tmp_path)
+
+
+def _check_place(layout: str, inputs: Path, colocated: dict[str, Any], tmp_path: Path) -> None:
     num_ranks, settings = LAYOUTS[layout]
     config = tiny_run(inputs, tmp_path / "run", **SEPARATE, **settings)
     found = run_ranks(_agrees, num_ranks, config)

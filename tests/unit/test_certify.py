@@ -115,6 +115,32 @@ def test_a_recorder_joins_chunks_and_removes_its_hooks():
     assert torch.equal(recorder.parts()["layer"], rows[:6])
 
 
+def test_what_a_module_is_given_is_recorded_before_the_module_writes_over_it():
+    module = torch.nn.ReLU(inplace=True)
+    with ActivationRecorder() as recorder:
+        recorder.before(module, lambda args, _, output: recorder.note("given", args[0]) if output is None else None)
+        module(torch.tensor([[-1.0, 2.0]]))
+    module(torch.zeros(1, 2))
+    assert recorder.parts()["given"].tolist() == [[-1.0, 2.0]]
+
+
+def test_a_kind_that_no_party_has_is_not_said_to_be_missing():
+    trainer = Reading({"log-probs": torch.zeros(1), "image features": torch.ones(1, 2)})
+    engine = Reading({"log-probs": torch.zeros(1)}, dict.fromkeys(("image features", "DeepStack level"), "elsewhere"))
+    made = Certificate.of(
+        step=0,
+        at_start=True,
+        findings=[],
+        cases=[Case("p", {TRAINER: trainer, ENGINE: engine})],
+        responses=[["a"]],
+        sides=Sides(FP32, "vllm, separate", {"ranks": 2}, "the trainer's").without_huggingface("no memory"),
+    )
+    assert made.not_looked_at == {
+        "image features": {ENGINE: "elsewhere", HUGGINGFACE: "no memory"},
+        "log-probs": {HUGGINGFACE: "no memory"},
+    }
+
+
 def certificate(step: int, *, at_start: bool = False, difference: float = 0.0) -> Certificate:
     finding = Finding("log-probs", ENGINE, TRAINER, difference, " nats at most", 1e-3, "train:0", 0, 1)
     readings = {TRAINER: Reading({"log-probs": torch.tensor([-1.0])}), ENGINE: Reading({"log-probs": torch.zeros(1)})}
