@@ -12,7 +12,7 @@ class FreezeConfig(Section):
     vision: bool = False
     """Whether the vision tower, without its projector, is left as it is: it gets no gradient."""
     projector: bool = False
-    """Whether the projector, the patch merger at the end of the vision tower, is left as it is."""
+    """Whether the projector, every patch merger of the vision tower, is left as it is."""
     language: bool = False
     """Whether the language model, with embedding and head, is left as it is."""
 
