@@ -20,7 +20,10 @@ from megatron_papo.algorithm.loss_settings import LossSettings
 from megatron_papo.algorithm.losses import papo_loss
 from megatron_papo.checkpoint.weight_loading import load_weights
 from megatron_papo.config import Config, load_config
-from megatron_papo.model.policy import HeadRequest
+from megatron_papo.costs.flops import Meter
+from megatron_papo.data.processor import load_processor
+from megatron_papo.model.policy import HeadRequest, build_policy
+from megatron_papo.model.shape import ModelShape
 from megatron_papo.optimization.optimizer import Optimizer, build_optimizer, wrap_policy
 from megatron_papo.optimization.pipeline import score, score_logprobs, update_policy
 from megatron_papo.packing import joint_row
@@ -107,8 +110,22 @@ def open_ours(folder: Path) -> Iterator[Ours]:
     """A context with all variants on the model in `folder`/model; it ends the process groups at its end."""
     configs = {kind: settings(folder, kind) for kind in KINDS}
     with open_run(configs["GRPO"]) as run:
-        optimizer = build_optimizer(wrap_policy(run.policy, run.config), run.config, num_updates=1000)
-        yield Ours(run, optimizer, configs)
+        yield _of_run(run, configs)
+
+
+def beside(other: Ours, folder: Path) -> Ours:
+    """The same on the model in `folder`/model, in the process groups of `other`."""
+    configs = {kind: settings(folder, kind) for kind in KINDS}
+    config, shape = configs["GRPO"], ModelShape.from_folder(folder / "model")
+    policy = build_policy(config, shape)
+    load_weights(policy, shape, folder / "model")
+    processor = load_processor(folder / "model", config.data)
+    run = replace(other.run, config=config, shape=shape, processor=processor, meter=Meter(shape), policy=policy)
+    return _of_run(run, configs)
+
+
+def _of_run(run: Run, configs: dict[str, Config]) -> Ours:
+    return Ours(run, build_optimizer(wrap_policy(run.policy, run.config), run.config, num_updates=1000), configs)
 
 
 def _by_rollout(row: MicroBatch, values_R: Tensor) -> dict[Key, Tensor]:

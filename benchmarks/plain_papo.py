@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from benchmarks.ours import LEARNING_RATE, Key
 from benchmarks.padded import image_inputs, pad_left, pad_right, without_cuda_mode
@@ -28,7 +28,7 @@ Sample = tuple[Prompt, Rollout, float]
 
 
 class PlainPapo:
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, sequences: int = 8):
+    def __init__(self, model: PreTrainedModel, sequences: int = 8):
         """`sequences`: number of rollouts in one forward pass."""
         self.model, self.device = model.train(), model.device
         self.sequences = sequences
@@ -44,7 +44,7 @@ class PlainPapo:
     @classmethod
     def from_folder(cls, folder: Path, sequences: int = 8) -> PlainPapo:
         """In fp32; `folder`/model is the Hugging Face folder, whose weights `reset` brings back."""
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             folder / "model", dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
             trust_remote_code=False, use_safetensors=True,
         )  # fmt: skip

@@ -27,8 +27,6 @@ from megatron_papo.types import Group, Prompt, Rollout
 IMAGE_SHARE = 0.8
 NUM_ROWS = 16
 """Number of rows of a file that `write_rows` writes."""
-PIXELS = 28
-"""Edge of the square that becomes one image token."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,11 @@ def template_length(processor: Processor) -> int:
     return processor.encode("0", []).token_ids_S.numel() - 1
 
 
-def make_picture(prompt_tokens: int, num_images: int, random: np.random.Generator) -> bytes:
+def make_picture(prompt_tokens: int, num_images: int, processor: Processor, random: np.random.Generator) -> bytes:
     """A PNG of noise that becomes `image_grid` image tokens."""
     rows, columns = image_grid(prompt_tokens, num_images)
-    pixels = random.integers(0, 256, (rows * PIXELS, columns * PIXELS, 3), dtype=np.uint8)
+    edge = processor.patch_size * processor.merge_size  # of the square that becomes one token
+    pixels = random.integers(0, 256, (rows * edge, columns * edge, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
@@ -101,7 +100,7 @@ def num_tokens(groups: Sequence[Group]) -> int:
 def _prompt(workload: Workload, row: int, processor: Processor, random: np.random.Generator) -> Prompt:
     length, num_images = workload.prompt_tokens, workload.num_images
     question = make_question(length, num_images, template_length(processor), random)
-    images = tuple(make_picture(length, num_images, random) for _ in range(num_images))
+    images = tuple(make_picture(length, num_images, processor, random) for _ in range(num_images))
     inputs = processor.encode(question, [decode_image(image) for image in images])
     assert inputs.token_ids_S.numel() == length, f"{inputs.token_ids_S.numel()} tokens instead of {length}"
     return Prompt(f"benchmark:{row}", row, question, "0", images, inputs)
@@ -126,7 +125,7 @@ def write_rows(folder: Path, workload: Workload, processor: Processor) -> list[d
     rows = []
     for row in range(NUM_ROWS):
         question = make_question(workload.prompt_tokens, 1, template_length(processor), random)
-        (folder / f"{row}.png").write_bytes(make_picture(workload.prompt_tokens, 1, random))
+        (folder / f"{row}.png").write_bytes(make_picture(workload.prompt_tokens, 1, processor, random))
         rows.append({"problem": question, "answer": "0", "images": f"{row}.png"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

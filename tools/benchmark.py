@@ -3,6 +3,7 @@
     python tools/benchmark.py update     one optimizer update, against TRL's GRPO and PAPO in plain PyTorch
     python tools/benchmark.py step       a whole step, against TRL's
     python tools/benchmark.py head       the language-model head, against logits that are made whole
+    python tools/benchmark.py families   an update of each model family, against PAPO in plain PyTorch
     python tools/benchmark.py growth     an update against group size, prompt length and number of pictures
     python tools/benchmark.py handover   weights from shards to whole tensors, in buckets
     python tools/benchmark.py ahead      a step whose rollouts are made while the step before trains; needs vLLM
@@ -60,7 +61,7 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from benchmarks.gpu.command import DOCUMENT, Targets, Wanted, run
     from benchmarks.gpu.fitting import MODES
     from benchmarks.gpu.one_part import PARTS
-    from benchmarks.gpu.rows import Options
+    from benchmarks.gpu.rows import SHAPES, Options
 
     on_gpu = torch.cuda.is_available()
     shape = arguments.shape or ("3b" if on_gpu else "tiny")
@@ -72,8 +73,10 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error(f"--recompute {arguments.recompute}: there are {', '.join(MODES)}")
     if arguments.write and not on_gpu:
         parser.error(f"--write needs a GPU: {DOCUMENT.name} holds what a GPU measured, and there is none here")
-    if shape == "3b" and not on_gpu:
-        parser.error("--shape 3b needs a GPU: take tiny")
+    if shape not in SHAPES:
+        parser.error(f"--shape {shape}: there are {', '.join(SHAPES)}")
+    if not (shape.startswith("tiny") or on_gpu):
+        parser.error(f"--shape {shape} needs a GPU: take tiny or tiny-qwen3")
     rounds = arguments.rounds or (1 if arguments.quick else 5 if arguments.budget is None else 3)
     options = Options(shape, arguments.quick, rounds, arguments.recompute)
     targets = Targets(arguments.json, DOCUMENT if arguments.write else None)
@@ -82,7 +85,7 @@ def _gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sides = "update step head growth handover ahead save look convert fp8 plan overheads gpu"
+    sides = "update step head families growth handover ahead save look convert fp8 plan overheads gpu"
     parser.add_argument("which", choices=sides.split())
     parser.add_argument("--quick", action="store_true", help="small and few: within a minute, to see that it runs")
     parser.add_argument("--rounds", type=int, help="times that every side is measured, in turns")
@@ -96,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
                         "in S seconds where time is short; may be given again")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="S", help="gpu: seconds of all parts together; one for which "
                         "too few are left is not begun")  # fmt: skip
-    parser.add_argument("--shape", choices=("3b", "tiny"), help="gpu: of the model; 3b with a GPU, else tiny")
+    parser.add_argument("--shape", help="gpu: 3b or tiny of Qwen2.5-VL, 4b or tiny-qwen3 of Qwen3-VL; by default 3b "
+                        "with a GPU, else tiny")  # fmt: skip
     parser.add_argument("--recompute", metavar="MODE", help="gpu: update and fp8 measure this recomputation alone, and "
                         "do not look for the least that fits")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="gpu: write the parts' tables into docs/benchmarks.md")

@@ -2,6 +2,7 @@
 
     python tools/predict_update.py            3B on one GPU, 7B on eight, 72B on 64; every recomputation and optimizer
     python tools/predict_update.py --frozen   with rows of one view, the masked one scored beforehand
+    python tools/predict_update.py --model Qwen3-VL-4B Qwen3-VL-8B Qwen3-VL-32B
 
 Memory is counted as `megatron_papo.costs.memory` does (traced in tests/cuda), seconds as the planner does, whose shares
 of a GPU's peaks are assumptions until a run calibrates them. Rows are full: prompts of 1,500 tokens with eight
@@ -38,33 +39,45 @@ PROMPT, IMAGE, RESPONSE, GROUP = 1500, 1156, 835, 8
 ROWS = 4
 """Number of rows of an update on each data-parallel rank, for each of its pipeline stages."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "3B": (1, {}),
-    "7B": (8, {"parallel.tensor": 2, "parallel.sequence": True}),
-    "72B": (64, {"parallel.tensor": 8, "parallel.pipeline": 4, "parallel.sequence": True}),
+    "Qwen2.5-VL-3B": (1, {}),
+    "Qwen2.5-VL-7B": (8, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "Qwen2.5-VL-72B": (64, {"parallel.tensor": 8, "parallel.pipeline": 4, "parallel.sequence": True}),
+    "Qwen3-VL-4B": (1, {}),
+    "Qwen3-VL-8B": (8, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "Qwen3-VL-32B": (32, {"parallel.tensor": 8, "parallel.sequence": True}),
 }
-"""Ranks, and how they share the model; the rest is data parallelism."""
+"""Ranks, and how they share the model, by published name; the rest is data parallelism."""
+USUAL = tuple(name for name in LAYOUTS if name.startswith("Qwen2.5"))
+"""What is predicted where no model is named."""
 
 
 def main() -> int:
-    frozen = _arguments().frozen
+    arguments = _arguments()
+    frozen = arguments.frozen
     has = GPUS["H100"].memory_gib - RESERVE_BYTES / GIB
     columns = ("model", "optimizer", "recompute", "states", "activations", f"all, of {has:.1f}", "update", "MFU")
     table = Table(*columns, title=f"An update of {ROWS} rows a pipeline stage on H100s; GiB, seconds, % of bf16's peak")
-    for size, (ranks, layout) in LAYOUTS.items():
+    for name in arguments.model:
+        ranks, layout = LAYOUTS[name]
         for optimizer in OPTIMIZERS:
             for recompute in RECOMPUTE:
-                estimate = predicted(size, ranks, layout, optimizer, recompute, frozen)
-                table.add_row(f"{size}, {estimate.candidate.name}", optimizer, recompute, *_cells(estimate, has))
+                estimate = predicted(name, ranks, layout, optimizer, recompute, frozen)
+                table.add_row(
+                    f"{name.rpartition('-')[2]}, {estimate.candidate.name}",
+                    optimizer,
+                    recompute,
+                    *_cells(estimate, has),
+                )
     Console(width=120).print(table)
     return 0
 
 
 def predicted(
-    size: str, ranks: int, layout: dict[str, Any], optimizer: str, recompute: str, frozen: bool = False
+    name: str, ranks: int, layout: dict[str, Any], optimizer: str, recompute: str, frozen: bool = False
 ) -> Estimate:
     config = settings(ranks, layout, optimizer, recompute, frozen)
     lengths = {"prompt_tokens": PROMPT, "image_tokens": IMAGE, "response_tokens": RESPONSE}
-    return planned(config, shape_named(f"Qwen2.5-VL-{size}"), GPUS["H100"], ranks, Assumptions(), lengths)
+    return planned(config, shape_named(name), GPUS["H100"], ranks, Assumptions(), lengths)
 
 
 def settings(ranks: int, layout: dict[str, Any], optimizer: str, recompute: str, frozen: bool) -> Config:
@@ -99,6 +112,7 @@ def _cells(estimate: Estimate, has: float) -> list[str]:
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=USUAL, choices=LAYOUTS, help="published models")
     parser.add_argument("--frozen", action="store_true", help="rows of one view")
     return parser.parse_args()
 

@@ -73,9 +73,12 @@ class Work:
         return 3 * 4 * self.num_prompts * pairs * self.heads * self.head_dim
 
 
+_TINY = (Work(2, 48, 16, 4, 2, 32), Work(3, 48, 16, 4, 2, 32))
 SIZES = {
     "3b": tuple(Work(num, 1500, 1024, 16, 2, 128) for num in (1, 2, 4)),
-    "tiny": (Work(2, 48, 16, 4, 2, 32), Work(3, 48, 16, 4, 2, 32)),
+    "4b": tuple(Work(num, 1500, 1024, 32, 8, 128) for num in (1, 2, 4)),
+    "tiny": _TINY,
+    "tiny-qwen3": _TINY,
 }
 
 

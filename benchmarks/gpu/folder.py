@@ -1,9 +1,9 @@
 """The model that the GPU check runs: a folder without weights, and weights drawn where they are needed.
 
-`3b` has the true shape of Qwen2.5-VL-3B, `tiny` that of the other benchmarks. Matrices have a standard deviation of
-0.02, norms are one. A weight is drawn on the device from its Hugging Face name, so that trainer, transformers and
-vLLM get the same ones without a file of 7 GB. The tokenizer of `3b` has the published size and special tokens; its
-words are made up.
+It has the true shape of a published model, or that of the other benchmarks (`rows.SHAPES`). Matrices have a standard
+deviation of 0.02, norms are one. A weight is drawn on the device from its Hugging Face name, so that trainer,
+transformers and vLLM get the same ones without a file of 7 GB. The tokenizer of a published model has the published
+size and special tokens; its words are made up.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.gpu.rows import SHAPES
 from benchmarks.models import MAX_PIXELS, MIN_PIXELS, NUM_BYTES, write_model
 from examples.quickstart.model_folder import byte_tokenizer, write_processor
 from megatron_papo.distributed.accelerator import device
 from megatron_papo.distributed.layout import layout
+from megatron_papo.model.family import family_of
 from megatron_papo.model.parameter_map import Index, fill_shard, parameter_table
 from megatron_papo.model.published_shapes import published_config
-from megatron_papo.model.qwen2_5_vl.parameters import module_name
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.weights.held import held_parameters
 
@@ -45,15 +46,22 @@ _FIRST_SPECIAL = 151_643
 def model_folder(shape: str) -> Iterator[Path]:
     """A folder with `model` in it: config.json, tokenizer, processor. Removed afterwards."""
     with TemporaryDirectory(prefix="papo_gpu_") as name:
-        (write_3b if shape == "3b" else write_model)(Path(name) / "model")
+        if shape.startswith("tiny"):
+            write_model(Path(name) / "model", family=SHAPES[shape])
+        else:
+            write_published(Path(name) / "model", SHAPES[shape])
         yield Path(name)
 
 
-def write_3b(folder: Path) -> Path:
-    """Everything but weights; returns `folder`."""
+def write_published(folder: Path, name: str) -> Path:
+    """Everything of the published model `name` but weights; returns `folder`."""
     folder.mkdir(parents=True)
-    config = published_config("Qwen2.5-VL-3B") | {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
-    write_processor(folder, _tokenizer(), min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    ids = {"eos_token_id": _FIRST_SPECIAL + 2, "pad_token_id": _FIRST_SPECIAL}
+    config = published_config(name) | ids
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | ids
+    family = config["model_type"]
+    write_processor(folder, _tokenizer(), family=family, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -66,8 +74,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def drawn_tensors(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name of transformers' parameter, tensor on the device) of the whole model; a tied head is left out."""
+    in_module = family_of(shape).module("parameters").module_name
     for name, size in _sizes(shape).items():
-        yield module_name(name), _draw(name, size, dtype)
+        yield in_module(name), _draw(name, size, dtype)
 
 
 @torch.no_grad()

@@ -23,7 +23,10 @@ from benchmarks.timing import Seconds
 from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
 from megatron_papo.logprobs import vocab_parallel_head
 
-SIZES = {"3b": (2048, 151_936, (4096, 16_384)), "tiny": (64, 2048, (128, 256))}
+_TINY = (64, 2048, (128, 256))
+SIZES = {
+    "3b": (2048, 151_936, (4096, 16_384)), "4b": (2560, 151_936, (4096, 16_384)), "tiny": _TINY, "tiny-qwen3": _TINY,
+}  # fmt: skip
 """Hidden size, vocabulary, response tokens."""
 _QUICK_TOKENS = 1
 _CLOSE = {True: 2e-2, False: 1e-4}

@@ -32,7 +32,7 @@ PERCEPTION = ("PAPO frozen", "PAPO joint")
 
 def workload(options: Options) -> Workload:
     """What an update trains on: 4 prompts of 1,500 tokens with 8 responses of 512 each, or little."""
-    if options.shape == "tiny":
+    if options.tiny:
         return Workload(96, 16, num_prompts=2, group_size=4)
     return Workload(1500, 128, num_prompts=2) if options.quick else Workload(1500, 512)
 

@@ -25,7 +25,7 @@ from megatron_papo.distributed.layout import initialize, shutdown
 from megatron_papo.generation import Sampling, build_generator
 from megatron_papo.model.shape import ModelShape
 
-_KV_CACHE_GIB = {"3b": "null", "tiny": 0.05}
+_TINY_KV_CACHE_GIB = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def run(options: Options) -> Iterator[GpuRow]:
 
 
 def rollout_workload(options: Options) -> Workload:
-    if options.shape == "tiny":
+    if options.tiny:
         return Workload(300, 8, num_prompts=2)
     return Workload(1500, 128, num_prompts=4) if options.quick else Workload(1500, 512, num_prompts=16)
 
 
 def engine_settings(folder: Path, options: Options, **more: object) -> Config:
-    engine: dict[str, object] = {"generation__engine": "vllm", "generation__kv_cache_gib": _KV_CACHE_GIB[options.shape]}
+    kv_cache = _TINY_KV_CACHE_GIB if options.tiny else "null"
+    engine: dict[str, object] = {"generation__engine": "vllm", "generation__kv_cache_gib": kv_cache}
     return our_settings(folder, "PAPO frozen", rollout_workload(options), **(engine | more))
 
 

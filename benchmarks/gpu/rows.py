@@ -6,7 +6,6 @@ import gc
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -19,13 +18,18 @@ _FRAMES = 8
 _LITTLE_GIB = 0.5
 
 
+SHAPES = {"3b": "Qwen2.5-VL-3B", "4b": "Qwen3-VL-4B", "tiny": "qwen2_5_vl", "tiny-qwen3": "qwen3_vl"}
+"""What `--shape` says: a published model, or the other benchmarks' small one of a family."""
+
+
 class Failed(Exception):
     """A failure whose message is all of a row's reason."""
 
 
 @dataclass(frozen=True)
 class Options:
-    shape: Literal["3b", "tiny"]
+    shape: str
+    """Of the model: a key of `SHAPES`."""
     quick: bool = False
     """Whether sizes are small and few, to see that it runs."""
     rounds: int = 5
@@ -34,6 +38,11 @@ class Options:
     """A value of `model.recompute`, which is then the only one measured; None: the benchmark looks for what fits."""
     ends_at: float | None = None
     """The time at which the part will be ended, by time.monotonic."""
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the model is a small one, which needs no GPU."""
+        return self.shape.startswith("tiny")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.gpu.folder import drawn_tensors
 from benchmarks.plain_papo import PlainPapo
 from megatron_papo.distributed.accelerator import device, has_gpu, parameter_dtype
-from megatron_papo.generation.reference_model import read_config
+from megatron_papo.generation.reference_model import classes_of, read_config
 from megatron_papo.model.family import family_of
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.types import Group
@@ -32,16 +31,18 @@ class Size:
         return f"transformers, {_attention()}, {self.sequences} sequences" + ", checkpointing" * self.checkpointing
 
 
-SIZES = {"3b": (Size(4), Size(2), Size(1), Size(2, checkpointing=True)), "tiny": (Size(2),)}
-"""What is tried, one after the other, until it fits: in the other benchmarks 2 to 8 rollouts are as fast."""
+SIZES = {False: (Size(4), Size(2), Size(1), Size(2, checkpointing=True)), True: (Size(2),)}
+"""What is tried, of a published model and of a small one, one after the other until it fits: in the other benchmarks 2
+to 8 rollouts are as fast."""
 
 
 def open_plain(folder: Path, size: Size) -> PlainPapo:
     """Its attention the fastest that is installed; Adam in the dtype of the weights."""
     shape, dtype = ModelShape.from_folder(folder / "model"), parameter_dtype("auto")
-    config = read_config(folder / "model", family_of(shape))
+    family = family_of(shape)
+    config = read_config(folder / "model", family)
     with torch.device(device()):
-        make = Qwen2_5_VLForConditionalGeneration._from_config
+        make = classes_of(family).MODEL_CLASS._from_config
         model = make(config, dtype=dtype, attn_implementation=_attention())
     own = dict(model.named_parameters())
     with torch.no_grad():

@@ -91,7 +91,7 @@ def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
     mode, ours = yield from least_that_fits(
         _ours, needed, device_bytes(), folder, options, groups, needed, only=options.recompute
     )
-    for size in SIZES[options.shape]:
+    for size in SIZES[options.tiny]:
         try:
             yield from apart(_plain, folder, options, groups, ours, mode, size)
             return

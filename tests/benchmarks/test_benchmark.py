@@ -73,6 +73,14 @@ def test_head(tmp_path):
     assert [row["name"].rpartition(" / ")[2] for row in rows[1:]] == ["naive"] * 2 + ["checkpointed"] * 2 + ["matmuls"]
 
 
+@pytest.mark.slow
+def test_families(tmp_path):
+    rows = run_benchmark("families", tmp_path)
+    agreement = [row for row in rows if "agreement" in row["name"]]
+    assert len(agreement) == 2 * 7 and all(row["ratio"] < 1 for row in agreement)
+    assert [row["unit"] for row in rows if row not in agreement] == ["tokens/s", "s"] * 3
+
+
 def test_growth(tmp_path):
     rows = run_benchmark("growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
     for row in rows:

@@ -106,11 +106,21 @@ def test_the_engine_reads_a_prompt_once_a_group_and_sleeps_on_a_gpu(rows):
 
 
 @no_gpu
+def test_an_update_of_qwen3_vl_is_that_of_transformers_too(tmp_path):
+    done = _run(tmp_path, "--quick", "--shape", "tiny-qwen3", "--part", "update", "--json", "rows.json")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["log-probs, ours against transformers: mean gap / allowed"]["ratio"] < 1
+    assert sum(row["unit"] == "tokens/s" and row["baseline"] is not None for row in rows.values()) == 2
+
+
+@no_gpu
 def test_without_a_gpu_nothing_is_written_into_the_document(tmp_path):
     before = DOCUMENT.read_text()
     for arguments, reason in (
         (("--write",), "--write needs a GPU"),
-        (("--shape", "3b"), "--shape 3b needs a GPU"),
+        (("--shape", "4b"), "--shape 4b needs a GPU"),
+        (("--shape", "5b"), "--shape 5b: there are 3b, 4b, tiny"),
         (("--part", "heads"), "--part heads: there are smoke, checks"),
         (("--part", "head:slow"), "--part head:slow: behind the colon there can be quick"),
         (("--recompute", "all"), "--recompute all: there are none, "),

@@ -19,9 +19,9 @@ from benchmarks.gpu.apart import apart
 from benchmarks.gpu.checks import counts, results
 from benchmarks.gpu.command import NO_TIME, Targets, Wanted, has_failed
 from benchmarks.gpu.fitting import MODES, cannot_fit, least_that_fits, needed_by_mode
-from benchmarks.gpu.folder import write_3b
+from benchmarks.gpu.folder import write_published
 from benchmarks.gpu.one_part import LIMIT_S, PARTS, USUAL_S, run_part
-from benchmarks.gpu.rows import GIB, NEEDS_GPU, Failed, GpuRow, Options, attempt, reason_of
+from benchmarks.gpu.rows import GIB, NEEDS_GPU, SHAPES, Failed, GpuRow, Options, attempt, reason_of
 from benchmarks.gpu.smoke import FAILED_PIECES
 from benchmarks.gpu.stream import Outcomes
 from benchmarks.gpu.update import mfu_rows
@@ -286,20 +286,22 @@ def test_the_committed_section_has_every_part_and_no_figure_of_a_machine_without
         assert found == document.NOT_RUN or (f"gpu --part {part}" in found and "no GPU" not in found.splitlines()[0])
 
 
-def test_the_3b_folder_is_the_published_model_without_its_weights(tmp_path):
-    from transformers import AutoProcessor, Qwen2_5_VLConfig
+@pytest.mark.parametrize("name", [SHAPES["3b"], SHAPES["4b"]])
+def test_the_folder_is_the_published_model_without_its_weights(name, tmp_path):
+    from transformers import AutoConfig, AutoProcessor
 
     from megatron_papo.generation.reference_model import expected_shapes
+    from megatron_papo.model.family import family_of
     from megatron_papo.model.parameter_map import parameter_table
     from megatron_papo.model.published_shapes import published_models
-    from megatron_papo.model.qwen2_5_vl.parameters import module_name
     from megatron_papo.model.shape import ModelShape
 
-    folder = write_3b(tmp_path / "model")
+    folder = write_published(tmp_path / "model", name)
     shape, tokenizer = ModelShape.from_folder(folder), AutoProcessor.from_pretrained(folder).tokenizer
-    expected = expected_shapes(Qwen2_5_VLConfig.from_pretrained(folder))
+    module_name = family_of(shape).module("parameters").module_name
+    expected = expected_shapes(AutoConfig.from_pretrained(folder))
     sources = [source for entry in parameter_table(shape).values() for source in entry.sources]
     assert {module_name(source.name): tuple(source.shape) for source in sources} == expected
-    assert sum(math.prod(size) for size in expected.values()) == published_models()["Qwen2.5-VL-3B"]
+    assert sum(math.prod(size) for size in expected.values()) == published_models()[name]
     assert len(tokenizer) == 151_657 and tokenizer.convert_tokens_to_ids("<|image_pad|>") == shape.image_token_id
     assert len(tokenizer("1234567890").input_ids) == 10, "digits stay apart: a prompt has the length asked for"

@@ -106,6 +106,10 @@ def test_peaks_of_3b_with_the_masked_view_frozen(gpu):
     check_peaks(gpu, "Qwen2.5-VL-3B", BENCHMARK)
 
 
+def test_peaks_of_qwen3_vl_4b(gpu):
+    check_peaks(gpu, "Qwen3-VL-4B", BOTH_VIEWS, model__recompute="selective")
+
+
 def test_peaks_of_7b(gpu):
     check_peaks(gpu, "Qwen2.5-VL-7B", BOTH_VIEWS, model__recompute="full")
 

@@ -32,7 +32,7 @@ CASES_OF_EVERY_COMMIT = {
         "TP2 SP": RECIPES,
         "TP2 SP, full recompute": ("tensorwise", "mxfp8"),
     },
-    "qwen3_vl": {"TP1": ("delayed",), "TP2": (), "TP2 SP": ("tensorwise",), "TP2 SP, full recompute": ("blockwise",)},
+    "qwen3_vl": {"TP1": ("delayed",), "TP2": (), "TP2 SP": ("tensorwise",), "TP2 SP, full recompute": ()},
 }
 """The rest is slow: sequence parallelism pads by more than tensor parallelism alone does."""
 LENGTHS = {"none": "none", "the recipe's": None, "512 tokens": 512}

@@ -319,8 +319,9 @@ def test_a_cluster_that_cannot_hold_the_weights_is_refused():
 
 
 def test_the_table_of_predicted_updates_is_in_order_of_what_recomputation_costs():
-    ranks, layout = predict_update.LAYOUTS["3B"]
-    found = [predict_update.predicted("3B", ranks, layout, "bf16 moments", recompute) for recompute in RECOMPUTE]
+    name = "Qwen2.5-VL-3B"
+    ranks, layout = predict_update.LAYOUTS[name]
+    found = [predict_update.predicted(name, ranks, layout, "bf16 moments", recompute) for recompute in RECOMPUTE]
     assert [each.candidate.name for each in found] == ["TP1 PP1 DP1"] * len(RECOMPUTE)
     held, rates = [each.stages[0].training for each in found], [each.mfu for each in found]
     assert held == sorted(held, reverse=True) and rates == sorted(rates, reverse=True)

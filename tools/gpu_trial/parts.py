@@ -5,7 +5,7 @@ in one folder.
 
 A part for which less than a third of its limit is left does not start. OUT/rows.json has each row as soon as it is
 made, OUT/tables.txt and OUT/benchmarks.md (the project's page with the new tables) each part. The variable ROUNDS: how
-often every side is measured, by default three times.
+often every side is measured, by default three times; SHAPE: of the model, by default 3b (4b is Qwen3-VL-4B).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main(out: Path, seconds: float, wanted: list[str]) -> int:
     page = out / "benchmarks.md"
     if not page.exists():
         page.write_text(DOCUMENT.read_text())
-    options = Options("3b" if torch.cuda.is_available() else "tiny", rounds=int(os.environ.get("ROUNDS", "3")))
+    shape = os.environ.get("SHAPE", "3b" if torch.cuda.is_available() else "tiny")
+    options = Options(shape, rounds=int(os.environ.get("ROUNDS", "3")))
     left = seconds - (time.monotonic() - _BEGAN)
     return run(parts, options, Targets(out / "rows.json", page, out / "tables.txt"), left)
 

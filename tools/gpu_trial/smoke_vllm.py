@@ -28,7 +28,7 @@ def pieces() -> Pieces:
     from vllm import _custom_ops  # noqa: F401  loads the kernels
 
     attends = {
-        **{f"flash attention, heads of {dim}": lambda d=dim: attention(d) for dim in (32, 80, 128)},
+        **{f"flash attention, heads of {dim}": lambda d=dim: attention(d) for dim in (32, 64, 72, 80, 128)},
         "flash attention over a cache of blocks": paged,
     }
     return {
