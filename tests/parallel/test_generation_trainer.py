@@ -42,20 +42,28 @@ CASES = {
     ),
 }
 
-SECOND_FAMILY = {"transformers, PP 2", "transformers, TP 2 SP", "vllm, TP 2, engine TP 2"}
-"""Cases that the second family shares the ranks of; another engine of vLLM in four ranks would take a minute."""
+SECOND_FAMILY = {"transformers, PP 2", "transformers, TP 2 SP"}
+"""Cases whose ranks the second family shares."""
+SIZES = {"hidden": 128, "heads": 4, "kv_heads": 2, "std": 0.12}
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=NEEDS_VLLM if "vllm" in name else ()) for name in CASES])
 def test_sampling_and_training_agree_on_every_token(case, tmp_path):
     settings, model = CASES[case]
-    sizes = {"hidden": 128, "heads": 4, "kv_heads": 2, "std": 0.12}
-    folders = [make_inputs(tmp_path / "inputs", **sizes, **model)]
+    folders = [make_inputs(tmp_path / "inputs", **SIZES, **model)]
     if case in SECOND_FAMILY:
-        folders.append(make_inputs(tmp_path / "second", family="qwen3_vl", **sizes, **model))
+        folders.append(make_inputs(tmp_path / "second", family="qwen3_vl", **SIZES, **model))
     if case == "transformers, TP 2 SP":
         folders.append(make_inputs(tmp_path / "toy", make_toy_folder))
     assert_agreement(folders, tmp_path / "run", settings)
+
+
+@NEEDS_VLLM
+@pytest.mark.slow
+def test_an_engine_of_vllm_over_two_ranks_with_the_second_family(tmp_path):
+    settings, model = CASES["vllm, TP 2, engine TP 2"]
+    folder = make_inputs(tmp_path / "inputs", family="qwen3_vl", **SIZES, **model)
+    assert_agreement([folder], tmp_path / "run", settings)
 
 
 def assert_agreement(folders: list[Path], run_dir: Path, settings: dict) -> None:
