@@ -106,6 +106,7 @@ def test_the_engine_reads_a_prompt_once_a_group_and_sleeps_on_a_gpu(rows):
 
 
 @no_gpu
+@pytest.mark.slow
 def test_an_update_of_qwen3_vl_is_that_of_transformers_too(tmp_path):
     done = _run(tmp_path, "--quick", "--shape", "tiny-qwen3", "--part", "update", "--json", "rows.json")
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_papo.model.shape import ModelShape
 from tests.parallel.model_cases import CASES, SECOND_CASES, write_case
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
@@ -47,6 +48,12 @@ def cases(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+def _num_layers(folder: Path) -> tuple[int, int]:
+    """Of the language model and of the tower."""
+    shape = ModelShape.from_folder(folder)
+    return shape.language.num_layers, shape.vision.num_layers
+
+
 def _cases() -> list[Any]:
     """`delayed` is refused with full recomputation: see test_delayed_with_full_recompute_is_refused."""
     return [
@@ -61,7 +68,7 @@ def _cases() -> list[Any]:
 @pytest.mark.parametrize(("family", "name", "recipe"), _cases())
 def test_padding_changes_nothing(family, name, recipe, cases):
     ranks, sequence_parallel, case = layout(name), "SP" in name, cases[family]
-    num_layers = 3 + MODELS[family].model["vision_depth"]
+    num_layers = sum(_num_layers(case))
     overrides = (*ranks.overrides, f"fp8.recipe={recipe}", "fp8.first_layers=0", "fp8.last_layers=0", "fp8.vision=true")
     ranks = run_ranks(run_lengths, ranks.num_ranks, case, overrides)
     for rank in ranks:
@@ -99,9 +106,8 @@ def run_lengths(folder: Path, overrides: tuple[str, ...]) -> list[dict]:
 
 def _run(config, folder: Path, length) -> dict:
     from megatron_papo.model import language
-    from megatron_papo.model.family import family_of
+    from megatron_papo.model.fp8 import multiples
     from megatron_papo.model.policy import HeadRequest, build_policy
-    from megatron_papo.model.shape import ModelShape
     from megatron_papo.optimization.optimizer import wrap_policy
     from megatron_papo.optimization.pipeline import run_schedule
     from megatron_papo.weights.transfer import read_hf
@@ -109,11 +115,10 @@ def _run(config, folder: Path, length) -> dict:
     shape = ModelShape.from_folder(folder)
     policy = build_policy(config, shape)
     read_hf(policy, shape, folder)
-    vision = family_of(shape).module("vision")
-    multiple_of = language.token_multiple
+    multiple_of = multiples.token_multiple
     try:
         if length == "none":  # emulation computes any number of tokens
-            language.token_multiple = vision.token_multiple = lambda _, ranks: multiple_of("off", ranks)
+            language.token_multiple = multiples.token_multiple = lambda _, ranks: multiple_of("off", ranks)
         else:
             policy.language.row_length = length
         model = wrap_policy(policy, config)
@@ -129,7 +134,7 @@ def _run(config, folder: Path, length) -> dict:
             num_padding = policy.language.num_padding(rows[0].num_tokens)
             run_schedule(model, rows, HeadRequest(), loss)
     finally:
-        language.token_multiple = vision.token_multiple = multiple_of
+        language.token_multiple = multiples.token_multiple = multiple_of
     gradients = {name: weight.main_grad.clone() for name, weight in policy.named_parameters()}
     return {
         "num_padding": num_padding, "logprobs": logprobs, "forward": forward, "backward": backward,
@@ -188,7 +193,7 @@ def test_plain_sequence_parallel_padding_is_left_out_too(family, cases):
     patches = [int(row.grid_thw_I3.prod(1).sum()) for row in rows if row.pixel_values]
     padded = [sum(num % 4 > 0 for num in (row.num_tokens for row in rows)), sum(num % 16 > 0 for num in patches)]
     assert min(padded) > 0
-    assert len(states) == 3 * padded[0] + MODELS[family].model["vision_depth"] * padded[1]
+    assert len(states) == sum(layers * rows for layers, rows in zip(_num_layers(cases[family]), padded))
     assert all(state == 0.0 for state in states)
 
 
@@ -198,7 +203,6 @@ def hidden_at_padding(folder: Path, overrides: tuple[str, ...]) -> list[float]:
     from megatron_papo.distributed.accelerator import adapt_megatron
     from megatron_papo.distributed.layout import initialize
     from megatron_papo.model.policy import HeadRequest, build_policy
-    from megatron_papo.model.shape import ModelShape
     from megatron_papo.optimization.pipeline import score
     from megatron_papo.weights.transfer import read_hf
 
