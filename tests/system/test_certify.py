@@ -16,7 +16,6 @@ from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
 MODEL = MODELS["qwen2_5_vl"]
 """Of the inputs."""
-
 REPO = Path(__file__).parents[2]
 TIGHT = {"certify__limits__logprobs_max": 1e-9}
 """No two programs agree so closely."""
