@@ -166,11 +166,12 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         check_heads(shape, parameter_dtype(config.model.dtype))
     fp8 = Fp8Switch(config.fp8)
     layers = stage_layers(config.parallel, shape)
+    first_layer = sum(layers[: ranks.pipeline_rank])
     language = LanguageModel(
         language_config(config, shape, spec),
         shape,
         spec,
-        first_layer=sum(layers[: ranks.pipeline_rank]),
+        first_layer=first_layer,
         num_layers=layers[ranks.pipeline_rank],
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -184,13 +185,7 @@ def build_policy(config: Config, shape: ModelShape) -> VisionLanguageModel:
         vision = build_tower(config, shape, spec, fp8)
     model = VisionLanguageModel(language.config, shape, language, vision)
     if config.model.random_init:
-        draw_weights(
-            model,
-            shape,
-            first_layer=sum(layers[: ranks.pipeline_rank]),
-            tensor_rank=ranks.tensor_rank,
-            seed=config.run.seed,
-        )
+        draw_weights(model, shape, first_layer=first_layer, tensor_rank=ranks.tensor_rank, seed=config.run.seed)
     else:
         zero_weights(model)
     language.setup_embeddings_and_output_layer()  # so that tied matrices count once
