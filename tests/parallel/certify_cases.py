@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """By family. Heads of 32 dimensions, which vLLM's kernels need; layers 2 and 3 are the second pipeline stage's, which
 adds the last of the three levels of DeepStack."""
+MODEL = MODELS["qwen2_5_vl"]
+"""Where no family is named."""
 STALE_LAYER = "model.language_model.layers.2."
 
 Fault = Callable[[Run, Generator], AbstractContextManager[None]]
@@ -285,6 +287,6 @@ def update_every_weight(run: Run) -> None:
 
 
 __all__ = [
-    "ENGINE_FAULTS", "MODELS", "TRAINER_FAULTS", "hand_over", "hand_over_but_one_layer", "layer_now",
+    "ENGINE_FAULTS", "MODEL", "MODELS", "TRAINER_FAULTS", "hand_over", "hand_over_but_one_layer", "layer_now",
     "update_every_weight",
 ]  # fmt: skip

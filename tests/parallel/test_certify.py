@@ -28,12 +28,11 @@ from tests.parallel.certify_cases import (
     layer_now,
     update_every_weight,
 )
+from tests.parallel.certify_cases import MODEL as MODEL  # of the inputs where a test takes no family
 from tests.support.layouts import layout
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import CERTIFIED, tiny_run
 
-MODEL = MODELS["qwen2_5_vl"]
-"""Of the inputs where a test takes no family."""
 LAYOUTS = ("TP2", "PP2", "TP2 SP", "DP2")
 VLLM = {"generation__engine": "vllm", "generation__kv_cache_gib": 0.05}
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

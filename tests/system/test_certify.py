@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_papo.config import dump_config
-from tests.parallel.certify_cases import MODELS
+from tests.parallel.certify_cases import MODEL as MODEL  # of the inputs
 from tests.support import commands
 from tests.support.tiny_run import CERTIFIED, metrics, tiny_run
 
-MODEL = MODELS["qwen2_5_vl"]
-"""Of the inputs."""
 REPO = Path(__file__).parents[2]
 TIGHT = {"certify__limits__logprobs_max": 1e-9}
 """No two programs agree so closely."""
