@@ -36,16 +36,9 @@ def fault_of_videos(key: str, source: SourceConfig, data: DataConfig) -> str | N
     columns = data.columns_of(source)[1]
     for file in _files(source.path, source.split or "train"):
         for number, cells in enumerate(_rows(file, columns)):
-            if where := video_column(cells, columns.images) or _in_question(cells.get(columns.problem)):
+            if where := video_column(cells, columns.images) or video_in_question(cells.get(columns.problem)):
                 return f"{key}: {file}: row {number}: video ({where}: {ONLY_PICTURES})"
     return None
-
-
-def _in_question(cell: Any) -> str | None:
-    try:
-        return video_in_question(cell)
-    except RecursionError:
-        return None
 
 
 def _files(name: str, split: str) -> list[Path]:
