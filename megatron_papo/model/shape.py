@@ -249,9 +249,3 @@ def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
         if width % tensor
     ]
     return faults
-
-
-def check_head_count(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
-    """Raises ValueError naming `key` where `num_heads` attention heads do not share `hidden_size` equally."""
-    if hidden_size % num_heads:
-        raise keys.fault(key, f"hidden_size {hidden_size} does not divide by {num_heads} heads")
