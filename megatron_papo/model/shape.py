@@ -30,6 +30,9 @@ NormKind = Literal["rms", "layer"]
 MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
 """`swiglu`: gated, silu(gate) times up. The others: two linear layers with that activation between them."""
 
+MergerNorms = Literal["patch", "block"]
+"""What a patch merger norms: each patch, or each block of patches as a whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageShape:
