@@ -38,7 +38,7 @@ from benchmarks.gpu.rows import (
     not_measured,
     reason_of,
 )
-from benchmarks.gpu.transformers_side import SIZES, Size, open_plain, try_out
+from benchmarks.gpu.transformers_side import SIZES, TINY_SIZES, Size, open_plain, try_out
 from benchmarks.ours import Key
 from benchmarks.rollouts import num_tokens
 from megatron_papo.costs.hardware import peak_tflops
@@ -91,7 +91,7 @@ def _rows(folder: Path, options: Options) -> Iterator[GpuRow]:
     mode, ours = yield from least_that_fits(
         _ours, needed, device_bytes(), folder, options, groups, needed, only=options.recompute
     )
-    for size in SIZES[options.tiny]:
+    for size in TINY_SIZES if options.tiny else SIZES:
         try:
             yield from apart(_plain, folder, options, groups, ours, mode, size)
             return

@@ -34,7 +34,7 @@ from megatron_papo.data.conversation import (
     instructed,
     turns_of,
 )
-from megatron_papo.data.processor_files import THINK_TAGS, listed_ends, pixel_bounds, read_processor, spoken_tokenizer
+from megatron_papo.data.processor_files import THINK_TAGS, listed_ends, pixel_bounds, read_processor, text_tokenizer
 from megatron_papo.types import ModelInputs
 
 _COMPOSED = 4
@@ -73,7 +73,7 @@ class Processor:
         self.system = data.system
         self.template: str = hf_processor.chat_template
         """The chat template's own text."""
-        self._spoken = spoken_tokenizer(self.tokenizer, self.template)
+        self._text_tokenizer = text_tokenizer(self.tokenizer, self.template)
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in vocabulary]
         if missing:
@@ -229,7 +229,7 @@ class Processor:
         return next((token for token in (VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD) if token in text), None)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._spoken(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._text_tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _apply_template(self, turns: Turns, add_generation_prompt: bool) -> str:

@@ -63,9 +63,9 @@ def default_template(processor: Any, folder: Path) -> str:
     return template
 
 
-def spoken_tokenizer(tokenizer: Any, template: str) -> Any:
-    """The tokenizer that makes token ids of texts: the folder's own, but without tokens for the think tags where the
-    chat template never writes these.
+def text_tokenizer(tokenizer: Any, template: str) -> Any:
+    """The tokenizer that makes token ids of prompts and answers: the folder's own, but without tokens for the think
+    tags where the chat template never writes these.
 
     Checkpoints that do not think by themselves may share their vocabulary with others that do: their tokens of the tags
     were never trained, and a prompt that asks for the tags would show the model nothing. Without these tokens the tags

@@ -22,14 +22,17 @@ def video_column(cells: Mapping[str, Any], images: str | None) -> str | None:
 
 def video_in_question(cell: Any) -> str | None:
     """Where a question, text or turns of a conversation, has a video, in words; None where it has none."""
-    if isinstance(cell, bytes):
-        cell = cell.decode(errors="replace")
-    if isinstance(cell, str):
-        return f"{VIDEO} in the text" if VIDEO in cell else None
-    inner = cell if isinstance(cell, (list, tuple)) else []
-    if isinstance(cell, dict):
-        kind = cell.get("type") or next((part for part in _PARTS if cell.get(part) is not None), None)
-        if kind in _PARTS:
-            return "a part of a turn"
-        inner = [cell.get("content"), cell.get("text")]
-    return next((found for part in inner if (found := video_in_question(part))), None)
+    parts = [cell]  # a list of what is left, not a call within a call: lists may lie in lists to any depth
+    for part in parts:
+        if isinstance(part, bytes):
+            part = part.decode(errors="replace")
+        if isinstance(part, str) and VIDEO in part:
+            return f"{VIDEO} in the text"
+        if isinstance(part, dict):
+            kind = part.get("type") or next((name for name in _PARTS if part.get(name) is not None), None)
+            if kind in _PARTS:
+                return "a part of a turn"
+            parts += [part.get("content"), part.get("text")]
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return None

@@ -38,10 +38,10 @@ class DeepStackLayer(TransformerLayer):
         if context is None:
             return hidden, None
         assert packed_seq_params.image_places_M is not None
-        hidden = self._with(hidden, context[0], packed_seq_params.image_places_M)
+        hidden = self._added(hidden, context[0], packed_seq_params.image_places_M)
         return hidden, context[1:] if len(context) > 1 else None
 
-    def _with(self, hidden_T1H: Tensor, level_M1H: Tensor, places_M: Tensor) -> Tensor:
+    def _added(self, hidden_T1H: Tensor, level_M1H: Tensor, places_M: Tensor) -> Tensor:
         if not self.config.sequence_parallel:
             return hidden_T1H.index_add(0, places_M, level_M1H[: len(places_M)])
         # each rank uses other tokens, so the gradients of all of them are summed

@@ -60,13 +60,13 @@ class LanguageModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, 0, position_embedding_type="rope", scatter_to_sequence_parallel=False
             )
-        # levels of DeepStack that are still to be added at this stage, and those that its own layers add
+        # levels of DeepStack that are still to be added at this stage; each of its first layers adds one
         self.num_levels = shape.levels_from(first_layer)
-        self.num_adding = min(self.num_levels, num_layers)
+        self.num_adding_layers = min(self.num_levels, num_layers)
         self._received: Tensor | None = None
         self.decoder = TransformerBlock(
             config,
-            block_spec(spec, num_layers, shape.language, causal=True, num_adding=self.num_adding),
+            block_spec(spec, num_layers, shape.language, causal=True, num_adding_layers=self.num_adding_layers),
             pre_process=pre_process,
             post_process=post_process,
         )
@@ -135,7 +135,7 @@ class LanguageModel(LanguageModule):
             ),
         )
         self.fp8.after_forward(outputs)
-        return with_levels(outputs, None if levels_LM1H is None else levels_LM1H[self.num_adding :])
+        return with_levels(outputs, None if levels_LM1H is None else levels_LM1H[self.num_adding_layers :])
 
     def num_padding(self, num_tokens: int) -> int:
         """Number of places that are added to a row of `num_tokens` tokens in the current pass."""

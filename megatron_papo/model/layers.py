@@ -45,12 +45,12 @@ def choose_spec(model: ModelConfig) -> str:
 
 
 def block_spec(
-    spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool, num_adding: int = 0
+    spec: str, num_layers: int, shape: LanguageShape | VisionShape, *, causal: bool, num_adding_layers: int = 0
 ) -> TransformerBlockSubmodules:
     """The spec of a TransformerBlock with `num_layers` layers on this stage, of the kinds of norm and MLP in `shape`.
 
-    `causal`: True for the language model, False for a vision tower. `num_adding`: how many of the first of these layers
-    add image tokens (`deepstack.py`).
+    `causal`: True for the language model, False for a vision tower. `num_adding_layers`: how many of the first
+    of these layers add image tokens (`deepstack.py`).
     """
     modules = _transformer_engine_modules(shape.norm) if spec == "transformer_engine" else _local_modules(shape.norm)
     head_norm = modules["final_norm"] if isinstance(shape, LanguageShape) and shape.qk_norm else None
@@ -66,9 +66,9 @@ def block_spec(
             k_layernorm=head_norm,
         ),
     )
-    assert not (num_adding and _fills_padding(shape)), "no layer both adds image tokens and has biases to take back"
+    assert not (num_adding_layers and _fills_padding(shape)), "no layer adds image tokens and zeroes padding too"
     rest = ZeroPaddedLayer if _fills_padding(shape) else TransformerLayer
-    kinds = [DeepStackLayer] * num_adding + [rest] * (num_layers - num_adding)
+    kinds = [DeepStackLayer] * num_adding_layers + [rest] * (num_layers - num_adding_layers)
     parts = TransformerLayerSubmodules(
         input_layernorm=modules["norm"],
         self_attention=attention,

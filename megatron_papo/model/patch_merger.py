@@ -5,8 +5,6 @@ A norm, a linear layer to the width of the block, GELU, and a linear layer to th
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -17,14 +15,14 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_papo.model.norm import LayerNorm, RMSNorm
-from megatron_papo.model.shape import VisionShape
+from megatron_papo.model.shape import MergerNorms, VisionShape
 
 
 class PatchMerger(MegatronModule):
     """Makes tokens of the language model's width from blocks of spatial_merge_size x spatial_merge_size patches."""
 
-    def __init__(self, config: TransformerConfig, shape: VisionShape, *, norms: Literal["patch", "block"] = "patch"):
-        """`norms`: whether each patch is normed, or each block as a whole; with the tower's kind of norm."""
+    def __init__(self, config: TransformerConfig, shape: VisionShape, *, norms: MergerNorms = "patch"):
+        """`norms`: what is normed, with the tower's kind of norm."""
         super().__init__(config)
         self.width = shape.hidden_size * shape.merge_unit
         self.norm_width = shape.hidden_size if norms == "patch" else self.width

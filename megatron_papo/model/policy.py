@@ -97,7 +97,7 @@ class VisionLanguageModel(MegatronModule):
 
     def _image_places(self, micro_batch: MicroBatch) -> Tensor | None:
         """Where the row's image tokens stand, where this stage puts or adds something there."""
-        if not micro_batch.pixel_values or not (self.pre_process or self.language.num_adding):
+        if not micro_batch.pixel_values or not (self.pre_process or self.language.num_adding_layers):
             return None
         # their number is known, since packing has checked it; asking the GPU for it would mean waiting
         assert micro_batch.grid_thw_I3 is not None

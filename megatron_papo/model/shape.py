@@ -30,6 +30,9 @@ NormKind = Literal["rms", "layer"]
 MlpKind = Literal["swiglu", "gelu", "gelu_tanh"]
 """`swiglu`: gated, silu(gate) times up. The others: two linear layers with that activation between them."""
 
+MergerNorms = Literal["patch", "block"]
+"""What a patch merger norms: each patch, or each block of patches as a whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageShape:
@@ -249,9 +252,3 @@ def faults_of_engine(config: Config, shape: ModelShape) -> list[str]:
         if width % tensor
     ]
     return faults
-
-
-def check_head_count(keys: Keys, key: str, hidden_size: int, num_heads: int) -> None:
-    """Raises ValueError naming `key` where `num_heads` attention heads do not share `hidden_size` equally."""
-    if hidden_size % num_heads:
-        raise keys.fault(key, f"hidden_size {hidden_size} does not divide by {num_heads} heads")

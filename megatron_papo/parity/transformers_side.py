@@ -21,7 +21,7 @@ from megatron_papo.config import DataConfig
 from megatron_papo.data.chat_template import chat_template
 from megatron_papo.data.conversation import Turns, check_rendered, instructed, turns_of
 from megatron_papo.data.images import decode_image
-from megatron_papo.data.processor_files import default_template, pixel_bounds, spoken_tokenizer
+from megatron_papo.data.processor_files import default_template, pixel_bounds, text_tokenizer
 from megatron_papo.generation.readings import ActivationRecorder, Precision, Reading
 from megatron_papo.generation.reference_model import (
     classes_of_model,
@@ -73,7 +73,7 @@ class HuggingFace:
         self._model, self._data, self._banned_ids = model, data, list(banned_ids)
         self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         template = default_template(self._processor, folder)
-        self._processor.tokenizer = spoken_tokenizer(self._processor.tokenizer, template)
+        self._processor.tokenizer = text_tokenizer(self._processor.tokenizer, template)
         self._processor.chat_template = self._processor.tokenizer.chat_template = template
         bounds = pixel_bounds(self._processor.image_processor, folder, data)
         self._processor.image_processor.size = dict(zip(("shortest_edge", "longest_edge"), bounds))

@@ -22,6 +22,8 @@ from megatron_papo.files.video_cells import ONLY_PICTURES, video_column, video_i
 
 _NUM_ROWS = 8
 _NUM_FILES = 8
+_MOST_NAMES = 10_000
+"""Of a folder, which may hold all pictures too; names behind them are not looked at."""
 _MOST_LETTERS = 2**22
 """Of a file of JSON; rows behind them are not looked at."""
 _BETWEEN_ROWS = re.compile(r"[\s\[,]*")
@@ -36,23 +38,16 @@ def fault_of_videos(key: str, source: SourceConfig, data: DataConfig) -> str | N
     columns = data.columns_of(source)[1]
     for file in _files(source.path, source.split or "train"):
         for number, cells in enumerate(_rows(file, columns)):
-            if where := video_column(cells, columns.images) or _in_question(cells.get(columns.problem)):
+            if where := video_column(cells, columns.images) or video_in_question(cells.get(columns.problem)):
                 return f"{key}: {file}: row {number}: video ({where}: {ONLY_PICTURES})"
     return None
-
-
-def _in_question(cell: Any) -> str | None:
-    try:
-        return video_in_question(cell)
-    except RecursionError:
-        return None
 
 
 def _files(name: str, split: str) -> list[Path]:
     """The files of rows that the name stands for; of a folder those that name the split, where any does."""
     path = Path(name)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
+        found = sorted(file for file in islice(path.rglob("*"), _MOST_NAMES) if file.suffix in BUILDERS)
         found = [file for file in found if split in str(file.relative_to(path))] or found
     elif path.exists():
         found = [path]

@@ -21,8 +21,9 @@ from megatron_papo.training.rollouts import hand_over
 from megatron_papo.training.session import Run
 from megatron_papo.weights.held import global_parameters
 from megatron_papo.weights.transfer import hf_tensors
+from tests.support.inputs import FOR_VLLM
 
-_SIZES = {"hidden": 128, "heads": 4, "kv_heads": 2, "std": 0.12, "layers": 4}
+_SIZES = {**FOR_VLLM, "layers": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": _SIZES,
     "qwen3_vl": {**_SIZES, "family": "qwen3_vl", "vision_depth": 3},

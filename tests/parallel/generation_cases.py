@@ -16,6 +16,7 @@ from megatron_papo.config import Config
 from megatron_papo.data.processor import Processor, load_processor
 from megatron_papo.generation import Sampling
 from megatron_papo.types import Group, Prompt
+from tests.support.inputs import FOR_VLLM
 from tests.support.tiny import make_tiny_folder
 
 BANNED = tuple(range(259, 272))
@@ -25,8 +26,8 @@ TOLERANCE = 1e-4
 
 
 def make_folder(path: Path, *, family: str = "qwen2_5_vl", tie: bool = False) -> Path:
-    """Heads of 32 dimensions, which vLLM's kernels need; logits wide enough that top-k and top-p cut something."""
-    return make_tiny_folder(path, family=family, hidden=128, heads=4, kv_heads=2, std=0.12, tie=tie)
+    """A model that vLLM loads too, whose logits are wide enough that top-k and top-p cut something."""
+    return make_tiny_folder(path, family=family, tie=tie, **FOR_VLLM)
 
 
 def read_model(folder: Path) -> Any:

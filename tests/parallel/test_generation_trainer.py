@@ -11,6 +11,7 @@ import torch
 
 from megatron_papo.config import Config
 from tests.parallel.generation_cases import TOLERANCE, make_sampling
+from tests.support.inputs import FOR_VLLM
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import make_inputs, tiny_run
 from tests.toy_family.folder import make_toy_folder
@@ -44,15 +45,14 @@ CASES = {
 
 SECOND_FAMILY = {"transformers, PP 2", "transformers, TP 2 SP"}
 """Cases whose ranks the second family shares."""
-SIZES = {"hidden": 128, "heads": 4, "kv_heads": 2, "std": 0.12}
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=NEEDS_VLLM if "vllm" in name else ()) for name in CASES])
 def test_sampling_and_training_agree_on_every_token(case, tmp_path):
     settings, model = CASES[case]
-    folders = [make_inputs(tmp_path / "inputs", **SIZES, **model)]
+    folders = [make_inputs(tmp_path / "inputs", **FOR_VLLM, **model)]
     if case in SECOND_FAMILY:
-        folders.append(make_inputs(tmp_path / "second", family="qwen3_vl", **SIZES, **model))
+        folders.append(make_inputs(tmp_path / "second", family="qwen3_vl", **FOR_VLLM, **model))
     if case == "transformers, TP 2 SP":
         folders.append(make_inputs(tmp_path / "toy", make_toy_folder))
     assert_agreement(folders, tmp_path / "run", settings)
@@ -62,7 +62,7 @@ def test_sampling_and_training_agree_on_every_token(case, tmp_path):
 @pytest.mark.slow
 def test_an_engine_of_vllm_over_two_ranks_with_the_second_family(tmp_path):
     settings, model = CASES["vllm, TP 2, engine TP 2"]
-    folder = make_inputs(tmp_path / "inputs", family="qwen3_vl", **SIZES, **model)
+    folder = make_inputs(tmp_path / "inputs", family="qwen3_vl", **FOR_VLLM, **model)
     assert_agreement([folder], tmp_path / "run", settings)
 
 

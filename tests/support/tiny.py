@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +17,8 @@ from examples.quickstart.model_folder import byte_tokenizer, model_config, new_m
 
 NUM_BYTES = 256
 """The ids below this are bytes; the seven special tokens follow."""
+PIXELS = {"qwen2_5_vl": (28 * 28, 112 * 112), "qwen3_vl": (32 * 32, 128 * 128)}
+"""The fewest and the most pixels of a picture: one to sixteen image tokens."""
 
 
 def tiny_config(
@@ -84,10 +87,6 @@ def wide_weights[Model: torch.nn.Module](model: Model, *, seed: int = 0, std: fl
     return model
 
 
-PIXELS = {"qwen2_5_vl": (28 * 28, 112 * 112), "qwen3_vl": (32 * 32, 128 * 128)}
-"""The fewest and the most pixels of a picture: one to sixteen image tokens."""
-
-
 def make_tiny_folder(
     path: Path,
     *,
@@ -95,7 +94,7 @@ def make_tiny_folder(
     seed: int = 0,
     std: float = 0.15,
     max_shard_size: str = "5GB",
-    **shape: int | bool,
+    **shape: Any,
 ) -> Path:
     """Writes everything a folder of `family` holds to `path` and returns it.
 

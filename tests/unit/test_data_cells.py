@@ -135,6 +135,14 @@ def test_other_questions_are_named_shortly(cell, reason, told):
     assert caught.value.reason == reason and len(str(caught.value)) < 160
 
 
+def test_a_question_of_lists_in_lists_is_named_however_deep():
+    cell: list = []
+    for _ in range(5000):
+        cell = [cell]
+    with pytest.raises(BadCell, match="a list, not text"):
+        question_of(cell)
+
+
 def test_any_of_several_answers_is_right():
     prompt = Prompt("x", 0, "?", "one", (), ModelInputs(torch.zeros(1), None, None), other_answers=("1", "uno"))
     with Rewarder(RewardConfig(accuracy="exact")) as rewarder:

@@ -114,26 +114,24 @@ def families_by_name(modules: Modules) -> list[str]:
     """A family's name is the letters that its folder begins with, in whatever case. Families of one name may speak of
     each other, but none imports another."""
     folders = re.findall(r'"megatron_papo\.model\.(\w+)"', modules[REGISTRY].text)
-    stems = {folder: re.match("[a-z]+", folder) for folder in folders}
-    faults = []
-    for folder, stem in stems.items():
-        assert stem, folder
-        others = [other for other, its in stems.items() if its and its[0] == stem[0]]
-        allowed = (REGISTRY, *(f"model.{other}" for other in others))
-        faults += [
-            f"{name} names {stem[0]}, line {line}"
-            for name, module in modules.items()
-            if not any(f"{name}.".startswith(f"{place}.") for place in allowed)
-            for line, text in enumerate(module.text.splitlines(), 1)
-            if stem[0] in text.lower()
-        ]
-        faults += [
-            f"{name} imports the family {other}"
-            for name, module in modules.items()
-            for other in folders
-            if name.startswith(f"model.{folder}.") and other != folder and f"megatron_papo.model.{other}" in module.text
-        ]
-    return sorted(set(faults))
+    stems = sorted({re.sub("[^a-z].*", "", folder) for folder in folders})
+    assert all(stems), folders
+    of_folder = {name: folder for name in modules for folder in folders if f"{name}.".startswith(f"model.{folder}.")}
+    names = [
+        f"{name} names {stem}, line {line}"
+        for stem in stems
+        for name, module in modules.items()
+        if name != REGISTRY and not of_folder.get(name, "").startswith(stem)
+        for line, text in enumerate(module.text.splitlines(), 1)
+        if stem in text.lower()
+    ]
+    imports = [
+        f"{name} imports the family {other}"
+        for name, folder in of_folder.items()
+        for other in folders
+        if other != folder and re.search(rf"megatron_papo\.model\.{other}\b", modules[name].text)
+    ]
+    return names + imports
 
 
 def quick_start(modules: Modules) -> list[str]:
@@ -228,6 +226,14 @@ def _planted(root: Path, changes: dict[str, str]) -> list[str]:
             ["training.session imports planning.scale: lower imports upper", "training.session → planning.scale"],
         ),
         ({"packing.rows": "# as a LLaMA has it\n"}, ["packing.rows names llama, line 1"]),
+        (
+            {
+                "model.family": 'FAMILIES = ["megatron_papo.model.llama4", "megatron_papo.model.llama5"]\n',
+                "model.llama4.layers": "# as Llama 5 has it\nfrom megatron_papo.model.llama5 import layers\n",
+                "model.llama5.layers": "",
+            },
+            ["model.llama4.layers imports the family llama5"],
+        ),
         (
             {"cli": "from megatron_papo.model.rotary import rotate\n", "model.__init__": "import torch\n"},
             ["cli → model → torch", "model.family → torch"],

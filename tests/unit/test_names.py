@@ -156,10 +156,6 @@ def test_a_rank_reads_only_its_part(table, tensors):
         assert read == torch.Size(entry.shape).numel() // 4
 
 
-def test_tied_embeddings_have_no_head_of_their_own(family):
-    assert "language.output_layer.weight" not in parameter_table(_shape(family, tie=True))
-
-
 @pytest.mark.parametrize(
     ("family", "written", "published"),
     [

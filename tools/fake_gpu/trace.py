@@ -273,8 +273,8 @@ class _Update:
 
         parallel, policy = self.config.parallel, self.optimizer.policy.module
         share = parallel.tensor if parallel.sequence else 1
-        num_images = sum(map(math.prod, row.grid_thw_I3.tolist())) // policy.shape.vision.merge_unit
-        num_places = row.num_tokens // share + policy.language.num_levels * -(-num_images // share)
+        num_image_tokens = sum(map(math.prod, row.grid_thw_I3.tolist())) // policy.shape.vision.merge_unit
+        num_places = row.num_tokens // share + policy.language.num_levels * -(-num_image_tokens // share)
         dtype = parameter_dtype(self.config.model.dtype)
         size = (num_places, 1, policy.shape.language.hidden_size)
         return torch.empty(size, dtype=dtype, device=device(), requires_grad=True)

@@ -52,9 +52,8 @@ class ZeroPaddedLayer(TransformerLayer):
     ) -> tuple[Tensor, Any]:
         # the MLP follows within the same call, also when recomputation repeats the layer in backward
         self._num_padding = packed_seq_params.num_padding
-        self.mlp.num_padding = (
-            self._num_padding
-        )  # within the MLP every rank has all places of the row, under sequence parallelism too
+        # within the MLP every rank has all places of the row, under sequence parallelism too
+        self.mlp.num_padding = self._num_padding
         hidden, context = super()._forward_attention(
             hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
         )

@@ -7,10 +7,17 @@ Refuses what this package does not implement: sliding-window attention and RoPE 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_papo.files.json_keys import Keys, shown
-from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
+from megatron_papo.files.json_keys import Keys
+from megatron_papo.model.config_keys import (
+    check_head_count,
+    check_key_value_heads,
+    check_vision_heads,
+    mrope_fields,
+    vision_rope_theta,
+    vision_token_ids,
+)
+from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape
 
 PROCESSOR = "Qwen2_5_VLProcessor"
 """The class of transformers that model folders name as their processor."""
@@ -39,10 +46,7 @@ def read_shape(root: Keys) -> ModelShape:
         language=_language(text),
         vision=_vision(vision),
         tie_word_embeddings=root.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
-        image_token_id=root.index("image_token_id", 151655),
-        video_token_id=root.index("video_token_id", 151656),
-        vision_start_token_id=root.index("vision_start_token_id", 151652),
-        vision_end_token_id=root.index("vision_end_token_id", 151653),
+        **vision_token_ids(root),
     )
 
 
@@ -51,46 +55,28 @@ def _language(keys: Keys) -> LanguageShape:
     if keys.flag("use_sliding_window"):
         raise keys.fault("use_sliding_window", "sliding-window attention is not supported")
     num_heads, hidden_size = keys.count("num_attention_heads"), keys.count("hidden_size")
+    check_head_count(keys, "num_attention_heads", hidden_size, num_heads)
+    head_dim = hidden_size // num_heads
     shape = LanguageShape(
         num_layers=keys.count("num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden_size,
         intermediate_size=keys.count("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=keys.count("num_key_value_heads", num_heads),
-        head_dim=hidden_size // num_heads,
+        head_dim=head_dim,
         vocab_size=keys.count("vocab_size"),
         norm_eps=keys.positive("rms_norm_eps", 1e-5),
         initializer_range=keys.positive("initializer_range", 0.02),
         qkv_bias=True,
-        **_rope(keys),
+        **mrope_fields(keys, head_dim, sections=[16, 24, 24], theta=1e6),
     )
-    check_head_count(keys, "num_attention_heads", hidden_size, num_heads)
-    if num_heads % shape.num_kv_heads:
-        raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
-    if sum(shape.mrope_section) * 2 != shape.head_dim:
-        raise keys.fault("rope_parameters", f"mrope_section {shape.mrope_section} is not half of {shape.head_dim}")
+    check_key_value_heads(keys, num_heads, shape.num_kv_heads)
     return shape
-
-
-def _rope(keys: Keys) -> dict[str, Any]:
-    """The fields rope_theta and mrope_section, read from `rope_parameters`, or from `rope_scaling` and a `rope_theta`
-    beside it."""
-    name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
-    rope = keys.section(name)
-    kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
-    section = rope.counts("mrope_section", [16, 24, 24])
-    if len(section) != 3:
-        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
-    source = rope if "rope_theta" in rope.tree else keys
-    return {"rope_theta": source.positive("rope_theta", 1e6), "mrope_section": section}
 
 
 def _vision(keys: Keys) -> WindowedVisionShape:
     keys.must_be("hidden_act", "silu")
     channels = "in_chans" if "in_chans" in keys.tree else "in_channels"
-    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
     shape = WindowedVisionShape(
         num_layers=keys.count("depth", most=MOST_LAYERS),
         hidden_size=keys.count("hidden_size"),
@@ -104,11 +90,9 @@ def _vision(keys: Keys) -> WindowedVisionShape:
         norm_eps=_VISION_NORM_EPS,
         window_size=keys.count("window_size", 112),
         full_attention_layers=keys.counts("fullatt_block_indexes", [7, 15, 23, 31]),
-        rope_theta=rope.positive("rope_theta", 10000.0),
+        rope_theta=vision_rope_theta(keys),
     )
-    check_head_count(keys, "num_heads", shape.hidden_size, shape.num_heads)
-    if shape.head_dim % 4:
-        raise keys.fault("num_heads", f"a head of {shape.head_dim} does not divide by 4 for the 2-D rotary embedding")
+    check_vision_heads(keys, shape.hidden_size, shape.num_heads)
     if shape.window_size % (shape.patch_size * shape.spatial_merge_size):
         raise keys.fault("window_size", f"{shape.window_size} is no whole number of merged patches")
     return shape

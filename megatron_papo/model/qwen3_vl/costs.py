@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_papo.model.layer_costs import ActivationSettings, Grid, ParameterCount, vision_layer
-from megatron_papo.model.qwen3_vl.shape import InterpolatedVisionShape
 from megatron_papo.model.shape import ModelShape
 from megatron_papo.model.tower_costs import (
     frame_pairs,
@@ -24,7 +23,6 @@ def vision_parameters(shape: ModelShape, width: Callable[[int], int]) -> Iterato
     """Patch embedding with its bias, learned positions and layers of the tower, and the mergers of all levels; `width`
     pads the FFN of the layers."""
     vision = shape.vision
-    assert isinstance(vision, InterpolatedVisionShape)
     yield ParameterCount("vision", 0, vision.hidden_size * (vision.patch_dim + 1 + vision.position_edge**2))
     yield vision_layer(shape).parameters("vision", vision.num_layers, width)
     yield merger_parameters(shape)

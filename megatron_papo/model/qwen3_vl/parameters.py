@@ -19,8 +19,7 @@ from megatron_papo.model.parameter_map import (
     plain_entry,
     vocabulary_entry,
 )
-from megatron_papo.model.qwen3_vl.shape import InterpolatedVisionShape
-from megatron_papo.model.shape import ModelShape
+from megatron_papo.model.shape import ModelShape, VisionShape
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 """Word embedding and output matrix in published files."""
@@ -28,14 +27,13 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 def entries(shape: ModelShape) -> Iterator[ParameterEntry]:
     """An entry for every parameter, in the model's order. With tied embeddings the output layer has none."""
-    assert isinstance(shape.vision, InterpolatedVisionShape)
     yield from _vision(shape.vision)
     yield from decoder_entries(shape.language, "model.language_model.")
     if not shape.tie_word_embeddings:
         yield vocabulary_entry(OUTPUT_LAYER, HEAD, shape.language)
 
 
-def _vision(shape: InterpolatedVisionShape) -> Iterator[ParameterEntry]:
+def _vision(shape: VisionShape) -> Iterator[ParameterEntry]:
     hidden, ffn, merged = shape.hidden_size, shape.intermediate_size, shape.hidden_size * shape.merge_unit
     patch = (shape.in_channels, shape.temporal_patch_size, shape.patch_size, shape.patch_size)
     yield plain_entry("vision.patch_embed.weight", "model.visual.patch_embed.proj.weight", (hidden, *patch))
@@ -58,7 +56,7 @@ def _vision(shape: InterpolatedVisionShape) -> Iterator[ParameterEntry]:
         yield from _merger(*names, shape, merged)
 
 
-def _merger(ours: str, theirs: str, shape: InterpolatedVisionShape, norm_width: int) -> Iterator[ParameterEntry]:
+def _merger(ours: str, theirs: str, shape: VisionShape, norm_width: int) -> Iterator[ParameterEntry]:
     merged = shape.hidden_size * shape.merge_unit
     yield from _norm(ours + "norm.", theirs + "norm.", norm_width)
     yield from _column_parallel(ours + "linear_fc1.", theirs + "linear_fc1.", merged, merged)

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from megatron_papo.files.json_keys import Keys, shown
-from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape, check_head_count
+from megatron_papo.files.json_keys import Keys
+from megatron_papo.model.config_keys import (
+    check_key_value_heads,
+    check_vision_heads,
+    mrope_fields,
+    rotary_keys,
+    vision_rope_theta,
+    vision_token_ids,
+)
+from megatron_papo.model.shape import MOST_LAYERS, LanguageShape, ModelShape, VisionShape
 
 PROCESSOR = "Qwen3VLProcessor"
 """The class of transformers that model folders name as their processor."""
@@ -39,10 +47,7 @@ def read_shape(root: Keys) -> ModelShape:
         language=language,
         vision=_vision(root.section("vision_config"), language),
         tie_word_embeddings=root.flag("tie_word_embeddings"),
-        image_token_id=root.index("image_token_id", 151655),
-        video_token_id=root.index("video_token_id", 151656),
-        vision_start_token_id=root.index("vision_start_token_id", 151652),
-        vision_end_token_id=root.index("vision_end_token_id", 151653),
+        **vision_token_ids(root),
     )
 
 
@@ -65,36 +70,24 @@ def _language(keys: Keys) -> LanguageShape:
         interleaved_mrope=True,
         **_rope(keys, head_dim),
     )
-    if num_heads % shape.num_kv_heads:
-        raise keys.fault("num_key_value_heads", f"{shape.num_kv_heads} does not divide {num_heads} heads")
+    check_key_value_heads(keys, num_heads, shape.num_kv_heads)
     return shape
 
 
 def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
-    """The fields rope_theta and mrope_section, read from `rope_parameters`, or from `rope_scaling` and a `rope_theta`
-    beside it."""
-    name = "rope_parameters" if keys.tree.get("rope_parameters") else "rope_scaling"
-    rope = keys.section(name)
-    kind = rope.tree.get("rope_type", rope.tree.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise rope.fault("rope_type", f"is {shown(kind)}; only M-RoPE without scaling is supported")
+    """The fields rope_theta and mrope_section of interleaved M-RoPE."""
+    fields, rope = mrope_fields(keys, head_dim, sections=[24, 20, 20], theta=5e5), rotary_keys(keys)
     if not rope.flag("mrope_interleaved"):
         # transformers interleaves whatever the key says, vLLM only where it is true
         raise rope.fault("mrope_interleaved", "must be true: other implementations would take runs of frequencies")
-    section = rope.counts("mrope_section", [24, 20, 20])
-    if len(section) != 3:
-        raise rope.fault("mrope_section", f"is {list(section)}, not a count each of time, height and width")
+    section = fields["mrope_section"]
     if max(section[1:]) > section[0]:
         raise rope.fault("mrope_section", f"is {list(section)}: of interleaved frequencies time has the most")
-    if sum(section) * 2 != head_dim:
-        raise rope.fault("mrope_section", f"{list(section)} do not sum to half of a head of {head_dim}")
-    source = rope if "rope_theta" in rope.tree else keys
-    return {"rope_theta": source.positive("rope_theta", 5e5), "mrope_section": section}
+    return fields
 
 
 def _vision(keys: Keys, language: LanguageShape) -> InterpolatedVisionShape:
     keys.must_be("hidden_act", "gelu_pytorch_tanh")
-    rope = keys.section("rope_parameters") if keys.tree.get("rope_parameters") else keys
     places = keys.count("num_position_embeddings", 2304)
     shape = InterpolatedVisionShape(
         num_layers=keys.count("depth", 27, most=MOST_LAYERS),
@@ -111,11 +104,9 @@ def _vision(keys: Keys, language: LanguageShape) -> InterpolatedVisionShape:
         mlp="gelu_tanh",
         deepstack_layers=keys.counts("deepstack_visual_indexes", [8, 16, 24]),
         position_edge=math.isqrt(places),
-        rope_theta=rope.positive("rope_theta", 10000.0),
+        rope_theta=vision_rope_theta(keys),
     )
-    check_head_count(keys, "num_heads", shape.hidden_size, shape.num_heads)
-    if shape.head_dim % 4:
-        raise keys.fault("num_heads", f"a head of {shape.head_dim} does not divide by 4 for the 2-D rotary embedding")
+    check_vision_heads(keys, shape.hidden_size, shape.num_heads)
     if shape.position_edge**2 != places:
         raise keys.fault("num_position_embeddings", f"{places} is not a square grid")
     _check_levels(keys, shape, language)
