@@ -174,7 +174,12 @@ def test_layers_of_the_stages(overrides, expected):
         (
             ["parallel.pipeline=2", "parallel.pipeline_layers=[1,2]"],
             None,
-            "parallel.pipeline_layers: [1, 2] sum to 3, the model has 36",
+            "parallel.pipeline_layers: [1, 2] sum to 3, the model has 36 layers",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[30,7]", "model.path=folder"],
+            None,
+            "parallel.pipeline_layers: [30, 7] sum to 37, the model has 36 layers (folder/config.json)",
         ),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "parallel.tensor: 6 ranks do not divide by"),
     ],
