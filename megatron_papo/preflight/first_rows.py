@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -51,10 +52,10 @@ def _in_question(cell: Any) -> str | None:
 def _files(name: str, split: str) -> list[Path]:
     """The files of rows that the name stands for; of a folder those that name the split, where any does."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
         found = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
         found = [file for file in found if split in str(file.relative_to(path))] or found
-    elif path.exists():
+    elif os.path.exists(name):
         found = [path]
     else:
         found = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
