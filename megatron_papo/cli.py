@@ -18,6 +18,7 @@ from typing import Any
 from megatron_papo.cli_arguments import parse_arguments
 from megatron_papo.config import Config, ConfigError, dump_config, load_config
 from megatron_papo.distributed.visible_gpus import HIDDEN, num_visible_gpus
+from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
 from megatron_papo.preflight.inputs import (
     fault_of_folder,
     fault_of_run_dir,
@@ -133,6 +134,8 @@ def _report_data(options: argparse.Namespace, config: Config) -> int:
         raise ConfigError(f"--limit: {options.limit} is no number of rows")
     folder = [f"--out: {out}: is a folder"] if os.path.isdir(out) else fault_of_folder("--out", out.parent)
     _raise_any([*faults_of_data(options.of, config), *folder])
+    if config.model.path is not None:
+        _shape_in(config.model.path, config)
     from megatron_papo.data_report import main as report_data
 
     try:
@@ -230,21 +233,26 @@ def _check_layout(options: argparse.Namespace, config: Config, num_ranks: int) -
     verb = options.verb
     if config.model.path is None:
         return
-    from megatron_papo.model.shape import ModelShape, check_layout, faults_of_engine
-
-    try:
-        shape = ModelShape.from_folder(config.model.path)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from None
-    _raise_any([fault] if (fault := fault_of_processor(config, shape)) else [])
+    shape = _shape_in(config.model.path, config)
     check_layout(config, shape, num_ranks)
     if not (options.cpu or options.dry_run or num_visible_gpus(os.environ)) and _world_outside() is None:
         _raise_any(list(faults_of_cpu(verb, config, shape, num_ranks)))
     _raise_any(faults_of_fp8(config, shape))
     if verb in ("train", "certify", "eval"):
         _raise_any(faults_of_engine(config, shape))
+
+
+def _shape_in(folder: Path, config: Config) -> ModelShape:
+    """The shape of the model in `folder`, which is model.path. Raises ConfigError for a model that is not trained here,
+    and for a processor of another model."""
+    try:
+        shape = ModelShape.from_folder(folder)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+    _raise_any([fault] if (fault := fault_of_processor(config, shape)) else [])
+    return shape
 
 
 def _speaks() -> bool:

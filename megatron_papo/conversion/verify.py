@@ -194,8 +194,21 @@ def _shape_of(folder: Path, other: ModelShape) -> ModelShape:
         return other
     shape = ModelShape.from_folder(folder)
     if shape.language != other.language or shape.vision != other.vision:
-        raise ValueError(f"{folder / 'config.json'}: another model: {shape} is not {other}")
+        raise ValueError(f"{folder / 'config.json'}: another model: {_what_differs(shape, other)}")
     return shape
+
+
+def _what_differs(shape: ModelShape, other: ModelShape) -> str:
+    """The family where it is another one, else the numbers of the two models that are not the same."""
+    if shape.model_type != other.model_type:
+        return f"model_type is {shape.model_type}, not {other.model_type}"
+    pairs = {"language model": (shape.language, other.language), "vision tower": (shape.vision, other.vision)}
+    return "; ".join(
+        f"{name} of the {part} is {value}, not {vars(theirs)[name]}"
+        for part, (mine, theirs) in pairs.items()
+        for name, value in vars(mine).items()
+        if value != vars(theirs)[name]
+    )
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,22 @@ ONLY_PICTURES = "only pictures are read"
 _COLUMNS = ("videos", "video")
 _PARTS = ("video", "video_url")
 """Kinds of parts of a turn, as chat interfaces write them."""
+_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+"""Of files that hold videos."""
 
 
 def video_column(cells: Mapping[str, Any], images: str | None) -> str | None:
     """Where a row has a video in a column of its own, in words; None where it has none. `images` is the column that
     pictures are read from, whatever its name."""
     column = next((name for name in _COLUMNS if name != images and cells.get(name)), None)
-    return None if column is None else f"in column {column!r}"
+    if column is not None:
+        return f"in column {column!r}"
+    pictures = cells.get(images) if images is not None else None
+    for picture in pictures if isinstance(pictures, (list, tuple)) else [pictures]:
+        file = picture.get("path") if isinstance(picture, dict) else picture
+        if isinstance(file, str) and file.lower().endswith(_SUFFIXES):
+            return f"a video's file in column {images!r}"
+    return None
 
 
 def video_in_question(cell: Any) -> str | None:

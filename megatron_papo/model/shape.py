@@ -212,6 +212,8 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
     """
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     language, vision = shape.language, shape.vision
+    folder = config.model.path or config.model.checkpoint
+    where = "" if folder is None else f" ({folder / 'config.json'})"
     faults = []
     if language.num_heads % tensor:
         faults.append(f"parallel.tensor: {language.num_heads} attention heads do not divide by {tensor}")
@@ -220,10 +222,11 @@ def check_layout(config: Config, shape: ModelShape, world_size: int | None = Non
     if vision.num_heads % tensor:
         faults.append(f"parallel.tensor: {vision.num_heads} heads of the vision tower do not divide by {tensor}")
     if pipeline > language.num_layers:
-        faults.append(f"parallel.pipeline: {pipeline} stages for {language.num_layers} layers")
+        faults.append(f"parallel.pipeline: {pipeline} stages for {language.num_layers} layers{where}")
     layers = config.parallel.pipeline_layers
     if layers is not None and sum(layers) != language.num_layers:
-        faults.append(f"parallel.pipeline_layers: {layers} sum to {sum(layers)}, the model has {language.num_layers}")
+        has = f"the model has {language.num_layers} layers{where}"
+        faults.append(f"parallel.pipeline_layers: {layers} sum to {sum(layers)}, {has}")
     if world_size is not None and (fault := fault_of_ranks(config.parallel, world_size)):
         faults.append(f"parallel.tensor: {fault}")
     if faults:

@@ -111,8 +111,10 @@ def _fault(config: Config, shape: ModelShape, cluster: Cluster, tensor: int, pip
     parallel = config.parallel.model_copy(
         update={"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1, "pipeline_layers": None}
     )
+    # the shape is of the model that is planned for, whatever folder the settings name
+    model = config.model.model_copy(update={"path": None, "checkpoint": None})
     try:
-        check_layout(config.model_copy(update={"parallel": parallel}), shape)
+        check_layout(config.model_copy(update={"parallel": parallel, "model": model}), shape)
     except ConfigError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -46,10 +47,10 @@ def fault_of_videos(key: str, source: SourceConfig, data: DataConfig) -> str | N
 def _files(name: str, split: str) -> list[Path]:
     """The files of rows that the name stands for; of a folder those that name the split, where any does."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
         found = sorted(file for file in islice(path.rglob("*"), _MOST_NAMES) if file.suffix in BUILDERS)
         found = [file for file in found if split in str(file.relative_to(path))] or found
-    elif path.exists():
+    elif os.path.exists(name):
         found = [path]
     else:
         found = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
@@ -86,10 +87,11 @@ def _csv(file: Path, columns: ColumnsConfig) -> Iterator[Any]:
 
 
 def _parquet(file: Path, columns: ColumnsConfig) -> Iterator[Any]:
-    """Rows without their pictures, which are most of a file."""
+    """Rows without their pictures, which are most of a file, but for the names of files."""
     from pyarrow.parquet import ParquetFile
+    from pyarrow.types import is_string
 
     with ParquetFile(file) as table:
-        wanted = [name for name in table.schema_arrow.names if name != columns.images]
+        wanted = [field.name for field in table.schema_arrow if field.name != columns.images or is_string(field.type)]
         for batch in table.iter_batches(batch_size=_NUM_ROWS, columns=wanted):
             yield from batch.to_pylist()

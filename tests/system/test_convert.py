@@ -157,6 +157,10 @@ def test_two_folders_are_compared_bit_for_bit(source, tmp_path, capsys):
     for number in ("1", "2"):
         capsys.readouterr()
         assert run("verify", tmp_path / "m", other, "--workers", number) == 1
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vision_config": config["vision_config"] | {"depth": 1}}))
+    assert run("verify", source, other) == 2
+    assert "another model: num_layers of the vision tower is 1, not 2" in capsys.readouterr().err
     (other / "config.json").unlink()  # weights alone can be compared
     # the last of two workers prints to the real standard output, so the line is read of one
     assert run("verify", tmp_path / "m", other) == 1

@@ -138,6 +138,7 @@ def test_a_processor_of_another_family_is_named(folder, model, file, changes, sa
         ({"problem": "?", "videos": "0.mp4"}, "in column 'videos'"),
         ({"problem": "?", "video": "0.mp4"}, "in column 'video'"),
         ({"problem": "<video>?", "videos": ""}, "<video> in the text"),
+        ({"problem": "<image>?", "images": "0.MP4"}, "a video's file in column 'images'"),
         ({"problem": "<image>?", "images": "0.png", "videos": ""}, None),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -152,6 +153,18 @@ def test_the_exit_code_tells_wrong_settings_from_data_without_a_good_row(folder,
     ):
         assert cli.main(["data", *settings(folder, rows), *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_no_verb_would_take_is_refused_here_too(folder, rows, tmp_path, capsys):
+    for file, key, value in (
+        ("config.json", "model_type", "llava"),
+        ("processor_config.json", "processor_class", "Qwen3VLProcessor"),
+    ):
+        other = tmp_path / key
+        shutil.copytree(folder, other)
+        (other / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: value}))
+        assert cli.main(["data", *settings(other, rows)]) == 2
+        assert f"model.path: {other / file}: {key}: is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,16 @@ def test_faults_name_file_and_key(path, value, message):
         ("vision_config.deepstack_visual_indexes", [11, 5], "vision_config.deepstack_visual_indexes: [11, 5] do not "),
         ("vision_config.deepstack_visual_indexes", [5, 5], "vision_config.deepstack_visual_indexes: [5, 5] do not "),
         ("text_config.num_hidden_layers", 2, "vision_config.deepstack_visual_indexes: 3 levels for the 2 layers of "),
+        (
+            "vision_config.deepstack_visual_indexes",
+            None,
+            "vision_config.deepstack_visual_indexes: layer 24 of a tower of 24 layers, which count from 0; the key is ",
+        ),
+        (
+            "vision_config.deepstack_visual_indexes",
+            None,
+            "layers, which count from 0; the key is missing, which means ",
+        ),
     ],
 )
 def test_faults_of_interleaved_rotary_deepstack_and_learned_positions(path, value, message):
@@ -175,7 +185,12 @@ def test_layers_of_the_stages(overrides, expected):
         (
             ["parallel.pipeline=2", "parallel.pipeline_layers=[1,2]"],
             None,
-            "parallel.pipeline_layers: [1, 2] sum to 3, the model has 36",
+            "parallel.pipeline_layers: [1, 2] sum to 3, the model has 36 layers",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[30,7]", "model.path=folder"],
+            None,
+            "parallel.pipeline_layers: [30, 7] sum to 37, the model has 36 layers (folder/config.json)",
         ),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "parallel.tensor: 6 ranks do not divide by"),
     ],

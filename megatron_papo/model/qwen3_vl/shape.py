@@ -116,9 +116,14 @@ def _vision(keys: Keys, language: LanguageShape) -> InterpolatedVisionShape:
 def _check_levels(keys: Keys, shape: InterpolatedVisionShape, language: LanguageShape) -> None:
     """Raises ValueError where the levels of DeepStack do not fit the tower or the language model."""
     key, layers = "deepstack_visual_indexes", shape.deepstack_layers
+    missing = "" if key in keys.tree else f"; the key is missing, which means {list(layers)}"
     if any(after <= before for before, after in pairwise(layers)):
         raise keys.fault(key, f"{list(layers)} do not rise")
     if layers and layers[-1] >= shape.num_layers:
-        raise keys.fault(key, f"layer {layers[-1]} of a tower of {shape.num_layers} layers, which count from 0")
+        raise keys.fault(
+            key, f"layer {layers[-1]} of a tower of {shape.num_layers} layers, which count from 0{missing}"
+        )
     if len(layers) > language.num_layers:
-        raise keys.fault(key, f"{len(layers)} levels for the {language.num_layers} layers of the language model")
+        raise keys.fault(
+            key, f"{len(layers)} levels for the {language.num_layers} layers of the language model{missing}"
+        )
