@@ -134,11 +134,6 @@ def test_faults_name_file_and_key(path, value, message):
             None,
             "vision_config.deepstack_visual_indexes: layer 24 of a tower of 24 layers, which count from 0; the key is ",
         ),
-        (
-            "vision_config.deepstack_visual_indexes",
-            None,
-            "layers, which count from 0; the key is missing, which means ",
-        ),
     ],
 )
 def test_faults_of_interleaved_rotary_deepstack_and_learned_positions(path, value, message):
