@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -55,6 +56,12 @@ class VisionTower(MegatronModule):
         """The tokens of P patches in the processor's order; the grids are the patches of each image in time, height and
         width."""
         raise NotImplementedError
+
+    def padded_share(self, pixels_PD: Tensor, num_padding: int) -> Tensor:
+        """The patches with `num_padding` patches of zeros at the end; under sequence parallelism this rank's share, in
+        memory of its own, since a view would keep the pixels of all ranks for backward."""
+        pixels_PD = F.pad(pixels_PD, (0, 0, 0, num_padding)) if num_padding else pixels_PD
+        return scatter_to_sequence_parallel_region(pixels_PD).clone() if self.config.sequence_parallel else pixels_PD
 
 
 class VisionModule(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -42,9 +42,7 @@ class ToyTower(VisionTower):
         """Patches in the processor's order, block by block, to image tokens in reading order."""
         sequence = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         num_padding = -len(pixel_values_PD) % (self.shape.merge_unit * sequence)
-        pixels = F.pad(pixel_values_PD.to(self.patch_embed.weight.device), (0, 0, 0, num_padding))
-        if self.config.sequence_parallel:
-            pixels = scatter_to_sequence_parallel_region(pixels).clone()
+        pixels = self.padded_share(pixel_values_PD.to(self.patch_embed.weight.device), num_padding)
         images = [Segment(length) for length in grid_thw_I3.prod(1).tolist()]
         plan = build_segments(images, causal=False, device=pixels.device, num_padding=num_padding)
         hidden = self.decoder(self.patch_embed(pixels)[:, None, :], attention_mask=None, packed_seq_params=plan)

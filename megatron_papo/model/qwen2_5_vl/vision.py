@@ -7,8 +7,6 @@ padded at the end, so that no block is split between sequence-parallel ranks.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -57,13 +55,8 @@ class WindowedTower(VisionTower):
         multiple = patch_multiple(recipe, sequence_ranks, self.shape.merge_unit)
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=weight.device)
         pixels = pixel_values_PD.to(weight.device).index_select(0, plan.patch_order_P)
-        if plan.num_padding:
-            pixels = F.pad(pixels, (0, 0, 0, plan.num_padding))
-        if self.config.sequence_parallel:
-            # a copy, since a view would keep the pixels of all ranks for backward
-            pixels = scatter_to_sequence_parallel_region(pixels).clone()
         hidden = self.decoder(
-            self.patch_embed(pixels)[:, None, :],
+            self.patch_embed(self.padded_share(pixels, plan.num_padding))[:, None, :],
             attention_mask=None,
             packed_seq_params=plan.segments,
         )

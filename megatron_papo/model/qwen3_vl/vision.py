@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -73,14 +72,11 @@ class DeepStackTower(VisionTower):
         device = self.patch_embed.weight.device
         plan = plan_patches(grid_thw_I3, self.shape, multiple=multiple, device=device)
         num_tokens = len(pixel_values_PD) // self.shape.merge_unit
-        pixels = F.pad(pixel_values_PD.to(device), (0, 0, 0, plan.num_padding))
         corners, shares = plan.corners_P4, plan.shares_P4
         rank = layout().tensor_rank if self.config.sequence_parallel else 0
         if self.config.sequence_parallel:
-            # a copy, since a view would keep the pixels of all ranks for backward
-            pixels = scatter_to_sequence_parallel_region(pixels).clone()
             corners, shares = (part.chunk(sequence_ranks)[rank] for part in (corners, shares))
-        patches = self.patch_embed(pixels)
+        patches = self.patch_embed(self.padded_share(pixel_values_PD.to(device), plan.num_padding))
         patches = patches + self.position_embed(corners, shares).to(patches.dtype)
         patches = zero_end(patches, plan.num_padding, rank, sequence_ranks)  # which the bias has filled
         hidden = self.decoder(
